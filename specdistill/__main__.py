@@ -1,0 +1,5 @@
+"""`python -m specdistill`."""
+
+from specdistill.cli import main
+
+main()

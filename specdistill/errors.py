@@ -1,0 +1,27 @@
+"""The exceptions users meet. `cli.py` turns each into one line and an exit code; nothing else
+catches them.
+"""
+
+from __future__ import annotations
+
+
+class SpecDistillError(Exception):
+    """Something the user can put right: the message says what was got, what is allowed and what to
+    do.
+    """
+
+
+class InputError(SpecDistillError):
+    """A path, prompt file, option or configuration that cannot be used."""
+
+
+class ModelError(SpecDistillError):
+    """A model that cannot be loaded, or a pair that does not fit together."""
+
+
+class StorageError(SpecDistillError):
+    """A file that cannot be written, is truncated, or belongs to other data."""
+
+
+class DecodingError(SpecDistillError):
+    """Decoding met logits or a request it cannot serve; the message names row and step."""

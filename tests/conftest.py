@@ -1,0 +1,84 @@
+"""No test touches the network, and none takes more than two threads."""
+
+import os
+
+# Read by the Hugging Face libraries when they are imported, here and in child processes.
+for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ[variable] = "1"
+
+import torch  # noqa: E402
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+from specdistill.models import LanguageModel  # noqa: E402
+
+CHAT = (
+    "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|unk|>"]
+
+
+def tiny_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """Words w5, w6, ... after the special tokens; ids are the numbers."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = SPECIAL + [f"w{i}" for i in range(len(SPECIAL), size)]
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<|unk|>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|end|>", pad_token="<|end|>", unk_token="<|unk|>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:4]})
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def tiny_model(
+    seed: int = 0,
+    *,
+    vocab: int = 64,
+    layers: int = 2,
+    dtype: torch.dtype = torch.float32,
+    **config: object,
+) -> LanguageModel:
+    """A random Llama of width 32, sharp enough that its choices are not all alike."""
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": vocab,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.3,
+        "eos_token_id": 0,
+        "bos_token_id": None,
+        "pad_token_id": 0,
+        **config,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype).eval().requires_grad_(False)
+    model.generation_config.eos_token_id = settings["eos_token_id"]
+    return LanguageModel(f"tiny-{seed}", Path(), model, tiny_tokenizer(min(vocab, 64)))
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., LanguageModel]:
+    return tiny_model
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny target as a checkpoint folder."""
+    from specdistill.drafts import save_draft
+
+    folder = tmp_path_factory.mktemp("tiny") / "target"
+    save_draft(tiny_model(layers=4), folder)
+    return folder
