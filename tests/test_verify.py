@@ -1,0 +1,312 @@
+"""Speculative sampling: the reference against the definition, by exact rules and by statistics."""
+
+import pytest
+import torch
+from scipy import stats
+
+from specdistill_kernels import counter_noise, probabilities, sample, verify
+from specdistill_kernels.noise import COIN, exponential
+
+V = 16
+
+
+def rows(batch: int, seed: int = 0, **more: float | int) -> dict[str, torch.Tensor]:
+    """Per-row arguments of `sample` and `verify` for independent requests."""
+    kinds = {"temperature": torch.float64, "top_p": torch.float64, "min_p": torch.float64}
+    settings = {"temperature": 1.0, **more}
+    columns = {
+        name: torch.full((batch,), value, dtype=kinds.get(name, torch.int64))
+        for name, value in settings.items()
+    }
+    return {
+        **columns,
+        "seeds": torch.arange(batch) + 1_000_003 * seed,
+        "step": torch.zeros(batch, dtype=torch.int64),
+    }
+
+
+def one_round(p_logits, q_logits, batch: int, vocab=None, **settings):
+    """`batch` independent rounds over the same rows: p_logits [G+1, V], q_logits [G, Vd]."""
+    num = len(q_logits)
+    args = rows(batch, **settings)
+    q = q_logits.expand(batch, -1, -1)
+    drawn = torch.stack([sample(q[:, i], position=i, **args) for i in range(num)], 1)
+    tokens = drawn if vocab is None else vocab[drawn]
+    lengths = torch.full((batch,), num)
+    return tokens, verify(
+        tokens, q, p_logits.expand(batch, -1, -1), lengths=lengths, draft_vocab=vocab, **args
+    )
+
+
+def p_value(tokens: torch.Tensor, p: torch.Tensor) -> float:
+    counts = torch.bincount(tokens, minlength=len(p)).double()
+    assert counts[p == 0].sum() == 0, "a token of probability 0 was emitted"
+    expected = p.double() / p.double().sum() * counts.sum()
+    return float(stats.chisquare(counts[p > 0], expected[p > 0]).pvalue)
+
+
+@pytest.mark.parametrize("adversarial", [False, True], ids=["near", "opposite"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.6},
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"min_p": 0.1},
+        {"temperature": 1.5, "top_k": 7, "top_p": 0.9},
+    ],
+    ids=str,
+)
+def test_emitted_tokens_follow_the_target(adversarial: bool, settings: dict) -> None:
+    torch.manual_seed(1)
+    p_logits = torch.randn(3, V) * 1.5
+    q_logits = -p_logits[:2] if adversarial else p_logits[:2] + 0.5 * torch.randn(2, V)
+    _, out = one_round(p_logits, q_logits, 100_000, **settings)
+    one = rows(1, **settings)
+    filters = {k: one[k] for k in ("temperature", "top_k", "top_p", "min_p") if k in one}
+    p = probabilities(p_logits[None], **filters)[0]
+    q = probabilities(q_logits[None], **filters)[0]
+    assert p_value(out.tokens[:, 0], p[0]) > 1e-4
+    second = out.tokens[out.num_accepted >= 1]
+    assert len(second) < 500 or p_value(second[:, 1], p[1]) > 1e-4
+    third = out.tokens[out.num_accepted == 2]
+    if len(third) > 500:
+        assert p_value(third[:, 2], p[2]) > 1e-4
+    overlap = torch.minimum(p[0], q[0]).sum().item()
+    accepted = (out.num_accepted >= 1).double().mean().item()
+    assert accepted == pytest.approx(overlap, abs=5 * (overlap * (1 - overlap) / 1e5) ** 0.5 + 1e-9)
+
+
+def test_the_second_token_is_independent_of_the_first() -> None:
+    torch.manual_seed(2)
+    p_logits = torch.randn(2, 4)
+    _, out = one_round(p_logits, p_logits[:1] + 0.3 * torch.randn(1, 4), 200_000)
+    both = out.tokens[out.num_accepted >= 1]
+    table = torch.bincount(both[:, 0] * 4 + both[:, 1], minlength=16).view(4, 4)
+    assert stats.chi2_contingency(table.numpy()).pvalue > 1e-4
+
+
+def test_a_trimmed_draft_is_lossless_and_proposes_only_its_tokens() -> None:
+    torch.manual_seed(3)
+    vocab = torch.tensor([1, 4, 5, 9, 14])
+    p_logits = torch.randn(3, V)
+    tokens, out = one_round(p_logits, p_logits[:2, vocab] * 0.7, 100_000, vocab=vocab)
+    assert set(tokens.unique().tolist()) <= set(vocab.tolist())
+    assert p_value(out.tokens[:, 0], p_logits[0].softmax(-1)) > 1e-4
+    assert set(out.tokens[:, 0].unique().tolist()) == set(range(V))
+
+
+def test_a_draft_without_logits_is_a_point_mass() -> None:
+    torch.manual_seed(4)
+    p_logits = torch.randn(2, V)
+    n = 100_000
+    args = rows(n)
+    tokens = torch.full((n, 1), 3)
+    out = verify(
+        tokens, None, p_logits.expand(n, -1, -1), lengths=torch.ones(n, dtype=torch.int64), **args
+    )
+    p = p_logits.softmax(-1)
+    assert p_value(out.tokens[:, 0], p[0]) > 1e-4
+    assert out.num_accepted.double().mean().item() == pytest.approx(p[0, 3].item(), abs=0.01)
+
+
+def test_the_target_as_its_own_draft_accepts_everything() -> None:
+    p_logits = torch.randn(5, 64, dtype=torch.float64) * 4
+    _, out = one_round(p_logits, p_logits[:4], 20_000)
+    assert (out.num_accepted == 4).all()
+    assert p_value(out.tokens[:, 4] % 8, p_logits[4].softmax(-1).view(8, 8).sum(0)) > 1e-4
+
+
+def test_greedy_rows_emit_the_first_maximum_whatever_the_draft_says() -> None:
+    torch.manual_seed(5)
+    target = torch.randn(64, 5, V)
+    target[0, 0, [3, 7]] = 9.0  # a tie: the lower id wins
+    draft = torch.where(
+        torch.rand(64, 4) < 0.7, target[:, :4].argmax(-1), torch.randint(V, (64, 4))
+    )
+    out = verify(
+        draft,
+        torch.full((64, 4, V), float("nan")),
+        target,
+        lengths=torch.full((64,), 4),
+        **rows(64, temperature=0.0),
+    )
+    best = target.argmax(-1)
+    for b in range(64):
+        n = out.num_accepted[b].item()
+        assert out.tokens[b, : n + 1].tolist() == best[b, : n + 1].tolist()
+        assert n == 4 or draft[b, n] != best[b, n]
+        assert (out.tokens[b, n + 1 :] == -1).all()
+    assert out.tokens[0, 0] == 3
+
+
+def test_mixed_rows_equal_rows_alone() -> None:
+    """A greedy row, a filtered row and a plain row in one batch give what each gives alone;
+    `lengths` are ragged.
+    """
+    torch.manual_seed(6)
+    target, draft = torch.randn(3, 4, V), torch.randn(3, 3, V)
+    settings = {
+        "temperature": torch.tensor([0.0, 0.7, 1.0], dtype=torch.float64),
+        "top_k": torch.tensor([0, 6, 0]),
+        "top_p": torch.tensor([1.0, 0.9, 1.0], dtype=torch.float64),
+        "seeds": torch.tensor([5, 6, 7]),
+        "step": torch.tensor([0, 3, 9]),
+    }
+    tokens = torch.stack([sample(draft[:, i], position=i, **settings) for i in range(3)], 1)
+    lengths = torch.tensor([3, 2, 0])
+    together = verify(tokens, draft, target, lengths=lengths, **settings)
+    for b in range(3):
+        alone_settings = {k: v[b : b + 1] for k, v in settings.items()}
+        pick = slice(b, b + 1)
+        alone = verify(
+            tokens[pick], draft[pick], target[pick], lengths=lengths[pick], **alone_settings
+        )
+        assert torch.equal(alone.tokens[0], together.tokens[b])
+    assert together.num_accepted[2] == 0
+    assert (together.num_accepted <= lengths).all()
+
+
+def fixed_coin(value: int):
+    def noise(seeds, step, position, domain, tokens):
+        bits = counter_noise(seeds, step, position, domain, tokens)
+        return torch.full_like(bits, value) if domain == COIN else bits
+
+    return noise
+
+
+def test_the_coin_at_its_ends() -> None:
+    """At a coin of exactly 0 a token of probability 0 is still refused; at the largest coin p = q
+    is still accepted.
+    """
+    p = torch.tensor([[[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]]]).log()
+    q = torch.tensor([[[1.0, 0.0, 0.0]]]).log()
+    args = rows(1)
+    lengths = torch.tensor([1])
+    out = verify(torch.tensor([[0]]), q, p, lengths=lengths, noise=fixed_coin(0), **args)
+    assert out.tokens.tolist() == [[1, -1]]
+    same = torch.randn(1, 2, 8)
+    out = verify(
+        torch.tensor([[5]]), same[:, :1], same, lengths=lengths, noise=fixed_coin(2**32 - 1), **args
+    )
+    assert out.num_accepted.tolist() == [1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")], ids=["nan", "-inf"])
+def test_a_bad_draft_row_is_a_rejection_drawn_from_the_target(bad: float) -> None:
+    p_logits = torch.randn(2, V)
+    q_logits = torch.full((1, V), bad)
+    tokens, out = one_round(p_logits, q_logits, 50_000)
+    assert (tokens == 0).all()
+    assert (out.num_accepted == 0).all()
+    assert p_value(out.tokens[:, 0], p_logits[0].softmax(-1)) > 1e-4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf"), float("inf")])
+def test_a_bad_target_row_gives_minus_one(bad: float, temperature: float) -> None:
+    target = torch.randn(2, 2, V)
+    target[1, 0] = bad
+    out = verify(
+        torch.tensor([[1], [1]]),
+        torch.randn(2, 1, V),
+        target,
+        lengths=torch.tensor([1, 1]),
+        **rows(2, temperature=temperature),
+    )
+    assert out.tokens[1].tolist() == [-1, -1]
+    assert out.tokens[0, 0] >= 0
+
+
+def test_padded_proposals_are_not_tested() -> None:
+    target = torch.zeros(1, 4, V)
+    target[..., 2] = 50
+    out = verify(
+        torch.tensor([[2, -1, 2]]),
+        None,
+        target,
+        lengths=torch.tensor([3]),
+        **rows(1, temperature=0.0),
+    )
+    assert out.tokens.tolist() == [[2, 2, -1, -1]]
+
+
+def test_filters_keep_ties_and_at_least_one_token() -> None:
+    logits = torch.tensor([[2.0, 2.0, 2.0, 0.0, -1.0]])
+    one = rows(1, top_k=2)
+    assert (probabilities(logits, one["temperature"], top_k=one["top_k"]) > 0).sum() == 3
+    one = rows(1, top_p=1e-9)
+    assert (probabilities(logits, one["temperature"], top_p=one["top_p"]) > 0).sum() == 3
+    peaked = torch.tensor([[9.0, 0.0, 0.0]])
+    assert probabilities(peaked, one["temperature"], top_p=one["top_p"]).tolist() == [
+        [1.0, 0.0, 0.0]
+    ]
+    one = rows(1, min_p=0.5)
+    assert (
+        probabilities(
+            torch.tensor([[0.6, 0.31, 0.09]]).log(), one["temperature"], min_p=one["min_p"]
+        )
+        > 0
+    ).sum() == 2
+
+
+def test_tail_mass_of_rare_tokens() -> None:
+    """2^18 tokens 20.5 nats below the top carry 3.28e-4 of the mass: a coarse uniform would never
+    draw them.
+    """
+    tail = 2**18
+    logits = torch.full((tail + 1,), -20.5)
+    logits[0] = 0.0
+    hits, draws, step = 0, 400, 50
+    for start in range(0, draws, step):
+        args = rows(step)
+        args["seeds"] = torch.arange(start, start + step)
+        heavy = logits.clone()
+        heavy[1:] += 6.0  # 400 draws see about 47 of them
+        hits += int((sample(heavy.expand(step, -1), position=0, **args) > 0).sum())
+    mass = tail * torch.tensor(-14.5).exp().item()
+    expected = draws * mass / (1 + mass)
+    assert abs(hits - expected) < 5 * expected**0.5
+
+
+def test_noise_is_uniform_and_separate() -> None:
+    seeds = torch.arange(2000)
+    zero = torch.zeros_like(seeds)
+    tokens = torch.arange(64)
+    base = counter_noise(seeds, zero, zero, 1, tokens)
+    assert base.min() >= 0
+    assert base.max() < 2**32
+    assert stats.kstest((base.double() / 2**32).flatten().numpy(), "uniform").pvalue > 1e-4
+    for other in (
+        counter_noise(seeds, zero, zero, 2, tokens),
+        counter_noise(seeds, zero + 1, zero, 1, tokens),
+        counter_noise(seeds, zero, zero + 1, 1, tokens),
+        counter_noise(seeds + (1 << 40), zero, zero, 1, tokens),
+        counter_noise(seeds, zero, zero, 1, tokens + 1),
+    ):
+        r = stats.pearsonr(base.flatten().double().numpy(), other.flatten().double().numpy())
+        assert abs(r.statistic) < 0.015
+    assert exponential(torch.tensor([0])).item() > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_logits": torch.zeros(2, 2, V)}, "target_logits must be"),
+        ({"draft_logits": torch.zeros(2, 1, V)}, "draft_logits must be"),
+        ({"draft_logits": torch.zeros(2, 2, 3)}, "wide"),
+        ({"lengths": torch.tensor([1])}, "lengths must be"),
+        ({"backend": "cuda"}, "does not exist"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(change: dict, message: str) -> None:
+    good = {
+        "draft_tokens": torch.zeros(2, 2, dtype=torch.int64),
+        "draft_logits": torch.zeros(2, 2, V),
+        "target_logits": torch.zeros(2, 3, V),
+        "lengths": torch.tensor([2, 2]),
+        **rows(2),
+    }
+    with pytest.raises(ValueError, match=message):
+        verify(**{**good, **change})
