@@ -1,0 +1,335 @@
+"""Speculative decoding: propose, verify, rewind, for a batch of rows that each keep their own pace.
+
+Plain decoding is the same loop with no drafter. `_round` is the whole algorithm.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from specdistill.decoding.cache import CachedModel
+from specdistill.decoding.drafters import Draft, Drafter, RoundState
+from specdistill.decoding.sampling import GREEDY, Sampling, SamplingBatch, row_seed
+from specdistill.errors import DecodingError, InputError
+from specdistill.limits import MAX_DRAFT_TOKENS
+from specdistill.models import LanguageModel
+from specdistill_kernels import verify
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt in tokens. `id` seeds the row's draws: the same id and seed give the same text in
+    any batch.
+    """
+
+    id: str
+    tokens: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    seed: int = 0
+
+
+@dataclass
+class RowRound:
+    """What one round did to one row. `tokens` are the emitted ones, cut at the end of the answer;
+    so are `accepted` and `tested` (proposals up to and including the first rejected one), not
+    `proposed`. `hidden` [n, d] and `logsumexp` [n] belong to the positions that predicted `tokens`,
+    where the engine was asked to keep them.
+    """
+
+    request_id: str
+    tokens: list[int]
+    proposed: int
+    tested: int
+    accepted: int
+    finished: bool
+    hidden: Tensor | None = None
+    logsumexp: Tensor | None = None
+
+
+@dataclass
+class Round:
+    """One target call for the whole batch; seconds by part: "prefill", "draft", "target", "verify",
+    "other".
+    """
+
+    rows: list[RowRound]
+    seconds: dict[str, float]
+    draft_steps: int
+
+
+@dataclass
+class Output:
+    """The answer to one request, with the rounds that made it."""
+
+    request_id: str
+    tokens: list[int] = field(default_factory=list)
+    rounds: list[RowRound] = field(default_factory=list)
+
+
+@dataclass
+class Generation:
+    outputs: list[Output]  # in the order of the requests
+    seconds: dict[str, float]
+    rounds: int
+    draft_steps: int
+
+
+@dataclass
+class _Row:
+    request: Request
+    tokens: list[int]  # prompt and answer so far; all but the last are in the caches
+    emitted: int = 0
+    steps: int = 0
+
+
+class SpeculativeDecoder:
+    """Decodes requests with `target`, and with `drafter` proposing `num_draft_tokens` a round where
+    one is given.
+    """
+
+    def __init__(
+        self,
+        target: LanguageModel,
+        drafter: Drafter | None = None,
+        *,
+        num_draft_tokens: int = 0,
+        batch_size: int = 1,
+        keep_hidden: bool = False,
+    ) -> None:
+        if (drafter is None) != (num_draft_tokens == 0):
+            raise InputError(
+                f"num_draft_tokens is {num_draft_tokens}: 0 exactly for plain decoding without "
+                "a drafter"
+            )
+        if not 0 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
+            raise InputError(
+                f"num_draft_tokens must be 1 to {MAX_DRAFT_TOKENS}; got {num_draft_tokens}"
+            )
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1; got {batch_size}")
+        self.target = target
+        self.drafter = drafter
+        self.num_draft_tokens = num_draft_tokens
+        self.batch_size = batch_size
+        self.keep_hidden = keep_hidden
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+    ) -> Generation:
+        """Answer token prompts, all with the same settings; row i has request id str(i)."""
+        return self.run(
+            [Request(str(i), p, max_new_tokens, sampling, seed) for i, p in enumerate(prompts)]
+        )
+
+    def run(self, requests: Sequence[Request]) -> Generation:
+        """Answer requests and gather the rounds by request."""
+        outputs = {request.id: Output(request.id) for request in requests}
+        if len(outputs) != len(requests):
+            raise InputError("request ids must be distinct: they seed the rows")
+        seconds: dict[str, float] = {}
+        rounds = draft_steps = 0
+        for round_ in self.stream(requests):
+            for row in round_.rows:
+                outputs[row.request_id].tokens += row.tokens
+                outputs[row.request_id].rounds.append(row)
+            for part, spent in round_.seconds.items():
+                seconds[part] = seconds.get(part, 0.0) + spent
+            rounds += 1
+            draft_steps += round_.draft_steps
+        return Generation([outputs[r.id] for r in requests], seconds, rounds, draft_steps)
+
+    @torch.inference_mode()
+    def stream(self, requests: Iterable[Request]) -> Iterator[Round]:
+        """Yield rounds as they happen. A finished row is replaced by a waiting request; when none
+        waits, rows leave.
+
+        Raises `InputError` for a request that cannot be served, before any work, and
+        `DecodingError` where the target's logits hold no distribution.
+        """
+        waiting = deque(requests)
+        for request in waiting:
+            self._check(request)
+        if not waiting:
+            return
+        slack = self.num_draft_tokens + 1
+        capacity = max(len(r.tokens) + r.max_new_tokens for r in waiting) + slack
+        self._rows: list[_Row | None] = [None] * min(self.batch_size, len(waiting))
+        self._cached = CachedModel(self.target, len(self._rows), capacity)
+        if self.drafter is not None:
+            self.drafter.open(len(self._rows), capacity)
+        while waiting or any(self._rows):
+            start = time.perf_counter()
+            self._admit(waiting)
+            self._prefill_seconds = self._clock() - start
+            yield self._round()
+
+    def _check(self, request: Request) -> None:
+        if not request.tokens:
+            raise InputError(f"request {request.id}: the prompt has no tokens")
+        if request.max_new_tokens < 1:
+            raise InputError(
+                f"request {request.id}: max_new_tokens must be at least 1; got "
+                f"{request.max_new_tokens}"
+            )
+        total = len(request.tokens) + request.max_new_tokens
+        if total > self.target.max_length:
+            raise InputError(
+                f"request {request.id}: {len(request.tokens)} prompt tokens + "
+                f"{request.max_new_tokens} new ones exceed "
+                f"the {self.target.max_length} positions of {self.target.name}"
+            )
+
+    def _admit(self, waiting: deque[Request]) -> None:
+        """Fill free rows from the queue; drop free rows for good when nobody waits and they are a
+        quarter of the batch.
+        """
+        free = [i for i, row in enumerate(self._rows) if row is None]
+        if free and waiting:
+            new = free[: len(waiting)]
+            for i in new:
+                request = waiting.popleft()
+                self._rows[i] = _Row(request, list(request.tokens))
+            prompts = [self._row(i).tokens[:-1] for i in new]
+            rows = torch.tensor(new, device=self.target.device)
+            self._cached.prefill(rows, prompts)
+            if self.drafter is not None:
+                self.drafter.prefill(rows, prompts)
+            self._sampling = self._settings()
+        elif len(free) * 4 >= len(self._rows) and free:
+            kept = [i for i, row in enumerate(self._rows) if row is not None]
+            self._rows = [self._rows[i] for i in kept]
+            self._cached.keep(kept)
+            if self.drafter is not None:
+                self.drafter.keep(kept)
+            self._sampling = self._settings()
+
+    def _settings(self) -> SamplingBatch:
+        requests = [None if row is None else row.request for row in self._rows]
+        return SamplingBatch.build(
+            [Sampling() if r is None else r.sampling for r in requests],
+            [0 if r is None else row_seed(r.seed, r.id) for r in requests],
+            self.target.device,
+        )
+
+    def _row(self, index: int) -> _Row:
+        row = self._rows[index]
+        assert row is not None
+        return row
+
+    def _round(self) -> Round:
+        """Propose, verify, advance. A row that needs only m more tokens proposes at most m - 1."""
+        marks = [self._clock()]
+        state, lengths = self._state()
+        num = int(lengths.max()) if self.drafter is not None else 0
+        if self.drafter is not None and num:
+            draft = self.drafter.propose(state, num)
+        else:
+            draft = Draft(state.last_two[:, :0], None, None)
+        marks.append(self._clock())
+
+        tokens = torch.cat([state.last_two[:, 1:], draft.tokens], 1)
+        positions = state.lengths[:, None] + torch.arange(num + 1, device=tokens.device)
+        hidden = self._cached.run(tokens, positions, state.longest + num + 1)
+        logits = self.target.logits(hidden)
+        marks.append(self._clock())
+
+        s = self._sampling
+        verdict = verify(
+            draft.tokens,
+            draft.logits,
+            logits,
+            lengths=lengths.to(tokens.device).clamp(max=num),
+            temperature=s.temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+            min_p=s.min_p,
+            seeds=s.seeds,
+            step=state.step,
+            draft_vocab=draft.vocab,
+        )
+        emitted, accepted = verdict.tokens.tolist(), verdict.num_accepted.tolist()
+        marks.append(self._clock())
+
+        logsumexp = logits.logsumexp(-1) if self.keep_hidden else None
+        rows = []
+        for i, row in enumerate(self._rows):
+            if row is not None:
+                out = self._advance(
+                    row, emitted[i][: accepted[i] + 1], int(lengths[i]), accepted[i]
+                )
+                if logsumexp is not None:
+                    out.hidden = hidden[i, : len(out.tokens)].clone()
+                    out.logsumexp = logsumexp[i, : len(out.tokens)].clone()
+                if out.finished:
+                    self._rows[i] = None
+                rows.append(out)
+        marks.append(self._clock())
+        spent = [b - a for a, b in pairwise(marks)]
+        seconds = dict(zip(("draft", "target", "verify", "other"), spent, strict=True))
+        return Round(rows, {"prefill": self._prefill_seconds, **seconds}, num)
+
+    def _state(self) -> tuple[RoundState, Tensor]:
+        """The batch as tensors, and how many proposals count in each row [B] (on the host)."""
+        last_two, cached, step, wanted = [], [], [], []
+        for row in self._rows:
+            if (
+                row is None
+            ):  # a free slot computes nothing of use, at positions that will be overwritten
+                last_two.append([0, 0])
+                cached.append(0)
+                step.append(0)
+                wanted.append(0)
+            else:
+                last_two.append(
+                    (row.tokens[-2:] * 2)[:2] if len(row.tokens) < 2 else row.tokens[-2:]
+                )
+                cached.append(len(row.tokens) - 1)
+                step.append(row.steps)
+                wanted.append(
+                    min(self.num_draft_tokens, row.request.max_new_tokens - row.emitted - 1)
+                )
+        device = self.target.device
+        state = RoundState(
+            torch.tensor(last_two, device=device),
+            torch.tensor(cached, device=device),
+            max(cached),
+            self._sampling,
+            torch.tensor(step, device=device),
+        )
+        return state, torch.tensor(wanted)
+
+    def _advance(self, row: _Row, tokens: list[int], proposed: int, accepted: int) -> RowRound:
+        if tokens[-1] < 0:
+            raise DecodingError(
+                f"request {row.request.id}, round {row.steps}, new token "
+                f"{row.emitted + accepted}: the target's logits are "
+                "NaN or all -inf; check the checkpoint, or try dtype float32"
+            )
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self.target.eos_ids), None)
+        tokens = tokens[:end]
+        row.tokens += tokens
+        row.emitted += len(tokens)
+        row.steps += 1
+        finished = end is not None or row.emitted >= row.request.max_new_tokens
+        tested = min(accepted + 1, proposed, len(tokens))
+        return RowRound(
+            row.request.id, tokens, proposed, tested, min(accepted, len(tokens)), finished
+        )
+
+    def _clock(self) -> float:
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
