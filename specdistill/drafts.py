@@ -1,0 +1,175 @@
+"""Making a draft from its target: some of the layers, and if wanted only the output rows a workload
+uses.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from specdistill.errors import InputError, ModelError, StorageError
+from specdistill.models import VOCAB_FILE, LanguageModel
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens a trimmed draft can propose; `coverage` is their share of the usage."""
+
+    ids: Tensor  # [Vd] sorted target ids
+    coverage: float
+
+
+def count_tokens(target: LanguageModel, texts: Iterable[list[int]]) -> Tensor:
+    """How often each token occurs in token lists, [V] float64."""
+    tokens = torch.tensor([token for text in texts for token in text], dtype=torch.int64)
+    return torch.bincount(tokens, minlength=target.vocab_size).double()
+
+
+@torch.inference_mode()
+def expected_usage(target: LanguageModel, hidden: Tensor, chunk: int = 256) -> Tensor:
+    """How often the target would emit each token at temperature 1 after final hidden states [N, d]:
+    its probabilities, summed, [V] float64. Sees far more of the tail than the N tokens drawn."""
+    usage = torch.zeros(target.vocab_size, dtype=torch.float64, device=target.device)
+    for rows in hidden.to(target.device).split(chunk):
+        usage += target.logits(rows).softmax(-1).sum(0)
+    return usage.cpu()
+
+
+def choose_vocabulary(target: LanguageModel, usage: Tensor, size: int) -> Vocabulary:
+    """The `size` tokens of greatest `usage` [V]; special tokens and ends of answers always stay."""
+    if not 1 <= size <= target.vocab_size:
+        raise InputError(f"vocabulary size must be 1 to {target.vocab_size}; got {size}")
+    if not usage.sum() > 0:
+        raise InputError("the data to count tokens in is empty")
+    always = sorted({*target.tokenizer.all_special_ids, *target.eos_ids} & set(range(len(usage))))
+    if size < len(always):
+        raise InputError(
+            f"vocabulary size {size} is below the {len(always)} special tokens, which always stay"
+        )
+    ranked = usage.clone()
+    ranked[always] = torch.inf
+    # Where the data uses fewer tokens than asked for, the lowest ids follow: the commonest in BPE.
+    ids = ranked.argsort(descending=True, stable=True)[:size].sort().values
+    return Vocabulary(ids, (usage[ids].sum() / usage.sum()).item())
+
+
+def parse_layers(text: str, available: int) -> list[int]:
+    """ "4" keeps the first four layers, "0,1,29" the listed ones."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f"layers must be a number such as 4 or a list such as 0,1,29; got {text!r}"
+        ) from None
+    layers = numbers if "," in text else list(range(numbers[0]))
+    if not layers or min(layers) < 0 or max(layers) >= available or len(set(layers)) != len(layers):
+        raise InputError(
+            f"layers must be distinct and among the target's 0 to {available - 1}; got {text!r}"
+        )
+    return layers
+
+
+def make_draft(
+    target: LanguageModel, layers: list[int], vocabulary: Tensor | None = None
+) -> LanguageModel:
+    """A new model with the given layers of the target, its embedding and its head (or the head's
+    rows `vocabulary`).
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(target.model.config)
+    text = config.get_text_config()
+    for name, value in vars(text).items():
+        if (
+            isinstance(value, list) and len(value) == target.num_layers
+        ):  # settings by layer, such as layer_types
+            setattr(text, name, [value[i] for i in layers])
+    text.num_hidden_layers = len(layers)
+    if vocabulary is not None:
+        text.tie_word_embeddings = config.tie_word_embeddings = False
+    model = AutoModelForCausalLM.from_config(config, dtype=target.dtype)
+    prefix = _layers_prefix(target)
+    source = target.model.state_dict()
+    weights = {}
+    for name in model.state_dict():
+        origin = name
+        if name.startswith(prefix):
+            index, rest = name[len(prefix) :].split(".", 1)
+            origin = f"{prefix}{layers[int(index)]}.{rest}"
+        weights[name] = source[origin]
+    model.load_state_dict(weights)
+    model.generation_config = copy.deepcopy(target.model.generation_config)
+    if vocabulary is not None:
+        model.set_output_embeddings(_select_rows(target.head, vocabulary))
+    model.to(target.device).eval()
+    return LanguageModel("draft", Path(), model, target.tokenizer, vocabulary)
+
+
+def save_draft(draft: LanguageModel, folder: Path) -> None:
+    """Write a checkpoint folder that `models.load` reads; without a trimmed vocabulary any Hugging
+    Face program reads it. config.json comes last: a folder that has one is whole.
+    """
+    new = folder.with_name(folder.name + ".new")
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        draft.model.save_pretrained(new, max_shard_size="1TB" if draft.vocab is not None else "5GB")
+        draft.tokenizer.save_pretrained(new)
+        if draft.vocab is not None:
+            save_file({"ids": draft.vocab.cpu()}, new / VOCAB_FILE)
+        folder.mkdir(exist_ok=True)
+        for file in sorted(new.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(folder / file.name)
+    except (OSError, SafetensorError) as error:
+        raise StorageError(
+            f"cannot write the draft to {folder}: {getattr(error, 'strerror', None) or error}; "
+            "free space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    draft.path = folder
+    draft.name = str(folder)
+
+
+def widen(draft: LanguageModel) -> LanguageModel:
+    """The same draft at the target's full vocabulary, for engines that know nothing of trimming:
+    tokens it lacks get a zero row, hence logit 0, far below those it was trained on.
+    """
+    if draft.vocab is None:
+        return draft
+    wide = copy.deepcopy(draft.model)
+    head = nn.Linear(draft.head.in_features, draft.full_vocab_size, draft.head.bias is not None)
+    head = head.to(draft.device, draft.dtype)
+    with torch.no_grad():
+        for new, old in zip(head.parameters(), draft.head.parameters(), strict=True):
+            new.zero_()[draft.vocab] = old
+    wide.set_output_embeddings(head)
+    return LanguageModel(draft.name, draft.path, wide, draft.tokenizer)
+
+
+def _select_rows(head: nn.Module, rows: Tensor) -> nn.Linear:
+    weight, bias = head.weight, getattr(head, "bias", None)
+    new = nn.Linear(
+        weight.shape[1], len(rows), bias is not None, device=weight.device, dtype=weight.dtype
+    )
+    with torch.no_grad():
+        new.weight.copy_(weight[rows])
+        if bias is not None:
+            new.bias.copy_(bias[rows])
+    return new
+
+
+def _layers_prefix(target: LanguageModel) -> str:
+    """The parameter prefix of the decoder layers, such as "model.layers."."""
+    for name, module in target.model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == target.num_layers:
+            return f"{name}."
+    raise ModelError(f"{target.name}: found no list of {target.num_layers} layers to keep some of")

@@ -1,0 +1,149 @@
+"""Draft birth: which layers, which tokens, and checkpoints that load again."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from specdistill import models
+from specdistill.drafts import (
+    choose_vocabulary,
+    count_tokens,
+    expected_usage,
+    make_draft,
+    parse_layers,
+    save_draft,
+    widen,
+)
+from specdistill.errors import InputError, ModelError
+from specdistill.models import LanguageModel
+
+Tiny = Callable[..., LanguageModel]
+
+
+def test_the_listed_layers_are_kept_in_order(tiny: Tiny) -> None:
+    target = tiny(0, layers=5)
+    draft = make_draft(target, [0, 3, 4])
+    for new, old in enumerate([0, 3, 4]):
+        ours, theirs = (
+            draft.model.model.layers[new].state_dict(),
+            target.model.model.layers[old].state_dict(),
+        )
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert torch.equal(draft.head.weight, target.head.weight)
+    assert draft.head.weight.data_ptr() != target.head.weight.data_ptr()
+    same = make_draft(target, [0, 1, 2, 3, 4])
+    tokens = torch.randint(5, 60, (2, 9))
+    assert torch.equal(same.logits(same.hidden(tokens)), target.logits(target.hidden(tokens)))
+
+
+def test_settings_by_layer_are_cut_with_the_layers(tiny: Tiny) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=2,
+    )
+    kinds = config.layer_types
+    assert len(set(kinds)) == 2
+    model = Qwen2ForCausalLM(config).eval().requires_grad_(False)
+    target = LanguageModel("qwen", Path(), model, tiny(0).tokenizer)
+    draft = make_draft(target, [1, 2])
+    assert draft.config.layer_types == [kinds[1], kinds[2]]
+    draft.hidden(torch.randint(64, (1, 9)))
+
+
+def test_an_untrimmed_draft_loads_with_transformers(tiny: Tiny, tmp_path: Path) -> None:
+    target = tiny(1, layers=4, tie_word_embeddings=True)
+    draft = make_draft(target, [0, 2])
+    save_draft(draft, tmp_path / "d")
+    tokens = torch.randint(5, 60, (2, 9))
+    expected = draft.logits(draft.hidden(tokens))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "d")
+    assert torch.equal(stock(tokens).logits, expected)
+    ours = models.load(str(tmp_path / "d"), dtype="float32")
+    assert torch.equal(ours.logits(ours.hidden(tokens)), expected)
+    assert ours.vocab is None
+
+
+def test_a_trimmed_draft_loads_again_and_widens(tiny: Tiny, tmp_path: Path) -> None:
+    target = tiny(2, layers=4, tie_word_embeddings=True)
+    ids = torch.tensor([0, 1, 5, 8, 13, 21, 34, 55])
+    draft = make_draft(target, [0, 1], ids)
+    save_draft(draft, tmp_path / "d")
+    again = models.load(str(tmp_path / "d"), dtype="float32")
+    assert again.vocab.tolist() == ids.tolist()
+    assert again.vocab_size == 8
+    assert again.full_vocab_size == 64
+    assert load_file(tmp_path / "d" / "model.safetensors")["lm_head.weight"].shape == (8, 32)
+    tokens = torch.randint(5, 60, (2, 9))
+    logits = again.logits(again.hidden(tokens))
+    assert torch.equal(logits, draft.logits(draft.hidden(tokens)))
+    half = make_draft(target, [0, 1])
+    assert torch.allclose(logits, half.logits(half.hidden(tokens))[..., ids], atol=1e-6)
+
+    save_draft(widen(again), tmp_path / "wide")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "wide")
+    wide = stock(tokens).logits
+    assert wide.shape[-1] == 64
+    assert torch.allclose(wide[..., ids], logits, atol=1e-6)
+    others = [i for i in range(64) if i not in ids.tolist()]
+    assert (wide[..., others] == 0).all()
+    with pytest.raises(ModelError, match="not a target"):
+        models.check_pair(again, target)
+
+
+def test_the_most_used_tokens_and_all_special_ones_are_kept(tiny: Tiny) -> None:
+    target = tiny(3)
+    texts = [[10] * 5 + [11] * 4 + [12] * 3, [13] * 2 + [14]]
+    usage = count_tokens(target, texts)
+    found = choose_vocabulary(target, usage, 8)
+    assert found.ids.tolist() == [0, 1, 2, 3, 4, 10, 11, 12]
+    assert found.coverage == pytest.approx(12 / 15)
+    roomy = choose_vocabulary(target, usage, 20)
+    assert len(roomy.ids.unique()) == 20
+    assert roomy.coverage == 1
+    assert choose_vocabulary(target, usage, 64).ids.tolist() == list(range(64))
+    for size in (0, 65, 3):
+        with pytest.raises(InputError, match="vocabulary size"):
+            choose_vocabulary(target, usage, size)
+    with pytest.raises(InputError, match="empty"):
+        choose_vocabulary(target, count_tokens(target, [[]]), 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("2", [0, 1]),
+        ("0,3", [0, 3]),
+        ("3,", None),
+        ("9", None),
+        ("-1,2", None),
+        ("1,1", None),
+        ("x", None),
+        ("0", None),
+    ],
+)
+def test_layers_are_parsed(text: str, layers: list[int] | None) -> None:
+    if layers is None:
+        with pytest.raises(InputError, match="layers must be"):
+            parse_layers(text, 4)
+    else:
+        assert parse_layers(text, 4) == layers
+
+
+def test_expected_usage_sums_the_targets_probabilities(tiny: Tiny) -> None:
+    target = tiny(4)
+    hidden = target.hidden(torch.randint(5, 60, (2, 300))).flatten(0, 1)
+    expected = target.logits(hidden).softmax(-1).sum(0).double()
+    assert torch.allclose(expected_usage(target, hidden), expected, rtol=1e-4)
