@@ -1,0 +1,209 @@
+"""Target generations on disk: Parquet parts, and beside each the target's signal, under one
+manifest.
+
+The exact signal is the final hidden state (after the last norm, in the head's dtype) and the
+logsumexp of every response position: the target's head turns it back into all logits. A part counts
+once the manifest lists it, so an interruption loses at most the part being written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from specdistill.errors import InputError, StorageError
+from specdistill.models import LanguageModel, file_sha256
+
+SCHEMA = "specdistill.generations/1"
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Example:
+    """One answer of the target. hidden [n, d] and logsumexp [n] where the signal was kept, n
+    response tokens.
+    """
+
+    id: str
+    prompt_tokens: list[int]
+    response_tokens: list[int]
+    category: str | None = None
+    hidden: Tensor | None = None
+    logsumexp: Tensor | None = None
+
+
+@dataclass
+class Manifest:
+    """What the parts have in common; a part of another target, tokenizer, set of prompts or setting
+    is foreign.
+    """
+
+    target: str
+    target_sha256: str
+    tokenizer_sha256: str
+    prompts_sha256: str
+    settings: dict[str, Any]
+    signal: bool
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    schema: str = SCHEMA
+
+
+def tokenizer_sha256(model: LanguageModel) -> str:
+    """Hash of the vocabulary and the chat template: what decides which tokens a prompt becomes."""
+    vocab = sorted(model.tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return hashlib.sha256(json.dumps([vocab, model.tokenizer.chat_template]).encode()).hexdigest()
+
+
+class Store:
+    """A folder of generations, open for appending."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        """Continue what `folder` holds, or begin. Raises `StorageError` where it holds something
+        else.
+        """
+        self.folder, self.manifest = folder, manifest
+        if (folder / MANIFEST).exists() and (found := read_manifest(folder)).parts:
+            for name in (
+                "target_sha256",
+                "tokenizer_sha256",
+                "prompts_sha256",
+                "settings",
+                "signal",
+            ):
+                ours, theirs = getattr(manifest, name), getattr(found, name)
+                if ours != theirs:
+                    raise StorageError(
+                        f"{folder} holds generations with another {name} ({theirs}, now "
+                        f"{ours}); choose another folder "
+                        "or remove it"
+                    )
+            self.manifest = found
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write(manifest)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write to {folder}: {error.strerror}; choose another folder"
+            ) from error
+
+    def done(self) -> set[str]:
+        """Ids of the prompts answered so far."""
+        return {id_ for part in self.manifest.parts for id_ in part["ids"]}
+
+    def append(self, examples: list[Example]) -> None:
+        """Write one part and list it. Raises `StorageError` when the disk is full; listed parts
+        stay intact.
+        """
+        from datasets import Dataset
+
+        stem = self.folder / f"part-{len(self.manifest.parts):05d}"
+        rows = [
+            {
+                "id": e.id,
+                "category": e.category,
+                "prompt_tokens": e.prompt_tokens,
+                "response_tokens": e.response_tokens,
+            }
+            for e in examples
+        ]
+        part: dict[str, Any] = {"ids": [e.id for e in examples]}
+        try:
+            Dataset.from_list(rows).to_parquet(stem.with_suffix(".parquet"))
+            part["parquet_sha256"] = file_sha256(stem.with_suffix(".parquet"))
+            if self.manifest.signal:
+                signal = {
+                    "hidden": torch.cat([_kept(e.hidden) for e in examples]),
+                    "logsumexp": torch.cat([_kept(e.logsumexp) for e in examples]),
+                }
+                save_file(signal, stem.with_suffix(".safetensors"))
+                part["signal_sha256"] = file_sha256(stem.with_suffix(".safetensors"))
+            self._write(replace(self.manifest, parts=[*self.manifest.parts, part]))
+        except (OSError, SafetensorError) as error:
+            raise StorageError(
+                f"cannot write {stem.name} to {self.folder}: "
+                f"{getattr(error, 'strerror', None) or error}; free space and run again to go on"
+            ) from error
+
+    def _write(self, manifest: Manifest) -> None:
+        new = self.folder / f"{MANIFEST}.new"
+        new.write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+        new.replace(self.folder / MANIFEST)
+        self.manifest = manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises `InputError` where there is none, or of another schema, `StorageError` where it is
+    damaged.
+    """
+    file = folder / MANIFEST
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        if raw["schema"] != SCHEMA:
+            raise InputError(f"{file} has schema {raw['schema']!r}; this version reads {SCHEMA!r}")
+        manifest = Manifest(**raw)
+        if not all({"ids", "parquet_sha256"} <= part.keys() for part in manifest.parts):
+            raise ValueError("a part lacks its ids or its hash")
+    except OSError:
+        raise InputError(
+            f"{folder} holds no {MANIFEST}: not a folder made by `specdistill generate`"
+        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StorageError(
+            f"{file} is damaged ({error}); remove the folder and generate again"
+        ) from error
+    return manifest
+
+
+def read_examples(folder: Path, *, signal: bool) -> list[Example]:
+    """All answers, with the kept signal if asked for. Truncated, swapped or missing files raise
+    `StorageError` by name.
+    """
+    manifest = read_manifest(folder)
+    if signal and not manifest.signal:
+        raise InputError(f"{folder} keeps no signal; generate with it, or distil with signal: live")
+    examples: list[Example] = []
+    for number, part in enumerate(manifest.parts):
+        examples += _read_part(folder / f"part-{number:05d}", part, signal)
+    if not examples:
+        raise InputError(
+            f"{folder} holds no generations yet; run `specdistill generate` to the end"
+        )
+    return examples
+
+
+def _read_part(stem: Path, part: dict[str, Any], signal: bool) -> Iterable[Example]:
+    from pyarrow import parquet
+
+    parquet_file, signal_file = stem.with_suffix(".parquet"), stem.with_suffix(".safetensors")
+    checks = [(parquet_file, "parquet_sha256")] + (
+        [(signal_file, "signal_sha256")] if signal else []
+    )
+    for file, key in checks:
+        if not file.exists() or file_sha256(file) != part[key]:
+            state = "is truncated, changed or from other data" if file.exists() else "is missing"
+            raise StorageError(f"{file} {state}; remove the folder and generate again")
+    tensors = load_file(signal_file) if signal else None
+    start = 0
+    for row in parquet.read_table(parquet_file).to_pylist():
+        example = Example(row["id"], row["prompt_tokens"], row["response_tokens"], row["category"])
+        if tensors is not None:
+            stop = start + len(example.response_tokens)
+            example.hidden = tensors["hidden"][start:stop]
+            example.logsumexp = tensors["logsumexp"][start:stop]
+            start = stop
+        yield example
+
+
+def _kept(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor.cpu()

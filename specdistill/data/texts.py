@@ -1,0 +1,27 @@
+"""Token lists to count a vocabulary in: the answers of `generate`, or a file of prompts and their
+responses.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from specdistill.data.prompts import load_prompts
+from specdistill.data.store import MANIFEST, read_examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def token_lists(source: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """A folder made by `generate` gives its answers; .jsonl and .txt give their responses where
+    they have any, else their prompts. Raises as `load_prompts` does.
+    """
+    if (Path(source) / MANIFEST).exists():
+        return [example.response_tokens for example in read_examples(Path(source), signal=False)]
+    prompts = load_prompts(source)
+    texts = [p.response for p in prompts if p.response] or [
+        m["content"] for p in prompts for m in p.messages
+    ]
+    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
