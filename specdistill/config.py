@@ -1,0 +1,120 @@
+"""The configuration of a run: one YAML file, one run folder. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from specdistill.errors import InputError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Training(_Section):
+    """The optimiser and its budget. One of max_steps and max_seconds is given; with seconds, the
+    learning rate follows the training time instead of the step.
+    """
+
+    max_steps: int | None = Field(None, ge=1)
+    max_seconds: float | None = Field(None, gt=0)
+    batch_tokens: int = Field(2048, ge=1, description="padded tokens in one forward pass")
+    accumulate: int = Field(1, ge=1, description="forward passes in one update")
+    learning_rate: float = Field(2e-3, gt=0)
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the budget with a rising rate")
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    train_embeddings: bool = False
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    chunk: int = Field(1024, ge=1, description="rows of logits held at a time")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Training:
+        if (self.max_steps is None) == (self.max_seconds is None):
+            raise ValueError("give exactly one of max_steps and max_seconds")
+        return self
+
+
+class DistillConfig(_Section):
+    """`specdistill distill`. draft is a checkpoint folder (see `specdistill init`), data a folder
+    of `specdistill generate`.
+    """
+
+    schema_version: Literal[1] = 1
+    target: str
+    draft: str
+    data: str
+    run_dir: str
+    loss: dict[str, float] = {"fkl": 1.0}
+    temperature: float = Field(1.0, gt=0, description="of the distillation loss")
+    signal: Literal["kept", "live"] = "kept"
+    heldout: int = Field(
+        32, ge=1, description="answers of the data kept out of training for the metrics"
+    )
+    evaluate_every: int = Field(100, ge=1, description="steps")
+    checkpoint_every: int = Field(200, ge=1, description="steps")
+    seed: int = 0
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    training: Training
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> DistillConfig:
+    """Read a YAML file and apply `section.key=value` overrides. Raises `InputError` naming the key
+    and the nearest known.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} must hold a mapping of keys to values; got {type(raw).__name__}")
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise InputError(
+                "an override is written key=value, for instance training.max_steps=500; got "
+                f"{override!r}"
+            )
+        *sections, last = key.split(".")
+        place: Any = raw
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise InputError(f"{key!r}: {section!r} is a value, not a section")
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"the value of {override!r} is not valid YAML: {error}") from error
+    return parse_config(raw)
+
+
+def parse_config(raw: dict[str, Any]) -> DistillConfig:
+    """Validate; every problem on a line of its own."""
+    try:
+        return DistillConfig.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(
+            "the configuration has " + "; ".join(map(_explain, error.errors()))
+        ) from None
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        known = {name: name for name in DistillConfig.model_fields}
+        known |= {name: f"training.{name}" for name in Training.model_fields}
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {known[near[0]]!r}?" if near else f"known are {', '.join(known)}"
+        return f"the unknown key {where!r}: {hint}"
+    if problem["type"] == "missing":
+        return f"no value for {where!r}"
+    return f"{where or 'a section'}: {problem['msg']} (got {problem['input']!r})"

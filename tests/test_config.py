@@ -1,0 +1,175 @@
+"""The configuration file: what is read, and what each mistake is answered with."""
+
+from pathlib import Path
+
+import pytest
+
+from specdistill.config import DistillConfig, Training, load_config
+from specdistill.errors import InputError
+
+GOOD = """\
+target: t
+draft: d
+data: answers
+run_dir: run
+loss: {fkl: 0.9, ce: 0.1}
+training:
+  max_steps: 10
+"""
+
+
+def read(tmp_path: Path, text: str, *overrides: str) -> DistillConfig:
+    file = tmp_path / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    return load_config(file, overrides)
+
+
+def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        read(tmp_path, text, *overrides)
+    return str(caught.value)
+
+
+def test_what_is_not_given_has_its_default(tmp_path: Path) -> None:
+    config = read(tmp_path, GOOD)
+    assert config.loss == {"fkl": 0.9, "ce": 0.1}
+    assert config.training == Training(max_steps=10)
+    assert (config.temperature, config.signal, config.seed) == (1.0, "kept", 0)
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    config = read(
+        tmp_path, GOOD, "seed=7", "training.max_steps=20", "loss={ce: 2}", "run_dir=a=b", "draft=5e"
+    )
+    assert (config.seed, config.training.max_steps, config.loss) == (7, 20, {"ce": 2.0})
+    assert (config.run_dir, config.draft) == ("a=b", "5e")
+    changed = read(tmp_path, GOOD, "training.max_steps=null", "training.max_seconds=1.5")
+    assert (changed.training.max_steps, changed.training.max_seconds) == (None, 1.5)
+    bare = "target: t\ndraft: d\ndata: a\nrun_dir: r\n"
+    assert read(tmp_path, bare, "training.max_steps=3").training.max_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "unknown", "nearest"),
+    [
+        ("tempratur: 2", "tempratur", "temperature"),
+        ("rundir: x", "rundir", "run_dir"),
+        ("heldout_: 3", "heldout_", "heldout"),
+        ("learning_rate: 1", "learning_rate", "training.learning_rate"),
+        ("  lerning_rate: 1", "training.lerning_rate", "training.learning_rate"),
+        ("  max_step: 1", "training.max_step", "training.max_steps"),
+        ("  seed: 1", "training.seed", "seed"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest(
+    tmp_path: Path, line: str, unknown: str, nearest: str
+) -> None:
+    message = refusal(tmp_path, GOOD + line)
+    assert f"unknown key {unknown!r}: did you mean {nearest!r}?" in message
+    key, value = line.strip().split(": ")
+    section = "training." if line.startswith(" ") else ""
+    assert refusal(tmp_path, GOOD, f"{section}{key}={value}") == message
+
+
+def test_an_unknown_key_like_no_other_is_answered_with_all(tmp_path: Path) -> None:
+    message = refusal(tmp_path, GOOD + "zzz: 1")
+    assert "'zzz': known are" in message
+    for name in (*DistillConfig.model_fields, *Training.model_fields):
+        assert name in message
+
+
+def test_no_two_sections_share_a_key() -> None:
+    assert not set(DistillConfig.model_fields) & set(Training.model_fields)
+
+
+@pytest.mark.parametrize("key", ["target", "draft", "data", "run_dir"])
+def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
+    lines = [line for line in GOOD.splitlines() if not line.startswith(f"{key}:")]
+    assert f"no value for {key!r}" in refusal(tmp_path, "\n".join(lines))
+
+
+def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
+    message = refusal(tmp_path, GOOD.replace("target: t\n", "targe: t\n") + "seed: x\n")
+    for part in ("no value for 'target'", "did you mean 'target'?", "seed", "'x'"):
+        assert part in message
+
+
+@pytest.mark.parametrize("budgets", [[], ["max_steps=5", "max_seconds=5"]], ids=["neither", "both"])
+def test_one_budget_is_given(tmp_path: Path, budgets: list[str]) -> None:
+    overrides = ["training.max_steps=null", *(f"training.{budget}" for budget in budgets)]
+    message = refusal(tmp_path, GOOD, *overrides)
+    assert "exactly one of max_steps and max_seconds" in message
+    assert "training" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("seed=x", ("seed", "integer", "'x'")),
+        ("temperature=0", ("temperature", "greater than 0", "0")),
+        ("training.max_steps=0", ("training.max_steps", "greater than or equal to 1")),
+        ("training.max_steps=2.5", ("training.max_steps", "2.5")),
+        ("training.learning_rate=fast", ("training.learning_rate", "number", "'fast'")),
+        ("training.warmup=1", ("training.warmup", "less than 1")),
+        ("training.precision=fp8", ("training.precision", "'bf16'", "'fp8'")),
+        ("training=5", ("training", "5")),
+        ("training=null", ("training", "None")),
+        ("loss=fkl", ("loss", "dictionary", "'fkl'")),
+        ("loss.fkl=much", ("loss.fkl", "number", "'much'")),
+        ("signal=guessed", ("signal", "'kept' or 'live'", "'guessed'")),
+        ("dtype=int8", ("dtype", "'bfloat16'", "'int8'")),
+        ("schema_version=2", ("schema_version", "1", "2")),
+        ("target=[a, b]", ("target", "string")),
+    ],
+)
+def test_a_value_of_the_wrong_kind(tmp_path: Path, override: str, parts: tuple[str, ...]) -> None:
+    message = refusal(tmp_path, GOOD, override)
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", ""])
+def test_an_override_without_key_or_value(tmp_path: Path, override: str) -> None:
+    message = refusal(tmp_path, GOOD, override)
+    assert "key=value" in message
+    assert repr(override) in message
+
+
+def test_an_override_below_a_value(tmp_path: Path) -> None:
+    assert "'target' is a value, not a section" in refusal(tmp_path, GOOD, "target.x=1")
+
+
+def test_an_override_that_is_no_yaml(tmp_path: Path) -> None:
+    message = refusal(tmp_path, GOOD, "loss={fkl: 1")
+    assert "'loss={fkl: 1'" in message
+    assert "not valid YAML" in message
+
+
+@pytest.mark.parametrize("text", ["target: [", "a: b: c", "\tx: 1"])
+def test_a_file_that_is_no_yaml(tmp_path: Path, text: str) -> None:
+    message = refusal(tmp_path, text)
+    assert "run.yaml is not valid YAML" in message
+    assert "line 1" in message
+
+
+def test_bytes_that_are_not_text(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(b"target: \xff\n")
+    with pytest.raises(InputError, match="not valid YAML"):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("- a\n- b", "list"), ("x", "str")])
+def test_a_file_that_holds_no_mapping(tmp_path: Path, text: str, kind: str) -> None:
+    message = refusal(tmp_path, text)
+    assert f"must hold a mapping of keys to values; got {kind}" in message
+
+
+def test_a_key_that_is_no_word(tmp_path: Path) -> None:
+    assert "5" in refusal(tmp_path, GOOD + "5: x")
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"cannot read .*none\.yaml: No such file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(InputError, match="cannot read"):
+        load_config(tmp_path)

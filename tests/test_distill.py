@@ -1,0 +1,230 @@
+"""Training: the step against a plain computation, kept and live signals, resumable to the bit."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from specdistill import models
+from specdistill.config import DistillConfig, parse_config
+from specdistill.data.generation import generate
+from specdistill.data.prompts import Prompt
+from specdistill.data.store import Example, read_examples
+from specdistill.decoding import Sampling
+from specdistill.distill import Distiller, distill, length_buckets, make_batch, rate, updates
+from specdistill.drafts import make_draft, save_draft
+from specdistill.errors import InputError, StorageError
+from specdistill.models import LanguageModel
+
+Tiny = Callable[..., LanguageModel]
+
+
+def ask(count: int) -> list[Prompt]:
+    return [
+        Prompt(str(i), ({"role": "user", "content": f"w{5 + i % 50} w{7 + i % 31}"},))
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[str, str]:
+    """A target, 40 of its answers with their signal, and a draft with a trimmed vocabulary."""
+    folder = tmp_path_factory.mktemp("world")
+    target = models.load(str(tiny_folder), dtype="float32")
+    generate(
+        target, ask(40), folder / "data", max_new_tokens=12, samplings=[Sampling(1.0)], batch_size=8
+    )
+    save_draft(make_draft(target, [0, 1], torch.arange(0, 64, 2)), folder / "draft")
+    return {
+        "target": str(tiny_folder),
+        "data": str(folder / "data"),
+        "draft": str(folder / "draft"),
+    }
+
+
+def settings(world: dict[str, str], run: Path, **more: object) -> DistillConfig:
+    training = {"max_steps": 12, "batch_tokens": 120, "learning_rate": 5e-3}
+    training |= more.pop("training", {})  # type: ignore[arg-type]
+    raw = {**world, "run_dir": str(run), "heldout": 8, "evaluate_every": 5, "checkpoint_every": 4}
+    return parse_config({**raw, **more, "training": training})
+
+
+def run(config: DistillConfig, resume: bool = False, stop_at: int | None = None) -> list[dict]:
+    def progress(stage: str, done: float, total: float, detail: str = "") -> None:
+        if stop_at is not None and detail.startswith(f"step {stop_at},"):
+            raise KeyboardInterrupt
+
+    target = models.load(config.target, dtype="float32")
+    draft = models.load(config.draft, dtype="float32")
+    distill(config, target, draft, resume=resume, progress=progress)
+    lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_a_step_is_the_mean_over_response_tokens_of_the_plain_loss(world: dict[str, str]) -> None:
+    """Two micro-batches of unequal size in one update against one plain, unchunked computation."""
+    target = models.load(world["target"], dtype="float32")
+    draft = models.load(world["draft"], dtype="float32")
+    twin = models.load(world["draft"], dtype="float32")
+    config = settings(world, Path("unused"), training={"clip_norm": 1e9, "chunk": 7})
+    distiller = Distiller(target, draft, config)
+    examples = read_examples(Path(world["data"]), signal=True)[:7]
+    groups = [examples[:5], examples[5:]]
+
+    twin.model.requires_grad_(True)
+    total, count = torch.zeros(()), 0
+    for example in examples:
+        tokens = torch.tensor([example.prompt_tokens + example.response_tokens])
+        at = slice(len(example.prompt_tokens) - 1, -1)
+        p = target.model(tokens).logits[0, at].softmax(-1)[:, twin.vocab]
+        log_q = twin.logits(twin.hidden(tokens)[0, at]).log_softmax(-1)
+        mass = p.sum(-1, keepdim=True)
+        total = total + (p * ((p / mass).log() - log_q)).sum()
+        count += len(example.response_tokens)
+    expected = torch.autograd.grad(total / count, list(twin.model.model.layers.parameters()))
+
+    grads: list[torch.Tensor] = []
+    step = distiller.optimizer.step
+    distiller.optimizer.step = lambda: (
+        grads.extend(p.grad.clone() for p in draft.model.model.layers.parameters()),
+        step(),
+    )
+    metrics = distiller.step([make_batch(g, 0, draft.device) for g in groups], 1e-3)
+    assert metrics.response_tokens == count
+    assert metrics.loss == pytest.approx((total / count).item(), rel=1e-4)
+    for got, wanted in zip(grads, expected, strict=True):
+        assert torch.allclose(got, wanted, atol=1e-5)
+    assert all(p.grad is None for p in target.model.parameters())
+    assert draft.model.get_input_embeddings().weight.grad is None
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_kept_and_live_signals_give_the_same_loss(
+    world: dict[str, str], temperature: float
+) -> None:
+    losses = {}
+    for kind in ("kept", "live"):
+        target = models.load(world["target"], dtype="float32")
+        draft = models.load(world["draft"], dtype="float32")
+        config = settings(world, Path("unused"), signal=kind, temperature=temperature)
+        examples = read_examples(Path(world["data"]), signal=kind == "kept")[:6]
+        distiller = Distiller(target, draft, config)
+        batch = make_batch(examples, 0, draft.device)
+        assert (batch.hidden is None) == (kind == "live")
+        losses[kind] = [distiller.step([batch], 1e-3).loss for _ in range(3)]
+    assert losses["kept"] == pytest.approx(losses["live"], rel=1e-4)
+    assert losses["kept"][2] < losses["kept"][0]
+
+
+def test_the_mask_covers_the_response_shifted_by_one() -> None:
+    batch = make_batch(
+        [Example("a", [5, 6, 7], [8, 9]), Example("b", [5], [6, 7, 8, 9])], 0, torch.device("cpu")
+    )
+    predicted = [
+        batch.tokens[b, i + 1].item() for b in range(2) for i in range(5) if batch.response[b, i]
+    ]
+    assert predicted == batch.labels.tolist() == [8, 9, 6, 7, 8, 9]
+    assert batch.mask.sum(-1).tolist() == [5, 5]
+
+
+def test_distillation_lowers_the_loss_and_raises_the_overlap(
+    world: dict[str, str], tmp_path: Path
+) -> None:
+    config = settings(world, tmp_path / "run", training={"max_steps": 60})
+    rows = run(config)
+    assert rows[-1]["expected_alpha"] > rows[0]["expected_alpha"] + 0.05
+    first, last = [r["loss"] for r in rows if "loss" in r][:: len(rows) - 3][:2]
+    assert last < first
+    again = models.load(str(tmp_path / "run" / "draft"))
+    assert again.vocab_size == 32
+
+
+def test_evaluate_measures_the_full_overlap(world: dict[str, str]) -> None:
+    target = models.load(world["target"], dtype="float32")
+    draft = models.load(world["draft"], dtype="float32")
+    distiller = Distiller(target, draft, settings(world, Path("unused")))
+    examples = read_examples(Path(world["data"]), signal=True)[:5]
+    got = distiller.evaluate([make_batch(examples, 0, draft.device)])
+    overlaps, matches = [], []
+    for example in examples:
+        tokens = torch.tensor([example.prompt_tokens + example.response_tokens])
+        at = slice(len(example.prompt_tokens) - 1, -1)
+        p = target.model(tokens).logits[0, at].softmax(-1)
+        q = torch.zeros_like(p)
+        q[:, draft.vocab] = draft.logits(draft.hidden(tokens)[0, at]).softmax(-1)
+        overlaps.append(torch.minimum(p, q).sum(-1))
+        matches.append((p.argmax(-1) == q.argmax(-1)).float())
+    assert got["expected_alpha"] == pytest.approx(torch.cat(overlaps).mean().item(), abs=1e-5)
+    assert got["greedy_match"] == pytest.approx(torch.cat(matches).mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("stop_at", [2, 4, 9])
+def test_a_resumed_run_ends_with_the_same_weights(
+    world: dict[str, str], tmp_path: Path, stop_at: int
+) -> None:
+    whole = run(settings(world, tmp_path / "whole", training={"accumulate": 2}))
+    config = settings(world, tmp_path / "broken", training={"accumulate": 2})
+    with pytest.raises(KeyboardInterrupt):
+        run(config, stop_at=stop_at)
+    with pytest.raises(InputError, match="--resume"):
+        run(config)
+    resumed = run(config, resume=True)
+    timeless = [
+        [{k: v for k, v in r.items() if "second" not in k} for r in rows]
+        for rows in (whole, resumed)
+    ]
+    assert timeless[0] == timeless[1]
+    a, b = (models.load(str(tmp_path / name / "draft")) for name in ("whole", "broken"))
+    for ours, theirs in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_damaged_checkpoint_is_refused(world: dict[str, str], tmp_path: Path) -> None:
+    config = settings(world, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, stop_at=6)
+    (tmp_path / "run" / "checkpoints" / "weights.safetensors").write_bytes(b"short")
+    with pytest.raises(StorageError, match="checkpoint"):
+        run(config, resume=True)
+
+
+def test_foreign_data_is_refused(world: dict[str, str], tmp_path: Path, tiny: Tiny) -> None:
+    save_draft(tiny(77, layers=4), tmp_path / "other")
+    config = settings(world | {"target": str(tmp_path / "other")}, tmp_path / "run")
+    with pytest.raises(InputError, match="another model"):
+        run(config)
+
+
+def test_batches_hold_every_example_once_and_bound_their_tokens() -> None:
+    examples = [Example(str(i), [1] * (3 + i % 17), [2] * (1 + i % 5)) for i in range(50)]
+    seen = []
+    for epoch in range(2):
+        groups = length_buckets(examples, 60, seed=3, epoch=epoch)
+        assert sorted(e.id for g in groups for e in g) == sorted(e.id for e in examples)
+        for group in groups:
+            longest = max(len(e.prompt_tokens) + len(e.response_tokens) for e in group)
+            assert len(group) == 1 or len(group) * longest <= 60
+        seen.append([[e.id for e in g] for g in groups])
+        assert groups == length_buckets(examples, 60, seed=3, epoch=epoch)
+    assert seen[0] != seen[1]
+
+
+def test_skipping_updates_goes_on_where_they_ended(world: dict[str, str]) -> None:
+    examples = [Example(str(i), [1] * 5, [2] * 3) for i in range(20)]
+    config = settings(world, Path("unused"), training={"batch_tokens": 24, "accumulate": 2})
+    stream = updates(examples, config, skip=0)
+    first = [next(stream) for _ in range(12)]
+    later = updates(examples, config, skip=7)
+    assert [next(later) for _ in range(5)] == first[7:]
+
+
+def test_the_rate_warms_up_and_decays(world: dict[str, str]) -> None:
+    config = settings(world, Path("unused"), training={"warmup": 0.1, "learning_rate": 1.0})
+    rates = [rate(x / 100, config) for x in range(101)]
+    assert rates[0] == pytest.approx(0.01)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates.index(max(rates)) == 10
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
