@@ -1,0 +1,1 @@
+"""Scoring a pair by real speculative decoding: measurement, statistics, verdict."""

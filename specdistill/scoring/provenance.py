@@ -1,0 +1,49 @@
+"""The models and the circumstances of a score."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from specdistill.models import LanguageModel
+from specdistill.provenance import device_name, git_commit, versions
+from specdistill.scoring.scorecard import ModelCard
+
+if TYPE_CHECKING:
+    from specdistill.scoring.measure import EncodedPrompt
+
+
+def model_card(model: LanguageModel) -> ModelCard:
+    return ModelCard(
+        name=model.name,
+        parameters=model.parameters(),
+        weight_bytes=model.weight_bytes(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        vocab_size=model.vocab_size,
+        sha256=model.sha256(),
+    )
+
+
+def provenance(
+    target: LanguageModel, seed: int, max_new_tokens: int, prompts: Sequence[EncodedPrompt]
+) -> dict[str, Any]:
+    """Device, threads, dtype, versions, git commit, seed, date, and what was decoded."""
+    return {
+        "device": device_name(target.device),
+        "threads": torch.get_num_threads(),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "versions": versions(),
+        "git": git_commit(),
+        "seed": seed,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "engine": "specdistill",
+        "max_new_tokens": max_new_tokens,
+        "prompts_sha256": hashlib.sha256(
+            json.dumps([[p.id, p.tokens] for p in prompts]).encode()
+        ).hexdigest(),
+    }

@@ -1,0 +1,199 @@
+"""scorecard.json: the measured result of one target, one draft and one set of prompts.
+
+The fields are the contract other programs read (schema `specdistill.scorecard/1`); everything
+derived from counts is computed here and nowhere else, so that two cards can be added and the rates
+stay right.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from specdistill.errors import InputError, StorageError
+
+SCHEMA = "specdistill.scorecard/1"
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """One model of the pair. `weight_bytes` are the bytes read for one token: an embedding that is
+    only looked up does not count, a head that is multiplied does.
+    """
+
+    name: str
+    parameters: int
+    weight_bytes: int
+    dtype: str
+    vocab_size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Plain decoding by the same engine at one temperature."""
+
+    temperature: float
+    tokens_per_second: float
+    prompts: int
+    tokens: int
+    seconds_per_step: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """Speculative decoding at one temperature and one γ, over all prompts. See the words in the
+    README.
+
+    Lists are indexed by draft position: `acceptance_by_position[i]` given that all earlier
+    positions were accepted, `survival_by_position[i]` over all rounds that proposed position i.
+    `seconds` splits the measured time into draft steps, verify passes (the target's forward), the
+    verify function and the rest.
+    """
+
+    temperature: float
+    num_draft_tokens: int
+    prompts: int
+    rounds: int
+    proposed: int
+    tested: int
+    accepted: int
+    emitted: int
+    acceptance_rate: float
+    acceptance_rate_expected: float
+    acceptance_per_proposal: float
+    acceptance_by_position: list[float]
+    survival_by_position: list[float]
+    block_efficiency: float
+    tokens_per_second: float
+    speedup: float
+    speedup_ci95: tuple[float, float]
+    cost_ratio: float
+    verify_ratio: float
+    predicted_speedup: float
+    planned_speedup: float
+    mbsu: float
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt in one setting; what the paired bootstrap resamples."""
+
+    prompt_id: str
+    temperature: float
+    num_draft_tokens: int
+    emitted: int
+    rounds: int
+    seconds: float
+    baseline_seconds: float
+    baseline_emitted: int
+
+
+@dataclass(frozen=True)
+class Lossless:
+    """Evidence that the draft changes nothing: greedy texts equal to plain decoding [equal,
+    compared], differences that are rounding ties (top-two gap within rounding), acceptance of the
+    target as its own draft, chi-square p-value.
+    """
+
+    greedy_identical: tuple[int, int]
+    ties: list[dict[str, Any]]
+    identity_acceptance: float
+    distribution_p_value: float
+
+    @property
+    def holds(self) -> bool:
+        same, compared = self.greedy_identical
+        explained = sum(1 for tie in self.ties if tie["within_rounding"])
+        return (
+            same + explained == compared
+            and self.identity_acceptance > 0.99
+            and self.distribution_p_value > 1e-4
+        )
+
+
+@dataclass(frozen=True)
+class Best:
+    temperature: float
+    num_draft_tokens: int
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Does the draft pay? `break_even_acceptance` is the acceptance rate at which the best γ would
+    be as fast as plain decoding on this machine.
+    """
+
+    pays: bool
+    best: Best
+    break_even_acceptance: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Scorecard:
+    target: ModelCard
+    draft: ModelCard
+    provenance: dict[str, Any]
+    baseline: list[Baseline]
+    rows: list[Row]
+    per_prompt: list[PromptRow]
+    lossless: Lossless
+    verdict: Verdict
+    schema: str = SCHEMA
+
+    def best_row(self, temperature: float) -> Row:
+        """The fastest row measured at `temperature`."""
+        rows = [row for row in self.rows if row.temperature == temperature]
+        if not rows:
+            had = sorted({row.temperature for row in self.rows})
+            raise InputError(f"the scorecard has no row at temperature {temperature}; it has {had}")
+        return max(rows, key=lambda row: row.speedup)
+
+    def write(self, path: Path) -> None:
+        """Raises `StorageError` where the file cannot be written; an older one then stays."""
+        new = path.with_name(path.name + ".new")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+            new.replace(path)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {path}: {error.strerror}; free space or choose another folder"
+            ) from error
+
+    @classmethod
+    def read(cls, path: Path) -> Scorecard:
+        """Raises `InputError` for a missing file, another schema, or fields that do not fit."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"cannot read scorecard {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON ({error}); name a scorecard.json") from error
+        if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
+            got = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
+            raise InputError(f"{path} has schema {got!r}; this version reads {SCHEMA!r}")
+        try:
+            return cls(
+                target=ModelCard(**raw["target"]),
+                draft=ModelCard(**raw["draft"]),
+                provenance=raw["provenance"],
+                baseline=[Baseline(**item) for item in raw["baseline"]],
+                rows=[
+                    replace(Row(**item), speedup_ci95=tuple(item["speedup_ci95"]))
+                    for item in raw["rows"]
+                ],
+                per_prompt=[PromptRow(**item) for item in raw["per_prompt"]],
+                lossless=replace(
+                    Lossless(**raw["lossless"]),
+                    greedy_identical=tuple(raw["lossless"]["greedy_identical"]),
+                ),
+                verdict=Verdict(**{**raw["verdict"], "best": Best(**raw["verdict"]["best"])}),
+            )
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path} is not a complete scorecard: {error}") from error
