@@ -1,0 +1,379 @@
+"""The pictures show what the card says, in any shape a card can have."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from specdistill.errors import InputError, StorageError
+from specdistill.plots import (
+    figure_acceptance,
+    figure_speedup,
+    figure_time,
+    figure_training,
+    plot_all,
+    plot_speedup,
+    read_metrics,
+)
+from specdistill.scoring.scorecard import (
+    Baseline,
+    Best,
+    Lossless,
+    ModelCard,
+    PromptRow,
+    Row,
+    Scorecard,
+    Verdict,
+)
+
+# Speedups measured with a two-layer draft on two cores, for γ = 1, 2, 3, 4, 6.
+SPEEDUPS = {0.0: (1.38, 1.57, 1.74, 1.80, 1.77), 1.0: (1.19, 1.27, 1.31, 1.29, 1.18)}
+
+
+def make_row(temperature: float, gamma: int, alpha: float, speedup: float) -> Row:
+    """A row of 48 prompts and 4,000 tokens whose counts, rates and times agree."""
+    c, v = 0.074, 1.0 + 0.02 * gamma
+    survival = [alpha ** (i + 1) * (1 - 0.01 * i) for i in range(gamma)]
+    block = 1 + sum(survival)
+    rounds = round(4000 / block)
+    accepted = round(rounds * sum(survival))
+    tested = round(rounds * (1 + sum(survival[:-1])))
+    return Row(
+        temperature=temperature,
+        num_draft_tokens=gamma,
+        prompts=48,
+        rounds=rounds,
+        proposed=rounds * gamma,
+        tested=tested,
+        accepted=accepted,
+        emitted=rounds + accepted,
+        acceptance_rate=accepted / tested,
+        acceptance_rate_expected=accepted / tested + (0.012 if temperature else 0.0),
+        acceptance_per_proposal=accepted / (rounds * gamma),
+        acceptance_by_position=[s / p for s, p in zip(survival, [1.0, *survival], strict=False)],
+        survival_by_position=survival,
+        block_efficiency=block,
+        tokens_per_second=speedup * 23.8,
+        speedup=speedup,
+        speedup_ci95=(speedup - 0.06, speedup + 0.07),
+        cost_ratio=c,
+        verify_ratio=v,
+        predicted_speedup=block / (gamma * c + v),
+        planned_speedup=(1 - alpha ** (gamma + 1)) / ((1 - alpha) * (gamma * c + 1)),
+        mbsu=block / (gamma * 0.1 + 1),
+        seconds={
+            "draft": rounds * gamma * 0.0031,
+            "target": rounds * v * 0.042,
+            "verify": rounds * 0.0006,
+            "other": rounds * 0.0021,
+        },
+    )
+
+
+def make_card(
+    alphas: Mapping[float, float], speedups: Mapping[float, tuple[float, ...]]
+) -> Scorecard:
+    gammas = (1, 2, 3, 4, 6)
+    rows = [
+        make_row(t, gamma, alphas[t], speedup)
+        for t in alphas
+        for gamma, speedup in zip(gammas, speedups[t], strict=False)
+    ]
+    best = max(rows, key=lambda row: row.speedup)
+    return Scorecard(
+        target=ModelCard("demo:smollm2", 134_515_008, 269_030_016, "bfloat16", 49152, "ab" * 32),
+        draft=ModelCard("runs/a/draft", 36_912_384, 19_500_000, "bfloat16", 2048, "cd" * 32),
+        provenance={
+            "device": "cpu",
+            "threads": 2,
+            "dtype": "bfloat16",
+            "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+            "git": "0123abc",
+            "seed": 17,
+            "date": "2026-11-22T10:00:00+00:00",
+            "engine": "specdistill",
+        },
+        baseline=[Baseline(t, 23.8, 48, 4000, 0.042) for t in alphas],
+        rows=rows,
+        per_prompt=[PromptRow("p1", 0.0, 1, 80, 50, 2.5, 3.4, 80)],
+        lossless=Lossless(
+            (46, 48),
+            [
+                {"prompt_id": "p7", "position": 31, "top_two_gap": 0.0012, "within_rounding": True},
+                {"prompt_id": "p9", "position": 4, "top_two_gap": 0.0007, "within_rounding": True},
+            ],
+            0.9991,
+            0.4312,
+        ),
+        verdict=Verdict(
+            best.speedup > 1,
+            Best(best.temperature, best.num_draft_tokens, best.speedup),
+            0.231,
+            "the interval of the best setting lies above 1",
+        ),
+    )
+
+
+def make_after() -> Scorecard:
+    return make_card({0.0: 0.63, 1.0: 0.47}, SPEEDUPS)
+
+
+def make_before() -> Scorecard:
+    return make_card({0.0: 0.02, 1.0: 0.01}, {0.0: (0.91,), 1.0: (0.90,)})
+
+
+def make_metrics() -> list[dict[str, Any]]:
+    """Ten logged steps, two of them followed by a held-out evaluation."""
+    rows: list[dict[str, Any]] = []
+    for step in range(1, 11):
+        rows.append({"tokens": 13400 * step, "seconds": 12.04 * step, "loss": 0.8 + 3 / step})
+        if step % 5 == 0:
+            held_out = {"expected_alpha": 0.057 * step, "greedy_match": 0.063 * step}
+            rows.append({"tokens": 13400 * step, "seconds": 12.04 * step, **held_out})
+    return rows
+
+
+def unmeasured(row: Row) -> Row:
+    """The row of a setting in which no token was emitted."""
+    return replace(
+        row,
+        emitted=0,
+        acceptance_rate=math.nan,
+        acceptance_rate_expected=math.nan,
+        acceptance_by_position=[],
+        survival_by_position=[],
+        speedup=math.nan,
+        speedup_ci95=(math.nan, math.nan),
+        predicted_speedup=math.nan,
+        planned_speedup=math.nan,
+        seconds={},
+    )
+
+
+def data(axes: Axes, label: str) -> tuple[list[float], list[float]]:
+    line: Any
+    (line,) = [line for line in axes.get_lines() if line.get_label() == label]
+    return list(line.get_xdata()), list(line.get_ydata())
+
+
+def texts(figure: Figure) -> Iterator[Text]:
+    """All words a reader sees, once the layout is settled."""
+    figure.draw_without_rendering()
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and text.get_text() and text.get_visible():
+            yield text
+
+
+def words(figure: Figure) -> list[str]:
+    return [text.get_text() for text in texts(figure)]
+
+
+AFTER = make_after()
+WITHOUT_ROWS = replace(AFTER, rows=[], baseline=[])
+HALF_MEASURED = replace(
+    AFTER, rows=[row if row.temperature == 0 else unmeasured(row) for row in AFTER.rows]
+)
+ONE_ROW = make_card({0.0: 0.63}, {0.0: (1.38,)})
+TEMPERATURES = (0.0, 0.3, 0.7, 1.0)
+MANY = make_card(dict.fromkeys(TEMPERATURES, 0.5), dict.fromkeys(TEMPERATURES, SPEEDUPS[1.0]))
+CARDS = {
+    "usual": AFTER,
+    "one row": ONE_ROW,
+    "four temperatures": MANY,
+    "half unmeasured": HALF_MEASURED,
+    "no rows": WITHOUT_ROWS,
+}
+
+
+FIGURES = {
+    **{
+        f"acceptance, {name}": (figure_acceptance, card, make_before())
+        for name, card in CARDS.items()
+    },
+    **{f"speedup, {name}": (figure_speedup, card) for name, card in CARDS.items()},
+    **{f"time, {name}": (figure_time, card) for name, card in CARDS.items()},
+    "acceptance without before": (figure_acceptance, AFTER),
+    "training": (figure_training, make_metrics()),
+    "training, one step": (figure_training, make_metrics()[:1]),
+    "training, no step": (figure_training, []),
+}
+
+
+@pytest.mark.parametrize("case", FIGURES.values(), ids=FIGURES.keys())
+def test_every_picture_is_legible(case: tuple[Any, ...]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of empty limits and crushed layouts
+        draw, *arguments = case
+        figure = draw(*arguments)
+        page = figure.bbox
+        for text in texts(figure):
+            assert float(text.get_fontsize()) >= 9, text
+            box = text.get_window_extent()
+            inside = page.x0 <= box.x0 and box.x1 <= page.x1
+            inside = inside and page.y0 <= box.y0 and box.y1 <= page.y1
+            # A tick beyond the end of its axis is not drawn, but keeps its text.
+            is_tick = text.get_text().replace(".", "").rstrip("km").isdigit()
+            assert inside or is_tick, f"{text} is cut off"
+
+
+def test_acceptance_shows_the_card() -> None:
+    left, right = figure_acceptance(AFTER).axes
+    for temperature in (0.0, 1.0):
+        rows = [row for row in AFTER.rows if row.temperature == temperature]
+        gammas = [row.num_draft_tokens for row in rows]
+        name = f"T = {temperature:g}"
+        assert data(left, name) == (gammas, [row.acceptance_rate for row in rows])
+        expected = [row.acceptance_rate_expected for row in rows]
+        assert data(left, f"expected, {name}") == (gammas, expected)
+        positions = [1, 2, 3, 4, 5, 6]  # of the largest γ only
+        given, survived = rows[-1].acceptance_by_position, rows[-1].survival_by_position
+        assert data(right, f"given earlier, {name}") == (positions, given)
+        assert data(right, f"all rounds, {name}") == (positions, survived)
+
+
+def test_acceptance_before_distillation_is_grey_and_explained() -> None:
+    before = make_before()
+    figure = figure_acceptance(AFTER, before)
+    left = figure.axes[0]
+    assert data(left, "before, T = 0") == ([1], [before.rows[0].acceptance_rate])
+    colours = {line.get_label(): line.get_color() for line in left.get_lines()}
+    assert colours["before, T = 0"] == colours["before, T = 1"] == "#767676"
+    assert len({colours["T = 0"], colours["T = 1"], "#767676"}) == 3
+    assert "before distillation" in words(figure)
+    assert "before distillation" not in words(figure_acceptance(AFTER))
+
+
+def test_speedup_shows_the_card() -> None:
+    figure = figure_speedup(AFTER)
+    assert "plain\ndecoding" in words(figure)
+    for axes, temperature in zip(figure.axes, (0.0, 1.0), strict=True):
+        rows = [row for row in AFTER.rows if row.temperature == temperature]
+        gammas = [row.num_draft_tokens for row in rows]
+        assert data(axes, "measured") == (gammas, [row.speedup for row in rows])
+        assert data(axes, "predicted") == (gammas, [row.predicted_speedup for row in rows])
+        assert data(axes, "planned") == (gammas, [row.planned_speedup for row in rows])
+        assert data(axes, "plain decoding")[1] == [1.0, 1.0]
+        (intervals,) = [part for part in axes.collections if isinstance(part, LineCollection)]
+        ends = [tuple(segment[:, 1]) for segment in intervals.get_segments()]
+        assert ends == [row.speedup_ci95 for row in rows]
+
+
+def test_an_interval_that_leaves_the_estimate_out_is_drawn() -> None:
+    rows = [replace(row, speedup_ci95=(row.speedup + 0.1, row.speedup + 0.2)) for row in AFTER.rows]
+    assert figure_speedup(replace(AFTER, rows=rows)).axes
+
+
+def test_temperatures_may_have_different_gammas() -> None:
+    rows = [row for row in AFTER.rows if row.temperature == 0 or row.num_draft_tokens == 2]
+    card = replace(AFTER, rows=rows)
+    greedy, sampled = figure_time(card).axes
+    names = ["plain", "γ = 1", "γ = 2", "γ = 3", "γ = 4", "γ = 6"]
+    assert [label.get_text() for label in greedy.get_yticklabels()] == names
+    assert [label.get_text() for label in sampled.get_yticklabels()] == ["plain", "γ = 2"]
+    for axes in figure_speedup(card).axes:
+        low, high = axes.get_xlim()
+        assert low < 1
+        assert high > 6
+
+
+def test_time_bars_add_up_to_the_time_per_token() -> None:
+    for axes, temperature in zip(figure_time(AFTER).axes, (0.0, 1.0), strict=True):
+        rows = [row for row in AFTER.rows if row.temperature == temperature]
+        plain, *parts = axes.containers
+        assert plain[0].get_width() == pytest.approx(1000 / 23.8)
+        names = ["draft steps", "verify pass", "verify function", "rest"]
+        assert [part.get_label() for part in parts] == names
+        for index, row in enumerate(rows):
+            end = 0.0
+            for bars, seconds in zip(parts, row.seconds.values(), strict=True):
+                assert bars[index].get_x() == pytest.approx(end)
+                assert bars[index].get_width() == pytest.approx(1000 * seconds / row.emitted)
+                end = bars[index].get_x() + bars[index].get_width()
+
+
+def test_time_shows_a_part_it_has_no_name_for() -> None:
+    rows = [replace(row, seconds={**row.seconds, "prefill": 3.0}) for row in AFTER.rows]
+    figure = figure_time(replace(AFTER, rows=rows))
+    assert "prefill" in words(figure)
+    assert figure.axes[0].containers[-1].get_label() == "prefill"
+
+
+def test_training_shows_the_metrics() -> None:
+    metrics = make_metrics()
+    left, right = figure_training(metrics).axes
+    steps = [row for row in metrics if "loss" in row]
+    assert data(left, "loss") == ([row["tokens"] for row in steps], [row["loss"] for row in steps])
+    tokens = [67000, 134000]
+    assert data(right, "expected α") == (tokens, [0.057 * 5, 0.057 * 10])
+    assert data(right, "greedy match") == (tokens, [0.063 * 5, 0.063 * 10])
+
+
+def test_an_unmeasured_temperature_says_so_and_leaves_the_other_alone() -> None:
+    for figure in (figure_speedup(HALF_MEASURED), figure_time(HALF_MEASURED)):
+        assert words(figure).count("nothing was measured") == 1
+        assert any(label.get_visible() for label in figure.axes[0].get_xticklabels())
+    assert words(figure_acceptance(WITHOUT_ROWS)).count("nothing was measured") == 2
+    assert words(figure_training([])).count("nothing was measured") == 2
+
+
+def is_picture(path: Path) -> bool:
+    """A PNG wide enough to print, and more than one colour."""
+    raw = path.read_bytes()
+    width, height = int.from_bytes(raw[16:20], "big"), int.from_bytes(raw[20:24], "big")
+    return raw[:4] == b"\x89PNG" and width > 800 and height > 300 and len(raw) > 10_000
+
+
+def write_run(folder: Path) -> None:
+    """A run folder as a finished run leaves it, but for draft, pictures and report."""
+    make_after().write(folder / "scorecard.json")
+    make_before().write(folder / "scorecard_before.json")
+    lines = [json.dumps(row) + "\n" for row in make_metrics()]
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def test_plot_all_draws_the_run_folder(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    paths = plot_all(tmp_path)
+    names = ["acceptance.png", "speedup.png", "time.png", "training.png"]
+    assert paths == [tmp_path / "plots" / name for name in names]
+    assert sorted((tmp_path / "plots").iterdir()) == paths
+    assert all(map(is_picture, paths))
+
+
+def test_plot_all_needs_only_the_scorecard(tmp_path: Path) -> None:
+    ONE_ROW.write(tmp_path / "scorecard.json")
+    names = [path.name for path in plot_all(tmp_path)]
+    assert names == ["acceptance.png", "speedup.png", "time.png"]
+    with pytest.raises(InputError, match=r"scorecard\.json"):
+        plot_all(tmp_path / "elsewhere")
+
+
+def test_a_cut_off_metrics_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"loss": 1.0}\n{"loss": 0.', encoding="utf-8")
+    with pytest.raises(InputError, match=r"line 2 .*not a JSON object"):
+        read_metrics(path)
+
+
+def test_a_picture_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "plots").write_text("a file where the folder should be", encoding="utf-8")
+    with pytest.raises(StorageError, match=r"speedup\.png"):
+        plot_speedup(AFTER, tmp_path / "plots" / "speedup.png")
+
+
+def test_pyplot_is_not_loaded() -> None:
+    code = "import sys, specdistill.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,267 @@
+"""The report says what the card says, in words and numbers a reader can act on."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_plots import make_after, make_before, make_metrics, unmeasured, write_run
+
+from specdistill.errors import InputError, StorageError
+from specdistill.plots import plot_all
+from specdistill.report import write_report
+from specdistill.scoring.scorecard import Lossless, Scorecard
+
+CONFIG = "target: my/target\nseed: 17\nprompts: {path: a.jsonl}\n"
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A finished run: both cards, metrics, configuration and a draft folder."""
+    write_run(tmp_path)
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    return tmp_path
+
+
+def report(run_dir: Path, card: Scorecard | None = None) -> str:
+    if card:
+        card.write(run_dir / "scorecard.json")
+    path = write_report(run_dir)
+    assert path == run_dir / "report.md"
+    return path.read_text(encoding="utf-8")
+
+
+def table(text: str, title: str) -> list[dict[str, str]]:
+    """The first table under the heading `title`, a dict per line."""
+    section = text.split(f"## {title}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    head, _, *rest = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(head, line, strict=True)) for line in rest]
+
+
+def code(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)\n```", text, flags=re.DOTALL)
+
+
+def test_the_verdict_comes_first(run_dir: Path) -> None:
+    first, second = report(run_dir).split("\n\n")[:2]
+    assert first == "# A draft for my/target"
+    assert second == (
+        "**The draft pays: with it, `my/target` decodes 1.80 times as fast as without it "
+        "(T = 0, γ = 4; 95% interval 1.74 to 1.87), and the output does not change.**"
+    )
+
+
+def test_a_draft_that_does_not_pay_or_is_not_lossless_is_called_so(run_dir: Path) -> None:
+    card = make_before()
+    second = report(run_dir, card).split("\n\n")[1]
+    assert "does not pay: with it, `my/target` decodes 0.91 times as fast" in second
+    faulty = replace(card, lossless=Lossless((47, 48), [], 0.9991, 0.43))
+    text = report(run_dir, faulty)
+    assert "NOT shown" in text.split("\n\n")[1]
+    assert "Nothing explains 1" in text
+    assert "**not shown to be** lossless" in text
+    assert "does not change.**" not in text
+
+
+def test_before_and_after(run_dir: Path) -> None:
+    text = report(run_dir)
+    lines = table(text, "Before and after")
+    assert [(line["T"], line["draft"], line["γ"]) for line in lines] == [
+        ("0", "none", "–"),
+        ("0", "before distillation", "1"),
+        ("0", "this draft", "4"),
+        ("1", "none", "–"),
+        ("1", "before distillation", "1"),
+        ("1", "this draft", "3"),
+    ]
+    best = make_after().best_row(1.0)
+    assert lines[-1]["expected α"] == f"{best.acceptance_rate_expected:.3f}"
+    assert lines[-1]["α"] == f"{best.acceptance_rate:.3f}"
+    assert lines[-1]["τ"] == f"{best.block_efficiency:.2f}"
+    assert lines[-1]["speedup [95% interval]"] == "1.31 [1.25, 1.38]"
+    assert lines[4]["speedup [95% interval]"] == "0.90 [0.84, 0.97]"
+    assert lines[3]["tokens/s"] == "23.8"
+    assert "took expected α from 0.02 to 0.63 at T = 0, γ = 1;" in text
+
+
+def test_all_settings_holds_every_row(run_dir: Path) -> None:
+    rows = make_after().rows
+    lines = table(report(run_dir), "All settings")
+    assert len(lines) == len(rows) == 10
+    for line, row in zip(lines, rows, strict=True):
+        assert (line["T"], line["γ"]) == (f"{row.temperature:g}", str(row.num_draft_tokens))
+        assert line["α"] == f"{row.acceptance_rate:.3f}"
+        assert line["accepted / proposed"] == f"{row.acceptance_per_proposal:.3f}"
+        assert line["predicted"] == f"{row.predicted_speedup:.2f}"
+        assert line["planned"] == f"{row.planned_speedup:.2f}"
+        assert line["MBSU"] == f"{row.mbsu:.2f}"
+        assert line["c"] == f"{row.cost_ratio:.3f}"
+        assert line["v"] == f"{row.verify_ratio:.2f}"
+        assert line["rounds"] == f"{row.rounds:,}"
+
+
+def test_what_was_done_and_how(run_dir: Path) -> None:
+    text = report(run_dir)
+    assert "Target: `my/target`, 134.5 M parameters, 269.0 MB read per token" in text
+    assert "Training: 134,000 tokens seen, 2 min 0 s" in text
+    assert "Prompts: 48 per setting" in text
+    assert "at an acceptance rate of 0.23; the draft reaches 0.63" in text
+    for fact in ("device: cpu", "threads: 2", "dtype: bfloat16", "seed: 17", "git: 0123abc"):
+        assert f"- {fact}\n" in text
+    assert "- date: 2026-11-22T10:00:00+00:00\n" in text
+    assert "- versions: torch 2.13.0, transformers 5.23.0\n" in text
+    assert code(text, "yaml") == [CONFIG.strip()]
+    assert text.endswith("```\n")
+
+
+def test_the_proof_of_losslessness(run_dir: Path) -> None:
+    text = report(run_dir)
+    assert "46 of 48 outputs are token-identical" in text
+    assert "Rounding explains 2" in text
+    assert "99.91%" in text
+    assert "p = 0.431" in text
+    assert table(text, "Does the output stay the same?") == [
+        {"prompt id": "p7", "position": "31", "top two gap": "0.0012", "within rounding": "yes"},
+        {"prompt id": "p9", "position": "4", "top two gap": "0.0007", "within rounding": "yes"},
+    ]
+    clean = replace(make_after(), lossless=Lossless((48, 48), [], 1.0, 0.43))
+    text = report(run_dir, clean)
+    assert "48 of 48" in text
+    assert "Rounding" not in text
+    unchecked = replace(make_after(), lossless=Lossless((0, 0), [], math.nan, math.nan))
+    assert "no outputs were compared" in report(run_dir, unchecked)
+
+
+def test_only_pictures_that_exist_are_linked(run_dir: Path) -> None:
+    assert "![" not in report(run_dir)
+    paths = plot_all(run_dir)
+    linked = re.findall(r"!\[.+?\]\((.+?)\)", report(run_dir))
+    assert sorted(linked) == sorted(path.relative_to(run_dir).as_posix() for path in paths)
+    paths[0].unlink()
+    assert len(re.findall(r"!\[.+?\]\((.+?)\)", report(run_dir))) == len(paths) - 1
+
+
+def test_a_trimmed_draft_is_exported_before_other_engines_load_it(run_dir: Path) -> None:
+    text = report(run_dir)
+    draft = str(run_dir / "draft")
+    score, to_transformers, to_vllm, serve = map(shlex.split, code(text, "sh"))
+    assert score[:6] == ["specdistill", "score", "--target", "my/target", "--draft", draft]
+    assert score[-2:] == ["--num-draft-tokens", "4"]
+    assert to_transformers[-3:] == [f"{draft}-transformers", "--for", "transformers"]
+    assert to_vllm[-3:] == [f"{draft}-vllm", "--for", "vllm"]
+    assert serve[:4] == ["vllm", "serve", "my/target", "--speculative-config"]
+    assert json.loads(serve[4]) == {
+        "method": "draft_model",
+        "model": f"{draft}-vllm",
+        "num_speculative_tokens": 4,
+    }
+    assert "trimmed to 2,048 of 49,152 tokens" in text
+    assert f"{draft}-transformers" in code(text, "python")[0]
+
+
+def test_a_draft_of_full_vocabulary_is_served_as_it_is(run_dir: Path) -> None:
+    card = make_after()
+    text = report(run_dir, replace(card, draft=replace(card.draft, vocab_size=49152)))
+    assert "specdistill export" not in text
+    assert json.loads(shlex.split(code(text, "sh")[-1])[-1])["model"] == str(run_dir / "draft")
+
+
+def test_a_target_only_we_know_by_name_is_named_otherwise(run_dir: Path) -> None:
+    (run_dir / "config.yaml").unlink()  # the card names demo:smollm2
+    text = report(run_dir)
+    assert "--target demo:smollm2" in code(text, "sh")[0]
+    assert "vllm serve HuggingFaceTB/SmolLM2-135M-Instruct" in code(text, "sh")[-1]
+    assert "demo:smollm2" not in code(text, "python")[0]
+    (run_dir / "config.yaml").write_text("target: 'a b.gguf'\n", encoding="utf-8")
+    text = report(run_dir)
+    assert "--target 'a b.gguf'" in code(text, "sh")[0]
+    assert "vllm serve TARGET" in code(text, "sh")[-1]
+
+
+def test_the_transformers_snippet_runs(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = {"Your": 0, "prompt": 1, "</s>": 2, "?": 3}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    target = run_dir / "target"
+    for folder in (target, run_dir / "draft"):
+        config = LlamaConfig(
+            vocab_size=4,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            bos_token_id=None,
+            eos_token_id=2,
+            pad_token_id=2,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(
+            folder
+        )
+    (run_dir / "config.yaml").write_text(f"target: {target}\n", encoding="utf-8")
+    card = make_after()
+    text = report(run_dir, replace(card, draft=replace(card.draft, vocab_size=49152)))
+    (snippet,) = code(text, "python")
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    assert capsys.readouterr().out.startswith("Your prompt")
+    assert names["draft"].generation_config.num_assistant_tokens == 4
+
+
+def test_what_is_missing_is_said_or_left_out(tmp_path: Path) -> None:
+    make_after().write(tmp_path / "scorecard.json")
+    text = report(tmp_path)
+    assert "before distillation |" not in text
+    assert "no scorecard from before distillation" in text
+    assert "Training: the run folder holds no record of it" in text
+    assert "```yaml" not in text
+    assert "--draft runs/a/draft" in text  # no draft folder here: the name the card gives
+
+
+def test_what_was_not_measured_is_a_dash(run_dir: Path) -> None:
+    card = make_after()
+    rows = [row if row.temperature == 0 else unmeasured(row) for row in card.rows]
+    proof = replace(card.lossless, distribution_p_value=math.nan, identity_acceptance=math.nan)
+    baseline = [replace(base, tokens_per_second=math.nan) for base in card.baseline]
+    provenance = {**card.provenance, "git": None}
+    text = report(
+        run_dir,
+        replace(card, rows=rows, lossless=proof, baseline=baseline, provenance=provenance),
+    )
+    assert not re.search(r"\bnan\b", text, flags=re.IGNORECASE)
+    assert "None" not in text
+    assert "- git: –\n" in text
+    assert "| – [–, –] |" in text
+    assert "**not shown to be** lossless" in text
+
+
+def test_bad_files_are_named(run_dir: Path) -> None:
+    (run_dir / "config.yaml").write_text("target: [", encoding="utf-8")
+    with pytest.raises(InputError, match=r"config\.yaml"):
+        write_report(run_dir)
+    (run_dir / "config.yaml").unlink()
+    card = make_after()
+    replace(card, rows=card.rows[:2]).write(run_dir / "scorecard.json")
+    with pytest.raises(InputError, match="T = 0, γ = 4"):
+        write_report(run_dir)
+    card.write(run_dir / "scorecard.json")
+    (run_dir / "report.md").mkdir()
+    with pytest.raises(StorageError, match=r"report\.md"):
+        write_report(run_dir)
+
+
+def test_metrics_tell_the_training_whatever_the_last_row_is(run_dir: Path) -> None:
+    assert "loss" not in make_metrics()[-1]
+    (run_dir / "metrics.jsonl").write_text('{"tokens": 500, "seconds": 59.6}\n', encoding="utf-8")
+    assert "Training: 500 tokens seen, 1 min 0 s" in report(run_dir)
