@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "sta
 
 
 def save_checkpoint(
-    folder: Path, state: dict[str, Any], weights: dict[str, Tensor], optimizer: Optimizer
+    folder: Path, state: dict[str, Any], weights: Mapping[str, Tensor], optimizer: Optimizer
 ) -> None:
     """Replace the checkpoint in `folder` by this one; the old one stays until then."""
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
@@ -48,7 +49,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, weights: dict[str, Tensor], optimizer: Optimizer
+    folder: Path, weights: Mapping[str, Tensor], optimizer: Optimizer
 ) -> dict[str, Any]:
     """Read a checkpoint into `weights` and `optimizer`; returns its state. Raises `StorageError`
     where it does not fit.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import tempfile
@@ -69,6 +70,7 @@ def main() -> None:
     """Run a command; our own errors become one line and exit code 2, an interrupt 130. `--debug`
     shows tracebacks.
     """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would run through ours
     debug = "--debug" in sys.argv[1:]
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     try:
@@ -323,15 +325,17 @@ def score(
     from specdistill.scoring import measure
 
     asked = load_prompts(prompts, split=split, column=column, limit=limit)
-    pair = [models.load(name, dtype=dtype, device=device) for name in (target, draft)]  # type: ignore[arg-type]
-    models.check_pair(*pair)
-    for model in pair:
+    big = models.load(target, dtype=dtype, device=device)  # type: ignore[arg-type]
+    small = models.load(draft, dtype=dtype, device=device)  # type: ignore[arg-type]
+    models.check_pair(big, small)
+    for model in (big, small):
         packing.pack(model, 8)
         _note(f"{model.name}: {model.dtype} on {model.device}")
-    encoded = [measure.EncodedPrompt(p.id, encode_prompt(pair[0].tokenizer, p)) for p in asked]
+    encoded = [measure.EncodedPrompt(p.id, encode_prompt(big.tokenizer, p)) for p in asked]
     with _progress() as progress:
         card = measure.score(
-            *pair,
+            big,
+            small,
             encoded,
             num_draft_tokens=gammas,
             temperatures=temperatures,

@@ -156,7 +156,7 @@ def widen(draft: LanguageModel) -> LanguageModel:
 
 
 def _select_rows(head: nn.Module, rows: Tensor) -> nn.Linear:
-    weight, bias = head.weight, getattr(head, "bias", None)
+    weight, bias = head.get_parameter("weight"), getattr(head, "bias", None)
     new = nn.Linear(
         weight.shape[1], len(rows), bias is not None, device=weight.device, dtype=weight.dtype
     )

@@ -55,7 +55,7 @@ class LanguageModel:
 
     def __post_init__(self) -> None:
         self.config = self.model.config.get_text_config()
-        self.head = self.model.get_output_embeddings()
+        self.head: nn.Module = self.model.get_output_embeddings()
         self._wide_head: Tensor | None = None
 
     @property
@@ -74,7 +74,8 @@ class LanguageModel:
     @property
     def full_vocab_size(self) -> int:
         """Ids the model can read: the width of the embedding."""
-        return self.model.get_input_embeddings().weight.shape[0]
+        embedding: nn.Module = self.model.get_input_embeddings()
+        return int(embedding.get_parameter("weight").shape[0])
 
     @property
     def num_layers(self) -> int:

@@ -40,7 +40,7 @@ def pack(language_model: LanguageModel, rows: int) -> LanguageModel:
         return language_model
     for parent in list(language_model.model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in (nn.Linear, PackedLinear):
+            if isinstance(child, nn.Linear) and type(child) in (nn.Linear, PackedLinear):
                 setattr(parent, name, PackedLinear(child, rows))
     language_model.head = language_model.model.get_output_embeddings()
     return language_model

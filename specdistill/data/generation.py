@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -42,11 +43,13 @@ def generate(
     seed: int = 0,
     batch_size: int = 32,
     keep_signal: bool = True,
+    max_seconds: float | None = None,
     progress: Progress = silent,
 ) -> Store:
     """Answer every prompt not yet answered in `folder`. The same call again goes on where an
     interrupted one stopped. With several samplings each prompt gets one of them, by its id and
-    the seed: a draft that will decode at two temperatures should see texts of both.
+    the seed: a draft that will decode at two temperatures should see texts of both. After
+    `max_seconds` what is finished is kept and the rest left unanswered.
 
     Raises `StorageError` before any work where the disk cannot hold the signal, or `folder` holds
     other generations.
@@ -84,6 +87,7 @@ def generate(
     finished: list[Example] = []
     tokens = settled = 0  # emitted in all, and by finished rows
     answered = len(done)
+    start = time.perf_counter()
     try:
         for round_ in decoder.stream(requests):
             for row in round_.rows:
@@ -104,6 +108,8 @@ def generate(
                 store.append(part)
             under_way = (tokens - settled) / max_new_tokens
             progress("generate", answered + under_way, len(prompts), f"{tokens:,} tokens")
+            if max_seconds is not None and time.perf_counter() - start > max_seconds:
+                break
     finally:  # on an interrupt, too, nothing finished is lost
         if finished:
             store.append(finished)

@@ -20,6 +20,8 @@ class _RowLayer(CacheLayerMixin):
     """One layer's slots [B, H, L, D], written by position."""
 
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, owner: CachedModel) -> None:
         super().__init__()
@@ -76,7 +78,7 @@ class CachedModel:
         self.rows = self.positions = torch.empty(0, dtype=torch.int64)
         self.is_subset = False
         self.layers = [_RowLayer(self) for _ in range(model.num_layers)]
-        self.cache = Cache(layers=self.layers)
+        self.cache = Cache(layers=list(self.layers))
 
     def run(
         self, tokens: Tensor, positions: Tensor, visible: int, rows: Tensor | None = None

@@ -128,7 +128,7 @@ def distribution_p_value(
     q_rows = q_rows.repeat(2, 1)[:2] if len(q_rows) < 2 else q_rows[:2]
 
     batch = torch.arange(draws, device=target.device)
-    row = {
+    row: dict[str, Any] = {
         "temperature": torch.ones(draws, device=target.device),
         "seeds": batch + seed * draws,
         "step": torch.zeros_like(batch),

@@ -23,6 +23,8 @@ from specdistill.scoring.statistics import planned_speedup, speedup_interval
 from specdistill.scoring.verdict import verdict
 from specdistill_kernels import probabilities
 
+MIN_PROMPTS = 4
+
 
 @dataclass(frozen=True)
 class EncodedPrompt:
@@ -72,12 +74,14 @@ def score(
     temperatures: Sequence[float],
     max_new_tokens: int,
     seed: int = 0,
+    max_seconds: float | None = None,
     progress: Progress = silent,
 ) -> Scorecard:
     """Decode every prompt plainly and with every γ at every temperature, and measure.
 
     The settings take turns on each prompt, starting from another one each time, so that a drift of
-    the machine's speed falls on all of them alike. A short untimed run of each comes first.
+    the machine's speed falls on all of them alike. A short untimed run of each comes first. After
+    `max_seconds` no further prompt is begun, once there are four.
     """
     if not prompts:
         raise InputError("there are no prompts to score")
@@ -92,6 +96,7 @@ def score(
     for t, g in settings:
         decoders[g].generate([prompts[0].tokens], max_new_tokens=8, sampling=Sampling(t), seed=seed)
     runs = {setting: _Runs() for setting in settings}
+    begin = time.perf_counter()
     for i, prompt in enumerate(prompts):
         turn = i % len(settings)
         for t, g in settings[turn:] + settings[:turn]:
@@ -102,6 +107,11 @@ def score(
             runs[t, g].seconds.append(time.perf_counter() - start)
             runs[t, g].generations.append(generation)
         progress("score", i + 1, len(prompts), f"{len(settings)} settings a prompt")
+        late = max_seconds is not None and time.perf_counter() - begin > max_seconds
+        if late and i + 1 >= MIN_PROMPTS:
+            prompts = prompts[: i + 1]
+            progress("score", len(prompts), len(prompts), "out of time; the rest is left out")
+            break
 
     target_card, draft_card = model_card(target), model_card(draft)
     weight_ratio = draft_card.weight_bytes / target_card.weight_bytes
@@ -232,7 +242,8 @@ def expected_acceptance(
     gives every p and q. At temperature 0 both are one-hot, and the overlap is 1 exactly where the
     proposal was accepted.
     """
-    tested, start = [], len(prompt) - 1
+    tested: list[int] = []
+    start = len(prompt) - 1
     for r in output.rounds:
         tested += range(start, start + r.tested)
         start += len(r.tokens)

