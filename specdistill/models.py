@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -55,7 +55,7 @@ class LanguageModel:
 
     def __post_init__(self) -> None:
         self.config = self.model.config.get_text_config()
-        self.head: nn.Module = self.model.get_output_embeddings()
+        self.head = cast("nn.Linear", self.model.get_output_embeddings())
         self._wide_head: Tensor | None = None
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -42,5 +44,5 @@ def pack(language_model: LanguageModel, rows: int) -> LanguageModel:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and type(child) in (nn.Linear, PackedLinear):
                 setattr(parent, name, PackedLinear(child, rows))
-    language_model.head = language_model.model.get_output_embeddings()
+    language_model.head = cast("nn.Linear", language_model.model.get_output_embeddings())
     return language_model
