@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -132,7 +131,7 @@ def quickstart(
         soft_wrap=True,
     )
     out.print(f"{time.perf_counter() - start:.0f} s in all")
-    _finish(as_json, {"run_dir": str(folder), "before": asdict(before), "after": asdict(after)})
+    _finish(as_json, {"run_dir": str(folder), "before": before.document(), "after": after.document()})
 
 
 @app.command()
@@ -347,7 +346,7 @@ def score(
     screen = _tables(as_json)
     _print_rows(screen, card)
     _print_verdict(screen, card)
-    _finish(as_json, asdict(card))
+    _finish(as_json, card.document())
 
 
 @app.command()

@@ -102,6 +102,10 @@ def test_greedy_is_identical_and_the_evidence_holds(card: Scorecard) -> None:
 def test_a_card_survives_the_file(card: Scorecard, tmp_path: Path) -> None:
     card.write(tmp_path / "a" / "scorecard.json")
     assert Scorecard.read(tmp_path / "a" / "scorecard.json") == card
+    unknown = dataclasses.replace(card.rows[0], speedup_ci95=(math.nan, math.nan))
+    dataclasses.replace(card, rows=[unknown]).write(tmp_path / "nan.json")
+    assert "NaN" not in (tmp_path / "nan.json").read_text()
+    assert math.isnan(Scorecard.read(tmp_path / "nan.json").rows[0].speedup_ci95[0])
     raw = json.loads((tmp_path / "a" / "scorecard.json").read_text())
     raw["schema"] = "specdistill.scorecard/9"
     (tmp_path / "new.json").write_text(json.dumps(raw))

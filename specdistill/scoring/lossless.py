@@ -74,7 +74,7 @@ def explain_difference(
     return {
         "prompt_id": prompt_id,
         "position": at,
-        "gap": gap,
+        "top_two_gap": gap,
         "rounding": rounding,
         "within_rounding": gap <= 2 * rounding,
     }

@@ -8,11 +8,13 @@ stay right.
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from specdistill.errors import InputError, StorageError
+from specdistill.errors import InputError, StorageError, StorageError
 
 SCHEMA = "specdistill.scorecard/1"
 
@@ -154,12 +156,19 @@ class Scorecard:
             raise InputError(f"the scorecard has no row at temperature {temperature}; it has {had}")
         return max(rows, key=lambda row: row.speedup)
 
+    def document(self) -> dict[str, Any]:
+        """As JSON can hold it: what could not be measured (NaN) is null."""
+        nullable = _map_leaves(
+            asdict(self), lambda x: None if isinstance(x, float) and math.isnan(x) else x
+        )
+        return dict(nullable)
+
     def write(self, path: Path) -> None:
         """Raises `StorageError` where the file cannot be written; an older one then stays."""
         new = path.with_name(path.name + ".new")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            new.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+            new.write_text(json.dumps(self.document(), indent=2) + "\n", encoding="utf-8")
             new.replace(path)
         except OSError as error:
             raise StorageError(
@@ -178,6 +187,9 @@ class Scorecard:
         if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
             got = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
             raise InputError(f"{path} has schema {got!r}; this version reads {SCHEMA!r}")
+        for part in ("rows", "lossless", "verdict"):
+            if part in raw:
+                raw[part] = _map_leaves(raw[part], lambda x: math.nan if x is None else x)
         try:
             return cls(
                 target=ModelCard(**raw["target"]),
@@ -197,3 +209,12 @@ class Scorecard:
             )
         except (KeyError, TypeError) as error:
             raise InputError(f"{path} is not a complete scorecard: {error}") from error
+
+
+def _map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Apply `change` to every leaf of nested dictionaries and lists."""
+    if isinstance(value, dict):
+        return {key: _map_leaves(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_map_leaves(item, change) for item in value]
+    return change(value)
