@@ -131,7 +131,9 @@ def quickstart(
         soft_wrap=True,
     )
     out.print(f"{time.perf_counter() - start:.0f} s in all")
-    _finish(as_json, {"run_dir": str(folder), "before": before.document(), "after": after.document()})
+    _finish(
+        as_json, {"run_dir": str(folder), "before": before.document(), "after": after.document()}
+    )
 
 
 @app.command()

@@ -357,4 +357,10 @@ def _write_config(file: Path, config: DistillConfig, target: LanguageModel) -> N
         **versions(),
     }
     text = yaml.safe_dump(config.model_dump(), sort_keys=False)
-    file.write_text(text + "".join(f"# {k}: {v}\n" for k, v in facts.items()), encoding="utf-8")
+    text += "".join(f"# {name}: {value}\n" for name, value in facts.items())
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {file}: {error.strerror}; free space or choose another run_dir"
+        ) from error

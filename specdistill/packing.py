@@ -14,9 +14,8 @@ class PackedLinear(nn.Linear):
     """A linear layer that also keeps its weight in MKL's packed layout.
 
     The stock product packs the weight anew on every call of more than three rows, so that a verify
-    pass over five tokens costs twice a plain step; packed once, it costs about the same. A row is
-    rounded alike whatever rows stand beside it, too. Calls of more than `max_rows` take the stock
-    product.
+    pass over five tokens costs twice a plain step; packed once, it costs about the same. Calls of
+    more than `max_rows` take the stock product.
     """
 
     def __init__(self, linear: nn.Linear, rows: int) -> None:

@@ -134,9 +134,9 @@ def test_distillation_lowers_the_loss_and_raises_the_overlap(
 ) -> None:
     config = settings(world, tmp_path / "run", training={"max_steps": 60})
     rows = run(config)
-    assert rows[-1]["expected_alpha"] > rows[0]["expected_alpha"] + 0.05
-    first, last = [r["loss"] for r in rows if "loss" in r][:: len(rows) - 3][:2]
-    assert last < first
+    assert rows[-1]["expected_alpha"] > rows[0]["expected_alpha"] + 0.01
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     again = models.load(str(tmp_path / "run" / "draft"))
     assert again.vocab_size == 32
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from specdistill.errors import InputError, StorageError, StorageError
+from specdistill.errors import InputError, StorageError
 
 SCHEMA = "specdistill.scorecard/1"
 
@@ -187,7 +187,7 @@ class Scorecard:
         if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
             got = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
             raise InputError(f"{path} has schema {got!r}; this version reads {SCHEMA!r}")
-        for part in ("rows", "lossless", "verdict"):
+        for part in ("baseline", "rows", "per_prompt", "lossless", "verdict"):
             if part in raw:
                 raw[part] = _map_leaves(raw[part], lambda x: math.nan if x is None else x)
         try:
