@@ -48,6 +48,13 @@ def save_checkpoint(
         ) from error
 
 
+def find_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint in `folder`, or the one before it where `save_checkpoint` was killed just as
+    it exchanged the two."""
+    candidates = (folder, folder.with_name(folder.name + ".old"))
+    return next((found for found in candidates if (found / STATE).exists()), None)
+
+
 def load_checkpoint(
     folder: Path, weights: Mapping[str, Tensor], optimizer: Optimizer
 ) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import yaml
 from accelerate import Accelerator
 from torch import Tensor
 
-from specdistill.checkpoints import load_checkpoint, save_checkpoint
+from specdistill.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from specdistill.config import DistillConfig
 from specdistill.data.store import Example, read_examples, read_manifest
 from specdistill.divergences import Positions, chunked_sum, mixture
@@ -101,7 +101,7 @@ class Distiller:
             with torch.no_grad():
                 hidden, logsumexp = self.signal(batch)
             with self.accelerator.autocast():
-                states = self.draft.hidden(batch.tokens, attention_mask=batch.mask)[batch.response]
+                states = self.states(batch)
             loss = chunked_sum(
                 states.float() if self.draft.dtype != torch.float64 else states,
                 [
@@ -121,6 +121,12 @@ class Distiller:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return StepMetrics(loss_sum / total, total, sum(batch.tokens.numel() for batch in batches))
+
+    def states(self, batch: Batch) -> Tensor:
+        """The draft's final hidden states [N, d] at the response positions. An id that only pads
+        the target's embedding is read as the draft's last one."""
+        tokens = batch.tokens.clamp(max=self.draft.full_vocab_size - 1)
+        return self.draft.hidden(tokens, attention_mask=batch.mask)[batch.response]
 
     def signal(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The target's final hidden states [N, d] and the logsumexp [N] of its full logits at the
@@ -153,7 +159,7 @@ class Distiller:
         """
         overlap = match = count = 0.0
         for batch in batches:
-            states = self.draft.hidden(batch.tokens, attention_mask=batch.mask)[batch.response]
+            states = self.states(batch)
             hidden = batch.hidden
             if hidden is None:
                 hidden = self.target.hidden(batch.tokens, attention_mask=batch.mask)[batch.response]
@@ -275,8 +281,8 @@ def distill(
 
     distiller = Distiller(target, draft, config)
     state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0}
-    if resume and checkpoints.exists():
-        state = load_checkpoint(checkpoints, distiller.parameters, distiller.optimizer)
+    if resume and (checkpoint := find_checkpoint(checkpoints)):
+        state = load_checkpoint(checkpoint, distiller.parameters, distiller.optimizer)
     _keep_metrics(metrics_file, state["step"])
     _write_config(run / "config.yaml", config, target)
     budget = config.training

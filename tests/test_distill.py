@@ -181,6 +181,27 @@ def test_a_resumed_run_ends_with_the_same_weights(
         assert torch.equal(ours, theirs)
 
 
+def test_a_checkpoint_that_was_being_exchanged_is_found(
+    world: dict[str, str], tmp_path: Path
+) -> None:
+    config = settings(world, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, stop_at=6)
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "run" / "checkpoints.old")
+    rows = run(config, resume=True)
+    assert [r["step"] for r in rows if "loss" in r] == list(range(1, 13))
+
+
+def test_an_id_of_the_targets_padding_does_not_stop_the_draft(world: dict[str, str]) -> None:
+    target = models.load(world["target"], dtype="float32")
+    draft = models.load(world["draft"], dtype="float32")
+    distiller = Distiller(target, draft, settings(world, Path("unused"), signal="live"))
+    batch = make_batch([Example("a", [5, 6], [7, 8, 9])], 0, draft.device)
+    expected = distiller.states(batch)
+    batch.tokens[0, -1] = 70  # the last token of an answer is read, but predicts nothing
+    assert torch.equal(distiller.states(batch), expected)
+
+
 def test_a_damaged_checkpoint_is_refused(world: dict[str, str], tmp_path: Path) -> None:
     config = settings(world, tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):

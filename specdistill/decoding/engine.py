@@ -285,17 +285,13 @@ class SpeculativeDecoder:
         """The batch as tensors, and how many proposals count in each row [B] (on the host)."""
         last_two, cached, step, wanted = [], [], [], []
         for row in self._rows:
-            if (
-                row is None
-            ):  # a free slot computes nothing of use, at positions that will be overwritten
+            if row is None:  # computes nothing of use, in slots that will be overwritten
                 last_two.append([0, 0])
                 cached.append(0)
                 step.append(0)
                 wanted.append(0)
             else:
-                last_two.append(
-                    (row.tokens[-2:] * 2)[:2] if len(row.tokens) < 2 else row.tokens[-2:]
-                )
+                last_two.append((row.tokens[-1:] + row.tokens[-2:])[-2:])  # a lone token twice
                 cached.append(len(row.tokens) - 1)
                 step.append(row.steps)
                 wanted.append(
