@@ -133,26 +133,12 @@ class CachedModel:
             layer.keep(index)
         self.batch = len(rows)
 
-    def bytes(self) -> int:
-        """Memory of all slots."""
-        config, model = self.model.config, self.model
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        return (
-            2 * model.num_layers * self.batch * heads * self.capacity * width * model.dtype.itemsize
-        )
-
 
 def common_prefix(prompts: list[list[int]]) -> int:
     """How many tokens all prompts begin with; 0 for a single prompt, which shares with nobody."""
     if len(prompts) == 1:
         return 0
-    first, last = (
-        min(prompts),
-        max(prompts),
-    )  # in lexicographic order, what these two share all share
+    first, last = min(prompts), max(prompts)  # what the extremes of an order share, all share
     return next(
         (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
         min(len(first), len(last)),

@@ -98,14 +98,9 @@ class ModelDrafter:
         for i in range(num_tokens):
             hidden = self.cached.run(inputs, positions, state.longest + i + 1)[:, -1]
             logits = self.draft.logits(hidden)[:, : self.width]
-            s = state.sampling
             drawn = sample(
                 logits,
-                temperature=s.temperature,
-                top_k=s.top_k,
-                top_p=s.top_p,
-                min_p=s.min_p,
-                seeds=s.seeds,
+                **state.sampling.arguments(),
                 step=state.step,
                 position=i,
             )

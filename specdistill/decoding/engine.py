@@ -246,17 +246,12 @@ class SpeculativeDecoder:
         logits = self.target.logits(hidden)
         marks.append(self._clock())
 
-        s = self._sampling
         verdict = verify(
             draft.tokens,
             draft.logits,
             logits,
             lengths=lengths.to(tokens.device).clamp(max=num),
-            temperature=s.temperature,
-            top_k=s.top_k,
-            top_p=s.top_p,
-            min_p=s.min_p,
-            seeds=s.seeds,
+            **self._sampling.arguments(),
             step=state.step,
             draft_vocab=draft.vocab,
         )

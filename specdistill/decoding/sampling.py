@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,10 @@ class SamplingBatch:
             column([s.min_p for s in samplings], 0.0, torch.float64),
             torch.tensor(seeds, dtype=torch.int64, device=device),
         )
+
+    def arguments(self) -> dict[str, Any]:
+        """As the keyword arguments of `sample` and `verify`: both must see the same settings."""
+        return vars(self)
 
 
 def row_seed(seed: int, request_id: str) -> int:
