@@ -21,7 +21,7 @@ def case(batch: int, num: int, temperature: float) -> dict[str, torch.Tensor]:
     vocab = torch.arange(VD) * 16
     target = torch.randn(batch, num + 1, V) * 3
     draft = target[:, :num, vocab] + torch.randn(batch, num, VD)
-    proposals = [vocab[sample(draft[:, i], position=i, **rows)] for i in range(num)]
+    proposals = [vocab[sample(draft[:, i], position=i, **rows).tokens] for i in range(num)]
     return {
         "draft_tokens": torch.stack(proposals, 1),
         "draft_logits": draft,

@@ -30,7 +30,7 @@ def one_round(p_logits, q_logits, batch: int, vocab=None, **settings):
     num = len(q_logits)
     args = rows(batch, **settings)
     q = q_logits.expand(batch, -1, -1)
-    drawn = torch.stack([sample(q[:, i], position=i, **args) for i in range(num)], 1)
+    drawn = torch.stack([sample(q[:, i], position=i, **args).tokens for i in range(num)], 1)
     tokens = drawn if vocab is None else vocab[drawn]
     lengths = torch.full((batch,), num)
     return tokens, verify(
@@ -154,7 +154,7 @@ def test_mixed_rows_equal_rows_alone() -> None:
         "seeds": torch.tensor([5, 6, 7]),
         "step": torch.tensor([0, 3, 9]),
     }
-    tokens = torch.stack([sample(draft[:, i], position=i, **settings) for i in range(3)], 1)
+    tokens = torch.stack([sample(draft[:, i], position=i, **settings).tokens for i in range(3)], 1)
     lengths = torch.tensor([3, 2, 0])
     together = verify(tokens, draft, target, lengths=lengths, **settings)
     for b in range(3):
@@ -264,7 +264,7 @@ def test_tail_mass_of_rare_tokens() -> None:
         args["seeds"] = torch.arange(start, start + step)
         heavy = logits.clone()
         heavy[1:] += 6.0  # 400 draws see about 47 of them
-        hits += int((sample(heavy.expand(step, -1), position=0, **args) > 0).sum())
+        hits += int((sample(heavy.expand(step, -1), position=0, **args).tokens > 0).sum())
     mass = tail * torch.tensor(-14.5).exp().item()
     expected = draws * mass / (1 + mass)
     assert abs(hits - expected) < 5 * expected**0.5

@@ -8,6 +8,16 @@ what was sampled.
 
 from specdistill_kernels.dispatch import sample, verify
 from specdistill_kernels.noise import Noise, counter_noise
-from specdistill_kernels.reference import Verdict, probabilities
+from specdistill_kernels.reference import Drawn, Lenience, Mode, Verdict, probabilities
 
-__all__ = ["Noise", "Verdict", "counter_noise", "probabilities", "sample", "verify"]
+__all__ = [
+    "Drawn",
+    "Lenience",
+    "Mode",
+    "Noise",
+    "Verdict",
+    "counter_noise",
+    "probabilities",
+    "sample",
+    "verify",
+]

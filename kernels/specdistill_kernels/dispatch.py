@@ -8,7 +8,7 @@ from torch import Tensor
 
 from specdistill_kernels import reference
 from specdistill_kernels.noise import Noise, counter_noise
-from specdistill_kernels.reference import Verdict
+from specdistill_kernels.reference import Drawn, Lenience, Mode, Verdict
 
 Backend = Literal["auto", "reference"]
 
@@ -26,20 +26,31 @@ def verify(
     seeds: Tensor,
     step: Tensor,
     draft_vocab: Tensor | None = None,
+    draft_lse: Tensor | None = None,
+    point_mass: Tensor | None = None,
+    mode: Mode = "token",
+    lenience: Lenience | None = None,
     noise: Noise = counter_noise,
     backend: Backend = "auto",
 ) -> Verdict:
     """Speculative sampling (2211.17192): the emitted tokens follow the target's distribution
     whatever the draft.
 
-    draft_tokens: [B, G] int64 in target ids. draft_logits: [B, G, Vd] raw logits the tokens were
-    drawn from by `sample` with the same temperature and filters, or None for a draft that proposes
-    with certainty. target_logits: [B, G+1, V] raw. lengths: [B] proposals that count in each row;
-    temperature (0 = greedy), top_k (0 = off), top_p (1 = off), min_p (0 = off), seeds, step: [B].
-    draft_vocab: [Vd] target id of each draft logit when the draft's vocabulary is trimmed. At
-    temperature 0 the draft's logits are not read. A draft row without a finite maximum is a
+    draft_tokens: [B, G] int64 in target ids; -1 ends a row's proposals. draft_logits: [B, G, Vd]
+    raw logits the tokens were drawn from by `sample` with the same temperature and filters, or None
+    for a draft that proposes with certainty. target_logits: [B, G+1, V] raw. lengths: [B] proposals
+    that count in each row; temperature (0 = greedy), top_k (0 = off), top_p (1 = off), min_p (0 =
+    off), seeds, step: [B]. `step` must be new in each round of a row.
+
+    draft_vocab: [Vd] sorted target ids of the draft's logits when its vocabulary is trimmed.
+    draft_lse: [B, G] the logsumexp that `sample` returned, which saves a pass. point_mass: [B]
+    bool, rows that proposed with certainty although draft_logits is given. mode: "token", or
+    "block" (2403.10444): the same distribution, and on average at least as many accepted tokens.
+    lenience makes acceptance LOSSY; it has no effect at temperature 0, where p is 0 or 1.
+
+    At temperature 0 the draft's logits are not read. A draft row without a finite maximum is a
     rejection. Where the target's own row has none, the token is -1 and the caller must stop. Raises
-    ValueError for shapes that do not fit or a backend that does not exist.
+    ValueError for shapes or options that do not fit, or a backend that does not exist.
     """
     _check_backend(backend)
     batch, num = draft_tokens.shape
@@ -56,14 +67,27 @@ def verify(
         width = target_logits.shape[-1] if draft_vocab is None else len(draft_vocab)
         if draft_logits.shape[-1] != width:
             raise ValueError(f"draft_logits must be {width} wide; got {draft_logits.shape[-1]}")
-    for name, value in (
-        ("lengths", lengths),
-        ("temperature", temperature),
-        ("seeds", seeds),
-        ("step", step),
+    if mode not in ("token", "block"):
+        raise ValueError(f"mode must be 'token' or 'block'; got {mode!r}")
+    if lenience is not None and not (
+        lenience.kind in ("lin", "sq", "exp") and 0 < lenience.epsilon <= 1 and mode == "token"
     ):
-        if value.shape != (batch,):
-            raise ValueError(f"{name} must be [{batch}]; got {list(value.shape)}")
+        raise ValueError(
+            f"lenience must be lin, sq or exp with 0 < epsilon <= 1, in mode 'token'; got "
+            f"{lenience.kind} with {lenience.epsilon} in mode {mode!r}"
+        )
+    if draft_logits is None and not (draft_lse is None and point_mass is None):
+        raise ValueError("draft_lse and point_mass say something about draft_logits, which is None")
+    for name, value, shape in (
+        ("lengths", lengths, [batch]),
+        ("temperature", temperature, [batch]),
+        ("seeds", seeds, [batch]),
+        ("step", step, [batch]),
+        ("draft_lse", draft_lse, [batch, num]),
+        ("point_mass", point_mass, [batch]),
+    ):
+        if value is not None and list(value.shape) != shape:
+            raise ValueError(f"{name} must be {shape}; got {list(value.shape)}")
     return reference.verify(
         draft_tokens,
         draft_logits,
@@ -76,6 +100,10 @@ def verify(
         seeds=seeds,
         step=step,
         draft_vocab=draft_vocab,
+        draft_lse=draft_lse,
+        point_mass=point_mass,
+        mode=mode,
+        lenience=lenience,
         noise=noise,
     )
 
@@ -92,9 +120,9 @@ def sample(
     position: int,
     noise: Noise = counter_noise,
     backend: Backend = "auto",
-) -> Tensor:
-    """Draw one draft token per row: [B, Vd] raw logits to [B] int64 indices into them. Arguments as
-    in `verify`; position is the token's place in the round (0 to G-1).
+) -> Drawn:
+    """Draw one draft token per row: [B, Vd] raw logits to indices into them, with the logsumexp
+    that `verify` takes. Arguments as there; position is the token's place in the round (0 to G-1).
     """
     _check_backend(backend)
     return reference.sample(

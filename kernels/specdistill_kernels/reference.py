@@ -3,22 +3,45 @@ token for token.
 
 Shapes: B requests, G draft positions, V target vocabulary, Vd draft vocabulary (Vd = V unless
 `draft_vocab` is given). p is the target's distribution, q the draft's. Sources: Leviathan et al.
-2211.17192 (Algorithm 1), Chen et al. 2302.01318.
+2211.17192 (Algorithm 1), Chen et al. 2302.01318; Sun et al. 2403.10444 (block verification); Zhou
+et al. 2310.08461 (lenience).
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from specdistill_kernels.noise import COIN, DRAFT, FINAL, Noise, coin, exponential
 
+Mode = Literal["token", "block"]
+
 
 class Verdict(NamedTuple):
     tokens: Tensor  # [B, G+1] int64: accepted prefix, one residual or bonus token, then -1
     num_accepted: Tensor  # [B] int64
+
+
+class Drawn(NamedTuple):
+    tokens: Tensor  # [B] int64, indices into the logits
+    logsumexp: Tensor  # [B], of logits / temperature before the filters; 0 in greedy rows
+
+
+class Lenience(NamedTuple):
+    """LOSSY acceptance: keep x with probability min(1, f(p(x)) / q(x)). f(p) is p/ε for "lin", p/ε²
+    for "sq" and p**ε for "exp", with 0 < ε <= 1; ε = 1 is the exact rule. From DistillSpec
+    (2310.08461).
+    """
+
+    kind: Literal["lin", "sq", "exp"]
+    epsilon: float
+
+    def __call__(self, p: Tensor) -> Tensor:
+        if self.kind == "exp":
+            return p**self.epsilon
+        return p / self.epsilon ** (2 if self.kind == "sq" else 1)
 
 
 def probabilities(
@@ -27,14 +50,16 @@ def probabilities(
     top_k: Tensor | None = None,
     top_p: Tensor | None = None,
     min_p: Tensor | None = None,
+    logsumexp: Tensor | None = None,
 ) -> Tensor:
     """The distribution a token is drawn from: [B, ..., V] raw logits to float32 (float64 stays)
     probabilities.
 
     Per row, in this order: temperature (0 = one-hot on the first maximum), top-k (0 = off),
     renormalise, top-p (1 = off), min-p (0 = off), renormalise. Ties at a threshold are all kept, so
-    the result does not depend on the order of equal logits. A row without a finite maximum (NaN,
-    all -inf, +inf) comes back as zeros: no distribution.
+    the result does not depend on the order of equal logits. `logsumexp` [B, ...], of logits /
+    temperature, saves a pass where it is known already. A row without a finite maximum (NaN, all
+    -inf, +inf) comes back as zeros: no distribution.
     """
 
     def per_row(value: Tensor) -> Tensor:
@@ -43,7 +68,10 @@ def probabilities(
     logits = logits if logits.dtype == torch.float64 else logits.float()
     greedy = per_row(temperature) == 0
     scale = torch.where(greedy, 1.0, per_row(temperature)).to(logits.dtype)
-    p = torch.softmax(logits / scale, -1)
+    if logsumexp is None:
+        p = torch.softmax(logits / scale, -1)
+    else:
+        p = (logits / scale - logsumexp[..., None].to(logits.dtype)).exp_()
     if top_k is not None:
         k = torch.where(per_row(top_k) > 0, per_row(top_k), logits.shape[-1]).clamp(
             max=logits.shape[-1]
@@ -91,14 +119,102 @@ def sample(
     step: Tensor,
     position: int,
     noise: Noise,
-) -> Tensor:
-    """One draft token per row of [B, Vd] logits, as an index into them. A row without a
-    distribution gives 0: `verify` sees the same logits and rejects it.
+) -> Drawn:
+    """One draft token per row of [B, Vd] logits. A row without a distribution gives token 0:
+    `verify` sees the same logits and rejects it.
     """
-    if not bool((temperature > 0).any()):
-        return logits.nan_to_num(nan=-torch.inf).argmax(-1)
-    q = probabilities(logits, temperature, top_k, top_p, min_p)
-    return race(q, seeds, step, torch.full_like(seeds, position), DRAFT, noise).clamp(min=0)
+    peak, first = logits.nan_to_num(nan=-torch.inf).max(-1)
+    peak = peak if logits.dtype == torch.float64 else peak.float()
+    warm = temperature > 0
+    if not bool(warm.any()):
+        return Drawn(first, torch.zeros_like(peak))
+    p = probabilities(logits, temperature)
+    scaled = peak / torch.where(warm, temperature, 1.0).to(peak.dtype)
+    logsumexp = torch.where(warm, scaled - p.amax(-1).log(), 0)
+    if top_k is not None or top_p is not None or min_p is not None:
+        p = probabilities(logits, temperature, top_k, top_p, min_p)
+    drawn = race(p, seeds, step, torch.full_like(seeds, position), DRAFT, noise)
+    return Drawn(drawn.clamp(min=0), logsumexp)
+
+
+class Proposals(NamedTuple):
+    """Draft tokens [B, G] and what they were drawn from: q [B, G, Vd], whose columns are the target
+    ids `vocab` [Vd], or certainty in the rows with `point_mass` [B] (in all of them without q).
+    """
+
+    tokens: Tensor
+    q: Tensor | None
+    vocab: Tensor | None
+    point_mass: Tensor | None
+
+    def chances(self) -> Tensor:
+        """q of each proposed token, [B, G]."""
+        if self.q is None:
+            return torch.ones(self.tokens.shape, device=self.tokens.device)
+        column = self.tokens
+        if self.vocab is not None:
+            column = torch.searchsorted(self.vocab, column).clamp(max=len(self.vocab) - 1)
+        q_x = self.q.gather(-1, column[..., None])[..., 0]
+        return q_x if self.point_mass is None else q_x.where(~self.point_mass[:, None], 1)
+
+    def residual(self, p: Tensor, rows: Tensor, at: Tensor) -> Tensor:
+        """max(0, p - q) in place, for weights p [..., V] at positions (rows, at) [...]."""
+        certain = None if self.point_mass is None else self.point_mass[rows]
+        if self.q is not None:
+            q = self.q[rows, at]
+            if certain is not None:
+                q[certain] = 0
+            if self.vocab is None:
+                p -= q
+            else:
+                p[..., self.vocab] -= q
+        if self.q is None or certain is not None:
+            one = torch.ones(1) if certain is None else certain[..., None]
+            x = self.tokens[rows, at][..., None]
+            p.scatter_add_(-1, x, -one.to(p).expand(x.shape))
+        return p.clamp_(min=0)
+
+
+def token_rule(p_x: Tensor, q_x: Tensor, coins: Tensor, offered: Tensor) -> Tensor:
+    """Keep x with probability min(1, p(x)/q(x)), up to the first rejection; all [B, G]. The coin
+    stays strictly below, so that a token with p(x) = 0 never passes. Returns num_accepted [B].
+    """
+    accept = offered & (q_x > 0) & (coins * q_x.double() < p_x.double())
+    return accept.long().cumprod(-1).sum(-1)
+
+
+def block_rule(
+    p: Tensor, p_x: Tensor, proposals: Proposals, coins: Tensor, offered: Tensor
+) -> tuple[Tensor, Tensor]:
+    """2403.10444, Algorithm 2: the longest prefix whose own coin lies below its h. Returns
+    num_accepted [B] and the joint ratio there [B], which scales p in the residual.
+
+    joint_i = min(1, joint_{i-1} p(x_i)/q(x_i)); the whole block stands with h = joint, a shorter
+    prefix with h_i = S_i / (S_i + 1 - joint_i), where S_i = Σ max(0, joint_i p - q) one position
+    on. Coins beyond the emitted prefix are looked at: the next round must have new ones.
+    """
+    batch, num = offered.shape
+    q_x = proposals.chances().double()
+    ratio = (p_x.double() / q_x).where(offered & (q_x > 0), 0)
+    joints = [torch.ones(batch, dtype=torch.float64, device=p.device)]
+    for i in range(num):
+        joints.append((joints[-1] * ratio[:, i]).clamp(max=1))
+    joint = torch.stack(joints, 1)  # [B, G+1]
+
+    rows, at = torch.meshgrid(
+        torch.arange(batch, device=p.device), torch.arange(1, num, device=p.device), indexing="ij"
+    )
+    scaled = joint[:, 1:num, None].to(p.dtype) * p[:, 1:num]
+    mass = proposals.residual(scaled, rows, at).sum(-1).double()  # S_1 to S_{G-1}
+    short = mass / (mass + 1 - joint[:, 1:num])
+    short = short.nan_to_num(
+        nan=1.0
+    )  # p = q and joint = 1: what follows is accepted with certainty
+    chance = torch.cat([short, joint[:, num:]], 1)
+    index = torch.arange(1, num + 1, device=p.device)
+    chance = torch.where(index == offered.sum(-1, keepdim=True), joint[:, 1:], chance)
+    num_accepted = (index * (coins < chance)).amax(-1)
+    return num_accepted, joint.gather(-1, num_accepted[:, None])[:, 0]
 
 
 def verify(
@@ -114,6 +230,10 @@ def verify(
     seeds: Tensor,
     step: Tensor,
     draft_vocab: Tensor | None,
+    draft_lse: Tensor | None,
+    point_mass: Tensor | None,
+    mode: Mode,
+    lenience: Lenience | None,
     noise: Noise,
 ) -> Verdict:
     """Accept a prefix of each row's proposals and draw one token after it.
@@ -124,20 +244,19 @@ def verify(
     offered = (index < lengths[:, None]) & (draft_tokens >= 0)
     offered = offered.long().cumprod(-1).bool()
 
-    def pick(value: Tensor | None, rows: Tensor | slice) -> Tensor | None:
-        return None if value is None else value[rows]
-
     def sampled(rows: Tensor | slice) -> Verdict:
-        return _verify_sampled(
-            draft_tokens[rows],
-            pick(draft_logits, rows),
-            target_logits[rows],
-            offered[rows],
-            (temperature[rows], pick(top_k, rows), pick(top_p, rows), pick(min_p, rows)),
-            (seeds[rows], step[rows]),
-            draft_vocab,
-            noise,
-        )
+        def pick(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[rows]
+
+        settings = (temperature[rows], pick(top_k), pick(top_p), pick(min_p))
+        p = probabilities(target_logits[rows], *settings)  # [B, G+1, V]
+        q = None
+        if draft_logits is not None:
+            q = probabilities(draft_logits[rows], *settings, pick(draft_lse)).to(p.dtype)
+        tokens = draft_tokens[rows].clamp(min=0)
+        proposals = Proposals(tokens, q, draft_vocab, pick(point_mass))
+        stream = (seeds[rows], step[rows])
+        return _verify_sampled(p, proposals, offered[rows], stream, mode, lenience, noise)
 
     warm = temperature > 0
     if bool(warm.all()):
@@ -150,53 +269,39 @@ def verify(
 
 
 def _verify_sampled(
-    draft_tokens: Tensor,
-    draft_logits: Tensor | None,
-    target_logits: Tensor,
+    p: Tensor,
+    proposals: Proposals,
     offered: Tensor,
-    settings: tuple[Tensor, Tensor | None, Tensor | None, Tensor | None],
     stream: tuple[Tensor, Tensor],
-    draft_vocab: Tensor | None,
+    mode: Mode,
+    lenience: Lenience | None,
     noise: Noise,
 ) -> Verdict:
-    """Rows at a temperature above 0. `offered` [B, G] marks the proposals that count, `settings`
-    are temperature and filters, `stream` is (seeds, step)."""
-    batch, num = draft_tokens.shape
-    device = draft_tokens.device
-    proposed = draft_tokens.clamp(min=0)
-    p = probabilities(target_logits, *settings)  # [B, G+1, V]
-    p_x = p[:, :num].gather(-1, proposed[..., None])[..., 0]
-    if draft_logits is None:
-        q_x = torch.ones_like(p_x)
-    else:
-        q = probabilities(draft_logits, *settings).to(p.dtype)  # [B, G, Vd]
-        column = proposed if draft_vocab is None else torch.searchsorted(draft_vocab, proposed)
-        q_x = q.gather(-1, column[..., None])[..., 0]
-
-    # The accept rule: keep x with probability min(1, p(x)/q(x)). The coin stays strictly below, so
-    # that a token with p(x) = 0 never passes.
-    positions = torch.arange(num, device=device).expand(batch, num)
+    """Rows at a temperature above 0: p [B, G+1, V]; `offered` [B, G] marks the proposals that
+    count; `stream` is (seeds, step).
+    """
+    batch, num = offered.shape
+    index = torch.arange(max(batch, num), device=p.device)
     seeds, step = (value[:, None].expand(batch, num) for value in stream)
-    bits = noise(seeds, step, positions, COIN, torch.zeros(1, dtype=torch.int64, device=device))
-    accept = offered & (q_x > 0) & (coin(bits[..., 0]) * q_x.double() < p_x.double())
-    num_accepted = accept.long().cumprod(-1).sum(-1)
+    bits = noise(seeds, step, index[:num].expand(batch, num), COIN, index.new_zeros(1))
+    coins = coin(bits[..., 0])
+    p_x = p[:, :num].gather(-1, proposals.tokens[..., None])[..., 0]
+    if mode == "token" or num == 0:
+        bar = p_x if lenience is None else lenience(p_x)
+        num_accepted = token_rule(bar, proposals.chances(), coins, offered)
+        weights = p[index[:batch], num_accepted]
+    else:
+        num_accepted, joint = block_rule(p, p_x, proposals, coins, offered)
+        weights = p[index[:batch], num_accepted] * joint[:, None].to(p.dtype)
 
     # After a rejection the token comes from norm(max(0, p - q)), after full acceptance from p.
-    weights = p[torch.arange(batch, device=device), num_accepted]
     rejected = (num_accepted < offered.sum(-1)).nonzero()[:, 0]
     if len(rejected):
-        at = num_accepted[rejected]
-        residual = weights[rejected]
-        if draft_logits is None:
-            residual.scatter_(-1, proposed[rejected, at][:, None], 0)
-        elif draft_vocab is None:
-            residual -= q[rejected, at]
-        else:
-            residual[:, draft_vocab] -= q[rejected, at]
-        residual = residual.clamp_(min=0)
+        residual = proposals.residual(weights[rejected], rejected, num_accepted[rejected])
         some = (residual > 0).any(-1, keepdim=True)
         weights[rejected] = torch.where(some, residual, weights[rejected])
-    return _assemble(draft_tokens, num_accepted, race(weights, *stream, num_accepted, FINAL, noise))
+    final = race(weights, *stream, num_accepted, FINAL, noise)
+    return _assemble(proposals.tokens, num_accepted, final)
 
 
 def _verify_greedy(draft_tokens: Tensor, target_logits: Tensor, offered: Tensor) -> Verdict:

@@ -134,7 +134,7 @@ def distribution_p_value(
         "step": torch.zeros_like(batch),
     }
     q_batch = q_rows.expand(draws, -1, -1)
-    proposals = torch.stack([sample(q_batch[:, i], position=i, **row) for i in range(2)], 1)
+    proposals = torch.stack([sample(q_batch[:, i], position=i, **row).tokens for i in range(2)], 1)
     lengths = torch.full_like(batch, 2)
     out = verify(proposals, q_batch, p_rows.expand(draws, -1, -1), lengths=lengths, **row)
     p = probabilities(p_rows, torch.ones(3, device=target.device)).double().cpu()
