@@ -2,15 +2,19 @@
 loop.
 """
 
-from specdistill.decoding.drafters import Drafter, ModelDrafter
+from specdistill.decoding.drafters import CombinedDrafter, Drafter, ModelDrafter, NgramDrafter
 from specdistill.decoding.engine import Generation, Output, Request, Round, SpeculativeDecoder
+from specdistill.decoding.lengths import AdaptiveLength
 from specdistill.decoding.sampling import GREEDY, Sampling
 
 __all__ = [
     "GREEDY",
+    "AdaptiveLength",
+    "CombinedDrafter",
     "Drafter",
     "Generation",
     "ModelDrafter",
+    "NgramDrafter",
     "Output",
     "Request",
     "Round",

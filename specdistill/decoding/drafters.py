@@ -1,9 +1,10 @@
-"""What proposes tokens. A drafter sees the rows' last tokens and lengths, and says which
-distribution it drew from.
+"""What proposes tokens: a small model, a look-up in the text so far, or both. A drafter sees the
+rows' texts, and says which distribution it drew from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,34 +13,53 @@ from torch import Tensor
 
 from specdistill.decoding.cache import CachedModel
 from specdistill.decoding.sampling import SamplingBatch
+from specdistill.errors import InputError
 from specdistill.models import LanguageModel
 from specdistill_kernels import sample
 
 
 @dataclass
 class RoundState:
-    """The batch at the start of a round. `last_two` [B, 2] are each row's last tokens; the target's
-    cache holds all tokens but the last, `lengths` [B] of them. `longest` is max(lengths), known on
-    the host. `step` [B] counts a row's rounds.
+    """The batch of B rows at the start of a round. `texts` are the rows' tokens, prompt and answer
+    so far; `lengths` [B] and `longest`, their maximum on the host, leave out each last token, which
+    no cache holds yet. `step` [B] counts a row's rounds.
     """
 
-    last_two: Tensor
+    texts: list[list[int]]
     lengths: Tensor
     longest: int
     sampling: SamplingBatch
     step: Tensor
 
+    def tail(self, width: int) -> tuple[Tensor, Tensor]:
+        """Each row's last `width` tokens and their positions, both [B, width]. A shorter text
+        repeats its first token at position 0, which writes the same values again.
+        """
+        device = self.lengths.device
+        places = [range(len(text) - width, len(text)) for text in self.texts]
+        tokens = [
+            [text[max(i, 0)] for i in place] for text, place in zip(self.texts, places, strict=True)
+        ]
+        offsets = torch.arange(1 - width, 1, device=device)
+        return torch.tensor(tokens, device=device), (self.lengths[:, None] + offsets).clamp(min=0)
+
 
 @dataclass
 class Draft:
-    """tokens [B, G] in target ids, and the raw logits [B, G, Vd] they were drawn from under the
-    rows' sampling settings. `vocab` [Vd] gives the target ids of the logits where they do not cover
-    the target's vocabulary one to one.
+    """tokens [B, G] in target ids, -1 after a row's `counts` [B] proposals (host), and what they
+    were drawn from under the rows' sampling settings: raw logits [B, G, Vd] with `logsumexp` [B, G]
+    as `sample` gave it, or certainty in the rows with `point_mass` [B], all of them where logits is
+    None. `vocab` [Vd] gives the target ids of the logits where they do not cover the target's
+    vocabulary one to one. `steps` counts the passes of a draft model.
     """
 
     tokens: Tensor
-    logits: Tensor | None
-    vocab: Tensor | None
+    counts: list[int]
+    logits: Tensor | None = None
+    logsumexp: Tensor | None = None
+    vocab: Tensor | None = None
+    point_mass: Tensor | None = None
+    steps: int = 0
 
 
 class Drafter(Protocol):
@@ -49,7 +69,11 @@ class Drafter(Protocol):
     def prefill(self, rows: Tensor, prompts: list[list[int]]) -> None:
         """New requests in some rows: all their tokens but the last."""
 
-    def propose(self, state: RoundState, num_tokens: int) -> Draft: ...
+    def propose(self, state: RoundState, num_tokens: int) -> Draft:
+        """At most `num_tokens` proposals a row. Whether a row goes on may depend on what it has
+        drawn so far, but a token once drawn must be proposed: dropping it would bias the output.
+        """
+        ...
 
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these, renumbered in this order."""
@@ -77,34 +101,145 @@ class ModelDrafter:
 
     def open(self, batch: int, capacity: int) -> None:
         self.cached = CachedModel(self.draft, batch, capacity)
+        self.known = [0] * batch  # tokens at the start of each row's text that the cache holds
 
     def prefill(self, rows: Tensor, prompts: list[list[int]]) -> None:
         self.cached.prefill(rows, prompts)
+        for row, prompt in zip(rows.tolist(), prompts, strict=True):
+            self.known[row] = len(prompt)
 
     def keep(self, rows: list[int]) -> None:
         self.cached.keep(rows)
+        self.known = [self.known[row] for row in rows]
+
+    def rewind(self, state: RoundState) -> None:
+        """Forget the last proposals but for the accepted ones; a text's last token is none."""
+        lengths = [len(text) - 1 for text in state.texts]
+        self.known = [min(pair) for pair in zip(self.known, lengths, strict=True)]
 
     def propose(self, state: RoundState, num_tokens: int) -> Draft:
-        """The first pass always takes two tokens: after a fully accepted round the draft has not
-        seen the last accepted one yet, and otherwise it writes the same values again. So every
-        round has the same shape.
+        """The first pass takes what the cache lacks of each text, at least two tokens: after a
+        fully accepted round that is the last accepted token and the bonus token, so that rounds
+        have the same shape. What a shorter row reads again writes the same values.
         """
-        positions = (
-            state.lengths[:, None] + torch.tensor([-1, 0], device=state.lengths.device)
-        ).clamp(min=0)
-        inputs = torch.where(state.lengths[:, None] > 0, state.last_two, state.last_two[:, 1:])
-        inputs = self.readable(inputs)
-        tokens, all_logits = [], []
+        self.rewind(state)
+        missing = [len(text) - known for text, known in zip(state.texts, self.known, strict=True)]
+        inputs, positions = state.tail(max(2, *missing))
+        tokens, all_logits, logsumexp = [], [], []
         for i in range(num_tokens):
-            hidden = self.cached.run(inputs, positions, state.longest + i + 1)[:, -1]
+            hidden = self.cached.run(self.readable(inputs), positions, state.longest + i + 1)[:, -1]
             logits = self.draft.logits(hidden)[:, : self.width]
-            drawn = sample(
-                logits,
-                **state.sampling.arguments(),
-                step=state.step,
-                position=i,
-            )
-            tokens.append(drawn if self.vocab is None else self.vocab[drawn])
+            drawn = sample(logits, **state.sampling.arguments(), step=state.step, position=i)
+            tokens.append(drawn.tokens if self.vocab is None else self.vocab[drawn.tokens])
             all_logits.append(logits)
+            logsumexp.append(drawn.logsumexp)
             inputs, positions = tokens[-1][:, None], state.lengths[:, None] + i + 1
-        return Draft(torch.stack(tokens, 1), torch.stack(all_logits, 1), self.vocab)
+        self.known = [len(text) + num_tokens - 1 for text in state.texts]  # if all are accepted
+        return Draft(
+            torch.stack(tokens, 1),
+            [num_tokens] * len(state.texts),
+            torch.stack(all_logits, 1),
+            torch.stack(logsumexp, 1),
+            self.vocab,
+            steps=num_tokens,
+        )
+
+
+class NgramDrafter:
+    """Prompt look-up: where the last tokens of a text occurred before, propose what followed then
+    (the latest place of the longest match of `longest` to `shortest` tokens). Costs no model, and
+    pays where answers repeat their prompts.
+    """
+
+    def __init__(self, longest: int = 3, shortest: int = 2) -> None:
+        if not 1 <= shortest <= longest:
+            raise InputError(
+                f"an n-gram drafter needs 1 <= shortest <= longest; got {shortest} and {longest}"
+            )
+        self.sizes = range(longest, shortest - 1, -1)
+
+    def open(self, batch: int, capacity: int) -> None:
+        self.seen: list[_NgramIndex] = [_NgramIndex(self.sizes) for _ in range(batch)]
+
+    def prefill(self, rows: Tensor, prompts: list[list[int]]) -> None:
+        for row in rows.tolist():
+            self.seen[row] = _NgramIndex(self.sizes)
+
+    def keep(self, rows: list[int]) -> None:
+        self.seen = [self.seen[row] for row in rows]
+
+    def look_up(self, state: RoundState, num_tokens: int) -> list[list[int]]:
+        """Up to `num_tokens` proposals for each row; none where nothing matches."""
+        return [
+            index.follow(text, num_tokens)
+            for index, text in zip(self.seen, state.texts, strict=True)
+        ]
+
+    def propose(self, state: RoundState, num_tokens: int) -> Draft:
+        return _certain(self.look_up(state, num_tokens), state.lengths.device)
+
+
+class CombinedDrafter:
+    """Prompt look-up where it finds a match, the model in the other rows."""
+
+    def __init__(self, ngram: NgramDrafter, model: ModelDrafter) -> None:
+        self.ngram = ngram
+        self.model = model
+
+    def open(self, batch: int, capacity: int) -> None:
+        self.ngram.open(batch, capacity)
+        self.model.open(batch, capacity)
+
+    def prefill(self, rows: Tensor, prompts: list[list[int]]) -> None:
+        self.ngram.prefill(rows, prompts)
+        self.model.prefill(rows, prompts)
+
+    def keep(self, rows: list[int]) -> None:
+        self.ngram.keep(rows)
+        self.model.keep(rows)
+
+    def propose(self, state: RoundState, num_tokens: int) -> Draft:
+        """Where every row matches, the model does not run; it reads later what it missed."""
+        self.model.rewind(state)
+        found = self.ngram.look_up(state, num_tokens)
+        if all(found):
+            return _certain(found, state.lengths.device)
+        draft = self.model.propose(state, num_tokens)
+        sure = [row for row, tokens in enumerate(found) if tokens]
+        if sure:
+            draft.point_mass = torch.tensor([bool(f) for f in found], device=state.lengths.device)
+            looked_up = [found[row] + [-1] * (num_tokens - len(found[row])) for row in sure]
+            draft.tokens[sure] = torch.tensor(looked_up, device=state.lengths.device)
+            draft.counts = [len(tokens) or num_tokens for tokens in found]
+            for row in sure:  # what the model drew there was not proposed
+                self.model.known[row] = len(state.texts[row])
+        return draft
+
+
+class _NgramIndex:
+    """The latest place after each n-gram of one growing text; each token is read once."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = sizes
+        self.places: dict[tuple[int, ...], int] = {}
+        self.read = 0
+
+    def follow(self, text: list[int], count: int) -> list[int]:
+        """Up to `count` tokens that followed the latest earlier occurrence of the text's end."""
+        for end in range(self.read + 1, len(text)):  # n-grams that something follows
+            for size in self.sizes:
+                if size <= end:
+                    self.places[tuple(text[end - size : end])] = end
+        self.read = max(len(text) - 1, 0)
+        for size in self.sizes:
+            place = self.places.get(tuple(text[-size:])) if size <= len(text) else None
+            if place is not None:
+                return text[place : place + count]
+        return []
+
+
+def _certain(rows: list[list[int]], device: torch.device) -> Draft:
+    """Proposals made with certainty."""
+    counts = [len(row) for row in rows]
+    padded = [row + [-1] * (max(counts) - len(row)) for row in rows]
+    return Draft(torch.tensor(padded, dtype=torch.int64, device=device), counts)

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from specdistill.decoding.cache import CachedModel
 from specdistill.decoding.drafters import Draft, Drafter, RoundState
+from specdistill.decoding.lengths import AdaptiveLength
 from specdistill.decoding.sampling import GREEDY, Sampling, SamplingBatch, row_seed
 from specdistill.errors import DecodingError, InputError
 from specdistill.limits import MAX_DRAFT_TOKENS
 from specdistill.models import LanguageModel
-from specdistill_kernels import verify
+from specdistill_kernels import Lenience, Mode, verify
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,13 @@ class Output:
 
 @dataclass
 class Generation:
+    """`lossy` is the lenience that changed the answers' distribution; None is exact."""
+
     outputs: list[Output]  # in the order of the requests
     seconds: dict[str, float]
     rounds: int
     draft_steps: int
+    lossy: Lenience | None = None
 
 
 @dataclass
@@ -88,11 +92,16 @@ class _Row:
     tokens: list[int]  # prompt and answer so far; all but the last are in the caches
     emitted: int = 0
     steps: int = 0
+    accepted: float = 0.0  # of `tested`, older rounds weighing less
+    tested: float = 0.0
 
 
 class SpeculativeDecoder:
     """Decodes requests with `target`, and with `drafter` proposing `num_draft_tokens` a round where
-    one is given.
+    one is given, a fixed number or an `AdaptiveLength`.
+
+    `mode` "block" verifies whole blocks (2403.10444): the same distribution, and at temperatures
+    above 0 on average at least as many accepted tokens. `lenience` accepts more and is LOSSY.
     """
 
     def __init__(
@@ -100,26 +109,40 @@ class SpeculativeDecoder:
         target: LanguageModel,
         drafter: Drafter | None = None,
         *,
-        num_draft_tokens: int = 0,
+        num_draft_tokens: int | AdaptiveLength = 0,
         batch_size: int = 1,
         keep_hidden: bool = False,
+        mode: Mode = "token",
+        lenience: Lenience | None = None,
     ) -> None:
         if (drafter is None) != (num_draft_tokens == 0):
             raise InputError(
                 f"num_draft_tokens is {num_draft_tokens}: 0 exactly for plain decoding without "
                 "a drafter"
             )
-        if not 0 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
+        self.lengths: AdaptiveLength | None = None
+        if isinstance(num_draft_tokens, AdaptiveLength):
+            self.lengths = num_draft_tokens
+            most = num_draft_tokens.max_draft_tokens
+        else:
+            most = num_draft_tokens
+        if not 0 <= most <= MAX_DRAFT_TOKENS:
             raise InputError(
                 f"num_draft_tokens must be 1 to {MAX_DRAFT_TOKENS}; got {num_draft_tokens}"
             )
+        if drafter is None and (mode != "token" or lenience is not None):
+            raise InputError("plain decoding verifies nothing: mode and lenience need a drafter")
+        if lenience is not None and mode != "token":
+            raise InputError(f"lenience is a rule for single tokens; got mode {mode!r}")
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1; got {batch_size}")
         self.target = target
         self.drafter = drafter
-        self.num_draft_tokens = num_draft_tokens
+        self.most = most
         self.batch_size = batch_size
         self.keep_hidden = keep_hidden
+        self.mode = mode
+        self.lenience = lenience
 
     def generate(
         self,
@@ -149,7 +172,8 @@ class SpeculativeDecoder:
                 seconds[part] = seconds.get(part, 0.0) + spent
             rounds += 1
             draft_steps += round_.draft_steps
-        return Generation([outputs[r.id] for r in requests], seconds, rounds, draft_steps)
+        answers = [outputs[r.id] for r in requests]
+        return Generation(answers, seconds, rounds, draft_steps, self.lenience)
 
     @torch.inference_mode()
     def stream(self, requests: Iterable[Request]) -> Iterator[Round]:
@@ -164,8 +188,7 @@ class SpeculativeDecoder:
             self._check(request)
         if not waiting:
             return
-        slack = self.num_draft_tokens + 1
-        capacity = max(len(r.tokens) + r.max_new_tokens for r in waiting) + slack
+        capacity = self._capacity(waiting)
         self._rows: list[_Row | None] = [None] * min(self.batch_size, len(waiting))
         self._cached = CachedModel(self.target, len(self._rows), capacity)
         if self.drafter is not None:
@@ -176,6 +199,10 @@ class SpeculativeDecoder:
             self._prefill_seconds = self._clock() - start
             yield self._round()
 
+    def _capacity(self, requests: Iterable[Request]) -> int:
+        """Slots a row needs: the longest request, and a round's proposals beyond its end."""
+        return max(len(r.tokens) + r.max_new_tokens for r in requests) + self.most + 1
+
     def _check(self, request: Request) -> None:
         if not request.tokens:
             raise InputError(f"request {request.id}: the prompt has no tokens")
@@ -183,6 +210,11 @@ class SpeculativeDecoder:
             raise InputError(
                 f"request {request.id}: max_new_tokens must be at least 1; got "
                 f"{request.max_new_tokens}"
+            )
+        if self.lenience is not None and request.sampling.temperature == 0:
+            raise InputError(
+                f"request {request.id}: lenience has no effect at temperature 0, where the target "
+                "gives its own token probability 1; raise the temperature or drop the lenience"
             )
         total = len(request.tokens) + request.max_new_tokens
         if total > self.target.max_length:
@@ -232,16 +264,20 @@ class SpeculativeDecoder:
     def _round(self) -> Round:
         """Propose, verify, advance. A row that needs only m more tokens proposes at most m - 1."""
         marks = [self._clock()]
-        state, lengths = self._state()
-        num = int(lengths.max()) if self.drafter is not None else 0
-        if self.drafter is not None and num:
-            draft = self.drafter.propose(state, num)
+        state = self._state()
+        wanted = [0 if row is None else self._wanted(row) for row in self._rows]
+        if self.drafter is not None and max(wanted):
+            draft = self.drafter.propose(state, max(wanted))
         else:
-            draft = Draft(state.last_two[:, :0], None, None)
+            nothing = torch.empty(len(wanted), 0, dtype=torch.int64, device=self.target.device)
+            draft = Draft(nothing, [0] * len(wanted))
+        num = draft.tokens.shape[1]
+        counts = [min(pair) for pair in zip(wanted, draft.counts, strict=True)]
         marks.append(self._clock())
 
-        tokens = torch.cat([state.last_two[:, 1:], draft.tokens], 1)
-        positions = state.lengths[:, None] + torch.arange(num + 1, device=tokens.device)
+        last, start = state.tail(1)
+        tokens = torch.cat([last, draft.tokens.clamp(min=0)], 1)
+        positions = start + torch.arange(num + 1, device=tokens.device)
         hidden = self._cached.run(tokens, positions, state.longest + num + 1)
         logits = self.target.logits(hidden)
         marks.append(self._clock())
@@ -250,10 +286,14 @@ class SpeculativeDecoder:
             draft.tokens,
             draft.logits,
             logits,
-            lengths=lengths.to(tokens.device).clamp(max=num),
+            lengths=torch.tensor(counts, device=tokens.device),
             **self._sampling.arguments(),
             step=state.step,
             draft_vocab=draft.vocab,
+            draft_lse=draft.logsumexp,
+            point_mass=draft.point_mass,
+            mode=self.mode,
+            lenience=self.lenience,
         )
         emitted, accepted = verdict.tokens.tolist(), verdict.num_accepted.tolist()
         marks.append(self._clock())
@@ -262,9 +302,7 @@ class SpeculativeDecoder:
         rows = []
         for i, row in enumerate(self._rows):
             if row is not None:
-                out = self._advance(
-                    row, emitted[i][: accepted[i] + 1], int(lengths[i]), accepted[i]
-                )
+                out = self._advance(row, emitted[i][: accepted[i] + 1], counts[i], accepted[i])
                 if logsumexp is not None:
                     out.hidden = hidden[i, : len(out.tokens)].clone()
                     out.logsumexp = logsumexp[i, : len(out.tokens)].clone()
@@ -274,33 +312,29 @@ class SpeculativeDecoder:
         marks.append(self._clock())
         spent = [b - a for a, b in pairwise(marks)]
         seconds = dict(zip(("draft", "target", "verify", "other"), spent, strict=True))
-        return Round(rows, {"prefill": self._prefill_seconds, **seconds}, num)
+        return Round(rows, {"prefill": self._prefill_seconds, **seconds}, draft.steps)
 
-    def _state(self) -> tuple[RoundState, Tensor]:
-        """The batch as tensors, and how many proposals count in each row [B] (on the host)."""
-        last_two, cached, step, wanted = [], [], [], []
-        for row in self._rows:
-            if row is None:  # computes nothing of use, in slots that will be overwritten
-                last_two.append([0, 0])
-                cached.append(0)
-                step.append(0)
-                wanted.append(0)
-            else:
-                last_two.append((row.tokens[-1:] + row.tokens[-2:])[-2:])  # a lone token twice
-                cached.append(len(row.tokens) - 1)
-                step.append(row.steps)
-                wanted.append(
-                    min(self.num_draft_tokens, row.request.max_new_tokens - row.emitted - 1)
-                )
+    def _state(self) -> RoundState:
+        """The batch as the drafter sees it. A row that waits for nobody computes nothing of use, in
+        slots that will be overwritten.
+        """
+        texts = [[0] if row is None else row.tokens for row in self._rows]
+        lengths = [len(text) - 1 for text in texts]
+        steps = [0 if row is None else row.steps for row in self._rows]
         device = self.target.device
-        state = RoundState(
-            torch.tensor(last_two, device=device),
-            torch.tensor(cached, device=device),
-            max(cached),
+        return RoundState(
+            texts,
+            torch.tensor(lengths, device=device),
+            max(lengths),
             self._sampling,
-            torch.tensor(step, device=device),
+            torch.tensor(steps, device=device),
         )
-        return state, torch.tensor(wanted)
+
+    def _wanted(self, row: _Row) -> int:
+        num = self.most
+        if self.lengths is not None:
+            num = self.lengths.choose(row.accepted, row.tested)
+        return min(num, row.request.max_new_tokens - row.emitted - 1)
 
     def _advance(self, row: _Row, tokens: list[int], proposed: int, accepted: int) -> RowRound:
         if tokens[-1] < 0:
@@ -316,6 +350,9 @@ class SpeculativeDecoder:
         row.steps += 1
         finished = end is not None or row.emitted >= row.request.max_new_tokens
         tested = min(accepted + 1, proposed, len(tokens))
+        if self.lengths is not None:
+            row.accepted = row.accepted * self.lengths.memory + min(accepted, tested)
+            row.tested = row.tested * self.lengths.memory + tested
         return RowRound(
             row.request.id, tokens, proposed, tested, min(accepted, len(tokens)), finished
         )
