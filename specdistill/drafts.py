@@ -99,11 +99,16 @@ def make_draft(
     prefix = _layers_prefix(target)
     source = target.model.state_dict()
     weights = {}
-    for name in model.state_dict():
+    for name, empty in model.state_dict().items():
         origin = name
         if name.startswith(prefix):
             index, rest = name[len(prefix) :].split(".", 1)
             origin = f"{prefix}{layers[int(index)]}.{rest}"
+        if origin not in source or source[origin].shape != empty.shape:
+            raise ModelError(
+                f"cannot make a draft of the layers {layers} of {target.name}: its layers are not "
+                f"alike (nothing fits {name}); take other layers, or an existing model as draft"
+            )
         weights[name] = source[origin]
     model.load_state_dict(weights)
     model.generation_config = copy.deepcopy(target.model.generation_config)

@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -23,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from specdistill.architectures import check_decodable
 from specdistill.errors import ModelError, StorageError
 
 if TYPE_CHECKING:
@@ -33,6 +35,18 @@ DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 VOCAB_FILE = (
     "draft_vocab.safetensors"  # present in the folder of a draft whose output vocabulary is trimmed
+)
+
+# What loading raises: damaged files, impossible sizes, packages that a family needs, full memory.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
 )
 
 Dtype = Literal["auto", "float32", "float64", "bfloat16", "float16"]
@@ -81,9 +95,31 @@ class LanguageModel:
     def num_layers(self) -> int:
         return self.config.num_hidden_layers
 
+    @cached_property
+    def token_slots(self) -> list[tuple[Tensor, Tensor]]:
+        """The keys and values [1, H, 1, D] that each layer keeps of one token, as meta tensors: a
+        pass over one token tells them, since families name, share and compress heads differently.
+        """
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        token = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
+        with torch.inference_mode():
+            self.hidden(token, position_ids=token, past_key_values=cache, use_cache=True)
+        layers: list[Any] = cache.layers
+        return [(layer.keys.to("meta"), layer.values.to("meta")) for layer in layers]
+
     @property
     def max_length(self) -> int:
-        return int(getattr(self.config, "max_position_embeddings", None) or 2**31)
+        """Positions the model has. Where its rotary frequencies change with the longest text of a
+        batch (LongRoPE), those before the change: later rows would depend on each other.
+        """
+        rope = getattr(self.config, "rope_parameters", None) or {}
+        limits = [getattr(self.config, "max_position_embeddings", None) or 2**31]
+        for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
+            if part.get("rope_type") == "longrope":
+                limits.append(part["original_max_position_embeddings"])
+        return int(min(limits))
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -121,8 +157,8 @@ class LanguageModel:
         """
         if (scale := getattr(self.config, "logit_scale", None)) is not None:
             logits = logits * scale
-        if (divisor := getattr(self.config, "logits_scaling", None)) is not None:
-            logits = logits / divisor
+        if (scale := getattr(self.config, "logits_scaling", None)) is not None:
+            logits = logits * scale if self.config.model_type == "hyperclovax" else logits / scale
         if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:
             logits = cap * torch.tanh(logits / cap)
         return logits
@@ -167,7 +203,7 @@ def load(
     try:
         vocab = _read_vocab(path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        _check_decodable(name, config)
+        check_decodable(name, config, trust_remote_code)
         if vocab is None:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -195,10 +231,11 @@ def load(
                 f"its weights and its config.json disagree on {', '.join(sorted(missing)[:3])}"
             )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        model.to(where).eval().requires_grad_(False)
+    except _UNREADABLE as error:
         raise ModelError(f"cannot load {name}: {_first_line(error)}") from error
-    model.to(where).eval().requires_grad_(False)
-    return LanguageModel(name, path, model, tokenizer, None if vocab is None else vocab.to(where))
+    vocab = None if vocab is None else vocab.to(where)
+    return _with_known_logits(LanguageModel(name, path, model, tokenizer, vocab))
 
 
 def check_pair(target: LanguageModel, draft: LanguageModel) -> None:
@@ -388,26 +425,20 @@ def _read_vocab(path: Path) -> Tensor | None:
     return load_file(file)["ids"] if file.exists() else None
 
 
-def _check_decodable(name: str, config: Any) -> None:
-    text = config.get_text_config()
-    if config.is_encoder_decoder:
+def _with_known_logits(model: LanguageModel) -> LanguageModel:
+    """The model, once the logits of one token are seen to be those of its own forward pass: a
+    family may do something after the head that `scale_logits` does not know. Raises `ModelError`.
+    """
+    token = torch.tensor([[model.full_vocab_size // 2]], device=model.device)  # no padding id
+    with torch.inference_mode():
+        expected = model.model(input_ids=token).logits.float()
+        difference = (model.logits(model.hidden(token)).float() - expected).abs().max()
+    if difference > 0.05 * expected.abs().max():  # far above rounding in half precision
         raise ModelError(
-            f"{name} is an encoder-decoder model; only decoder-only models are supported"
+            f"{model.name} ({model.config.model_type}) does more to its logits than is known here; "
+            "its family is not supported"
         )
-    kinds = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    if kinds or text.model_type in (
-        "mamba",
-        "mamba2",
-        "falcon_mamba",
-        "rwkv",
-        "recurrent_gemma",
-        "xlstm",
-    ):
-        raise ModelError(
-            f"{name} ({text.model_type}) keeps a state that cannot be rewound after a rejection "
-            f"({', '.join(sorted(kinds)) or 'recurrent layers'}); only full and sliding "
-            "attention are supported"
-        )
+    return model
 
 
 def _first_line(error: BaseException) -> str:

@@ -147,3 +147,26 @@ def test_expected_usage_sums_the_targets_probabilities(tiny: Tiny) -> None:
     hidden = target.hidden(torch.randint(5, 60, (2, 300))).flatten(0, 1)
     expected = target.logits(hidden).softmax(-1).sum(0).double()
     assert torch.allclose(expected_usage(target, hidden), expected, rtol=1e-4)
+
+
+def test_layers_that_are_not_alike_are_refused(tiny: Tiny) -> None:
+    """Dense and expert layers: kept layers are numbered anew, and the config tells kinds by number."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    config = Qwen2MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=2,
+        num_experts_per_tok=1,
+        mlp_only_layers=[0],
+    )
+    target = LanguageModel("moe", Path(), Qwen2MoeForCausalLM(config), tiny().tokenizer)
+    assert make_draft(target, [0, 2]).num_layers == 2
+    with pytest.raises(ModelError, match="not alike"):
+        make_draft(target, [1, 2])
