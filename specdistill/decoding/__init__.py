@@ -3,13 +3,15 @@ loop.
 """
 
 from specdistill.decoding.drafters import CombinedDrafter, Drafter, ModelDrafter, NgramDrafter
-from specdistill.decoding.engine import Generation, Output, Request, Round, SpeculativeDecoder
+from specdistill.decoding.engine import SpeculativeDecoder
 from specdistill.decoding.lengths import AdaptiveLength
+from specdistill.decoding.records import CacheSize, Generation, Output, Request, Round, RowRound
 from specdistill.decoding.sampling import GREEDY, Sampling
 
 __all__ = [
     "GREEDY",
     "AdaptiveLength",
+    "CacheSize",
     "CombinedDrafter",
     "Drafter",
     "Generation",
@@ -18,6 +20,7 @@ __all__ = [
     "Output",
     "Request",
     "Round",
+    "RowRound",
     "Sampling",
     "SpeculativeDecoder",
 ]

@@ -4,6 +4,10 @@ caller keeps: nothing is copied, and what a stale slot holds is masked until it 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,35 +15,41 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from specdistill.decoding.graphs import Graphs
+from specdistill.errors import DecodingError
 from specdistill.models import LanguageModel
 
 BUCKET = 64  # attention sees a multiple of this many slots, so that shapes repeat
 
 
 class _RowLayer(CacheLayerMixin):
-    """One layer's slots [B, H, L, D], written by position."""
+    """One layer's slots [B, H, L, D], written by position. `token` are the keys and the values
+    [1, H, 1, D] that the layer keeps of one token, without their data.
+    """
 
     is_sliding = False
     keys: Tensor
     values: Tensor
 
-    def __init__(self, owner: CachedModel) -> None:
+    def __init__(self, owner: CachedModel, token: tuple[Tensor, Tensor]) -> None:
         super().__init__()
         self.owner = owner
+        self.keys, self.values = (
+            torch.zeros(
+                (owner.batch, part.shape[1], owner.capacity, part.shape[3]),
+                dtype=part.dtype,
+                device=owner.model.device,
+            )
+            for part in token
+        )
+        self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        def slots(states: Tensor) -> Tensor:
-            shape = (self.owner.batch, states.shape[1], self.owner.capacity, states.shape[3])
-            return states.new_zeros(shape)
-
-        self.keys, self.values = slots(key_states), slots(value_states)
-        self.is_initialized = True
+        """Never called: the slots are there from the start."""
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         owner = self.owner
         out = []
         for slots, states in ((self.keys, key_states), (self.values, value_states)):
@@ -49,8 +59,7 @@ class _RowLayer(CacheLayerMixin):
         return out[0], out[1]
 
     def keep(self, rows: Tensor) -> None:
-        if self.is_initialized:
-            self.keys, self.values = self.keys[rows], self.values[rows]
+        self.keys, self.values = self.keys[rows], self.values[rows]
 
     def copy_prefix(self, rows: Tensor, length: int) -> None:
         """The first `length` slots of rows[0] to all the rows."""
@@ -68,16 +77,27 @@ class _RowLayer(CacheLayerMixin):
 
 
 class CachedModel:
-    """A model with slots for `batch` rows of up to `capacity` tokens."""
+    """A model with slots for `batch` rows of up to `capacity` tokens, all of them allocated here.
+    With `graphs`, passes over all rows are captured and replayed, and a pass overwrites what the
+    last one of its shape returned. Raises `DecodingError`, here and later, where the memory does
+    not suffice.
+    """
 
-    def __init__(self, model: LanguageModel, batch: int, capacity: int) -> None:
+    def __init__(
+        self, model: LanguageModel, batch: int, capacity: int, graphs: Graphs | None = None
+    ) -> None:
         self.model = model
+        self.graphs = graphs
         self.batch = batch
-        self.capacity = -(-capacity // BUCKET) * BUCKET
+        self.capacity = _whole_buckets(capacity)
+        self.last_position = model.max_length - 1
         self.visible = BUCKET
         self.rows = self.positions = torch.empty(0, dtype=torch.int64)
         self.is_subset = False
-        self.layers = [_RowLayer(self) for _ in range(model.num_layers)]
+        with memory_errors(model, batch, capacity):
+            if cache_bytes(model, batch, capacity) > _free_bytes(model.device):
+                raise MemoryError
+            self.layers = [_RowLayer(self, token) for token in model.token_slots]
         self.cache = Cache(layers=list(self.layers))
 
     def run(
@@ -87,18 +107,28 @@ class CachedModel:
         hidden states [b, n, d].
 
         Each query sees the slots up to its own position. `visible` is a number of slots, known on
-        the host, above every position; it is rounded up to a bucket.
+        the host, above every position; it is rounded up to a bucket. Positions past the model's
+        last count as the last: in a target they hold what a round adds beyond the end of a row,
+        which nobody reads, and in a draft with fewer positions only its guesses suffer.
         """
+        self.visible = min(_whole_buckets(visible), self.capacity)
+        with memory_errors(self.model, self.batch, self.capacity):
+            if self.graphs is None or rows is not None:
+                return self._pass(tokens, positions, rows)
+            shape = (tokens.shape[1], self.visible)
+            return self.graphs.run(shape, self._pass, tokens, positions)
+
+    def _pass(self, tokens: Tensor, positions: Tensor, rows: Tensor | None = None) -> Tensor:
+        """What a graph captures: no shape and no choice in it depends on the tensors' values."""
         device = self.model.device
         self.is_subset = rows is not None
         self.rows = torch.arange(self.batch, device=device) if rows is None else rows
         self.positions = positions
-        self.visible = min(-(-visible // BUCKET) * BUCKET, self.capacity)
         slots = torch.arange(self.visible, device=device)
         return self.model.hidden(
             tokens,
-            position_ids=positions,
-            attention_mask=attention_mask(self.model.config, slots, positions),
+            position_ids=positions.clamp(max=self.last_position),
+            attention_mask=attention_mask(self.model, slots, positions),
             past_key_values=self.cache,
             use_cache=True,
         )
@@ -129,9 +159,12 @@ class CachedModel:
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these; they are renumbered in this order."""
         index = torch.tensor(rows, device=self.model.device)
-        for layer in self.layers:
-            layer.keep(index)
+        with memory_errors(self.model, self.batch, self.capacity):
+            for layer in self.layers:
+                layer.keep(index)
         self.batch = len(rows)
+        if self.graphs is not None:  # they know the old slots
+            self.graphs.clear()
 
 
 def common_prefix(prompts: list[list[int]]) -> int:
@@ -145,14 +178,77 @@ def common_prefix(prompts: list[list[int]]) -> int:
     )
 
 
-def attention_mask(config: Any, slots: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
-    """Boolean [b, 1, n, slots]: slot j is seen from position i if j <= i, and i - j < window in a
-    sliding layer. Models that mix kinds of layers get a dict by kind, as they expect.
+def attention_mask(
+    model: LanguageModel, slots: Tensor, positions: Tensor
+) -> Tensor | dict[str, Tensor]:
+    """Mask [b, 1, n, slots]: slot j is seen from position i if j <= i, and i - j < window in a
+    sliding layer. Models that mix kinds of layers get a dict by kind, as they expect. Boolean, but
+    for models without fused attention, which add the mask to their scores.
     """
+    config = model.config
+
+    def finish(seen: Tensor) -> Tensor:
+        if config._attn_implementation != "eager":
+            return seen
+        unseen = torch.finfo(model.dtype).min
+        return torch.zeros_like(seen, dtype=model.dtype).masked_fill_(~seen, unseen)
+
     full = slots <= positions[:, None, :, None]
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     if not window or kinds == {"full_attention"}:
-        return full
-    sliding = full & (slots > positions[:, None, :, None] - window)
-    return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
+        return finish(full)
+    sliding = finish(full & (slots > positions[:, None, :, None] - window))
+    return {"full_attention": finish(full), "sliding_attention": sliding} if kinds else sliding
+
+
+def cache_bytes(model: LanguageModel, batch: int, capacity: int) -> int:
+    """Bytes of keys and values that a `CachedModel` of these sizes allocates."""
+    one_token = sum(part.nbytes for token in model.token_slots for part in token)
+    return batch * _whole_buckets(capacity) * one_token
+
+
+@contextmanager
+def memory_errors(model: LanguageModel, batch: int, capacity: int) -> Iterator[None]:
+    """Turns running out of memory into a `DecodingError` that names the sizes."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(
+            words in str(error).lower() for words in _OUT_OF_MEMORY
+        ):
+            raise
+        free = _free_bytes(model.device)
+        raise DecodingError(
+            f"not enough memory on {model.device} to decode with {model.name}: keys and values of "
+            f"{batch} rows of {_whole_buckets(capacity)} slots take "
+            f"{cache_bytes(model, batch, capacity) / 1e6:,.1f} MB beside what a pass needs, and "
+            f"{free / 1e6:,.1f} MB are free; take a smaller batch, shorter prompts or fewer new "
+            "tokens"
+        ) from error
+
+
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "cublas_status_alloc_failed",
+)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Bytes that new tensors may take: what the CUDA device has left and torch keeps for reuse, or
+    what Linux counts as available; elsewhere the machine's memory.
+    """
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _whole_buckets(slots: int) -> int:
+    return -(-slots // BUCKET) * BUCKET

@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specdistill.decoding.cache import CachedModel
+from specdistill.decoding.cache import CachedModel, cache_bytes
+from specdistill.decoding.graphs import Graphs
 from specdistill.decoding.sampling import SamplingBatch
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
@@ -63,6 +64,10 @@ class Draft:
 
 
 class Drafter(Protocol):
+    def cache_bytes(self, batch: int, capacity: int) -> int:
+        """What `open` allocates."""
+        ...
+
     def open(self, batch: int, capacity: int) -> None:
         """Make room for `batch` rows of up to `capacity` tokens."""
 
@@ -82,8 +87,11 @@ class Drafter(Protocol):
 class ModelDrafter:
     """A small language model of the target's tokenizer, with a cache of its own."""
 
-    def __init__(self, draft: LanguageModel, target_vocab_size: int) -> None:
+    def __init__(
+        self, draft: LanguageModel, target_vocab_size: int, *, cuda_graphs: bool = False
+    ) -> None:
         self.draft = draft
+        self.cuda_graphs = cuda_graphs
         self.width = draft.vocab_size
         self.vocab = draft.vocab
         if draft.vocab is None and draft.vocab_size > target_vocab_size:
@@ -99,12 +107,18 @@ class ModelDrafter:
         """
         return tokens.clamp(max=self.draft.full_vocab_size - 1)
 
+    def cache_bytes(self, batch: int, capacity: int) -> int:
+        return cache_bytes(self.draft, batch, capacity)
+
     def open(self, batch: int, capacity: int) -> None:
-        self.cached = CachedModel(self.draft, batch, capacity)
+        graphs = Graphs() if self.cuda_graphs else None
+        vars(self).pop("cached", None)  # the old slots go before new ones are taken
+        self.cached = CachedModel(self.draft, batch, capacity, graphs)
         self.known = [0] * batch  # tokens at the start of each row's text that the cache holds
 
     def prefill(self, rows: Tensor, prompts: list[list[int]]) -> None:
-        self.cached.prefill(rows, prompts)
+        most = self.draft.full_vocab_size - 1
+        self.cached.prefill(rows, [[min(token, most) for token in p] for p in prompts])
         for row, prompt in zip(rows.tolist(), prompts, strict=True):
             self.known[row] = len(prompt)
 
@@ -158,6 +172,9 @@ class NgramDrafter:
             )
         self.sizes = range(longest, shortest - 1, -1)
 
+    def cache_bytes(self, batch: int, capacity: int) -> int:
+        return 0
+
     def open(self, batch: int, capacity: int) -> None:
         self.seen: list[_NgramIndex] = [_NgramIndex(self.sizes) for _ in range(batch)]
 
@@ -185,6 +202,9 @@ class CombinedDrafter:
     def __init__(self, ngram: NgramDrafter, model: ModelDrafter) -> None:
         self.ngram = ngram
         self.model = model
+
+    def cache_bytes(self, batch: int, capacity: int) -> int:
+        return self.model.cache_bytes(batch, capacity)
 
     def open(self, batch: int, capacity: int) -> None:
         self.ngram.open(batch, capacity)

@@ -7,83 +7,29 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
-from specdistill.decoding.cache import CachedModel
+from specdistill.decoding.cache import CachedModel, cache_bytes
 from specdistill.decoding.drafters import Draft, Drafter, RoundState
+from specdistill.decoding.graphs import Graphs
 from specdistill.decoding.lengths import AdaptiveLength
+from specdistill.decoding.records import (
+    CacheSize,
+    Generation,
+    Output,
+    Request,
+    Round,
+    RowRound,
+)
 from specdistill.decoding.sampling import GREEDY, Sampling, SamplingBatch, row_seed
 from specdistill.errors import DecodingError, InputError
 from specdistill.limits import MAX_DRAFT_TOKENS
 from specdistill.models import LanguageModel
 from specdistill_kernels import Lenience, Mode, verify
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt in tokens. `id` seeds the row's draws: the same id and seed give the same text in
-    any batch.
-    """
-
-    id: str
-    tokens: Sequence[int]
-    max_new_tokens: int
-    sampling: Sampling = GREEDY
-    seed: int = 0
-
-
-@dataclass
-class RowRound:
-    """What one round did to one row. `tokens` are the emitted ones, cut at the end of the answer;
-    so are `accepted` and `tested` (proposals up to and including the first rejected one), not
-    `proposed`. `hidden` [n, d] and `logsumexp` [n] belong to the positions that predicted `tokens`,
-    where the engine was asked to keep them.
-    """
-
-    request_id: str
-    tokens: list[int]
-    proposed: int
-    tested: int
-    accepted: int
-    finished: bool
-    hidden: Tensor | None = None
-    logsumexp: Tensor | None = None
-
-
-@dataclass
-class Round:
-    """One target call for the whole batch; seconds by part: "prefill", "draft", "target", "verify",
-    "other".
-    """
-
-    rows: list[RowRound]
-    seconds: dict[str, float]
-    draft_steps: int
-
-
-@dataclass
-class Output:
-    """The answer to one request, with the rounds that made it."""
-
-    request_id: str
-    tokens: list[int] = field(default_factory=list)
-    rounds: list[RowRound] = field(default_factory=list)
-
-
-@dataclass
-class Generation:
-    """`lossy` is the lenience that changed the answers' distribution; None is exact."""
-
-    outputs: list[Output]  # in the order of the requests
-    seconds: dict[str, float]
-    rounds: int
-    draft_steps: int
-    lossy: Lenience | None = None
 
 
 @dataclass
@@ -102,6 +48,7 @@ class SpeculativeDecoder:
 
     `mode` "block" verifies whole blocks (2403.10444): the same distribution, and at temperatures
     above 0 on average at least as many accepted tokens. `lenience` accepts more and is LOSSY.
+    `cuda_graphs` replays the target's passes from captured graphs; a drafter has its own switch.
     """
 
     def __init__(
@@ -114,6 +61,7 @@ class SpeculativeDecoder:
         keep_hidden: bool = False,
         mode: Mode = "token",
         lenience: Lenience | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         if (drafter is None) != (num_draft_tokens == 0):
             raise InputError(
@@ -132,8 +80,17 @@ class SpeculativeDecoder:
             )
         if drafter is None and (mode != "token" or lenience is not None):
             raise InputError("plain decoding verifies nothing: mode and lenience need a drafter")
+        if mode not in ("token", "block"):
+            raise InputError(f"mode must be 'token' or 'block'; got {mode!r}")
         if lenience is not None and mode != "token":
             raise InputError(f"lenience is a rule for single tokens; got mode {mode!r}")
+        if lenience is not None and not (
+            lenience.kind in ("lin", "sq", "exp") and 0 < lenience.epsilon <= 1
+        ):
+            raise InputError(
+                f"lenience must be lin, sq or exp with 0 < epsilon <= 1; got {lenience.kind} with "
+                f"{lenience.epsilon}"
+            )
         if batch_size < 1:
             raise InputError(f"batch_size must be at least 1; got {batch_size}")
         self.target = target
@@ -143,6 +100,7 @@ class SpeculativeDecoder:
         self.keep_hidden = keep_hidden
         self.mode = mode
         self.lenience = lenience
+        self.cuda_graphs = cuda_graphs
 
     def generate(
         self,
@@ -178,19 +136,23 @@ class SpeculativeDecoder:
     @torch.inference_mode()
     def stream(self, requests: Iterable[Request]) -> Iterator[Round]:
         """Yield rounds as they happen. A finished row is replaced by a waiting request; when none
-        waits, rows leave.
+        waits, rows leave. A decoder has one stream at a time: a new one ends the last.
 
         Raises `InputError` for a request that cannot be served, before any work, and
-        `DecodingError` where the target's logits hold no distribution.
+        `DecodingError` where the target's logits hold no distribution, or another stream of this
+        decoder has begun.
         """
-        waiting = deque(requests)
+        self._waiting = waiting = deque(requests)
         for request in waiting:
             self._check(request)
         if not waiting:
             return
+        self._eos_ids = self.target.eos_ids
         capacity = self._capacity(waiting)
-        self._rows: list[_Row | None] = [None] * min(self.batch_size, len(waiting))
-        self._cached = CachedModel(self.target, len(self._rows), capacity)
+        self._rows: list[_Row | None] = [None] * self._width(waiting)
+        graphs = Graphs() if self.cuda_graphs else None
+        vars(self).pop("_cached", None)  # an earlier stream's slots go before new ones are taken
+        self._cached = CachedModel(self.target, len(self._rows), capacity, graphs)
         if self.drafter is not None:
             self.drafter.open(len(self._rows), capacity)
         while waiting or any(self._rows):
@@ -198,6 +160,22 @@ class SpeculativeDecoder:
             self._admit(waiting)
             self._prefill_seconds = self._clock() - start
             yield self._round()
+            if self._waiting is not waiting:
+                raise DecodingError(
+                    "another stream of this decoder has begun, which ends this one; give each "
+                    "stream a decoder and a drafter of its own"
+                )
+
+    def cache_size(self, requests: Sequence[Request]) -> CacheSize:
+        """What `stream` will allocate for these requests, before it does."""
+        rows, slots = self._width(requests), self._capacity(requests)
+        total = cache_bytes(self.target, rows, slots)
+        if self.drafter is not None:
+            total += self.drafter.cache_bytes(rows, slots)
+        return CacheSize(total, rows, slots)
+
+    def _width(self, requests: Sized) -> int:
+        return min(self.batch_size, len(requests))
 
     def _capacity(self, requests: Iterable[Request]) -> int:
         """Slots a row needs: the longest request, and a round's proposals beyond its end."""
@@ -206,6 +184,13 @@ class SpeculativeDecoder:
     def _check(self, request: Request) -> None:
         if not request.tokens:
             raise InputError(f"request {request.id}: the prompt has no tokens")
+        ids = self.target.full_vocab_size
+        if min(request.tokens) < 0 or max(request.tokens) >= ids:
+            raise InputError(
+                f"request {request.id}: the prompt's ids are {min(request.tokens)} to "
+                f"{max(request.tokens)}, and {self.target.name} reads 0 to {ids - 1}; encode it "
+                "with the target's own tokenizer"
+            )
         if request.max_new_tokens < 1:
             raise InputError(
                 f"request {request.id}: max_new_tokens must be at least 1; got "
@@ -343,7 +328,7 @@ class SpeculativeDecoder:
                 f"{row.emitted + accepted}: the target's logits are "
                 "NaN or all -inf; check the checkpoint, or try dtype float32"
             )
-        end = next((i + 1 for i, token in enumerate(tokens) if token in self.target.eos_ids), None)
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self._eos_ids), None)
         tokens = tokens[:end]
         row.tokens += tokens
         row.emitted += len(tokens)

@@ -4,12 +4,53 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from specdistill.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+# Settings of Transformers' `generate` that change which token comes next or where a text ends, and
+# that the engine does not have, each with the value that turns it off. Most depend on the text so
+# far. Those of the second group act on sampled text only.
+_UNSUPPORTED: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "force_words_ids": None,
+    "constraints": None,
+    "exponential_decay_length_penalty": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "sequence_bias": None,
+    "guidance_scale": 1.0,
+    "watermarking_config": None,
+    "token_healing": False,
+    "stop_strings": None,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "num_return_sequences": 1,
+    "penalty_alpha": 0.0,
+    "dola_layers": None,
+}
+_UNSUPPORTED_SAMPLED: dict[str, Any] = {
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "top_h": None,
+}
+_DEFAULT_TOP_K = 50  # what `generate` fills in where a config samples and gives none
 
 
 @dataclass(frozen=True)
@@ -32,6 +73,37 @@ class Sampling:
             raise InputError(f"top_p must be above 0 and at most 1 (off); got {self.top_p}")
         if not 0 <= self.min_p < 1:
             raise InputError(f"min_p must be at least 0 (off) and below 1; got {self.min_p}")
+
+    @classmethod
+    def from_generation_config(cls, config: GenerationConfig) -> Sampling:
+        """What a model's generation config asks for, as Transformers' `generate` would take it:
+        greedy without `do_sample`. Raises `InputError` where it asks for what the engine cannot do.
+        """
+        if refused := unsupported_settings(config):
+            raise InputError(
+                f"the generation config asks for {', '.join(refused)}, which the engine cannot do "
+                "exactly; set each to None, or decode with Transformers"
+            )
+        if not config.do_sample:
+            return GREEDY
+        return cls(
+            temperature=1.0 if config.temperature is None else config.temperature,
+            top_k=_DEFAULT_TOP_K if config.top_k is None else config.top_k,
+            top_p=1.0 if config.top_p is None else config.top_p,
+            min_p=0.0 if config.min_p is None else config.min_p,
+        )
+
+
+def unsupported_settings(config: GenerationConfig) -> list[str]:
+    """Each setting of a generation config that is on and that the engine does not have, as
+    "name=value".
+    """
+    found = []
+    for name, off in (_UNSUPPORTED | (_UNSUPPORTED_SAMPLED if config.do_sample else {})).items():
+        value = getattr(config, name, None)
+        if value not in (None, off, [], {}):
+            found.append(f"{name}={value.to_dict() if hasattr(value, 'to_dict') else value}")
+    return found
 
 
 GREEDY = Sampling()

@@ -1,0 +1,82 @@
+"""What goes into the engine and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+from specdistill.decoding.sampling import GREEDY, Sampling
+from specdistill_kernels import Lenience
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt in tokens. `id` seeds the row's draws: the same id and seed give the same text in
+    any batch.
+    """
+
+    id: str
+    tokens: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = GREEDY
+    seed: int = 0
+
+
+@dataclass
+class RowRound:
+    """What one round did to one row. `tokens` are the emitted ones, cut at the end of the answer;
+    so are `accepted` and `tested` (proposals up to and including the first rejected one), not
+    `proposed`. `hidden` [n, d] and `logsumexp` [n] belong to the positions that predicted `tokens`,
+    where the engine was asked to keep them.
+    """
+
+    request_id: str
+    tokens: list[int]
+    proposed: int
+    tested: int
+    accepted: int
+    finished: bool
+    hidden: Tensor | None = None
+    logsumexp: Tensor | None = None
+
+
+@dataclass
+class Round:
+    """One target call for the whole batch; seconds by part: "prefill", "draft", "target", "verify",
+    "other".
+    """
+
+    rows: list[RowRound]
+    seconds: dict[str, float]
+    draft_steps: int
+
+
+@dataclass
+class Output:
+    """The answer to one request, with the rounds that made it."""
+
+    request_id: str
+    tokens: list[int] = field(default_factory=list)
+    rounds: list[RowRound] = field(default_factory=list)
+
+
+@dataclass
+class Generation:
+    """`lossy` is the lenience that changed the answers' distribution; None is exact."""
+
+    outputs: list[Output]  # in the order of the requests
+    seconds: dict[str, float]
+    rounds: int
+    draft_steps: int
+    lossy: Lenience | None = None
+
+
+class CacheSize(NamedTuple):
+    """What the keys and values of target and draft take: `rows` of `slots` tokens each."""
+
+    bytes: int
+    rows: int
+    slots: int

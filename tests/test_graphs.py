@@ -1,0 +1,91 @@
+"""Captured passes on the CPU: buffers, keys and lifetimes as CUDA graphs have them, but no CUDA."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from specdistill.decoding import AdaptiveLength, ModelDrafter, Sampling, SpeculativeDecoder, graphs
+from specdistill.drafts import make_draft
+from specdistill.errors import InputError
+from specdistill.models import LanguageModel
+
+Tiny = Callable[..., LanguageModel]
+PROMPTS = [[7, 8, 9], [5], list(range(5, 45)), [11, 12], [9] * 17]
+
+
+class Recorder:
+    """Captures as CUDA does: the step runs on buffers of its own and its output stays in place."""
+
+    captures = 0
+    replays = 0
+
+    def __call__(self, step: graphs.Step, inputs: list[Tensor]) -> tuple[graphs.Replay, Tensor]:
+        Recorder.captures += 1
+        output = step(*inputs)
+
+        def replay() -> None:
+            Recorder.replays += 1
+            output.copy_(step(*inputs))
+
+        return replay, output
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
+    monkeypatch.setattr(graphs, "CudaCapture", Recorder)
+    Recorder.captures = Recorder.replays = 0
+    return Recorder
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("num", [4, AdaptiveLength(0.1)], ids=["fixed", "adaptive"])
+def test_captured_passes_change_no_token(
+    tiny: Tiny,
+    recorder: type[Recorder],
+    sampling: Sampling,
+    batch_size: int,
+    num: int | AdaptiveLength,
+) -> None:
+    target = tiny(1, layers=3, dtype=torch.float64)
+    draft = make_draft(target, [0, 1])
+
+    def texts(cuda_graphs: bool) -> list[list[int]]:
+        decoder = SpeculativeDecoder(
+            target,
+            ModelDrafter(draft, 64, cuda_graphs=cuda_graphs),
+            num_draft_tokens=num,
+            batch_size=batch_size,
+            keep_hidden=True,
+            cuda_graphs=cuda_graphs,
+        )
+        run = decoder.generate(PROMPTS, max_new_tokens=40, sampling=sampling)
+        for output in run.outputs:  # what a caller keeps must survive the next replay
+            hidden = torch.cat([r.hidden for r in output.rounds if r.hidden is not None])
+            logsumexp = torch.cat([r.logsumexp for r in output.rounds if r.logsumexp is not None])
+            assert torch.allclose(target.logits(hidden).logsumexp(-1), logsumexp)
+        return [output.tokens for output in run.outputs]
+
+    expected = texts(False)
+    assert recorder.captures == 0
+    assert texts(True) == expected
+    assert recorder.replays > 2 * recorder.captures, "shapes should repeat"
+
+
+def test_a_graph_sees_new_inputs_and_keeps_its_output_in_place() -> None:
+    captured = graphs.Graphs(Recorder())
+    one = captured.run("double", lambda x: 2 * x, torch.tensor([1.0, 2.0]))
+    assert one.tolist() == [2, 4]
+    two = captured.run("double", lambda x: pytest.fail("captured twice"), torch.tensor([3.0, 4.0]))
+    assert two is one
+    assert one.tolist() == [6, 8]
+    captured.clear()
+    assert captured.run("double", lambda x: 3 * x, torch.tensor([1.0, 2.0])).tolist() == [3, 6]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_without_cuda_the_option_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(InputError, match="CUDA device"):
+        SpeculativeDecoder(tiny(), cuda_graphs=True).generate([[5, 6]], max_new_tokens=2)
