@@ -68,6 +68,8 @@ def coin(bits: Tensor) -> Tensor:
 
 def exponential(bits: Tensor) -> Tensor:
     """Standard exponential, float32. The small values, which win a race, keep full relative
-    precision down to 2**-33.
+    precision down to 2**-33; the largest is finite (16.6), since a token that is certain must win
+    its race whatever its noise.
     """
-    return bits.float().add_(0.5).mul_(-(2.0**-32)).log1p_().neg_()
+    u = bits.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    return u.neg_().log1p_().neg_()

@@ -123,7 +123,8 @@ def sample(
     """One draft token per row of [B, Vd] logits. A row without a distribution gives token 0:
     `verify` sees the same logits and rejects it.
     """
-    peak, first = logits.nan_to_num(nan=-torch.inf).max(-1)
+    peak, first = logits.max(-1)
+    first = torch.where(peak.isfinite(), first, 0)
     peak = peak if logits.dtype == torch.float64 else peak.float()
     warm = temperature > 0
     if not bool(warm.any()):
@@ -243,6 +244,9 @@ def verify(
     index = torch.arange(draft_tokens.shape[1], device=draft_tokens.device)
     offered = (index < lengths[:, None]) & (draft_tokens >= 0)
     offered = offered.long().cumprod(-1).bool()
+    if top_k is not None or top_p is not None or min_p is not None:
+        # Rounded otherwise than in `sample`, q could lack a drawn token at a filter's edge.
+        draft_lse = None
 
     def sampled(rows: Tensor | slice) -> Verdict:
         def pick(value: Tensor | None) -> Tensor | None:
