@@ -1,0 +1,222 @@
+"""Drafters and the rule for their number of proposals."""
+
+import pytest
+import torch
+from chains import WARM
+from checks import (
+    PROMPTS,
+    Oracle,
+    Recorder,
+    check_draft_cache,
+    check_look_up,
+    drafter_for,
+    endless,
+    stock_greedy,
+    transformer,
+)
+from conftest import tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specdistill.decoding import (
+    AdaptiveLength,
+    CombinedDrafter,
+    ModelDrafter,
+    NgramDrafter,
+    SpeculativeDecoder,
+)
+from specdistill.decoding.drafters import _NgramIndex
+from specdistill.drafts import make_draft
+from specdistill.errors import InputError
+
+# --- Look-up ------------------------------------------------------------------------------------
+
+
+def test_a_look_up_takes_the_latest_place_of_the_longest_match() -> None:
+    check_look_up()
+
+
+def searched(text: list[int], sizes: range, count: int) -> list[int]:
+    """The same by its definition: all places, every time."""
+    for size in sizes:
+        for end in range(len(text) - 1, size - 1, -1):
+            if text[end - size : end] == text[-size:] and len(text) >= size:
+                return text[end : end + count]
+    return []
+
+
+@given(
+    pieces=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=8),
+    longest=st.integers(1, 4),
+    data=st.data(),
+)
+def test_a_growing_text_is_looked_up_as_a_whole_one(
+    pieces: list[list[int]], longest: int, data: st.DataObject
+) -> None:
+    shortest, count = data.draw(st.integers(1, longest)), data.draw(st.integers(1, 5))
+    sizes = range(longest, shortest - 1, -1)
+    index, text = _NgramIndex(sizes), list[int]()
+    for piece in pieces:
+        text += piece
+        assert index.follow(text, count) == searched(text, sizes, count)
+
+
+def test_a_look_up_reads_each_token_once() -> None:
+    class Counting(list):
+        reads = 0
+
+        def __getitem__(self, key: object) -> object:
+            found = super().__getitem__(key)
+            Counting.reads += len(found) if isinstance(key, slice) else 1
+            return found
+
+    index, text = _NgramIndex(range(3, 1, -1)), Counting(range(400))
+    index.follow(text, 4)
+    first = Counting.reads
+    for token in range(20):
+        text.append(token)
+        index.follow(text, 4)
+    assert Counting.reads - first < first / 4
+
+
+def test_a_new_request_does_not_see_the_text_of_the_last() -> None:
+    drafter = NgramDrafter(shortest=1)
+    drafter.open(2, 64)
+    drafter.prefill(torch.tensor([0, 1]), [[1, 2], [5]])
+    assert drafter.seen[0].follow([1, 2, 1], 2) == [2, 1]
+    drafter.prefill(torch.tensor([0]), [[9]])
+    assert drafter.seen[0].follow([9, 1], 2) == []
+    drafter.keep([1])
+    assert len(drafter.seen) == 1
+
+
+@pytest.mark.parametrize("sizes", [(0, 0), (2, 3), (3, 0)])
+def test_impossible_sizes_of_n_grams_are_refused(sizes: tuple[int, int]) -> None:
+    with pytest.raises(InputError, match="1 <= shortest <= longest"):
+        NgramDrafter(*sizes)
+
+
+def test_look_up_proposes_with_certainty_and_runs_no_model() -> None:
+    target = endless()
+    recorder = Recorder(Oracle([p + stock_greedy(target, p, 16) for p in PROMPTS]))
+    decoder = SpeculativeDecoder(target, recorder, num_draft_tokens=3, batch_size=5)
+    out = decoder.generate(PROMPTS, max_new_tokens=16)
+    assert out.draft_steps == 0
+    rounds = [r for o in out.outputs for r in o.rounds]
+    assert sum(r.proposed for r in rounds) > 30
+    assert all(r.accepted == r.tested == r.proposed for r in rounds)
+    assert all(draft.logits is None for _, draft in recorder.notes)
+
+
+# --- A model, alone and beside a look-up --------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["half", "trimmed", "both"])
+def test_the_drafts_cache_holds_what_a_fresh_pass_would(kind: str) -> None:
+    check_draft_cache(kind)
+
+
+def test_the_model_sleeps_while_every_row_is_looked_up_and_catches_up_after() -> None:
+    target = endless()
+    texts = [p + stock_greedy(target, p, 24) for p in PROMPTS]
+
+    class Half(Oracle):
+        """Silent from the twelfth new token on."""
+
+        def look_up(self, state, num_tokens):
+            starts = {tuple(text[: len(text) - 24]): len(text) - 12 for text in self.texts}
+            found = super().look_up(state, num_tokens)
+            late = [
+                any(tuple(text[: len(s)]) == s and len(text) >= end for s, end in starts.items())
+                for text in state.texts
+            ]
+            return [[] if is_late else f for f, is_late in zip(found, late, strict=True)]
+
+    drafter = CombinedDrafter(Half(texts), drafter_for(target, "itself"))
+    out = SpeculativeDecoder(target, drafter, num_draft_tokens=4).generate(
+        [PROMPTS[2]], max_new_tokens=24
+    )
+    rounds = out.outputs[0].rounds
+    assert out.outputs[0].tokens == texts[2][-24:]
+    assert all(r.accepted == r.proposed for r in rounds), "the target as its own draft"
+    assert 0 < out.draft_steps < 24
+
+
+def test_a_draft_reads_ids_that_only_pad_the_targets_embedding() -> None:
+    target, draft = tiny_model(1, vocab=70), tiny_model(3, vocab=64, layers=1)
+    prompts = [[7, 66, 9], [69]]
+    plain = SpeculativeDecoder(target, batch_size=2).generate(prompts, max_new_tokens=8)
+    decoder = SpeculativeDecoder(
+        target, ModelDrafter(draft, target.vocab_size), num_draft_tokens=2, batch_size=2
+    )
+    out = decoder.generate(prompts, max_new_tokens=8)
+    assert [o.tokens for o in out.outputs] == [o.tokens for o in plain.outputs]
+
+
+def test_a_trimmed_draft_proposes_only_its_tokens() -> None:
+    target = transformer()
+    ids = torch.arange(1, 64, 3)
+    recorder = Recorder(ModelDrafter(make_draft(target, [0, 1], ids), 64))
+    decoder = SpeculativeDecoder(target, recorder, num_draft_tokens=4, batch_size=5)
+    decoder.generate(PROMPTS, max_new_tokens=12, sampling=WARM)
+    proposed = torch.cat([draft.tokens.flatten() for _, draft in recorder.notes])
+    assert len(proposed) > 40
+    assert set(proposed.tolist()) <= set(ids.tolist())
+
+
+# --- Adaptive numbers ---------------------------------------------------------------------------
+
+
+@given(
+    cost=st.floats(0, 2),
+    most=st.integers(1, 12),
+    accepted=st.floats(0, 50),
+    rejected=st.floats(0, 50),
+)
+def test_the_number_of_proposals_maximises_the_planned_speedup(
+    cost: float, most: int, accepted: float, rejected: float
+) -> None:
+    """Against 2211.17192, Theorem 3.8, in its closed form."""
+    rule = AdaptiveLength(cost, most, prior_rate=0.6, prior_tested=2.0)
+    rate = (1.2 + accepted) / (2 + accepted + rejected)
+
+    def planned(num: int) -> float:
+        return (1 - rate ** (num + 1)) / ((1 - rate) * (num * cost + 1))
+
+    chosen = rule.choose(accepted, accepted + rejected)
+    assert 1 <= chosen <= most
+    assert planned(chosen) >= max(map(planned, range(1, most + 1))) * (1 - 1e-9)
+
+
+def test_a_row_learns_from_its_own_past() -> None:
+    """A good draft comes to propose more, a bad one less, and neither more than allowed."""
+    target = endless()
+
+    def proposed(kind: str) -> list[int]:
+        rule = AdaptiveLength(cost_ratio=0.2, max_draft_tokens=7)
+        decoder = SpeculativeDecoder(target, drafter_for(target, kind), num_draft_tokens=rule)
+        out = decoder.generate([PROMPTS[0]], max_new_tokens=60, sampling=WARM)
+        return [r.proposed for r in out.outputs[0].rounds]
+
+    good, bad = proposed("itself"), proposed("opposite")
+    assert max(good) == 7
+    assert good[0] == bad[0] < 7
+    assert set(bad[len(bad) // 2 :]) == {1}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"cost_ratio": -0.1},
+        {"cost_ratio": float("nan")},
+        {"cost_ratio": 0.1, "max_draft_tokens": 0},
+        {"cost_ratio": 0.1, "max_draft_tokens": 65},
+        {"cost_ratio": 0.1, "memory": 1.1},
+        {"cost_ratio": 0.1, "prior_rate": 1.0},
+        {"cost_ratio": 0.1, "prior_tested": 0.0},
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="must be"):
+        AdaptiveLength(**bad)

@@ -1,0 +1,449 @@
+"""Would the lossless suite see a wrong engine? Each test plants one bug, of the kinds that real
+engines shipped, and one of the checks must fail. The run ends with a table of what caught what.
+"""
+
+import __future__
+
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+from chains import WARM, Setting
+from checks import (
+    ADAPTIVE,
+    check_certain,
+    check_coin_ends,
+    check_coins_are_spent,
+    check_draft_cache,
+    check_filter_edge,
+    check_greedy,
+    check_identity,
+    check_invariance,
+    check_look_up,
+    check_rounds,
+    check_same_prompt_other_text,
+    check_stream,
+    check_tail,
+    check_target_cache,
+    check_ties,
+    check_toy_example,
+)
+
+from specdistill.decoding.cache import CachedModel, attention_mask
+from specdistill.decoding.drafters import CombinedDrafter, ModelDrafter, _NgramIndex
+from specdistill.decoding.engine import SpeculativeDecoder
+from specdistill.decoding.sampling import row_seed
+from specdistill_kernels import noise, reference
+from specdistill_kernels.reference import Proposals
+
+STREAMS = {
+    "near": Setting(lengths=4),
+    "near block": Setting(WARM, "near", "block", 5),
+    "trimmed": Setting(WARM, "trimmed"),
+    "adaptive": Setting(WARM, "near", "token", ADAPTIVE),
+    "both": Setting(WARM, "both", "token", 4),
+}
+
+# In the order of their cost: a mutation is tried on all of them until one fails.
+CHECKS: dict[str, Callable[[], None]] = {
+    "coin at its ends": partial(check_coin_ends, "token"),
+    "coin at its ends, block": partial(check_coin_ends, "block"),
+    "ties": check_ties,
+    "a certain token": check_certain,
+    "a filter's edge": check_filter_edge,
+    "look-up": check_look_up,
+    "tail mass": partial(check_tail, 20.0),
+    "rounds": partial(check_rounds, "token"),
+    "rounds, opposite": partial(check_rounds, "token", draft="opposite"),
+    "rounds, filtered": partial(check_rounds, "token", temperature=0.7, top_k=6),
+    "rounds, block": partial(check_rounds, "block"),
+    "rounds, opposite block": partial(check_rounds, "block", draft="opposite", temperature=2.0),
+    "other texts for other rows": check_same_prompt_other_text,
+    "identity": partial(check_identity, "token", 1.0),
+    "greedy, itself": partial(check_greedy, "itself"),
+    "greedy, half": partial(check_greedy, "half"),
+    "greedy, both": partial(check_greedy, "both", "token", ADAPTIVE, 2),
+    "draft's cache": partial(check_draft_cache, "half"),
+    "draft's cache, both": partial(check_draft_cache, "both"),
+    "target's cache": partial(check_target_cache, "half"),
+    "invariance": partial(check_invariance, "half", batches=1),
+    "paper's example": check_toy_example,
+    "coins, block": check_coins_are_spent,
+    **{
+        f"stream, {name}": partial(check_stream, setting, rows=300, length=60)
+        for name, setting in STREAMS.items()
+    },
+}
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A bug: in each function, the one place that reads as the first text becomes the second.
+    `first` names the check that should see it, which is tried before the others."""
+
+    name: str
+    first: str
+    edits: list[tuple[Callable[..., Any], str, str]] = field(repr=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+MUTATIONS = [
+    Mutation(
+        "draft, coin and residual share their noise",
+        "rounds, opposite",
+        [(noise.counter_noise, "* 4 + domain", "* 4")],
+    ),
+    Mutation(
+        "the draft's noise is used again for the residual",
+        "rounds, opposite",
+        [(reference._verify_sampled, "num_accepted, FINAL", "num_accepted, 1")],
+    ),
+    Mutation(
+        "the coin's noise is used again for the residual",
+        "rounds",
+        [(reference._verify_sampled, "COIN, index", "FINAL, index")],
+    ),
+    Mutation(
+        "one coin for all positions of a round",
+        "rounds",
+        [(reference._verify_sampled, "index[:num].expand(", "index.new_zeros(num).expand(")],
+    ),
+    Mutation(
+        "the same coins in each round",
+        "stream, near",
+        [
+            (
+                reference._verify_sampled,
+                "bits = noise(seeds, step,",
+                "bits = noise(seeds, step * 0,",
+            )
+        ],
+    ),
+    Mutation(
+        "the same coins in each round, block verification",
+        "coins, block",
+        [
+            (
+                reference._verify_sampled,
+                "bits = noise(seeds, step,",
+                'bits = noise(seeds, step * (mode == "token"),',
+            )
+        ],
+    ),
+    Mutation(
+        "the step does not advance",
+        "stream, near",
+        [(SpeculativeDecoder._advance, "row.steps += 1", "row.steps += 0")],
+    ),
+    Mutation(
+        "block verification's coins belong to places in the text, so that some are seen twice",
+        "coins, block",
+        [
+            (noise.counter_noise, "(step * 256 + position)", "(step + position)"),
+            (SpeculativeDecoder._state, "row.steps", "row.emitted"),
+        ],
+    ),
+    Mutation(
+        "rows share a seed",
+        "other texts for other rows",
+        [(row_seed, "{seed}:{request_id}", "{seed}")],
+    ),
+    Mutation(
+        "q from the draft's unwarped logits",
+        "rounds, filtered",
+        [
+            (
+                reference.verify,
+                "*settings, pick(draft_lse)",
+                "torch.ones_like(settings[0])",
+            )
+        ],
+    ),
+    Mutation(
+        "the draft samples without the filters that q has",
+        "rounds, filtered",
+        [(reference.sample, "if top_k is not None or", "if False and top_k is not None or")],
+    ),
+    Mutation(
+        "q is rounded otherwise than what the draft samples",
+        "a filter's edge",
+        [(reference.verify, "draft_lse = None", "pass")],
+    ),
+    Mutation(
+        "the draft takes its best token, q stays soft",
+        "rounds",
+        [(reference.race, "return torch", "return weights.argmax(-1) if domain == 1 else torch")],
+    ),
+    Mutation(
+        "u q <= p keeps a token of probability 0 at a coin of 0",
+        "coin at its ends",
+        [(reference.token_rule, "< p_x", "<= p_x")],
+    ),
+    Mutation(
+        "block verification keeps a token of probability 0 at a coin of 0",
+        "coin at its ends, block",
+        [(reference.block_rule, "(coins < chance)", "(coins <= chance)")],
+    ),
+    Mutation(
+        "the ratio upside down",
+        "rounds",
+        [(reference.token_rule, "coins * q_x.double() < p_x.double()", "coins * p_x < q_x")],
+    ),
+    Mutation(
+        "the residual is drawn from p",
+        "rounds, opposite",
+        [
+            (
+                reference._verify_sampled,
+                "torch.where(some, residual, weights[rejected])",
+                "weights[rejected]",
+            )
+        ],
+    ),
+    Mutation(
+        "the residual is warped again",
+        "rounds, filtered",
+        [
+            (
+                reference._verify_sampled,
+                "some = (",
+                "residual = residual ** (1 / 0.7)\n        some = (",
+            )
+        ],
+    ),
+    Mutation(
+        "a row that proposed less than the others counts as rejected",
+        "stream, adaptive",
+        [(reference._verify_sampled, "(num_accepted < offered.sum(-1))", "(num_accepted < num)")],
+    ),
+    Mutation(
+        "block verification with the token rule's residual",
+        "rounds, opposite block",
+        [
+            (
+                reference._verify_sampled,
+                "num_accepted] * joint[:, None].to(p.dtype)",
+                "num_accepted]",
+            )
+        ],
+    ),
+    Mutation(
+        "block verification with unscaled chances",
+        "rounds, block",
+        [(reference.block_rule, "joint[:, 1:num, None].to(p.dtype) * p", "1 * p")],
+    ),
+    Mutation(
+        "block verification as the token rule",
+        "paper's example",
+        [(reference._verify_sampled, 'mode == "token"', "True")],
+    ),
+    Mutation(
+        "ties at the top-k threshold are cut",
+        "ties",
+        [
+            (
+                reference.probabilities,
+                "torch.where(p >= kth, p, 0)",
+                "torch.where(p.argsort(-1, True).argsort(-1) < k, p, 0)",
+            )
+        ],
+    ),
+    Mutation(
+        "noise of 24 bits",
+        "tail mass",
+        [(noise.exponential, "bits.float()", "(bits // 256 * 256).float()")],
+    ),
+    Mutation(
+        "look-up rows count as drawn from q",
+        "stream, both",
+        [(SpeculativeDecoder._round, "point_mass=draft.point_mass", "point_mass=None")],
+    ),
+    Mutation(
+        "a trimmed vocabulary's probabilities one column off",
+        "stream, trimmed",
+        [
+            (
+                Proposals.chances,
+                "torch.searchsorted(self.vocab, column)",
+                "torch.searchsorted(self.vocab, column, right=True)",
+            )
+        ],
+    ),
+    Mutation(
+        "a trimmed vocabulary's residual in the draft's own ids",
+        "stream, trimmed",
+        [(Proposals.residual, "p[..., self.vocab] -= q", "p[..., : len(self.vocab)] -= q")],
+    ),
+    Mutation(
+        "a drawn token is withheld where the draft is unsure",
+        "stream, near",
+        [
+            (
+                ModelDrafter.propose,
+                "[num_tokens] * len(state.texts)",
+                "(torch.stack(all_logits, 1).softmax(-1)"
+                ".gather(-1, torch.stack(tokens, 1)[..., None])[..., 0] > 0.3)"
+                ".long().cumprod(-1).sum(-1).tolist()",
+            )
+        ],
+    ),
+    Mutation(
+        "the number of proposals depends on whether the target likes them",
+        "stream, adaptive",
+        [
+            (
+                SpeculativeDecoder._round,
+                "lengths=torch.tensor(counts, device=tokens.device),",
+                "lengths=torch.tensor(counts, device=tokens.device).minimum("
+                "(draft.tokens == logits[:, :-1].argmax(-1)).long().cumprod(-1).sum(-1)),",
+            )
+        ],
+    ),
+    Mutation(
+        "the number of proposals is another row's",
+        "greedy, both",
+        [(SpeculativeDecoder._round, "torch.tensor(counts,", "torch.tensor(counts[::-1],")],
+    ),
+    Mutation(
+        "the cached length is another row's",
+        "greedy, half",
+        [(SpeculativeDecoder._state, "torch.tensor(lengths,", "torch.tensor(lengths[::-1],")],
+    ),
+    Mutation(
+        "the target's positions one off",
+        "greedy, half",
+        [(SpeculativeDecoder._round, "positions = start +", "positions = start + 1 +")],
+    ),
+    Mutation(
+        "a stale slot is seen",
+        "greedy, half",
+        [(attention_mask, "slots <= positions[", "slots <= 1 + positions[")],
+    ),
+    Mutation(
+        "the bonus token is dropped",
+        "identity",
+        [
+            (
+                SpeculativeDecoder._round,
+                "accepted[i] + 1]",
+                "accepted[i] + (not counts[i] or accepted[i] < counts[i])]",
+            )
+        ],
+    ),
+    Mutation(
+        "EOS inside the accepted prefix is ignored",
+        "greedy, itself",
+        [
+            (
+                SpeculativeDecoder._advance,
+                "in enumerate(tokens) if",
+                "in [*enumerate(tokens)][-1:] if",
+            )
+        ],
+    ),
+    Mutation(
+        "tested counts all proposals",
+        "stream, near",
+        [
+            (
+                SpeculativeDecoder._advance,
+                "min(accepted + 1, proposed, len(tokens))",
+                "proposed",
+            )
+        ],
+    ),
+    Mutation(
+        "the draft's cache one off after full acceptance",
+        "draft's cache",
+        [
+            (ModelDrafter.propose, "num_tokens - 1 for text", "num_tokens for text"),
+            (ModelDrafter.propose, "max(2, *missing)", "max(1, *missing)"),
+        ],
+    ),
+    Mutation(
+        "the draft forgets to rewind",
+        "draft's cache, both",
+        [(ModelDrafter.rewind, "[min(pair) for", "[max(pair) for")],
+    ),
+    Mutation(
+        "the draft takes for read what it proposed beside the look-up",
+        "draft's cache, both",
+        [(CombinedDrafter.propose, "for row in sure:", "for row in []:")],
+    ),
+    Mutation(
+        "rows leave the batch, and the target's cache keeps the wrong ones",
+        "greedy, half",
+        [(CachedModel.keep, "torch.tensor(rows,", "torch.tensor(rows[::-1],")],
+    ),
+    Mutation(
+        "rows leave the batch, and the draft's cache keeps the wrong ones",
+        "identity",
+        [(ModelDrafter.keep, "self.cached.keep(rows)", "self.cached.keep(rows[::-1])")],
+    ),
+    Mutation(
+        "the look-up proposes from one place too far",
+        "look-up",
+        [
+            (
+                _NgramIndex.follow,
+                "text[place : place + count]",
+                "text[place + 1 : place + 1 + count]",
+            )
+        ],
+    ),
+]
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, mutation: Mutation) -> None:
+    """Swap the code of the functions, which reaches every module that has imported them."""
+    sources: dict[Callable[..., Any], str] = {}
+    for function, old, new in mutation.edits:
+        source = sources.get(function) or textwrap.dedent(inspect.getsource(function))
+        assert source.count(old) == 1, f"{function.__qualname__} has {source.count(old)} x {old!r}"
+        sources[function] = source.replace(old, new)
+    for function, source in sources.items():
+        code = compile(source, "mutation", "exec", __future__.annotations.compiler_flag, True)
+        scope: dict[str, Any] = {}
+        exec(code, function.__globals__, scope)
+        monkeypatch.setattr(function, "__code__", scope[function.__name__].__code__)
+
+
+@pytest.fixture(scope="module")
+def caught(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, str, str]]]:
+    """Lines for the table at the end of the run."""
+    lines: list[tuple[str, str, str]] = []
+
+    class Summary:
+        def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+            terminalreporter.section("planted bugs and what caught them")
+            for name, check, reason in lines:
+                terminalreporter.write_line(f"{name} -> caught by {check}: {reason}")
+
+    request.config.pluginmanager.register(Summary())
+    return lines
+
+
+def test_all_checks_pass_on_the_engine_as_it_is() -> None:
+    for check in CHECKS.values():
+        check()
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
+def test_a_planted_bug_is_caught(
+    mutation: Mutation, monkeypatch: pytest.MonkeyPatch, caught: list[tuple[str, str, str]]
+) -> None:
+    plant(monkeypatch, mutation)
+    for name in [mutation.first, *(name for name in CHECKS if name != mutation.first)]:
+        try:
+            CHECKS[name]()
+        except Exception as error:  # a broken engine may also trip over itself
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            caught.append((mutation.name, name, reason))
+            return
+    pytest.fail(f"nothing saw that {mutation.name}")
