@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from specdistill_kernels import reference
 from specdistill_kernels.noise import Noise, counter_noise
 from specdistill_kernels.reference import Drawn, Lenience, Mode, Verdict
 
-Backend = Literal["auto", "reference"]
+Backend = Literal["auto", "triton", "reference"]
 
 
 def verify(
@@ -48,11 +51,15 @@ def verify(
     "block" (2403.10444): the same distribution, and on average at least as many accepted tokens.
     lenience makes acceptance LOSSY; it has no effect at temperature 0, where p is 0 or 1.
 
+    backend: "auto" takes "triton" for logits in a GPU's memory where it can (triton is installed,
+    the logits are not float64 and of one dtype, rows are contiguous, `noise` is the default), and
+    "reference" otherwise; both emit the same tokens. "triton" says why where it cannot.
+
     At temperature 0 the draft's logits are not read. A draft row without a finite maximum is a
     rejection. Where the target's own row has none, the token is -1 and the caller must stop. Raises
-    ValueError for shapes or options that do not fit, or a backend that does not exist.
+    ValueError for shapes or options that do not fit, and for a backend that does not exist or
+    cannot take these arguments.
     """
-    _check_backend(backend)
     batch, num = draft_tokens.shape
     if target_logits.shape[:2] != (batch, num + 1):
         raise ValueError(
@@ -88,6 +95,26 @@ def verify(
     ):
         if value is not None and list(value.shape) != shape:
             raise ValueError(f"{name} must be {shape}; got {list(value.shape)}")
+    if _takes_triton(backend, noise, target_logits, draft_logits):
+        from specdistill_kernels import triton_verify
+
+        return triton_verify.verify(
+            draft_tokens,
+            draft_logits,
+            target_logits,
+            lengths=lengths,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seeds=seeds,
+            step=step,
+            draft_vocab=draft_vocab,
+            draft_lse=draft_lse,
+            point_mass=point_mass,
+            mode=mode,
+            lenience=lenience,
+        )
     return reference.verify(
         draft_tokens,
         draft_logits,
@@ -124,7 +151,19 @@ def sample(
     """Draw one draft token per row: [B, Vd] raw logits to indices into them, with the logsumexp
     that `verify` takes. Arguments as there; position is the token's place in the round (0 to G-1).
     """
-    _check_backend(backend)
+    if _takes_triton(backend, noise, logits):
+        from specdistill_kernels import triton_verify
+
+        return triton_verify.sample(
+            logits,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seeds=seeds,
+            step=step,
+            position=position,
+        )
     return reference.sample(
         logits,
         temperature=temperature,
@@ -138,6 +177,40 @@ def sample(
     )
 
 
-def _check_backend(backend: str) -> None:
-    if backend not in ("auto", "reference"):
-        raise ValueError(f"backend {backend!r} does not exist; choose 'auto' or 'reference'")
+def _takes_triton(backend: str, noise: Noise, *logits: Tensor | None) -> bool:
+    """Whether the Triton backend is to run. Raises ValueError where it was asked for and cannot."""
+    if backend == "reference":
+        return False
+    if backend not in ("auto", "triton"):
+        raise ValueError(
+            f"backend {backend!r} does not exist; choose 'auto', 'triton' or 'reference'"
+        )
+    hindrance = _hindrance(backend, noise, [x for x in logits if x is not None])
+    if hindrance and backend == "triton":
+        raise ValueError(f"the Triton backend cannot run: {hindrance}, or choose 'reference'")
+    return not hindrance
+
+
+def _hindrance(backend: str, noise: Noise, logits: list[Tensor]) -> str:
+    """Why the Triton backend cannot run, with what would help; empty if it can."""
+    if not all(x.is_cuda for x in logits):
+        if backend == "auto":
+            return "the logits are not on a GPU"
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return (
+                f"the logits are on {logits[0].device}; move them to a GPU, set TRITON_INTERPRET=1 "
+                "before triton is imported to have the kernels interpreted"
+            )
+    if find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    if noise is not counter_noise:
+        return "its noise is counter_noise; leave `noise` alone"
+    dtypes = {x.dtype for x in logits}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
+        return (
+            f"the logits are {' and '.join(sorted(map(str, dtypes)))}; cast them to one of "
+            "float32, bfloat16 and float16"
+        )
+    if any(x.stride(-1) != 1 for x in logits):
+        return "the entries of a row of logits do not lie side by side; call .contiguous()"
+    return ""

@@ -1,0 +1,276 @@
+"""The acceptance rules of `reference` in Triton, on the few numbers they need.
+
+Inside, `request` is (tokens, b, end, scale, sure, batch, num, filtered): `end` [R, 1] proposals
+count, `sure` marks requests whose draft proposes with certainty (and greedy ones, which never look
+at the draft's logits). `draft_options` is (inverse, trimmed, draft_lse, has_lse).
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+import triton
+import triton.language as tl
+
+from specdistill_kernels.triton_noise import COIN, random_bits, stream
+from specdistill_kernels.triton_rows import (
+    INF,
+    INTS,
+    first_maximum,
+    numbers,
+    offered,
+    probability,
+    row_min,
+    row_statistics,
+    row_sum,
+    single,
+    statistics,
+    warped,
+)
+
+
+@triton.jit
+def draft_statistics(rows, draft_lse, has_lse, row, at, need, filtered, SP: tl.constexpr):
+    """As `statistics`; a stored logsumexp [B, G] is a peak of mass 1."""
+    stored = (has_lse != 0) & (filtered == 0)
+    peak, mass, cut = statistics(rows, row, need & (stored == 0), filtered, SP)
+    if stored:
+        lse = tl.load(draft_lse + at, mask=need, other=0.0)
+        good = tl.abs(lse) < INF
+        peak = tl.where(good, lse, 0.0)
+        mass = tl.where(good, 1.0, 0.0)
+    return peak, mass, cut
+
+
+@triton.jit
+def _chances(p_side, q_side, rows, request, draft_options, g, SP: tl.constexpr):
+    """The proposals at positions g [1, K] of requests b [R, 1], with their p and q: [R, K]."""
+    target, target_b, target_g, width = p_side
+    draft, draft_b, draft_g, _ = q_side
+    tokens, b, end, scale, sure, batch, num, filtered = request
+    inverse, trimmed, draft_lse, has_lse = draft_options
+    live = g < end
+    token = tl.load(tokens + b * num + g, mask=live, other=0)
+    inside = live & (token < width)
+    peak, mass, cut = statistics(rows, b * (num + 1) + g, live, filtered, SP)
+    x = warped(target + b * target_b + g * target_g + token, inside, scale, cut)
+    p_x = tl.where(inside, probability(x, peak, mass), 0.0)
+
+    asked = inside & ~sure
+    column = token
+    if trimmed != 0:
+        column = tl.load(inverse + token, mask=asked, other=-1).to(tl.int64)
+    asked = asked & (column >= 0)
+    at = b * num + g
+    row = batch * (num + 1) + at
+    peak, mass, cut = draft_statistics(rows, draft_lse, has_lse, row, at, asked, filtered, SP)
+    x = warped(draft + b * draft_b + g * draft_g + column, asked, scale, cut)
+    q_x = tl.where(asked, probability(x, peak, mass), 0.0)
+    return token, p_x, tl.where(sure, 1.0, q_x)
+
+
+@triton.jit
+def _coins(seed, step, g):
+    """Uniform in [0, 1), float64, for positions g [1, K]."""
+    shift, key = stream(seed, step, g, COIN)
+    return random_bits(shift, key, g * 0).to(tl.float64) * 2.3283064365386963e-10
+
+
+@triton.jit
+def _ratios(p_x, q_x, live):
+    """p / q in float64, to 1e-14: a division would be a call, for which registers are spilled."""
+    q = tl.maximum(q_x, 1.0e-30)
+    guess = (1.0 / q).to(tl.float64)
+    inverse = guess * (2.0 - q.to(tl.float64) * guess)
+    return tl.where(live & (q_x > 0.0), p_x.to(tl.float64) * inverse, 0.0)
+
+
+@triton.jit
+def _pick(values, here, ROWS: tl.constexpr):
+    """The one column of [R, K] that `here` [1, K] marks."""
+    return row_sum(tl.where(here, values, 0.0), ROWS)
+
+
+@triton.jit
+def _joint_before(
+    p_side,
+    q_side,
+    rows,
+    request,
+    draft_options,
+    i,
+    GP: tl.constexpr,
+    SP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The joint ratio of the first i proposals, float64: see `reference.block_rule`."""
+    _, _, end, _, _, _, num, _ = request
+    joint = (i * 0).to(tl.float64) + 1.0
+    for start in range(0, num, GP):
+        g = (start + tl.arange(0, GP))[None, :]
+        _token, p_x, q_x = _chances(p_side, q_side, rows, request, draft_options, g, SP)
+        ratios = _ratios(p_x, q_x, g < end)
+        for j in range(GP):
+            next_joint = tl.minimum(joint * _pick(ratios, g == start + j, ROWS), 1.0)
+            joint = tl.where(start + j < i, next_joint, joint)
+    return joint
+
+
+@triton.jit
+def decide(
+    p_side,
+    q_side,
+    rows,
+    request,
+    draft_options,
+    draws,
+    firsts,
+    block_mode,
+    lenience,
+    GP: tl.constexpr,
+    SP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """How many proposals each request keeps, by `reference.token_rule`, `reference.block_rule` or
+    the greedy rule, and the joint ratio that scales p in the residual, float64."""
+    _, b, end, _, _, batch, num, _ = request
+    seed, step, greedy = draws
+    power, divisor = lenience
+    peaks, masses, _, splits = rows
+    kept = end
+    longest = end * 0
+    joint = longest.to(tl.float64) + 1.0
+    chosen = joint
+    for start in range(0, num, GP):
+        g = (start + tl.arange(0, GP))[None, :]
+        token, p_x, q_x = _chances(p_side, q_side, rows, request, draft_options, g, SP)
+        coins = _coins(seed, step, g)
+        bar = tl.exp(power * tl.log(tl.where(p_x > 0.0, p_x, 1.0)))
+        bar = tl.where(power == 1.0, p_x, tl.where(p_x > 0.0, bar, 0.0)) / divisor
+        accept = (q_x > 0.0) & (coins * q_x.to(tl.float64) < bar.to(tl.float64))
+        best = first_maximum(peaks, firsts, b * (num + 1) + g, greedy & (g < end), splits, SP)
+        accept = tl.where(greedy, best == token, accept)
+        stop = tl.where((g < end) & ~accept, g, num)
+        kept = tl.minimum(kept, row_min(stop, ROWS))
+        if block_mode != 0:
+            ratios = _ratios(p_x, q_x, g < end)
+            k = tl.arange(0, SP)[None, None, :]
+            at = (batch * (2 * num + 1) + b * num + g + 1)[:, :, None] * SP + k
+            mask = (g + 1 < end)[:, :, None] & (k < splits)
+            excess = tl.sum(tl.load(masses + at, mask=mask, other=0.0), 2).to(tl.float64)
+            for j in range(GP):
+                here = g == start + j
+                i = start + j + 1
+                joint = tl.minimum(joint * _pick(ratios, here, ROWS), 1.0)
+                mass = _pick(excess, here, ROWS)  # S_i
+                rest = mass + 1.0 - joint
+                u = _pick(coins, here, ROWS)  # below S / (S + 1 - joint), which is 1 for 0 / 0
+                below = tl.where(rest > 0.0, u * rest < mass, joint > 0.0)
+                below = tl.where(i == end, u < joint, below)
+                stands = ~greedy & (i <= end) & below
+                longest = tl.where(stands, i, longest)
+                chosen = tl.where(stands, joint, chosen)
+    return tl.where(greedy | (block_mode == 0), kept, longest), chosen
+
+
+@triton.jit
+def taken(q_row, c, width, scale, sure, token):
+    """What the draft proposed over tokens c [1, BLOCK]: q, or all of it at the one token."""
+    base, asked, draft_width, peak, mass, cut, inverse, trimmed = q_row
+    if trimmed != 0:
+        column = tl.load(inverse + c, mask=c < width, other=-1)
+        mask = asked & (column >= 0)
+        x = warped(base + column, mask, scale, cut)
+    else:
+        mask = asked & (c < draft_width)
+        x = warped(base + c, mask, scale, cut)
+    q = tl.where(mask, probability(x, peak, mass), 0.0)
+    return tl.where(sure & (c == token), 1.0, q)
+
+
+@triton.jit
+def draft_row(q_side, rows, request, draft_options, g, need, SP: tl.constexpr, ROWS: tl.constexpr):
+    """What `taken` asks for, for the draft's rows at positions g, a column."""
+    draft, draft_b, draft_g, width = q_side
+    _, b, _, _, sure, batch, num, filtered = request
+    inverse, trimmed, draft_lse, has_lse = draft_options
+    asked = need & ~sure
+    at = b * num + g + tl.zeros((ROWS, 1), tl.int64)
+    some = asked & (at >= 0)
+    row = batch * (num + 1) + at
+    peak, mass, cut = draft_statistics(rows, draft_lse, has_lse, row, at, some, filtered, SP)
+    base = draft + b * draft_b + g * draft_g
+    peak = single(peak, ROWS)
+    mass = single(mass, ROWS)
+    return base, asked, width, peak, mass, single(cut, ROWS), inverse, trimmed
+
+
+@triton.jit(do_not_specialize=INTS)
+def excess_kernel(
+    target,
+    draft,
+    tokens,
+    lengths,
+    temperature,
+    certain,
+    inverse,
+    draft_lse,
+    peaks,
+    masses,
+    cuts,
+    batch,
+    num,
+    width_units,
+    draft_width_units,
+    target_b,
+    target_g,
+    draft_b,
+    draft_g,
+    part_tiles,
+    splits,
+    draft_rows,
+    has_certain,
+    has_lse,
+    trimmed,
+    filtered,
+    UNIT: tl.constexpr,
+    GP: tl.constexpr,
+    SP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Block verification's S_i = sum of max(0, joint_i p - q) at positions i = 1 to G-1, over one
+    part of the vocabulary; row (b, i) of it follows the draft's rows in `masses`. Grid: blocks of
+    rows, parts."""
+    p_side = (target, target_b * UNIT, target_g * UNIT, width_units * UNIT)
+    q_side = (draft, draft_b * UNIT, draft_g * UNIT, draft_width_units * UNIT)
+    rows = (peaks, masses, cuts, splits)
+    row = numbers(ROWS)
+    part = tl.program_id(1)
+    b = (row // (num - 1)).to(tl.int64)
+    i = row % (num - 1) + 1
+    ok = b < batch
+    t = tl.load(temperature + b, mask=ok, other=0.0)
+    ok = ok & (t > 0.0)
+    scale = tl.where(ok, t, 1.0)
+    sure = tl.load(certain + b, mask=ok & (has_certain != 0), other=0) != 0
+    sure = sure | (draft_rows == 0)
+    end = offered(tokens, lengths, b, ok, num, GP, ROWS)
+    need = ok & (i < end)
+    request = (tokens, b, end, scale, sure, batch, num, filtered)
+    options = (inverse, trimmed, draft_lse, has_lse)
+    joint = _joint_before(p_side, q_side, rows, request, options, i, GP, SP, ROWS).to(tl.float32)
+
+    q_row = draft_row(q_side, rows, request, options, i, need, SP, ROWS)
+    at = b * num + i
+    token = tl.load(tokens + at, mask=need, other=0)
+    peak, mass, cut = row_statistics(rows, b * (num + 1) + i, need, filtered, SP, ROWS)
+    base = target + b * (target_b * UNIT) + i * (target_g * UNIT)
+    width = width_units * UNIT
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    first_token = part * part_tiles * BLOCK
+    for start in range(first_token, tl.minimum(first_token + part_tiles * BLOCK, width), BLOCK):
+        c = (start + tl.arange(0, BLOCK))[None, :]
+        x = warped(base + c, need & (c < width), scale, cut)
+        p = probability(x, peak, mass) * joint
+        total += tl.maximum(p - taken(q_row, c, width, scale, sure, token), 0.0)
+    at = (batch * (2 * num + 1) + at) * SP + part
+    tl.store(masses + at, row_sum(total, ROWS), mask=need)
