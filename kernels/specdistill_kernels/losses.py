@@ -1,0 +1,170 @@
+"""Distillation losses from hidden states: head, divergence and gradients by chunks of rows, so that
+memory grows with the chunk and not with the number of tokens. The losses themselves are defined in
+`divergences.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from specdistill_kernels import divergences
+from specdistill_kernels.divergences import Loss, mixture, wide
+from specdistill_kernels.targets import Head, RowKernel, Rows, Target, prepare
+
+Backend = Literal["auto", "torch", "triton"]
+
+
+def divergence(
+    draft_logits: Tensor,
+    target: Target | None,
+    *,
+    loss: Loss | Mapping[Loss, float],
+    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    draft_vocab: Tensor | None = None,
+    beta: float | None = None,
+    eta: float | None = None,
+) -> Tensor:
+    """The loss of each row, [N], from raw draft logits [N, Vd]: plain PyTorch, differentiable in
+    them, all rows at once. Arguments as in `fused_divergence`.
+    """
+    num, width = draft_logits.shape
+    parts = mixture(loss, beta, eta)
+    case = prepare(num, width, target, labels, parts, temperature, draft_vocab, divergences)
+    return divergences.row_losses(wide(draft_logits), *case.rows(slice(None)), parts, temperature)
+
+
+def fused_divergence(
+    hidden: Tensor,
+    head: Head,
+    target: Target | None,
+    *,
+    loss: Loss | Mapping[Loss, float],
+    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    weights: Tensor | None = None,
+    draft_vocab: Tensor | None = None,
+    beta: float | None = None,
+    eta: float | None = None,
+    chunk: int = 1024,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The sum over N tokens of weights · loss, differentiable in the draft's hidden states and
+    head; never more than `chunk` rows of logits exist.
+
+    hidden: [N, d], the draft's final hidden states. head: the draft's, of Vd tokens. target: raw
+    logits [N, V], `TargetStates` or `TargetTopK`; no gradient reaches it. loss: a name or weights
+    by name, as defined in `divergences.py`; beta for jsd (0.5), eta for lk_hybrid (3). temperature:
+    of both sides, for every loss but ce. labels: [N] target ids, for ce, which alone needs no
+    target; negative ids and tokens the draft lacks are skipped (`draft_columns` finds them).
+    weights: [N] float or bool, all 1 by default; a row of weight 0 is left out, whatever it holds.
+    draft_vocab: [Vd] distinct target ids, where the draft's vocabulary is trimmed.
+
+    Returns a scalar in float32 (float64 for float64 states). It is a sum: divide it by the tokens
+    of the whole accumulated batch. Gradients are computed here, beside the loss, and scaled in the
+    backward pass; the head's is summed over chunks in float32. There is no second derivative.
+
+    backend: "torch" runs everywhere; "triton" wants triton, a GPU (or TRITON_INTERPRET=1) and
+    float32, bfloat16 or float16; "auto" takes triton on a GPU where it can. Raises ValueError for
+    arguments that do not fit, RuntimeError where "triton" cannot run.
+    """
+    width, size = head.weight.shape
+    if hidden.dim() != 2 or hidden.shape[1] != size:
+        raise ValueError(f"hidden must be [N, {size}] for this head; got {list(hidden.shape)}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 row; got {chunk}")
+    num, dtype = len(hidden), wide(hidden[:0]).dtype
+    chunks: list[Rows] = [slice(start, start + chunk) for start in range(0, num, chunk)]
+    if weights is None:
+        weights = hidden.new_ones(num, dtype=dtype)
+    elif weights.shape != (num,):
+        raise ValueError(f"weights must be [{num}]; got {list(weights.shape)}")
+    else:
+        weights = weights.detach().to(dtype)
+        live = weights.nonzero()[:, 0]
+        chunks = [live[start : start + chunk] for start in range(0, len(live), chunk)]
+    parts, kernel = mixture(loss, beta, eta), _kernel(backend, hidden)
+    case = prepare(num, width, target, labels, parts, temperature, draft_vocab, kernel)
+    if torch.is_grad_enabled():
+        return _Fused.apply(hidden, head.weight, head.bias, head, weights, case, chunks)
+    total = hidden.new_zeros((), dtype=dtype)
+    for rows in chunks:
+        logits = head.logits(hidden[rows])
+        total += kernel.row_losses(logits, *case.rows(rows), parts, temperature) @ weights[rows]
+    return total
+
+
+class _Fused(torch.autograd.Function):
+    """Loss and gradients in one loop over chunks of rows; backward only scales them."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, head, weights, case, chunks):  # type: ignore[no-untyped-def]
+        of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        of_weight, of_bias = (  # a sum over chunks: bfloat16 would lose the later ones
+            torch.zeros_like(x, dtype=weights.dtype) if needed else None
+            for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
+        )
+        total = weights.new_zeros(())
+        for rows in chunks:
+            states = hidden[rows]
+            logits = head.logits(states)
+            slope = head.slope(logits)  # now: a kernel may write the gradient over the logits
+            losses, gradient = case.kernel.row_gradients(
+                logits, *case.rows(rows), weights[rows], case.parts, case.temperature
+            )
+            total += losses.sum()
+            if slope is not None:
+                gradient = gradient * slope
+            if of_hidden is not None:
+                of_hidden[rows] = (gradient @ weight).to(hidden.dtype)
+            if of_weight is not None:
+                if of_weight.dtype == gradient.dtype == states.dtype:
+                    of_weight.addmm_(gradient.T, states)
+                else:
+                    of_weight += gradient.T @ states
+            if of_bias is not None:
+                of_bias += gradient.sum(0, dtype=of_bias.dtype)
+            del logits, gradient  # before the next chunk's are made
+        ctx.save_for_backward(
+            of_hidden,
+            None if of_weight is None else of_weight.to(weight.dtype),
+            None if of_bias is None else of_bias.to(bias.dtype),
+        )
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):  # type: ignore[no-untyped-def]
+        scaled = [None if saved is None else saved * upstream for saved in ctx.saved_tensors]
+        return (*scaled, None, None, None, None)
+
+
+def _kernel(backend: Backend, hidden: Tensor) -> RowKernel:
+    if backend not in ("auto", "torch", "triton"):
+        raise ValueError(f"backend {backend!r} does not exist; choose 'auto', 'torch' or 'triton'")
+    lacking = _lacking(hidden)
+    if backend == "torch" or (backend == "auto" and (lacking or not hidden.is_cuda)):
+        return divergences
+    if lacking:
+        raise RuntimeError(f"backend 'triton' cannot run: {lacking}; 'torch' runs everywhere")
+    from specdistill_kernels import triton_losses
+
+    return triton_losses
+
+
+def _lacking(hidden: Tensor) -> str:
+    """What Triton lacks to run on these states, in words; empty if nothing."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {hidden.device} and TRITON_INTERPRET=1 is not set"
+    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the hidden states are {hidden.dtype}, and it takes float32, bfloat16 and float16"
+    return ""

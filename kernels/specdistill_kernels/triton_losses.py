@@ -1,0 +1,194 @@
+"""The backend "triton" of `fused_divergence`: launches the kernels of `triton_divergence.py` behind
+the interface of `divergences.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from specdistill_kernels.divergences import LOSSES, Dense, Lumped, Mixture
+from specdistill_kernels.triton_divergence import divergence_kernel, logsumexp_kernel
+
+BLOCK, WARPS = 512, 4  # four entries a thread: with eight, some configurations spill registers
+
+
+def logsumexp(
+    logits: Tensor, temperature: float, *, block: int | None = None, rows: int | None = None
+) -> Tensor:
+    """[n, V] raw logits to float32 [n], of logits / T."""
+    num, width = logits.shape
+    logits = _readable(logits, logits.dtype)
+    out = torch.empty(num, dtype=torch.float32, device=logits.device)
+    unit, tile = _unit(logits), _tile(num, width, block, rows)
+    with torch.cuda.device_of(logits):
+        logsumexp_kernel[(triton.cdiv(num, tile["ROWS"]),)](
+            logits,
+            out,
+            num,
+            width // unit,
+            logits.stride(0) // unit,
+            1 / temperature,
+            UNIT=unit,
+            **tile,
+            num_warps=WARPS,
+        )
+    return out
+
+
+def row_losses(
+    draft_logits: Tensor,
+    target: Dense | Lumped | None,
+    labels: Tensor | None,
+    parts: Mixture,
+    temperature: float,
+) -> Tensor:
+    """[n] losses. The kernel has no form without the gradient, so it overwrites the logits too."""
+    ones = torch.ones(len(draft_logits), device=draft_logits.device)
+    return row_gradients(draft_logits, target, labels, ones, parts, temperature)[0]
+
+
+def row_gradients(
+    draft_logits: Tensor,
+    target: Dense | Lumped | None,
+    labels: Tensor | None,
+    weights: Tensor,
+    parts: Mixture,
+    temperature: float,
+    *,
+    block: int | None = None,
+    rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weighted losses [n] of contiguous draft logits, and their gradient [n, Vd] written over
+    them.
+    """
+    num, width = draft_logits.shape
+    missing = None
+    if isinstance(target, Lumped):
+        logits, whole, missing = _spread(target, width)
+    elif target is None:  # for ce alone; the draft stands in as its own target, with weight 0
+        logits, whole = draft_logits, torch.zeros(num, device=draft_logits.device)
+    else:
+        logits = _readable(target.logits, draft_logits.dtype)
+        if target.logsumexp is None:
+            whole = torch.full((num,), -torch.inf, device=draft_logits.device)
+        else:
+            whole = target.logsumexp.float().contiguous()
+    weight = dict.fromkeys(LOSSES, 0.0) | dict(parts.weights)
+    squared = temperature**2
+    losses = torch.empty(num, dtype=torch.float32, device=draft_logits.device)
+    unit, tile = _unit(draft_logits, logits), _tile(num, width, block, rows)
+    with torch.cuda.device_of(draft_logits):
+        divergence_kernel[(triton.cdiv(num, tile["ROWS"]),)](
+            draft_logits,
+            logits,
+            whole,
+            missing,
+            None if labels is None else labels.contiguous(),
+            weights.contiguous(),
+            losses,
+            num,
+            width // unit,
+            logits.stride(0) // unit,
+            1 / temperature,
+            squared,
+            squared * weight["fkl"],
+            squared * weight["rkl"],
+            squared * weight["jsd"],
+            weight["tvd"],
+            weight["lk_alpha"],
+            weight["lk_hybrid"],
+            weight["ce"],
+            parts.beta,
+            parts.eta,
+            LUMPED=missing is not None,
+            SUMS=bool(set(parts.weights) - {"fkl", "ce"}),
+            CE=labels is not None,
+            UNIT=unit,
+            **tile,
+            num_warps=WARPS,
+        )
+    return losses, draft_logits
+
+
+def _spread(target: Lumped, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """log p [n, width] of the k tokens and +inf elsewhere, for the tail; the log mass of the tail
+    [n]; the mass [n] of those among the k that the draft lacks.
+    """
+    present, log_p = target.columns >= 0, target.log_probs.float()
+    spread = log_p.new_full((len(log_p), width), torch.inf)
+    at = target.columns.clamp(min=0)  # an absent token's +inf changes nothing
+    spread.scatter_reduce_(1, at, torch.where(present, log_p, torch.inf), "amin")
+    missing = torch.where(present, 0, log_p.exp()).sum(-1)
+    return spread, target.log_tail.float().contiguous(), missing
+
+
+def _readable(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype` or float32, which are the forms compiled, and without gaps within a row."""
+    if logits.dtype not in (dtype, torch.float32) or dtype == torch.float64:
+        logits = logits.float()
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _unit(*matrices: Tensor) -> int:
+    """16 where all rows start and end on 16 entries, else 1."""
+    numbers = [n for x in matrices for n in (x.shape[1], x.stride(0), x.data_ptr())]
+    return 16 if all(number % 16 == 0 for number in numbers) else 1
+
+
+def _tile(num: int, width: int, block: int | None, rows: int | None) -> dict[str, int]:
+    """On a GPU one row a program. The interpreter pays by the operation, so it gets large tiles."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return {"BLOCK": block or BLOCK, "ROWS": rows or 1}
+    block = block or min(16384, triton.next_power_of_2(width))
+    most = max(1, 65536 // block)
+    return {"BLOCK": block, "ROWS": rows or min(most, triton.next_power_of_2(num))}
+
+
+class Configuration(NamedTuple):
+    """One compiled form that a launch above can ask for. Pointers are aligned to 16 bytes."""
+
+    kernel: Any
+    signature: dict[str, str]  # of the arguments that are not constants
+    constexprs: dict[str, Any]
+    num_warps: int
+    divisible_by_16: tuple[str, ...]  # integer arguments
+
+
+def configurations() -> list[Configuration]:
+    """Every one of them, for compiling ahead of time. No integer is compiled for its value."""
+    floats = ("fp32", "bf16", "fp16")
+    pairs = [  # LUMPED, the draft's dtype, the target's
+        *((False, dtype, dtype) for dtype in floats),
+        *((False, dtype, "fp32") for dtype in floats[1:]),
+        *((True, dtype, "fp32") for dtype in floats),
+    ]
+    types = dict.fromkeys(("out", "whole", "missing", "weights", "losses"), "*fp32")
+    types |= dict.fromkeys(("num_rows", "width_units", "stride_units"), "i32") | {"labels": "*i64"}
+    flags = list(itertools.product((False, True), repeat=2))
+    found = []
+
+    def add(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> None:
+        signature = {
+            name: (types | pointers).get(name, "fp32")
+            for name in kernel.arg_names
+            if name not in constants
+        }
+        found.append(Configuration(kernel, signature, constants, WARPS, ()))
+
+    for unit in (16, 1):
+        tile = {"UNIT": unit, "BLOCK": BLOCK, "ROWS": 1}
+        for dtype in floats:
+            add(logsumexp_kernel, {"logits": f"*{dtype}"}, tile)
+        for (lumped, draft, target), (sums, ce) in itertools.product(pairs, flags):
+            absent: dict[str, Any] = {} if lumped else {"missing": None}
+            absent |= {} if ce else {"labels": None}
+            pointers = {"draft": f"*{draft}", "target": f"*{target}"}
+            flagged = {"LUMPED": lumped, "SUMS": sums, "CE": ce}
+            add(divergence_kernel, pointers, {**flagged, **tile, **absent})
+    return found

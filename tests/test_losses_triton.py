@@ -1,0 +1,361 @@
+"""The Triton row kernels under Triton's interpreter, against the plain definitions.
+
+    TRITON_INTERPRET=1 python -m pytest tests/test_losses_triton.py
+
+The variable must be set before triton is imported, so these tests have a process of their own.
+"""
+
+import itertools
+import math
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("set TRITON_INTERPRET=1, before Python starts", allow_module_level=True)
+
+from specdistill_kernels import divergences, losses, triton_losses
+from specdistill_kernels.divergences import LOSSES, Dense, Lumped, Mixture, mixture
+from specdistill_kernels.losses import fused_divergence
+from specdistill_kernels.targets import Head, TargetStates, keep_top_k
+
+# numpy says so of every -inf that the kernel masks.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+MIXTURES = {
+    "all": dict.fromkeys(LOSSES, 0.5),
+    "fkl+ce": {"fkl": 0.9, "ce": 0.1},
+    "jsd+tvd": {"jsd": 0.4, "tvd": 2.0},
+    "overlaps": {"tvd": 0.5, "lk_alpha": 1.5, "lk_hybrid": 0.3, "ce": 0.2},
+}
+OBJECTIVES = {**{name: {name: 1.0} for name in LOSSES}, **MIXTURES}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The interpreter truncates where it stores bfloat16, a GPU rounds to nearest: one unit either way.
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-11}
+
+
+def rows(
+    form: str = "whole",
+    *,
+    n: int = 5,
+    width: int = 77,
+    dtype: torch.dtype = torch.float32,
+    target_dtype: torch.dtype | None = None,
+    temperature: float = 1.0,
+    scale: float = 2.0,
+) -> dict[str, Any]:
+    """Arguments of `row_gradients` but the mixture. form: the whole target; trimmed, with the
+    logsumexp of more tokens; or top-k, two of whose tokens the draft lacks in the second row.
+    """
+    torch.manual_seed(n * width)
+    draft = torch.randn(n, width).mul(scale).to(dtype)
+    logits = torch.randn(n, width).mul(scale).to(target_dtype or dtype)
+    target: Dense | Lumped = Dense(logits, None)
+    if form == "trimmed":
+        more = torch.cat([logits.float(), torch.randn(n, 9) * scale], 1)
+        target = Dense(logits, (more / temperature).logsumexp(-1))
+    if form == "top-k":
+        tokens, log_probs, log_tail, _ = keep_top_k(logits, 6, temperature=temperature)
+        tokens[1, [0, 4]] = -1
+        target = Lumped(tokens, log_probs, log_tail)
+    labels = torch.randint(width, (n,))
+    labels[n // 2] = -1
+    weights = torch.rand(n) + 0.1
+    return {
+        "draft_logits": draft,
+        "target": target,
+        "labels": labels,
+        "weights": weights,
+        "temperature": temperature,
+    }
+
+
+def poisoned(values: Tensor) -> Tensor:
+    """A copy in the middle of NaN, which a kernel that strays would read or overwrite."""
+    n, width = values.shape
+    room = torch.full(((n + 2) * width,), torch.nan, dtype=values.dtype)
+    inside = room[width : (n + 1) * width].view(n, width)
+    inside.copy_(values)
+    return inside
+
+
+def exactly(case: dict[str, Any], labels: Tensor | None, parts: Mixture) -> tuple[Tensor, Tensor]:
+    """What the definition says, in float64."""
+    target = type(case["target"])(
+        *(x.double() if x is not None and x.is_floating_point() else x for x in case["target"])
+    )
+    arguments = (target, labels, case["weights"], parts, case["temperature"])
+    return divergences.row_gradients(case["draft_logits"].double(), *arguments)
+
+
+def check(case: dict[str, Any], objective: dict[str, float], **tile: int) -> tuple[Tensor, Tensor]:
+    """Kernel against definition, in losses and gradients; returns the kernel's."""
+    parts = mixture(objective)
+    labels = case["labels"] if "ce" in objective else None
+    arguments = (case["target"], labels, case["weights"], parts, case["temperature"])
+    draft = poisoned(case["draft_logits"])
+    held = draft.untyped_storage()
+    got, gradient = triton_losses.row_gradients(draft, *arguments, **tile)
+    expected, wanted = exactly(case, labels, parts)
+    assert gradient.data_ptr() == draft.data_ptr()
+    around = torch.empty(0, dtype=draft.dtype).set_(held)
+    width = draft.shape[1]
+    assert around[:width].isnan().all()
+    assert around[-width:].isnan().all()
+    assert torch.allclose(got.double(), expected, rtol=2e-5, atol=2e-6)
+    error = (gradient.double() - wanted).abs().amax(-1)
+    assert (error <= ROUNDING[draft.dtype] * wanted.abs().amax(-1).clamp(min=0.01)).all(), error
+    return got, gradient
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 2.0])
+@pytest.mark.parametrize("form", ["whole", "trimmed", "top-k"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_losses_and_gradients(name: str, form: str, temperature: float) -> None:
+    check(rows(form, temperature=temperature), OBJECTIVES[name])
+
+
+@pytest.mark.parametrize("form", ["whole", "trimmed", "top-k"])
+@pytest.mark.parametrize(("dtype", "target_dtype"), list(itertools.product(DTYPES, DTYPES)))
+def test_dtypes(dtype: torch.dtype, target_dtype: torch.dtype, form: str) -> None:
+    for name in ("all", "fkl", "lk_hybrid"):
+        check(rows(form, dtype=dtype, target_dtype=target_dtype, width=131), OBJECTIVES[name])
+
+
+@pytest.mark.parametrize("width", [2, 15, 16, 17, 255, 256, 1000, 4099])
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_shapes(n: int, width: int) -> None:
+    for form in ("whole", "trimmed"):
+        check(rows(form, n=n, width=width), OBJECTIVES["all"])
+
+
+@pytest.mark.parametrize("form", ["whole", "trimmed", "top-k"])
+def test_independent_of_block_and_rows_per_program(form: str) -> None:
+    case = rows(form, n=5, width=150)
+    first, by_first = check(case, OBJECTIVES["all"], block=256, rows=1)
+    for block, per_program in ((16, 8), (64, 2), (128, 4)):
+        got, gradient = check(case, OBJECTIVES["all"], block=block, rows=per_program)
+        assert torch.allclose(got, first, rtol=1e-5)
+        assert torch.allclose(gradient, by_first, rtol=1e-4, atol=1e-6)
+
+
+def test_strides() -> None:
+    """Of a target whose rows are longer than what is read of them, aligned or not."""
+    for gap in (1, 16):
+        case = rows(width=64)
+        wide = torch.full((5, 64 + gap), torch.nan)
+        wide[:, :64] = case["target"].logits
+        case["target"] = Dense(wide[:, :64], None)
+        check(case, OBJECTIVES["all"])
+
+
+def test_alignment() -> None:
+    aligned = torch.zeros(4, 64)
+    assert triton_losses._unit(aligned) == 16
+    for other in (aligned[:, :48], aligned[1:]):
+        assert triton_losses._unit(aligned, other) == 16
+    odd = (torch.zeros(4, 63), torch.zeros(4, 65)[:, :64], torch.zeros(257)[1:].view(4, 64))
+    for other in odd:
+        assert triton_losses._unit(aligned, other) == 1
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("form", ["whole", "top-k"])
+def test_saturated_logits(form: str, name: str) -> None:
+    case = rows(form, n=6, width=50, scale=3000.0)
+    parts = mixture(OBJECTIVES[name])
+    labels = case["labels"] if "ce" in parts.weights else None
+    expected, wanted = exactly(case, labels, parts)
+    got, gradient = triton_losses.row_gradients(
+        case["draft_logits"], case["target"], labels, case["weights"], parts, 1.0
+    )
+    assert torch.allclose(got.double(), expected, rtol=1e-5)
+    assert torch.allclose(gradient.double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", [n for n in OBJECTIVES if n != "rkl"])
+def test_minus_infinity(name: str) -> None:
+    """A whole first block of it on both sides, more of it on the target's, and lone tokens."""
+    case = rows(n=4, width=96)
+    draft, target = case["draft_logits"], case["target"].logits
+    draft[:, :32] = target[:, :32] = -torch.inf
+    draft[:, 40] = target[:, 40] = -torch.inf
+    if "rkl" not in OBJECTIVES[name]:
+        target[:2, 32:64] = -torch.inf
+    case["labels"] = torch.tensor([70, 71, -1, 72])
+    _, gradient = check(case, OBJECTIVES[name], block=32, rows=2)
+    assert (gradient[:, :32] == 0).all()
+    top = keep_top_k(target, 5)
+    case["target"] = Lumped(top.tokens, top.log_probs, top.log_tail)
+    check(case, OBJECTIVES[name], block=32, rows=2)
+
+
+@pytest.mark.parametrize("places", [[4, 5], [6, 7]], ids=["overlapping", "apart"])
+def test_infinite_divergences_are_infinite_and_no_others(places: list[int]) -> None:
+    """A weight of 0 must not turn another loss's infinity into NaN."""
+    draft, target = torch.full((2, 1, 20), -torch.inf)
+    draft[0, [3, 4]] = 0.0
+    target[0, places] = 0.0
+    for name in OBJECTIVES:
+        parts = mixture(OBJECTIVES[name])
+        labels = torch.tensor([3]) if "ce" in OBJECTIVES[name] else None
+        arguments = (Dense(target, None), labels, torch.ones(1), parts, 1.0)
+        expected, wanted = divergences.row_gradients(draft, *arguments)
+        got, gradient = triton_losses.row_gradients(draft.clone(), *arguments)
+        assert got.item() == pytest.approx(expected.item(), rel=1e-6), name
+        infinite = {"fkl", "rkl", "lk_hybrid"} | ({"lk_alpha"} if 6 in places else set())
+        assert math.isinf(expected.item()) is bool(infinite & set(parts.weights)), name
+        if expected.isfinite():
+            assert torch.allclose(gradient, wanted, atol=1e-6), name
+
+
+def test_the_tail_is_missing_where_the_draft_has_no_token_outside_the_k() -> None:
+    case = rows(n=3, width=4)
+    columns = torch.tensor([[0, 1, 2, 3], [3, -1, 0, 1], [-1, -1, -1, -1]])
+    log_p = torch.tensor([0.4, 0.3, 0.15, 0.1]).log().expand(3, 4)
+    case["target"] = Lumped(columns, log_p, torch.tensor([0.05, 0.05, 0.05]).log())
+    case["weights"] = torch.ones(3)
+    for name in ("fkl", "jsd", "tvd", "lk_alpha", "lk_hybrid"):
+        got, _ = check(case, OBJECTIVES[name])
+        if name == "tvd":  # all of p is on what the draft lacks, or on the lump
+            assert got[2].item() == pytest.approx(1 - 0.05)
+
+
+def test_equal_logits_have_no_gradient() -> None:
+    case = rows(width=200)
+    case["target"] = Dense(case["draft_logits"].clone(), None)
+    for name in ("fkl", "rkl", "jsd", "tvd", "lk_alpha", "lk_hybrid"):
+        _, gradient = check(case, OBJECTIVES[name])
+        assert gradient.abs().max() < 1e-6
+
+
+def test_a_vocabulary_of_151936() -> None:
+    for dtype, objective in ((torch.bfloat16, "all"), (torch.float32, "fkl")):
+        case = rows("trimmed", n=2, width=151_936, dtype=dtype, scale=3.0)
+        case["labels"] = torch.tensor([151_935, 3])
+        check(case, OBJECTIVES[objective])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_logsumexp(dtype: torch.dtype) -> None:
+    for width, block, per_program in ((1, 16, 1), (77, 16, 4), (4099, None, None)):
+        logits = torch.randn(5, width + 3).mul(30).to(dtype)[:, :width]
+        logits[1, :-1] = -torch.inf
+        got = triton_losses.logsumexp(logits, 0.7, block=block, rows=per_program)
+        assert torch.allclose(got, divergences.logsumexp(logits, 0.7), rtol=1e-6)
+
+
+@pytest.mark.parametrize("vocab", [None, [11, 2, 19, 0, 7, 22, 3, 16]])
+@pytest.mark.parametrize("form", ["logits", "states", "states+lse", "top-k"])
+def test_fused_divergence_is_the_same_with_both_backends(
+    form: str, vocab: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    keep = None if vocab is None else torch.tensor(vocab)
+    n, v, width = 9, 23, 23 if vocab is None else len(vocab)
+    hidden, states = torch.randn(n, 5, requires_grad=True), torch.randn(n, 6)
+    weight, bias = torch.randn(width, 5, requires_grad=True), torch.randn(width, requires_grad=True)
+    head, target_head = Head(weight, bias, softcap=5.0), Head(torch.randn(v, 6))
+    logits = target_head.logits(states)
+    target = {
+        "logits": logits,
+        "states": TargetStates(states, target_head),
+        "states+lse": TargetStates(states, target_head, (logits / 1.3).logsumexp(-1), 1.3),
+        "top-k": keep_top_k(logits, 4, temperature=1.3),
+    }[form]
+    weights = torch.rand(n) * (torch.arange(n) % 3 > 0)
+    results, calls, kernel = [], [], triton_losses.row_gradients
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(len(arguments[0]))
+        return kernel(*arguments)
+
+    monkeypatch.setattr(triton_losses, "row_gradients", counted)
+    for backend in ("torch", "triton"):
+        options: dict[str, Any] = {
+            "loss": MIXTURES["all"],
+            "temperature": 1.3,
+            "labels": torch.arange(n),
+            "draft_vocab": keep,
+            "weights": weights,
+            "chunk": 4,
+            "backend": backend,
+        }
+        value = fused_divergence(hidden, head, target, **options)
+        found = torch.autograd.grad(-2.0 * value, [hidden, weight, bias])
+        with torch.no_grad():
+            quiet = fused_divergence(hidden, head, target, **options)
+        results.append((value, quiet, *found))
+    assert calls == [4, 2] * 2  # 6 rows count, once with and once without gradients
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_cross_entropy_needs_no_target() -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 3), torch.randn(40, 3, requires_grad=True)
+    labels = torch.tensor([0, 39, -100, 7, 7])
+    logits = (hidden @ weight.T).double()
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    value = fused_divergence(
+        hidden, Head(weight), None, loss="ce", labels=labels, temperature=3.0, backend="triton"
+    )
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    (got,) = torch.autograd.grad(value, weight)
+    (wanted,) = torch.autograd.grad(expected, weight)
+    assert torch.allclose(got, wanted, atol=1e-5)
+
+
+def test_automatic_is_torch_on_a_cpu() -> None:
+    assert losses._kernel("auto", torch.zeros(1)) is divergences
+    assert losses._kernel("triton", torch.zeros(1)) is triton_losses
+
+
+def test_every_launch_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the kernels are launched with here, in the form in which it is compiled for a GPU."""
+    listed = {
+        (c.kernel.fn.__name__, *sorted((k, v) for k, v in c.constexprs.items() if v is not None))
+        for c in triton_losses.configurations()
+    }
+    assert len(listed) == 2 * (2 * 2 * 2 + 1)
+    forms = {
+        (c.signature["draft"], c.signature["target"], c.constexprs["LUMPED"])
+        for c in triton_losses.configurations()
+        if "draft" in c.signature
+    }
+    assert len(forms) == 8
+    monkeypatch.setattr(
+        triton_losses, "_tile", lambda *_: {"BLOCK": triton_losses.BLOCK, "ROWS": 1}
+    )
+    seen = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
+                assert num_warps == triton_losses.WARPS
+                pairs = sorted(constants.items())
+                seen.append((self.kernel.fn.__name__, *pairs))
+                if len(arguments) > 6:
+                    kinds = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+                    kinds[torch.float16] = "*fp16"
+                    pair = tuple(kinds[x.dtype] for x in arguments[:2])
+                    assert (*pair, constants["LUMPED"]) in forms
+                self.kernel[grid](*arguments, num_warps=num_warps, **constants)
+
+            return launch
+
+    for name in ("divergence_kernel", "logsumexp_kernel"):
+        monkeypatch.setattr(triton_losses, name, Recorder(getattr(triton_losses, name)))
+    for form, width, dtype in itertools.product(("whole", "top-k"), (32, 33), DTYPES):
+        triton_losses.logsumexp(torch.zeros(1, width, dtype=dtype), 1.0)
+        for name in ("fkl", "tvd", "all", "fkl+ce"):
+            case = rows(form, n=2, width=width, dtype=dtype, target_dtype=torch.bfloat16)
+            check(case, OBJECTIVES[name])
+    assert set(seen) == listed
