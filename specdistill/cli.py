@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,14 +18,15 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 
-from specdistill import __version__
+from specdistill import __version__, options, tables
 from specdistill.errors import InputError, SpecDistillError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from specdistill.decoding import CacheSize
+    from specdistill.models import LanguageModel
     from specdistill.progress import Progress
-    from specdistill.scoring.scorecard import Row, Scorecard
 
 app = typer.Typer(
     name="specdistill",
@@ -37,6 +38,9 @@ app = typer.Typer(
 err = Console(stderr=True)
 
 Target = Annotated[str, typer.Option(help="Hugging Face id, folder, .gguf file, or demo:smollm2.")]
+Draft = Annotated[
+    str, typer.Option(help="Draft: as the target, or a folder of `init` or `distill`.")
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on the last line of stdout.")
 ]
@@ -123,8 +127,8 @@ def quickstart(
     with _progress() as progress:
         before, after = pipeline.quickstart(folder, progress=progress, note=_note)
     out = _tables(as_json)
-    _print_before_after(out, before, after)
-    _print_verdict(out, after)
+    out.print(tables.before_after_table(before, after))
+    _print_lines(out, [tables.evidence_line(after), after.verdict.reason])
     out.print(
         f"Report: {folder / 'report.md'}   draft: {folder / 'draft'}   pictures: "
         f"{folder / 'plots'}",
@@ -226,14 +230,17 @@ def generate(
     """Answer prompts with the target, keeping its exact signal for distillation."""
     from specdistill import models, packing
     from specdistill.data import generation
+    from specdistill.data.chat import encode_prompt
     from specdistill.data.prompts import load_prompts
-    from specdistill.decoding import Sampling
+    from specdistill.decoding import Request, Sampling, SpeculativeDecoder
 
-    samplings = [Sampling(t, top_k, top_p, min_p) for t in _temperatures(temperature)]
+    samplings = [Sampling(t, top_k, top_p, min_p) for t in options.temperatures(temperature)]
     _setup(threads)
     asked = load_prompts(prompts, split=split, column=column, limit=limit)
     model = packing.pack(models.load(target, dtype=dtype, device=device), batch_size)  # type: ignore[arg-type]
-    _note(f"{target}: {model.dtype} on {model.device}")
+    _note_models(model)
+    requests = [Request(p.id, encode_prompt(model.tokenizer, p), max_new_tokens) for p in asked]
+    _note_cache(SpeculativeDecoder(model, batch_size=batch_size).cache_size(requests))
     if keep_signal:
         size = generation.signal_bytes(model, len(asked), max_new_tokens)
         _note(f"the signal of {len(asked)} answers takes at most {size:,} bytes in {out}")
@@ -276,8 +283,7 @@ def distill(
     target = models.load(settings.target, dtype=settings.dtype, device=settings.device)
     student = models.load(settings.draft, dtype="float32", device=settings.device)
     models.check_pair(target, student)
-    for model in (target, student):
-        _note(f"{model.name}: {model.dtype} on {model.device}")
+    _note_models(target, student, decoding=False)
     with _progress() as progress:
         folder = distillation.distill(settings, target, student, resume=resume, progress=progress)
     last = (folder.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
@@ -294,9 +300,7 @@ def distill(
 @app.command()
 def score(
     target: Target,
-    draft: Annotated[
-        str, typer.Option(help="Draft: as the target, or a folder of `init` or `distill`.")
-    ],
+    draft: Draft,
     prompts: Annotated[
         str, typer.Option(help=".jsonl, .txt, datasets id, demo:train or demo:heldout.")
     ],
@@ -306,6 +310,15 @@ def score(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 128,
     limit: Annotated[int | None, typer.Option(help="Use only the first so many prompts.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
+    verification: Annotated[
+        Literal["token", "block"], typer.Option(help="Verify proposals singly, or as a whole.")
+    ] = "token",
+    lenience: Annotated[
+        str | None,
+        typer.Option(
+            help="LOSSY: accept more than the target would, by lin:0.5, sq:0.7 or exp:0.8."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing scorecard.")] = False,
     split: Split = None,
     column: Column = None,
@@ -315,7 +328,11 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Measure acceptance and speed of a pair by real speculative decoding."""
-    gammas, temperatures = _whole_numbers(num_draft_tokens), _temperatures(temperature)
+    gammas, temperatures = (
+        options.whole_numbers(num_draft_tokens),
+        options.temperatures(temperature),
+    )
+    rule = None if lenience is None else options.lenience(lenience)
     if out.exists() and not overwrite:
         raise InputError(f"{out} exists; pass --overwrite to replace it, or name another file")
     _must_be_writable(out.parent)
@@ -325,14 +342,16 @@ def score(
     from specdistill.data.prompts import load_prompts
     from specdistill.scoring import measure
 
+    measure.check_lenience(verification, rule, temperatures)
     asked = load_prompts(prompts, split=split, column=column, limit=limit)
     big = models.load(target, dtype=dtype, device=device)  # type: ignore[arg-type]
     small = models.load(draft, dtype=dtype, device=device)  # type: ignore[arg-type]
     models.check_pair(big, small)
     for model in (big, small):
         packing.pack(model, 8)
-        _note(f"{model.name}: {model.dtype} on {model.device}")
+    _note_models(big, small)
     encoded = [measure.EncodedPrompt(p.id, encode_prompt(big.tokenizer, p)) for p in asked]
+    _note_cache(measure.cache_size(big, small, encoded, gammas, max_new_tokens))
     with _progress() as progress:
         card = measure.score(
             big,
@@ -342,13 +361,67 @@ def score(
             temperatures=temperatures,
             max_new_tokens=max_new_tokens,
             seed=seed,
+            mode=verification,
+            lenience=rule,
             progress=progress,
         )
     card.write(out)
     screen = _tables(as_json)
-    _print_rows(screen, card)
-    _print_verdict(screen, card)
+    screen.print(tables.rows_table(card))
+    _print_lines(screen, [tables.evidence_line(card), card.verdict.reason])
     _finish(as_json, card.document())
+
+
+@app.command()
+def check(
+    target: Target,
+    draft: Draft,
+    prompts: Annotated[
+        str | None, typer.Option(help="As for `score`; default: a few that are built in.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=2)] = 32,
+    limit: Annotated[int, typer.Option(help="Use only the first so many prompts.")] = 8,
+    seed: Annotated[int, typer.Option()] = 0,
+    split: Split = None,
+    column: Column = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Test on this machine that decoding with the draft is lossless; exit code 1 if it is not."""
+    if prompts is None and (split or column):
+        raise InputError("--split and --column choose from a `datasets` id: name it in --prompts")
+    _setup(threads)
+    from specdistill import models, packing
+    from specdistill.data.chat import encode_prompt
+    from specdistill.data.prompts import load_prompts
+    from specdistill.scoring import check as checks
+    from specdistill.scoring.measure import EncodedPrompt
+
+    asked = checks.built_in_prompts(limit)
+    if prompts is not None:
+        asked = load_prompts(prompts, split=split, column=column, limit=limit)
+    big = models.load(target, dtype=dtype, device=device)  # type: ignore[arg-type]
+    small = models.load(draft, dtype=dtype, device=device)  # type: ignore[arg-type]
+    models.check_pair(big, small)
+    for model in (big, small):
+        packing.pack(model, 8)
+    _note_models(big, small)
+    encoded = [EncodedPrompt(p.id, encode_prompt(big.tokenizer, p)) for p in asked]
+    pair = checks.Pair(big, small, encoded, max_new_tokens, seed)
+    _note_cache(pair.cache_size())
+    with _progress() as progress:
+        results = checks.run_checks(pair, progress)
+    passed = all(result.passed for result in results)
+    screen = _tables(as_json)
+    screen.print(tables.checks_table(results))
+    verdict = "lossless, as far as was checked" if passed else "NOT lossless"
+    chance = f"a check that looks at chance fails in fewer than 1 of {1 / checks.FALSE_ALARM:,.0f}"
+    _print_lines(screen, [*tables.difference_lines(results), f"{verdict}; {chance} sound runs"])
+    _finish(as_json, {"passed": passed, "checks": [asdict(result) for result in results]})
+    if not passed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -426,34 +499,6 @@ def _must_be_writable(folder: Path) -> None:
         ) from error
 
 
-def _whole_numbers(text: str) -> list[int]:
-    """ "4", "1-8" or "2,4,6" to numbers of draft tokens."""
-    from specdistill.limits import MAX_DRAFT_TOKENS
-
-    numbers: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not match:
-            raise InputError(f"--num-draft-tokens must look like 4, 1-8 or 2,4,6; got {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if not 1 <= first <= last <= MAX_DRAFT_TOKENS:
-            raise InputError(
-                f"--num-draft-tokens must be 1 to {MAX_DRAFT_TOKENS}; got {part.strip()!r}"
-            )
-        numbers += range(first, last + 1)
-    return sorted(set(numbers))
-
-
-def _temperatures(text: str) -> list[float]:
-    try:
-        values = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(f"--temperature must look like 0 or 0,1; got {text!r}") from None
-    if not all(0 <= value < float("inf") for value in values):
-        raise InputError(f"--temperature must be 0 (greedy) or more; got {text!r}")
-    return sorted(set(values))
-
-
 @contextmanager
 def _progress() -> Iterator[Progress]:
     """Bars on a terminal; elsewhere a line whenever a stage begins, ends, or ten seconds have
@@ -490,6 +535,26 @@ def _progress() -> Iterator[Progress]:
     yield write
 
 
+def _note_models(target: LanguageModel, *drafts: LanguageModel, decoding: bool = True) -> None:
+    """How the models run; where they decode, what of the target's own settings does not apply."""
+    from specdistill.decoding.sampling import unsupported_settings
+
+    for model in (target, *drafts):
+        _note(f"{model.name}: {model.dtype} on {model.device}")
+    if decoding and (ignored := unsupported_settings(target.model.generation_config)):
+        _note(f"{target.name}: its generation config's {', '.join(ignored)} is not applied")
+
+
+def _note_cache(size: CacheSize) -> None:
+    rows = "1 row" if size.rows == 1 else f"{size.rows} rows"
+    _note(f"cache: {size.bytes / 1e6:,.1f} MB for {rows} of up to {size.slots:,} tokens")
+
+
+def _print_lines(screen: Console, lines: list[str]) -> None:
+    for line in lines:
+        screen.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def _note(line: str) -> None:
     err.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -502,78 +567,3 @@ def _tables(as_json: bool) -> Console:
 def _finish(as_json: bool, document: dict[str, Any]) -> None:
     if as_json:
         print(json.dumps(document))
-
-
-def _percent(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _print_rows(screen: Console, card: Scorecard) -> None:
-    table = Table(
-        "T",
-        "γ",
-        "α",
-        "expected α",
-        "τ",
-        "tokens/s",
-        "speedup [95%]",
-        "predicted",
-        "c",
-        "v",
-        title="speculative decoding",
-    )
-    for row in card.rows:
-        table.add_row(
-            f"{row.temperature:g}",
-            str(row.num_draft_tokens),
-            _percent(row.acceptance_rate),
-            _percent(row.acceptance_rate_expected),
-            f"{row.block_efficiency:.2f}",
-            f"{row.tokens_per_second:.1f}",
-            _speedup(row),
-            f"{row.predicted_speedup:.2f}",
-            f"{row.cost_ratio:.3f}",
-            f"{row.verify_ratio:.2f}",
-        )
-    screen.print(table)
-
-
-def _print_before_after(screen: Console, before: Scorecard, after: Scorecard) -> None:
-    table = Table(
-        "",
-        "γ",
-        "expected α",
-        "τ",
-        "speedup [95%]",
-        title="before and after distillation, held-out prompts",
-    )
-    for baseline in after.baseline:
-        for name, card in (("before", before), ("after", after)):
-            row = card.best_row(baseline.temperature)
-            table.add_row(
-                f"T={row.temperature:g} {name}",
-                str(row.num_draft_tokens),
-                _percent(row.acceptance_rate_expected),
-                f"{row.block_efficiency:.2f}",
-                _speedup(row),
-            )
-    screen.print(table)
-
-
-def _print_verdict(screen: Console, card: Scorecard) -> None:
-    same, compared = card.lossless.greedy_identical
-    ties = sum(1 for tie in card.lossless.ties if tie["within_rounding"])
-    screen.print(
-        f"greedy outputs token-identical: {same} of {compared}"
-        + (f", {ties} explained as rounding ties" if same < compared else "")
-        + f"; target as its own draft: α = {card.lossless.identity_acceptance:.3f}; "
-        f"distribution test p = {card.lossless.distribution_p_value:.3f}",
-        soft_wrap=True,
-        highlight=False,
-    )
-    screen.print(card.verdict.reason, soft_wrap=True, highlight=False)
-
-
-def _speedup(row: Row) -> str:
-    low, high = row.speedup_ci95
-    return f"{row.speedup:.2f} [{low:.2f}, {high:.2f}]"

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
@@ -143,6 +144,8 @@ def figure_acceptance(card: Scorecard, before: Scorecard | None = None) -> Figur
     _legend(right, [conditional, _key("over all rounds", BLACK, "--")], columns=1)
     for axes in (left, right):
         axes.set_ylim(-0.03, 1.03)  # marks at 0 and at 1 stay whole
+    if title := _verification(card, *([before] if before else [])):
+        figure.suptitle(title, fontsize=POINTS, fontweight="bold")
     _finish(left, [row.acceptance_rate for row in [*before_rows, *card.rows]])
     _finish(right, shares)
     return figure
@@ -189,7 +192,7 @@ def figure_speedup(card: Scorecard) -> Figure:
         _key("predicted from measured times", BLACK, "--", "x", lw=1),
         _key("planned (closed form)", BLACK, ":", "+", lw=1),
     ]
-    _legend(figure, keys)
+    _legend(figure, keys, title=_verification(card))
     return figure
 
 
@@ -224,7 +227,8 @@ def figure_time(card: Scorecard) -> Figure:
         axes.set_title(_t(temperature), fontsize=POINTS, fontweight="bold", loc="left")
     for axes, rows in zip(panels, groups.values() or [[]], strict=True):
         _finish(axes, [_milliseconds_per_token(row, part) for row in rows for part in looks], "x")
-    _legend(figure, [_key(name, colour, "", "s", ms=8) for name, colour in looks.values()])
+    keys = [_key(name, colour, "", "s", ms=8) for name, colour in looks.values()]
+    _legend(figure, keys, title=_verification(card))
     return figure
 
 
@@ -293,6 +297,11 @@ def _panels(
     return figure, list(grid.flat[:count])
 
 
+def _verification(*cards: Scorecard) -> str:
+    """The title of what is not the usual: block verification, or a LOSSY one."""
+    return "; ".join(dict.fromkeys(c.verification.label for c in cards if c.verification.label))
+
+
 def _mark(colour: str, marker: str, label: str) -> dict[str, Any]:
     return {"color": colour, "marker": marker, "ms": MARK, "label": label}
 
@@ -302,12 +311,16 @@ def _key(label: str, colour: str, line: str, marker: str = "", **look: Any) -> A
     return Line2D([], [], ls=line, **(_mark(colour, marker, label) | look))
 
 
-def _legend(owner: Axes | Figure, keys: Sequence[Artist], columns: int = 2) -> None:
-    """Above what it explains, never over the data."""
+def _legend(
+    owner: Axes | Figure, keys: Sequence[Artist], columns: int = 2, title: str = ""
+) -> None:
+    """Above what it explains, never over the data; the title of a figure goes on top of it, where
+    the layout would let a `suptitle` run into it."""
     look = {"fontsize": POINTS, "frameon": False, "columnspacing": 1.2, "handletextpad": 0.5}
     if isinstance(owner, Figure):
         columns = 2 if owner.get_figwidth() < FULL_WIDTH else 4
-        owner.legend(handles=keys, loc="outside upper left", ncols=columns, **look)
+        legend = owner.legend(handles=keys, loc="outside upper left", ncols=columns, **look)
+        legend.set_title(title, prop=FontProperties(size=POINTS, weight="bold"))
     else:
         owner.legend(handles=keys, loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, **look)
 

@@ -106,11 +106,14 @@ def _verdict(card: Scorecard, best: Row, target: str) -> str:
     )
     pays = "The draft pays" if card.verdict.pays else "The draft does not pay"
     proof = "and the output does not change"
-    if not card.lossless.holds:
+    if card.verification.lossy:
+        proof = f"but the output is not the target's ({card.verification.label})"
+    elif not card.lossless.holds:
         proof = "but that the output does not change was NOT shown"
     break_even = _number(card.verdict.break_even_acceptance, 2)
     return (
-        f"# A draft for {target}\n\n**{pays}: with it, {speed}, {proof}.**\n\n"
+        f"# {_labelled(f'A draft for {target}', card)}\n\n"
+        f"**{pays}: with it, {speed}, {proof}.**\n\n"
         f"Why: {card.verdict.reason.rstrip('.')}. On this machine the best γ is as fast as plain "
         f"decoding at an acceptance rate of {break_even}; the draft reaches "
         f"{_number(best.acceptance_rate, 2)}."
@@ -155,8 +158,9 @@ def _before_after(card: Scorecard, before: Scorecard | None) -> str:
                 lines.append([t, "none", "–", "–", "–", "1.00", rate, "1.00"])
         old_rows = [row for row in before.rows if row.temperature == temperature] if before else []
         if before and old_rows:
-            lines.append([t, "before distillation", *_headline(before.best_row(temperature))])
-        lines.append([t, "this draft", *_headline(card.best_row(temperature))])
+            name = _labelled("before distillation", before)
+            lines.append([t, name, *_headline(before.best_row(temperature))])
+        lines.append([t, _labelled("this draft", card), *_headline(card.best_row(temperature))])
         for old in old_rows:
             for new in card.rows:
                 if (new.temperature, new.num_draft_tokens) == (temperature, old.num_draft_tokens):
@@ -164,7 +168,7 @@ def _before_after(card: Scorecard, before: Scorecard | None) -> str:
                     change = " to ".join(_number(value, 2) for value in expected)
                     gains.append(f"{change} at T = {t}, γ = {new.num_draft_tokens}")
     note = "Each line shows the γ that was fastest at that temperature."
-    if gains:
+    if gains and before and before.verification == card.verification:
         note += f" At equal γ, distillation took expected α from {'; from '.join(gains)}."
     if before is None:
         note += " There is no scorecard from before distillation in the run folder."
@@ -201,11 +205,38 @@ def _all_settings(card: Scorecard) -> str:
         ]
         for row in sorted(card.rows, key=lambda row: (row.temperature, row.num_draft_tokens))
     ]
-    return f"## All settings\n\n{_table(head, lines)}\n\n{WORDS}"
+    words = WORDS
+    if card.verification.lossy:
+        words += (
+            f"\n- **{card.verification.label}**: a draft token is kept with probability "
+            "min(1, f(p)/q) instead of min(1, p/q), with f(p) = p/ε (lin), p/ε² (sq) or p^ε (exp); "
+            "expected α is then the mean of Σ min(f(p), q)."
+        )
+    elif card.verification.label:
+        words += (
+            f"\n- **{card.verification.label.capitalize()}**: a round's draft tokens are accepted "
+            "as a whole, with the same distribution as one by one; α then says nothing of "
+            "Σ min(p, q), so there is no expected α."
+        )
+    return f"## {_labelled('All settings', card)}\n\n{_table(head, lines)}\n\n{words}"
+
+
+def _labelled(text: str, card: Scorecard) -> str:
+    """With what is unusual about the card's verification."""
+    label = card.verification.label
+    return f"{text} ({label})" if label else text
 
 
 def _lossless(card: Scorecard) -> str:
     proof = card.lossless
+    if card.verification.lossy:
+        return (
+            "## Does the output stay the same?\n\n"
+            f"**No: {card.verification.label}.** The lenience accepts draft tokens more often than "
+            "the target's distribution allows, so the output follows neither the target nor the "
+            "draft, and its quality has to be judged on its own. Score without `--lenience` for "
+            "the speed of a lossless draft."
+        )
     same, compared = proof.greedy_identical
     rounding = sum(1 for tie in proof.ties if tie["within_rounding"])
     faults = compared - same - rounding
@@ -251,6 +282,11 @@ def _serving(card: Scorecard, best: Row, target: str, folder: Path) -> str:
     gamma = str(best.num_draft_tokens)
     score = ["specdistill", "score", "--target", target, "--draft", draft]
     score += ["--prompts", "PROMPTS.jsonl", "--out", "CARD.json", "--num-draft-tokens", gamma]
+    if card.verification.mode != "token":
+        score += ["--verification", card.verification.mode]
+    if card.verification.lenience:
+        score += ["--temperature", f"{best.temperature:g}"]
+        score += ["--lenience", card.verification.lenience]
     parts = ["## How to serve the draft", "Score it on prompts of your own:", _shell(*score)]
     outside = KNOWN_ELSEWHERE.get(target, "TARGET" if target.endswith(".gguf") else target)
     if outside != target:
@@ -301,16 +337,24 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 
 def _limits(card: Scorecard, best: Row) -> str:
     device = card.provenance.get("device", "device unknown")
+    other = []
+    if card.verification.label:
+        other = [
+            f"- How tokens were accepted: {card.verification.label}. The programs above have their "
+            "own ways, so their acceptance and speed differ."
+        ]
+    still = "" if card.verification.lossy else "the output is still the target's, but "
     return "\n".join(
         [
             "## Limits\n",
+            *other,
             f"- Measured on this machine ({device}) with {best.prompts} prompts. Other hardware "
             "and other engines have other costs, and large batches leave less to gain.",
             f"- The 95% intervals are a paired bootstrap over {best.prompts} prompts: they cover "
             "the choice of prompts, not another workload or another machine.",
             "- The best γ was picked on the prompts it is reported for: a little flattering.",
-            "- A draft is made for a workload. On other prompts the output is still the target's, "
-            "but acceptance and speedup may be much lower.",
+            f"- A draft is made for a workload. On other prompts {still}acceptance and speedup may "
+            "be much lower.",
         ]
     )
 

@@ -26,6 +26,7 @@ from specdistill.data.store import read_examples, read_manifest
 from specdistill.drafts import save_draft
 from specdistill.errors import InputError
 from specdistill.scoring.scorecard import Scorecard
+from specdistill_kernels import reference
 
 
 class Done(NamedTuple):
@@ -132,6 +133,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> World:
         ["init", "--target", at["target"], "--out", at["undistilled"], "--layers", "0,2", *trim],
         ["distill", at["config"], "seed=5"],
         ["score", *asked, "--draft", at["draft"], "--out", at["card"], "--limit", 4, *settings],
+        ["check", *asked, "--draft", at["draft"], "--limit", 2, "--max-new-tokens", 12],
         ["plot", at["run"]],
         ["export", "--draft", at["draft"], "--out", folder / "wide", "--for", "vllm"],
     ):
@@ -158,6 +160,7 @@ def test_dtype_and_device_are_told(world: World) -> None:
         ("generate", ["target"]),
         ("distill", ["target", "undistilled"]),
         ("score", ["target", "draft"]),
+        ("check", ["target", "draft"]),
     ):
         for name in names:
             line = f"{world.places[name]}: torch.float32 on cpu"
@@ -203,6 +206,124 @@ def test_score_writes_the_card_it_prints(world: World) -> None:
     err = world.said["score"].err
     assert "greedy outputs token-identical: 8 of 8" in err
     assert card.verdict.reason in err
+
+
+def test_what_the_cache_takes_is_told_beforehand(world: World) -> None:
+    """Two models (the draft has two layers of the target's four), a bucket of 64 slots a row."""
+    a_row = 64 * 2 * (2 * 8) * 4  # of one layer, in bytes
+    for command, layers, rows, tokens in (
+        ("generate", 30 * 4, 30, 5 + 12 + 1),
+        ("score", 4 + 2 * (4 + 2), 3, 5 + 12 + 3 + 1),
+        ("check", 2 * (4 + 4), 2, 5 + 12 + 4 + 1),
+    ):
+        megabytes = f"{layers * a_row / 1e6:.1f}"
+        line = f"cache: {megabytes} MB for {rows} rows of up to {tokens} tokens"
+        lines = world.said[command].err.splitlines()
+        assert line in lines, lines
+        assert lines.index(line) < min(i for i, said in enumerate(lines) if "100%" in said)
+
+
+def test_check_passes_on_a_sound_pair(world: World, tmp_path: Path) -> None:
+    document = world.said["check"].document
+    assert document["passed"] is True
+    names = [check["name"] for check in document["checks"]]
+    assert names[:3] == ["target as its own draft", "greedy text", "acceptance rate"]
+    assert len(names) == 6
+    assert document["checks"][1]["figures"]["compared"] == 2
+    err = world.said["check"].err
+    assert "lossless, as far as was checked" in err
+    assert "fewer than 1 of 10,000 sound runs" in err
+    for name in ("greedy text", "2 of 2 identical", "Σ min(p, q) ="):
+        assert name in err
+    at = world.places
+    with mock.patch("specdistill.scoring.check.run_checks", return_value=[]) as run_checks:
+        done = run("check", "--target", at["target"], "--draft", at["draft"], "--limit", 3)
+    assert done.code == 0
+    pair = run_checks.call_args.args[0]
+    assert [p.id for p in pair.prompts] == ["1", "2", "3"], "built-in prompts"
+
+
+def test_check_exits_1_where_the_output_would_change(world: World) -> None:
+    def accept_all(
+        draft_tokens: torch.Tensor, target_logits: torch.Tensor, offered: torch.Tensor
+    ) -> reference.Verdict:
+        count = offered.sum(-1)
+        final = target_logits.argmax(-1).gather(-1, count[:, None])[:, 0]
+        return reference._assemble(draft_tokens, count, final)
+
+    at = world.places
+    command = ["check", "--target", at["target"], "--draft", at["draft"]]
+    command += ["--prompts", at["prompts"], "--limit", 2, "--max-new-tokens", 12]
+    with (
+        mock.patch("specdistill_kernels.reference._verify_greedy", accept_all),
+        mock.patch("specdistill.scoring.lossless.distribution_p_value", return_value=0.5),
+    ):
+        done = run(*command, "--json")
+    assert done.code == 1
+    document = json.loads(done.out)
+    assert document["passed"] is False
+    assert [c["name"] for c in document["checks"] if not c["passed"]] == ["greedy text"]
+    difference = document["checks"][1]["figures"]["differences"][0]
+    assert f"prompt {difference['prompt_id']}, new token {difference['position'] + 1}:" in done.err
+    assert "NOT explained by rounding" in done.err
+    assert "FAILED" in done.err
+    assert "NOT lossless" in done.err
+
+
+@pytest.fixture
+def penalised(world: World, tmp_path: Path) -> Path:
+    """The target, asking for what the engine does not do."""
+    folder = shutil.copytree(world.target, tmp_path / "penalised")
+    file = folder / "generation_config.json"
+    config = json.loads(file.read_text()) | {"repetition_penalty": 1.05, "min_new_tokens": 3}
+    file.write_text(json.dumps(config))
+    return folder
+
+
+def test_settings_of_the_target_that_are_not_applied_are_told(
+    world: World, penalised: Path, tmp_path: Path
+) -> None:
+    at = world.places
+    pair = ["--target", penalised, "--prompts", at["prompts"], "--limit", 1]
+    draft = ["--draft", at["draft"], "--max-new-tokens", 3]
+    score = ["--num-draft-tokens", 1, "--temperature", 0, "--out", tmp_path / "card.json"]
+    line = (
+        f"{penalised}: its generation config's repetition_penalty=1.05, min_new_tokens=3 is not "
+        "applied"
+    )
+    with mock.patch("specdistill.scoring.check.run_checks", return_value=[]):
+        for command in (
+            ["generate", *pair, "--out", tmp_path / "data", "--max-new-tokens", 3],
+            ["score", *pair, *draft, *score],
+            ["check", *pair, *draft],
+        ):
+            assert line in run(*command).err.splitlines()
+    assert "not applied" not in world.said["score"].err
+
+
+@pytest.mark.parametrize(
+    ("options", "mode", "lenience", "label"),
+    [
+        (["--verification", "block"], "block", None, "block verification"),
+        (["--lenience", "exp:.8"], "token", "exp:0.8", "LOSSY, lenience exp:0.8"),
+    ],
+)
+def test_score_verifies_as_it_is_told(
+    world: World, tmp_path: Path, options: list[str], mode: str, lenience: str | None, label: str
+) -> None:
+    at = world.places
+    score = ["score", "--target", at["target"], "--draft", at["draft"], "--prompts", at["prompts"]]
+    score += ["--out", tmp_path / "card.json", "--limit", 2, "--max-new-tokens", 8]
+    done = run(*score, "--num-draft-tokens", 2, "--temperature", 1, *options, "--json")
+    lossy = lenience is not None
+    recorded = {"mode": mode, "lenience": lenience, "lossy": lossy}
+    assert done.document["verification"] == recorded
+    assert f"speculative decoding ({label})" in done.err
+    assert (f"{label}: the text does not follow the target's distribution" in done.err) == lossy
+    assert ("distribution test p =" in done.err) != lossy
+    assert ("LOSSY" in done.document["verdict"]["reason"]) == lossy
+    assert (done.document["rows"][0]["acceptance_rate_expected"] is None) == (mode == "block")
+    assert "nan" not in done.err
 
 
 def test_plot_draws_the_run_folder(world: World) -> None:
@@ -258,7 +379,8 @@ def test_without_arguments_it_shows_the_commands() -> None:
     done = run_alone()
     said = done.out + done.err
     assert "Usage: " in said
-    for command in ("quickstart", "init", "generate", "distill", "score", "plot", "export"):
+    commands = ("quickstart", "init", "generate", "distill", "score", "check", "plot", "export")
+    for command in commands:
         assert command in said
     assert "Traceback" not in said
 
@@ -266,7 +388,7 @@ def test_without_arguments_it_shows_the_commands() -> None:
 def test_version_and_help_are_told_and_end_well() -> None:
     done = run_alone("--version")
     assert (done.code, done.out) == (0, f"specdistill {specdistill.__version__}\n")
-    for command in ("--help", "quickstart", "init", "generate", "distill", "score"):
+    for command in ("--help", "quickstart", "init", "generate", "distill", "score", "check"):
         arguments = [command] if command == "--help" else [command, "--help"]
         assert run(*arguments).code == 0
 
@@ -329,6 +451,7 @@ def test_an_interrupted_generation_goes_on(world: World, tmp_path: Path) -> None
         ("generate", "data.generation.generate", "the same command goes on where it stopped"),
         ("distill", "distill.distill", "with --resume the same command goes on"),
         ("score", "scoring.measure.score", "interrupted\n"),
+        ("check", "scoring.check.run_checks", "interrupted\n"),
     ],
 )
 def test_an_interrupt_says_how_to_go_on(
@@ -341,10 +464,12 @@ def test_an_interrupt_says_how_to_go_on(
         "generate": [*pair, "--out", tmp_path / "data"],
         "distill": [at["config"], f"run_dir={tmp_path / 'run'}"],
         "score": [*pair, "--draft", at["draft"], "--out", tmp_path / "card.json"],
+        "check": ["--target", at["target"], "--draft", at["draft"]],
     }
     import specdistill.data.generation
     import specdistill.distill
     import specdistill.pipeline
+    import specdistill.scoring.check
     import specdistill.scoring.measure  # noqa: F401
 
     with mock.patch(f"specdistill.{place}", side_effect=KeyboardInterrupt):
@@ -411,6 +536,26 @@ BAD_INPUT: dict[str, tuple[str, tuple[str, ...]]] = {
     "cold answers": (GENERATE + "{prompts} --temperature -1", ("temperature must be 0", "-1")),
     "warm answers": (GENERATE + "{prompts} --temperature warm", ("must look like 0", "'warm'")),
     "top_p": (GENERATE + "{prompts} --top-p 0", ("top_p must be above 0", "0.0")),
+    "lenient greedy": (SCORE + "--lenience lin:0.5", ("no effect at temperature 0",)),
+    "lenient block": (
+        SCORE + "--lenience lin:0.5 --verification block --temperature 1",
+        ("a rule for single tokens",),
+    ),
+    "no lenience": (SCORE + "--lenience lin:1 --temperature 1", ("must look like", "'lin:1'")),
+    "unknown lenience": (SCORE + "--lenience cube:0.5", ("lin:0.5, sq:0.7", "'cube:0.5'")),
+    "lenience of nothing": (SCORE + "--lenience sq:0.0", ("between 0 and 1", "'sq:0.0'")),
+    "draft of another vocabulary to check": (
+        "check --target {target} --draft {stranger}",
+        ("(32 tokens", "(64 tokens", "specdistill init"),
+    ),
+    "check of nothing": (
+        "check --target {target} --draft {draft} --limit 0",
+        ("limit is 0", "at least 1"),
+    ),
+    "check of a split of nothing": (
+        "check --target {target} --draft {draft} --split train",
+        ("--split and --column", "--prompts"),
+    ),
     "no limit": (GENERATE + "{prompts} --limit 0", ("limit is 0", "at least 1")),
     "too long": (
         GENERATE + "{prompts} --max-new-tokens 600",
@@ -532,6 +677,8 @@ def test_bad_input(name: str, world: World, stranger: Path, tmp_path: Path) -> N
         GENERATE + "{prompts} --threads 0",
         GENERATE + "{prompts} --no-such-option 1",
         SCORE + "--max-new-tokens -3",
+        SCORE + "--verification tree",
+        "check --target {target} --draft {draft} --max-new-tokens 1",
         "init --target {target}",
         "generate --prompts {prompts} --out {tmp}/out",
         "no-such-command",

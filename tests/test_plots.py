@@ -37,6 +37,7 @@ from specdistill.scoring.scorecard import (
     Row,
     Scorecard,
     Verdict,
+    Verification,
 )
 
 # Speedups measured with a two-layer draft on two cores, for γ = 1, 2, 3, 4, 6.
@@ -377,3 +378,23 @@ def test_a_picture_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> 
 def test_pyplot_is_not_loaded() -> None:
     code = "import sys, specdistill.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def titles(figure: Figure) -> str:
+    """What stands over the panels: the figure's title and those of its legends."""
+    parts = [figure.get_suptitle(), *(legend.get_title().get_text() for legend in figure.legends)]
+    return " ".join(filter(None, parts))
+
+
+def test_an_unusual_verification_is_the_title_of_every_picture() -> None:
+    usual = make_after()
+    for verification, label in (
+        (Verification("token", "sq:0.7"), "LOSSY, lenience sq:0.7"),
+        (Verification("block"), "block verification"),
+    ):
+        card = replace(usual, verification=verification)
+        for draw in (figure_acceptance, figure_speedup, figure_time):
+            assert titles(draw(card)) == label
+            assert titles(draw(usual)) == ""
+    lossy = replace(make_before(), verification=Verification("token", "lin:0.5"))
+    assert titles(figure_acceptance(usual, lossy)) == "LOSSY, lenience lin:0.5"

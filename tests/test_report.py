@@ -16,7 +16,7 @@ from test_plots import make_after, make_before, make_metrics, unmeasured, write_
 from specdistill.errors import InputError, StorageError
 from specdistill.plots import plot_all
 from specdistill.report import write_report
-from specdistill.scoring.scorecard import Lossless, Scorecard
+from specdistill.scoring.scorecard import Lossless, Scorecard, Verification
 
 CONFIG = "target: my/target\nseed: 17\nprompts: {path: a.jsonl}\n"
 
@@ -265,3 +265,46 @@ def test_metrics_tell_the_training_whatever_the_last_row_is(run_dir: Path) -> No
     assert "loss" not in make_metrics()[-1]
     (run_dir / "metrics.jsonl").write_text('{"tokens": 500, "seconds": 59.6}\n', encoding="utf-8")
     assert "Training: 500 tokens seen, 1 min 0 s" in report(run_dir)
+
+
+def test_a_lossy_card_is_lossy_wherever_it_speaks(run_dir: Path) -> None:
+    card = replace(make_after(), verification=Verification("token", "lin:0.5"))
+    text = report(run_dir, card)
+    label = "LOSSY, lenience lin:0.5"
+    head, verdict = text.split("\n\n")[:2]
+    assert head == f"# A draft for my/target ({label})"
+    assert f"but the output is not the target's ({label})" in verdict
+    assert f"## All settings ({label})\n" in text
+    section = text.split("## Does the output stay the same?\n")[1].split("\n## ")[0]
+    assert section.strip().startswith(f"**No: {label}.**")
+    assert "min(1, f(p)/q)" in text
+    names = [line["draft"] for line in table(text, "Before and after")]
+    assert names == [
+        *("none", "before distillation", f"this draft ({label})"),
+        *("none", "before distillation", f"this draft ({label})"),
+    ]
+    assert "took expected α" not in text, "α of two rules are not compared"
+    for claim in ("does not change.", "the output is lossless", "the output is still the target's"):
+        assert claim not in text
+    score = shlex.split(code(text, "sh")[0])
+    assert score[-4:] == ["--temperature", "0", "--lenience", "lin:0.5"]
+
+
+def test_block_verification_is_named_and_has_no_expected_acceptance(run_dir: Path) -> None:
+    card = make_after()
+    rows = [replace(row, acceptance_rate_expected=math.nan) for row in card.rows]
+    text = report(run_dir, replace(card, rows=rows, verification=Verification("block")))
+    assert text.startswith("# A draft for my/target (block verification)\n")
+    assert "## All settings (block verification)\n" in text
+    assert "there is no expected α" in text
+    assert "and the output does not change.**" in text
+    assert "In sum, the output is lossless." in text
+    lines = text.split("## All settings")[1].split("\n")
+    assert [line.split("|")[3].strip() for line in lines if line.startswith("| 0")] == ["–"] * 5
+    assert shlex.split(code(text, "sh")[0])[-2:] == ["--verification", "block"]
+
+
+def test_the_usual_verification_is_not_mentioned(run_dir: Path) -> None:
+    text = report(run_dir)
+    for word in ("LOSSY", "lenience", "block verification", "How tokens were accepted"):
+        assert word not in text

@@ -16,9 +16,11 @@ from specdistill.drafts import make_draft, save_draft
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, load
 from specdistill.scoring import lossless, measure
-from specdistill.scoring.scorecard import Scorecard
+from specdistill.scoring.acceptance import acceptance_chances
+from specdistill.scoring.scorecard import Scorecard, Verification
 from specdistill.scoring.statistics import break_even, planned_speedup, speedup_interval
 from specdistill.scoring.verdict import verdict
+from specdistill_kernels import Lenience
 
 Tiny = Callable[..., LanguageModel]
 PROMPTS = [measure.EncodedPrompt(str(i), [5 + i, 9, 30 - i]) for i in range(4)]
@@ -148,6 +150,155 @@ def test_a_wrong_verify_function_shows_in_the_evidence(pair, monkeypatch) -> Non
     assert same < compared
     assert any(not tie["within_rounding"] for tie in wrong.lossless.ties)
     assert not wrong.lossless.holds
+
+
+def test_the_distribution_test_sees_what_a_trimmed_draft_cannot_say(pair, monkeypatch) -> None:
+    """Tokens outside the draft's vocabulary come from the residual alone: losing them shows."""
+    target, draft = pair
+    real = lossless.verify
+
+    def forgetful(*arguments, draft_vocab, **rest):
+        out = real(*arguments, draft_vocab=draft_vocab, **rest)
+        lost = (out.tokens >= 0) & ~torch.isin(out.tokens, draft_vocab)
+        return out._replace(tokens=out.tokens.where(~lost, draft_vocab[0]))
+
+    prompt = [5, 9, 30, 31, 12]
+    assert lossless.distribution_p_value(target, draft, prompt, seed=0) > 1e-4
+    monkeypatch.setattr(lossless, "verify", forgetful)
+    assert lossless.distribution_p_value(target, draft, prompt, seed=0) < 1e-6
+
+
+def test_the_distribution_is_tested_where_the_target_is_uncertain(pair, monkeypatch) -> None:
+    """Chat prompts end in tokens that a target is sure of, where no bias could show."""
+    target, draft = pair
+    seen = []
+    real = lossless.verify
+
+    def spy(tokens, q_logits, p_logits, **rest):
+        seen.append(p_logits[0])
+        return real(tokens, q_logits, p_logits, **rest)
+
+    monkeypatch.setattr(lossless, "verify", spy)
+    prompt = list(range(5, 25))
+    lossless.distribution_p_value(target, draft, prompt, seed=0, draws=10, width=128)
+    (tested,) = (logits.softmax(-1) for logits in seen)
+    every = target.logits(target.hidden(torch.tensor([prompt])))[0].softmax(-1)
+    least = every.square().sum(-1).topk(3, largest=False).values
+    assert torch.allclose(tested.square().sum(-1), least, rtol=0.1)
+    assert not torch.allclose(every[-3:].square().sum(-1), least, rtol=0.2)
+    assert lossless.distribution_p_value(target, draft, [7], seed=0, draws=100) > 0
+
+
+def test_a_block_is_scored_as_exact_and_says_so(pair, tmp_path: Path, monkeypatch) -> None:
+    modes = []
+    real = lossless.verify
+
+    def spy(*arguments, mode, **rest):
+        modes.append(mode)
+        return real(*arguments, mode=mode, **rest)
+
+    monkeypatch.setattr(lossless, "verify", spy)
+    card = measure.score(
+        *pair,
+        PROMPTS[:2],
+        num_draft_tokens=[3],
+        temperatures=[0.0, 1.0],
+        max_new_tokens=16,
+        mode="block",
+    )
+    assert card.verification == Verification("block", None)
+    assert (card.verification.lossy, card.verification.label) == (False, "block verification")
+    assert all(math.isnan(row.acceptance_rate_expected) for row in card.rows)
+    assert all(0 < row.acceptance_rate < 1 for row in card.rows)
+    assert modes == ["block"]
+    assert card.lossless.greedy_identical == (2, 2)
+    assert card.lossless.holds
+    assert "LOSSY" not in card.verdict.reason
+    card.write(tmp_path / "card.json")
+    raw = json.loads((tmp_path / "card.json").read_text())
+    assert raw["verification"] == {"mode": "block", "lenience": None, "lossy": False}
+    assert raw["rows"][0]["acceptance_rate_expected"] is None
+    assert Scorecard.read(tmp_path / "card.json").verification == card.verification
+
+
+def test_a_lenient_score_is_lossy_everywhere(pair, card: Scorecard, tmp_path: Path) -> None:
+    strict, exact = card.rows[3], card
+    rule = Lenience("lin", 0.4)
+    card = measure.score(
+        *pair, PROMPTS, num_draft_tokens=[3], temperatures=[1.0], max_new_tokens=24, lenience=rule
+    )
+    assert card.verification.lossy
+    assert card.verification.label == "LOSSY, lenience lin:0.4"
+    assert card.verdict.reason.startswith(card.verification.label)
+    assert math.isnan(card.lossless.distribution_p_value)
+    assert not card.lossless.holds
+    assert exact.lossless.holds
+    (row,) = card.rows
+    assert (strict.temperature, strict.num_draft_tokens) == (1.0, 3)
+    assert row.acceptance_rate_expected > strict.acceptance_rate_expected + 0.05
+    error = 0.5 / row.tested**0.5
+    assert row.acceptance_rate == pytest.approx(row.acceptance_rate_expected, abs=4 * error)
+    card.write(tmp_path / "card.json")
+    raw = json.loads((tmp_path / "card.json").read_text())
+    assert raw["verification"] == {"mode": "token", "lenience": "lin:0.4", "lossy": True}
+    assert raw["lossless"]["distribution_p_value"] is None
+    assert Scorecard.read(tmp_path / "card.json").verification.lossy
+
+
+def test_a_lenient_chance_is_the_overlap_of_f_of_p_and_q(pair) -> None:
+    """Σ min(f(p), q) written out, for one answer, against the stock models' own passes."""
+    target, draft = pair
+    prompt, rule = [5, 9, 30], Lenience("sq", 0.6)
+    decoder = SpeculativeDecoder(target, ModelDrafter(draft, 64), num_draft_tokens=3)
+    output = decoder.generate([prompt], max_new_tokens=12, sampling=Sampling(0.8)).outputs[0]
+    chances = {
+        lenience: acceptance_chances(target, draft, prompt, output, 0.8, lenience)
+        for lenience in (None, rule)
+    }
+    texts, text = [], list(prompt)
+    for r in output.rounds:
+        texts += [text + r.tokens[:i] for i in range(r.tested)]
+        text = text + r.tokens
+    assert len(texts) == len(chances[rule]) > 5
+    for i, context in enumerate(texts):
+        tokens = torch.tensor([context])
+        p = (target.model(tokens).logits[0, -1].double() / 0.8).softmax(-1)[draft.vocab]
+        q = (draft.logits(draft.hidden(tokens))[0, -1].double() / 0.8).softmax(-1)
+        assert chances[None][i].item() == pytest.approx(torch.minimum(p, q).sum().item(), abs=1e-5)
+        lenient = torch.minimum(p / 0.36, q).sum().item()
+        assert chances[rule][i].item() == pytest.approx(lenient, abs=1e-5)
+    short = decoder.generate([prompt], max_new_tokens=1, sampling=Sampling(0.8)).outputs[0]
+    assert len(acceptance_chances(target, draft, prompt, short, 0.8)) == 0
+
+
+def test_a_lenience_that_means_nothing_is_refused_before_work(pair, monkeypatch) -> None:
+    monkeypatch.setattr(SpeculativeDecoder, "run", None)
+    settings = {"num_draft_tokens": [1], "max_new_tokens": 4, "lenience": Lenience("lin", 0.5)}
+    with pytest.raises(InputError, match="no effect at temperature 0"):
+        measure.score(*pair, PROMPTS, temperatures=[1.0, 0.0], **settings)
+    with pytest.raises(InputError, match="single tokens"):
+        measure.score(*pair, PROMPTS, temperatures=[1.0], mode="block", **settings)
+
+
+def test_a_card_without_the_field_was_exact(card: Scorecard, tmp_path: Path) -> None:
+    raw = card.document()
+    assert raw.pop("verification") == {"mode": "token", "lenience": None, "lossy": False}
+    (tmp_path / "old.json").write_text(json.dumps(raw))
+    assert Scorecard.read(tmp_path / "old.json") == card
+    raw["verification"] = {"mode": "token"}
+    (tmp_path / "half.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="not a complete"):
+        Scorecard.read(tmp_path / "half.json")
+
+
+def test_the_cache_of_a_score_is_a_row_for_every_setting(pair) -> None:
+    target, draft = pair
+    size = measure.cache_size(*pair, PROMPTS, [5, 2], 20)
+    assert (size.rows, size.slots) == (3, 3 + 20 + 5 + 1)
+    request = measure.Request("0", PROMPTS[0].tokens, 20)
+    plain = SpeculativeDecoder(target).cache_size([request]).bytes
+    both = SpeculativeDecoder(target, ModelDrafter(draft, 64), num_draft_tokens=2)
+    assert size.bytes == plain + 2 * both.cache_size([request]).bytes
 
 
 def test_a_tie_is_told_from_an_error(tiny: Tiny) -> None:

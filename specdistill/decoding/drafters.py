@@ -261,5 +261,6 @@ class _NgramIndex:
 def _certain(rows: list[list[int]], device: torch.device) -> Draft:
     """Proposals made with certainty."""
     counts = [len(row) for row in rows]
-    padded = [row + [-1] * (max(counts) - len(row)) for row in rows]
+    width = max(counts)
+    padded = [row + [-1] * (width - len(row)) for row in rows]
     return Draft(torch.tensor(padded, dtype=torch.int64, device=device), counts)

@@ -14,7 +14,7 @@ from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
 from specdistill.decoding.cache import CachedModel
 from specdistill.models import LanguageModel
 from specdistill.scoring.scorecard import Lossless
-from specdistill_kernels import probabilities, sample, verify
+from specdistill_kernels import Mode, probabilities, sample, verify
 
 GreedyPair = tuple[
     str, list[int], list[int], list[int]
@@ -27,21 +27,40 @@ def evidence(
     prompt: list[int],
     greedy: Sequence[GreedyPair],
     seed: int,
+    mode: Mode = "token",
+    lossy: bool = False,
 ) -> Lossless:
     """Greedy texts against plain decoding, the target as its own draft, and a chi-square test of
-    the emitted tokens.
+    the emitted tokens, which a lossy rule does not get: it must fail.
     """
     same = sum(plain == speculative for _, _, plain, speculative in greedy)
     ties = [explain_difference(target, *pair) for pair in greedy if pair[2] != pair[3]]
     return Lossless(
         (same, len(greedy)),
         ties,
-        identity_acceptance(target, prompt, seed),
-        distribution_p_value(target, draft, prompt, seed),
+        identity_acceptance(target, prompt, seed, mode),
+        float("nan") if lossy else distribution_p_value(target, draft, prompt, seed, mode=mode),
     )
 
 
 @torch.inference_mode()
+def both_passes(model: LanguageModel, text: list[int], count: int) -> tuple[Tensor, Tensor]:
+    """Logits [n, V] at the last `count` positions of a text or all it has, by one pass over many
+    tokens and by passes over one token each. The difference is rounding, the kind by which
+    speculative decoding may part from plain decoding.
+    """
+    tokens = torch.tensor([text], device=model.device)
+    start = max(len(text) - count, 0)
+    at_once = model.logits(model.hidden(tokens)[:, start:])[0]
+    cached = CachedModel(model, 1, len(text) + 1)
+    cached.prefill(torch.tensor([0], device=model.device), [text[:start]])
+    steps = [
+        cached.run(tokens[:, i : i + 1], torch.tensor([[i]], device=model.device), i + 1)
+        for i in range(start, len(text))
+    ]
+    return at_once, model.logits(torch.cat(steps, 1))[0]
+
+
 def explain_difference(
     target: LanguageModel,
     prompt_id: str,
@@ -57,17 +76,7 @@ def explain_difference(
         (i for i, (a, b) in enumerate(zip(plain, speculative, strict=False)) if a != b),
         min(len(plain), len(speculative)),
     )
-    text = prompt + plain[:at]
-    tokens = torch.tensor([text], device=target.device)
-    start = max(len(text) - 8, 0)
-    at_once = target.logits(target.hidden(tokens)[:, start:])[0]
-    cached = CachedModel(target, 1, len(text) + 1)
-    cached.prefill(torch.tensor([0], device=target.device), [text[:start]])
-    steps = [
-        cached.run(tokens[:, i : i + 1], torch.tensor([[i]], device=target.device), i + 1)
-        for i in range(start, len(text))
-    ]
-    one_by_one = target.logits(torch.cat(steps, 1))[0]
+    at_once, one_by_one = both_passes(target, prompt + plain[:at], 8)
     rounding = (at_once - one_by_one).abs().max().item()
     top = one_by_one[-1].topk(2).values
     gap = (top[0] - top[1]).item()
@@ -80,10 +89,12 @@ def explain_difference(
     }
 
 
-def identity_acceptance(target: LanguageModel, prompt: list[int], seed: int) -> float:
+def identity_acceptance(
+    target: LanguageModel, prompt: list[int], seed: int, mode: Mode = "token"
+) -> float:
     """Acceptance rate of the target as its own draft at temperature 1: 1, but for rounding."""
     decoder = SpeculativeDecoder(
-        target, ModelDrafter(target, target.vocab_size), num_draft_tokens=4
+        target, ModelDrafter(target, target.vocab_size), num_draft_tokens=4, mode=mode
     )
     output = decoder.generate(
         [prompt], max_new_tokens=16, sampling=Sampling(1.0), seed=seed
@@ -100,32 +111,35 @@ def distribution_p_value(
     seed: int,
     draws: int = 20_000,
     width: int = 16,
+    mode: Mode = "token",
 ) -> float:
-    """p-value of "the emitted tokens follow the target": the pair's own logits after the prompt,
-    narrowed to `width` tokens (a wide vocabulary hides a bias), through the real `sample` and
-    `verify` with two proposals, `draws` times. Combines the first token with the second of the
-    rounds that emitted one, which must be independent of it.
+    """p-value of "the emitted tokens follow the target": the pair's own logits at the three places
+    of the prompt's end where the target is least certain (a certain one shows no bias), narrowed to
+    the `width` likeliest tokens of either (a wide vocabulary hides it), through the real `sample`
+    and `verify` with two proposals, `draws` times.
+
+    Combines the tests of the first token, and of the second and third in the rounds that emitted
+    them. The target's rows do not depend on what was proposed, so each token must follow its own
+    row there too, in either mode.
     """
     tokens = torch.tensor([prompt], device=target.device)
     drafter = ModelDrafter(draft, target.vocab_size)
-    last = slice(-3, None)
-    p_logits = target.logits(target.hidden(tokens)[0, last])
-    q_logits = draft.logits(draft.hidden(tokens)[0, last])[:, : drafter.width]
-    ids = (
-        torch.arange(drafter.width, device=target.device)
-        if drafter.vocab is None
-        else drafter.vocab
-    )
-    likely = torch.cat(
-        [
-            q_logits.mean(0).topk(width // 2).indices,
-            p_logits[:, ids].mean(0).topk(width // 2).indices,
-        ]
-    )
-    columns = likely.unique()
-    p_rows, q_rows = p_logits[:, ids[columns]], q_logits[:, columns]
-    p_rows = p_rows.repeat(3, 1)[:3] if len(p_rows) < 3 else p_rows
-    q_rows = q_rows.repeat(2, 1)[:2] if len(q_rows) < 2 else q_rows[:2]
+    p_logits = target.logits(target.hidden(tokens)[0, -64:])
+    certainty = p_logits.softmax(-1).square().sum(-1)
+    places = certainty.topk(min(3, len(certainty)), largest=False).indices
+    p_logits = p_logits[places]
+    hidden = draft.hidden(drafter.readable(tokens))[0, -64:][places]
+    q_logits = draft.logits(hidden)[:, : drafter.width]
+    ids = drafter.vocab
+    if ids is None:
+        ids = torch.arange(drafter.width, device=target.device)
+    half = min(width // 2, drafter.width)
+    likely = [ids[q_logits.mean(0).topk(half).indices], p_logits.mean(0).topk(half).indices]
+    kept = torch.cat(likely).unique()
+    shared = torch.isin(kept, ids)
+    p_rows = p_logits[:, kept].repeat(3, 1)[:3]  # a prompt of one token has one place
+    q_rows = q_logits[:, torch.searchsorted(ids, kept[shared])].repeat(2, 1)[:2]
+    draft_ids = shared.nonzero()[:, 0]  # where the draft's columns stand in the narrowed vocabulary
 
     batch = torch.arange(draws, device=target.device)
     row: dict[str, Any] = {
@@ -134,13 +148,25 @@ def distribution_p_value(
         "step": torch.zeros_like(batch),
     }
     q_batch = q_rows.expand(draws, -1, -1)
-    proposals = torch.stack([sample(q_batch[:, i], position=i, **row).tokens for i in range(2)], 1)
-    lengths = torch.full_like(batch, 2)
-    out = verify(proposals, q_batch, p_rows.expand(draws, -1, -1), lengths=lengths, **row)
+    drawn = [sample(q_batch[:, i], position=i, **row) for i in range(2)]
+    out = verify(
+        torch.stack([draft_ids[d.tokens] for d in drawn], 1),
+        q_batch,
+        p_rows.expand(draws, -1, -1),
+        lengths=torch.full_like(batch, 2),
+        draft_vocab=None if drafter.vocab is None else draft_ids,
+        draft_lse=torch.stack([d.logsumexp for d in drawn], 1),
+        mode=mode,
+        **row,
+    )
     p = probabilities(p_rows, torch.ones(3, device=target.device)).double().cpu()
-    first = _p_value(out.tokens[:, 0], p[0])
-    second = _p_value(out.tokens[:, 1][out.num_accepted > 0], p[1])
-    return float(stats.combine_pvalues([first, second]).pvalue)
+    emitted = [out.tokens[out.num_accepted >= i, i] for i in range(3)]
+    return combined_p_value([_p_value(tokens, p[i]) for i, tokens in enumerate(emitted)])
+
+
+def combined_p_value(values: Sequence[float]) -> float:
+    """Fisher's combination of independent tests; a p-value too small for a float is no error."""
+    return float(stats.combine_pvalues(np.maximum(values, 1e-300)).pvalue)
 
 
 def _p_value(tokens: Tensor, p: Tensor) -> float:

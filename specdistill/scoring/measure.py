@@ -8,20 +8,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from specdistill.decoding import Generation, ModelDrafter, Request, Sampling, SpeculativeDecoder
-from specdistill.decoding.engine import Output
+from specdistill.decoding.records import CacheSize, Output
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
 from specdistill.progress import Progress, silent
 from specdistill.scoring import lossless
+from specdistill.scoring.acceptance import expected_acceptance
 from specdistill.scoring.provenance import model_card, provenance
-from specdistill.scoring.scorecard import Baseline, PromptRow, Row, Scorecard
+from specdistill.scoring.scorecard import Baseline, PromptRow, Row, Scorecard, Verification
 from specdistill.scoring.statistics import planned_speedup, speedup_interval
 from specdistill.scoring.verdict import verdict
-from specdistill_kernels import probabilities
+from specdistill_kernels import Lenience, Mode
 
 MIN_PROMPTS = 4
 
@@ -74,10 +72,13 @@ def score(
     temperatures: Sequence[float],
     max_new_tokens: int,
     seed: int = 0,
+    mode: Mode = "token",
+    lenience: Lenience | None = None,
     max_seconds: float | None = None,
     progress: Progress = silent,
 ) -> Scorecard:
-    """Decode every prompt plainly and with every γ at every temperature, and measure.
+    """Decode every prompt plainly and with every γ at every temperature, and measure. `mode` and
+    `lenience` are `SpeculativeDecoder`'s: a card with lenience is LOSSY and says so.
 
     The settings take turns on each prompt, starting from another one each time, so that a drift of
     the machine's speed falls on all of them alike. A short untimed run of each comes first. After
@@ -87,11 +88,8 @@ def score(
         raise InputError("there are no prompts to score")
     if not num_draft_tokens or not temperatures:
         raise InputError("score needs at least one num_draft_tokens and one temperature")
-    plain = SpeculativeDecoder(target)
-    decoders = {0: plain} | {
-        g: SpeculativeDecoder(target, ModelDrafter(draft, target.vocab_size), num_draft_tokens=g)
-        for g in sorted(set(num_draft_tokens))
-    }
+    check_lenience(mode, lenience, temperatures)
+    decoders = _decoders(target, draft, num_draft_tokens, mode, lenience)
     settings = [(t, g) for t in temperatures for g in decoders]
     for t, g in settings:
         decoders[g].generate([prompts[0].tokens], max_new_tokens=8, sampling=Sampling(t), seed=seed)
@@ -115,12 +113,14 @@ def score(
 
     target_card, draft_card = model_card(target), model_card(draft)
     weight_ratio = draft_card.weight_bytes / target_card.weight_bytes
+    verification = Verification.of(mode, lenience)
     rows = []
     for t, g in settings:
         if g:
             expected = [
-                expected_acceptance(target, draft, p.tokens, o, t)
+                expected_acceptance(target, draft, p.tokens, o, t, lenience)
                 for p, o in zip(prompts, runs[t, g].outputs, strict=True)
+                if mode == "token"  # a block's acceptance is not that of its tokens
             ]
             rows.append(_row(t, g, runs[t, g], runs[t, 0], expected, weight_ratio, seed))
     return Scorecard(
@@ -161,9 +161,59 @@ def score(
                 for p, base, out in zip(prompts, runs[0, 0].outputs, r.outputs, strict=True)
             ],
             seed,
+            mode,
+            lossy=verification.lossy,
         ),
-        verdict=verdict(rows),
+        verdict=verdict(rows, verification),
+        verification=verification,
     )
+
+
+def _decoders(
+    target: LanguageModel,
+    draft: LanguageModel,
+    num_draft_tokens: Sequence[int],
+    mode: Mode = "token",
+    lenience: Lenience | None = None,
+) -> dict[int, SpeculativeDecoder]:
+    """By γ, with 0 for plain decoding; each keeps a cache of one row."""
+    return {0: SpeculativeDecoder(target)} | {
+        g: SpeculativeDecoder(
+            target,
+            ModelDrafter(draft, target.vocab_size),
+            num_draft_tokens=g,
+            mode=mode,
+            lenience=lenience,
+        )
+        for g in sorted(set(num_draft_tokens))
+    }
+
+
+def cache_size(
+    target: LanguageModel,
+    draft: LanguageModel,
+    prompts: Sequence[EncodedPrompt],
+    num_draft_tokens: Sequence[int],
+    max_new_tokens: int,
+) -> CacheSize:
+    """What the caches of `score` will take: a row for plain decoding and one for each γ."""
+    requests = [Request(p.id, p.tokens, max_new_tokens) for p in prompts]
+    decoders = _decoders(target, draft, num_draft_tokens).values()
+    sizes = [decoder.cache_size(requests) for decoder in decoders]
+    return CacheSize(sum(s.bytes for s in sizes), len(sizes), max(s.slots for s in sizes))
+
+
+def check_lenience(mode: Mode, lenience: Lenience | None, temperatures: Sequence[float]) -> None:
+    """Raises `InputError` where the lenience would do nothing or has no meaning."""
+    if lenience is not None and mode != "token":
+        raise InputError(
+            f"lenience is a rule for single tokens; with verification by {mode}, leave it out"
+        )
+    if lenience is not None and 0 in temperatures:
+        raise InputError(
+            "lenience has no effect at temperature 0, where p is 0 or 1; score it at temperature 1 "
+            "alone, say, or leave it out"
+        )
 
 
 def _row(
@@ -225,43 +275,3 @@ def _row(
         mbsu=block_efficiency / (weight_ratio * num + 1),
         seconds=seconds,
     )
-
-
-@torch.inference_mode()
-def expected_acceptance(
-    target: LanguageModel,
-    draft: LanguageModel,
-    prompt: list[int],
-    output: Output,
-    temperature: float,
-) -> tuple[float, int]:
-    """Σ over the tested positions of Σ_x min(p(x), q(x)), and their number: what the coins of this
-    answer averaged over.
-
-    A tested position's context is a prefix of the emitted text, so one pass over the whole text
-    gives every p and q. At temperature 0 both are one-hot, and the overlap is 1 exactly where the
-    proposal was accepted.
-    """
-    tested: list[int] = []
-    start = len(prompt) - 1
-    for r in output.rounds:
-        tested += range(start, start + r.tested)
-        start += len(r.tokens)
-    if temperature == 0 or not tested:
-        return float(sum(r.accepted for r in output.rounds)), len(tested)
-    tokens = torch.tensor([prompt + output.tokens], device=target.device)
-    total = 0.0
-    drafter = ModelDrafter(draft, target.vocab_size)
-    hidden_p = target.hidden(tokens)[0, tested]
-    hidden_q = draft.hidden(drafter.readable(tokens))[0, tested]
-    for p_rows, q_rows in zip(hidden_p.split(256), hidden_q.split(256), strict=True):
-        warm = torch.full((len(p_rows),), temperature, device=target.device)
-        p = probabilities(target.logits(p_rows), warm)
-        q = probabilities(draft.logits(q_rows)[:, : drafter.width], warm)
-        total += overlap(p, q, drafter.vocab)
-    return total, len(tested)
-
-
-def overlap(p: Tensor, q: Tensor, vocab: Tensor | None) -> float:
-    """Σ min(p, q) over all rows; `vocab` gives the target ids of q's columns."""
-    return torch.minimum(p if vocab is None else p[:, vocab], q).sum().item()

@@ -12,9 +12,12 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specdistill.errors import InputError, StorageError
+
+if TYPE_CHECKING:
+    from specdistill_kernels import Lenience, Mode
 
 SCHEMA = "specdistill.scorecard/1"
 
@@ -98,7 +101,7 @@ class PromptRow:
 class Lossless:
     """Evidence that the draft changes nothing: greedy texts equal to plain decoding [equal,
     compared], differences that are rounding ties (top-two gap within rounding), acceptance of the
-    target as its own draft, chi-square p-value.
+    target as its own draft, chi-square p-value (NaN with lenience, where it is not to be had).
     """
 
     greedy_identical: tuple[int, int]
@@ -115,6 +118,31 @@ class Lossless:
             and self.identity_acceptance > 0.99
             and self.distribution_p_value > 1e-4
         )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How proposals were verified: singly ("token") or as a whole ("block"), both exact; or singly
+    with a lenience such as "lin:0.5", which is LOSSY: the text no longer follows the target.
+    """
+
+    mode: str = "token"
+    lenience: str | None = None
+    lossy: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lossy", self.lenience is not None)
+
+    @classmethod
+    def of(cls, mode: Mode, lenience: Lenience | None) -> Verification:
+        return cls(mode, None if lenience is None else f"{lenience.kind}:{lenience.epsilon:g}")
+
+    @property
+    def label(self) -> str:
+        """What every table, picture and report made from the card says; empty for the usual."""
+        if self.lossy:
+            return f"LOSSY, lenience {self.lenience}"
+        return "" if self.mode == "token" else f"{self.mode} verification"
 
 
 @dataclass(frozen=True)
@@ -146,6 +174,7 @@ class Scorecard:
     per_prompt: list[PromptRow]
     lossless: Lossless
     verdict: Verdict
+    verification: Verification = Verification()
     schema: str = SCHEMA
 
     def best_row(self, temperature: float) -> Row:
@@ -206,9 +235,17 @@ class Scorecard:
                     greedy_identical=tuple(raw["lossless"]["greedy_identical"]),
                 ),
                 verdict=Verdict(**{**raw["verdict"], "best": Best(**raw["verdict"]["best"])}),
+                verification=_read_verification(raw.get("verification")),
             )
         except (KeyError, TypeError) as error:
             raise InputError(f"{path} is not a complete scorecard: {error}") from error
+
+
+def _read_verification(raw: dict[str, Any] | None) -> Verification:
+    """Cards written before there was a choice have none: single tokens, exactly."""
+    if raw is None:
+        return Verification()
+    return Verification(raw["mode"], raw["lenience"])
 
 
 def _map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,6 +39,16 @@ def speedup_interval(
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(interval.low), float(interval.high)
+
+
+def martingale_p_value(deviation: float, variance: float) -> float:
+    """Bound on the chance that a sum of steps of at most 1, each of mean 0 given those before it,
+    ends at least `deviation` from 0, where the steps' conditional variances add up to `variance`:
+    2 exp(-d² / 2 (variance + d/3)), Freedman (1975). Holds for any number of steps.
+    """
+    if deviation <= 0:
+        return 1.0
+    return min(1.0, 2 * math.exp(-(deviation**2) / (2 * (variance + deviation / 3))))
 
 
 def planned_speedup(alpha: float, num_draft_tokens: int, cost_ratio: float) -> float:

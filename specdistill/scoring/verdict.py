@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from specdistill.scoring.scorecard import Best, Row, Verdict
+from specdistill.scoring.scorecard import Best, Row, Verdict, Verification
 from specdistill.scoring.statistics import break_even
 
 
-def verdict(rows: Sequence[Row]) -> Verdict:
-    """Judge by the fastest row: it pays where its whole 95% interval lies above 1."""
+def verdict(rows: Sequence[Row], verification: Verification | None = None) -> Verdict:
+    """Judge by the fastest row: it pays where its whole 95% interval lies above 1. The speed of a
+    lossy verification is no speed of the target, and the reason says so first.
+    """
     best = max(rows, key=lambda row: row.speedup)
     needed = break_even(best.num_draft_tokens, best.cost_ratio, best.verify_ratio)
     low, high = best.speedup_ci95
@@ -31,6 +33,8 @@ def verdict(rows: Sequence[Row]) -> Verdict:
     else:
         unknown = f"Whether the draft pays cannot be shown with {best.prompts} prompts"
         reason = f"{unknown}: {measured}; {why}."
+    if verification is not None and verification.lossy:
+        reason = f"{verification.label}: the text is not the target's. {reason}"
     return Verdict(
         pays, Best(best.temperature, best.num_draft_tokens, best.speedup), needed, reason
     )

@@ -1,0 +1,271 @@
+"""The affordable part of the lossless proof on a user's own pair: what `specdistill check` runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from scipy import stats
+
+from specdistill.data.prompts import Prompt
+from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
+from specdistill.decoding.records import CacheSize, Output
+from specdistill.errors import InputError
+from specdistill.models import LanguageModel
+from specdistill.progress import Progress, silent
+from specdistill.scoring import lossless
+from specdistill.scoring.acceptance import acceptance_chances
+from specdistill.scoring.measure import EncodedPrompt
+from specdistill.scoring.statistics import martingale_p_value
+from specdistill_kernels import Mode
+
+FALSE_ALARM = 1e-4  # how often a single check may fail though nothing is wrong
+NUM_DRAFT_TOKENS = 4
+QUESTIONS = (
+    "Explain in three sentences why the sky is blue.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "List five things to check before you rent a flat.",
+    "Rewrite this politely: I need the report now, you are two days late.",
+    "What is 17 times 23? Show the steps.",
+    "Write a short letter to a friend about a day at the sea.",
+    "Summarise the story of Romeo and Juliet.",
+    "Give a recipe for pancakes with the amounts.",
+)
+
+
+def built_in_prompts(limit: int) -> list[Prompt]:
+    """For a user who names none: the first `limit` of a few questions of different kinds."""
+    if limit < 1:
+        raise InputError(f"limit is {limit}; it must be at least 1")
+    return [
+        Prompt(str(number), ({"role": "user", "content": text},))
+        for number, text in enumerate(QUESTIONS[:limit], 1)
+    ]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table; `figures` are the numbers behind the words."""
+
+    name: str
+    measured: str
+    expected: str
+    passed: bool
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is checked. What several checks need is decoded once. Raises `InputError` where nothing
+    would be proposed.
+    """
+
+    target: LanguageModel
+    draft: LanguageModel
+    prompts: Sequence[EncodedPrompt]
+    max_new_tokens: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompts or self.max_new_tokens < 2:
+            raise InputError(
+                "a check needs at least one prompt and two new tokens, or nothing is proposed; got "
+                f"{len(self.prompts)} prompts and max_new_tokens {self.max_new_tokens}"
+            )
+
+    def decode(
+        self, draft: LanguageModel | None, temperature: float, batch_size: int | None = None
+    ) -> dict[str, Output]:
+        """Answers by prompt id: plain without a draft; all prompts in one batch by default."""
+        decoder = self._decoder(draft, batch_size or len(self.prompts))
+        generation = decoder.run(self._requests(temperature))
+        return {output.request_id: output for output in generation.outputs}
+
+    def cache_size(self) -> CacheSize:
+        """What the largest cache will take, that of the target as its own draft."""
+        return self._decoder(self.target, len(self.prompts)).cache_size(self._requests(1.0))
+
+    def _decoder(self, draft: LanguageModel | None, batch_size: int) -> SpeculativeDecoder:
+        return SpeculativeDecoder(
+            self.target,
+            None if draft is None else ModelDrafter(draft, self.target.vocab_size),
+            num_draft_tokens=0 if draft is None else NUM_DRAFT_TOKENS,
+            batch_size=batch_size,
+        )
+
+    def _requests(self, temperature: float) -> list[Request]:
+        sampling = Sampling(temperature)
+        return [
+            Request(p.id, p.tokens, self.max_new_tokens, sampling, self.seed) for p in self.prompts
+        ]
+
+    @cached_property
+    def sampled(self) -> dict[str, Output]:
+        """Speculative answers at temperature 1, in one batch."""
+        return self.decode(self.draft, 1.0)
+
+    @cached_property
+    @torch.inference_mode()
+    def rounding(self) -> float:
+        """The share of probability that rounding moves: total variation between the distributions
+        after one pass over many tokens and after passes over one, mean over the ends of sampled
+        answers, of the model where it is larger; never below the precision of the logits.
+        """
+        readable = ModelDrafter(self.draft, self.target.vocab_size).readable
+        moved = []
+        for model in (self.target, self.draft):
+            distances = []
+            for prompt in self.prompts[:4]:
+                text = torch.tensor(prompt.tokens + self.sampled[prompt.id].tokens)
+                passes = lossless.both_passes(model, readable(text).tolist(), 16)
+                p, other = (logits.double().softmax(-1) for logits in passes)
+                distances.append((p - other).abs().sum(-1) / 2)
+            moved.append(torch.cat(distances).mean().item())
+        return max(torch.finfo(passes[0].dtype).eps, *moved)
+
+    def explained(self, trials: int, draws: int = 1) -> int:
+        """How many of `trials` may go another way by rounding, where each takes `draws` draws and
+        rounding is taken to be twice what was measured: the bound is passed less than once in
+        1 / FALSE_ALARM.
+        """
+        chance = min(1.0, 2 * draws * self.rounding)
+        return int(stats.binom.isf(FALSE_ALARM, trials, chance))
+
+
+def identity(pair: Pair) -> Check:
+    """The target as its own draft at temperature 1: p = q, so every proposal must stand."""
+    rounds = [r for o in pair.decode(pair.target, 1.0).values() for r in o.rounds]
+    tested = sum(r.tested for r in rounds)
+    rejected = tested - sum(r.accepted for r in rounds)
+    allowed = pair.explained(tested)
+    return Check(
+        "target as its own draft",
+        f"{rejected} of {tested} rejected",
+        _unless_rounding("none", allowed, pair),
+        rejected <= allowed,
+        {"tested": tested, "rejected": rejected, "explained_by_rounding": allowed},
+    )
+
+
+def greedy(pair: Pair) -> Check:
+    """Temperature 0: token-identical to plain decoding, or parting at a tie within rounding."""
+    plain, speculative = pair.decode(None, 0.0), pair.decode(pair.draft, 0.0)
+    differences = [
+        lossless.explain_difference(
+            pair.target, p.id, p.tokens, plain[p.id].tokens, speculative[p.id].tokens
+        )
+        for p in pair.prompts
+        if plain[p.id].tokens != speculative[p.id].tokens
+    ]
+    ties = sum(difference["within_rounding"] for difference in differences)
+    identical = len(plain) - len(differences)
+    return Check(
+        "greedy text",
+        f"{identical} of {len(plain)} identical" + (f", {ties} part at a tie" if ties else ""),
+        "that of plain decoding; it may part where rounding decides a tie",
+        ties == len(differences),
+        {"identical": identical, "compared": len(plain), "differences": differences},
+    )
+
+
+def acceptance(pair: Pair) -> Check:
+    """Accepted / tested at temperature 1 against the mean of Σ min(p, q) from passes of their own.
+
+    Given the text so far, a tested proposal stands with chance a = Σ min(p, q), so accepted - Σ a
+    is a martingale of variance Σ a (1 - a).
+    """
+    chances = torch.cat(
+        [
+            acceptance_chances(pair.target, pair.draft, p.tokens, pair.sampled[p.id], 1.0)
+            for p in pair.prompts
+        ]
+    )
+    tested = len(chances)
+    accepted = sum(r.accepted for o in pair.sampled.values() for r in o.rounds)
+    variance = (chances * (1 - chances)).sum().item()
+    off = abs(accepted - chances.sum().item()) - 2 * pair.rounding * tested
+    p_value = martingale_p_value(off, variance)
+    expected, error = chances.mean().item(), math.sqrt(variance) / tested
+    return Check(
+        "acceptance rate",
+        f"{accepted / tested:.3f} ({accepted} of {tested})",
+        f"Σ min(p, q) = {expected:.3f} ± {error:.3f}",
+        p_value >= FALSE_ALARM,
+        {
+            "accepted": accepted,
+            "tested": tested,
+            "expected": expected,
+            "standard_error": error,
+            "p_value": p_value,
+        },
+    )
+
+
+def distribution(pair: Pair, mode: Mode) -> Check:
+    """The tokens emitted at temperature 1, by the pair's own logits after some of the prompts."""
+    asked = pair.prompts[:4]
+    p_value = lossless.combined_p_value(
+        [
+            lossless.distribution_p_value(
+                pair.target, pair.draft, p.tokens, pair.seed + i, mode=mode
+            )
+            for i, p in enumerate(asked)
+        ]
+    )
+    return Check(
+        f"distribution, {mode} verification",
+        f"p = {p_value:.2g}",
+        f"p of at least {FALSE_ALARM:g}",
+        p_value >= FALSE_ALARM,
+        {"p_value": p_value, "prompts": len(asked)},
+    )
+
+
+def seeds(pair: Pair) -> Check:
+    """Temperature 1: a seed gives the same text alone and in a batch, but for rounding. A token is
+    decided by three draws: the draft's, the coin and the one after the accepted tokens.
+    """
+    alone = Pair(pair.target, pair.draft, pair.prompts[:4], pair.max_new_tokens, pair.seed)
+    texts = {id_: output.tokens for id_, output in alone.decode(pair.draft, 1.0, 1).items()}
+    parted = sum(pair.sampled[id_].tokens != tokens for id_, tokens in texts.items())
+    allowed = min(len(texts), pair.explained(sum(map(len, texts.values())), draws=3))
+    return Check(
+        "same seed, alone and in a batch",
+        f"{len(texts) - parted} of {len(texts)} texts identical",
+        _unless_rounding("all", allowed, pair),
+        parted <= allowed,
+        {"compared": len(texts), "parted": parted, "explained_by_rounding": allowed},
+    )
+
+
+CHECKS: Mapping[str, Callable[[Pair], Check]] = {
+    "identity": identity,
+    "greedy": greedy,
+    "acceptance": acceptance,
+    "distribution": lambda pair: distribution(pair, "token"),
+    "distribution, block": lambda pair: distribution(pair, "block"),
+    "seeds": seeds,
+}
+
+
+def run_checks(pair: Pair, progress: Progress = silent) -> list[Check]:
+    """All checks, in this order. Where nothing is wrong, each one that looks at chance fails at
+    most once in 1 / FALSE_ALARM seeds.
+    """
+    results = []
+    for number, (name, check) in enumerate(CHECKS.items()):
+        progress("check", number, len(CHECKS), name)
+        results.append(check(pair))
+    progress("check", len(CHECKS), len(CHECKS))
+    return results
+
+
+def _unless_rounding(expected: str, allowed: int, pair: Pair) -> str:
+    if not allowed:
+        return expected
+    dtype = str(pair.target.dtype).removeprefix("torch.")
+    return f"{expected}; rounding in {dtype} explains up to {allowed}"

@@ -1,0 +1,118 @@
+"""What the command line shows of a result, as rich tables and lines of text; `cli.py` prints it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from specdistill.scoring.check import Check
+    from specdistill.scoring.scorecard import Row, Scorecard
+
+
+def rows_table(card: Scorecard) -> Table:
+    """Every setting of a scorecard."""
+    table = Table(
+        "T",
+        "γ",
+        "α",
+        "expected α",
+        "τ",
+        "tokens/s",
+        "speedup [95%]",
+        "predicted",
+        "c",
+        "v",
+        title=_title("speculative decoding", card),
+    )
+    for row in card.rows:
+        table.add_row(
+            f"{row.temperature:g}",
+            str(row.num_draft_tokens),
+            _number(row.acceptance_rate, 3),
+            _number(row.acceptance_rate_expected, 3),
+            f"{row.block_efficiency:.2f}",
+            f"{row.tokens_per_second:.1f}",
+            _speedup(row),
+            f"{row.predicted_speedup:.2f}",
+            f"{row.cost_ratio:.3f}",
+            f"{row.verify_ratio:.2f}",
+        )
+    return table
+
+
+def before_after_table(before: Scorecard, after: Scorecard) -> Table:
+    """The fastest setting at each temperature, before and after distillation."""
+    table = Table(
+        "",
+        "γ",
+        "expected α",
+        "τ",
+        "speedup [95%]",
+        title=_title("before and after distillation, held-out prompts", after),
+    )
+    for baseline in after.baseline:
+        for name, card in (("before", before), ("after", after)):
+            row = card.best_row(baseline.temperature)
+            table.add_row(
+                f"T={row.temperature:g} {name}",
+                str(row.num_draft_tokens),
+                _number(row.acceptance_rate_expected, 3),
+                f"{row.block_efficiency:.2f}",
+                _speedup(row),
+            )
+    return table
+
+
+def evidence_line(card: Scorecard) -> str:
+    """The proof of losslessness in one line, or that there is none to be had."""
+    proof = card.lossless
+    if card.verification.lossy:
+        return f"{card.verification.label}: the text does not follow the target's distribution"
+    same, compared = proof.greedy_identical
+    ties = sum(1 for tie in proof.ties if tie["within_rounding"])
+    return (
+        f"greedy outputs token-identical: {same} of {compared}"
+        + (f", {ties} explained as rounding ties" if same < compared else "")
+        + f"; target as its own draft: α = {proof.identity_acceptance:.3f}; "
+        f"distribution test p = {proof.distribution_p_value:.3f}"
+    )
+
+
+def checks_table(checks: Sequence[Check]) -> Table:
+    """What `check` measured, what it expected, and the verdict."""
+    table = Table("check", "measured", "expected", "verdict")
+    for check in checks:
+        table.add_row(
+            check.name, check.measured, check.expected, "ok" if check.passed else "FAILED"
+        )
+    return table
+
+
+def difference_lines(checks: Sequence[Check]) -> list[str]:
+    """Where greedy texts part, and whether rounding can decide it."""
+    return [
+        f"prompt {d['prompt_id']}, new token {d['position'] + 1}: the two best tokens are "
+        f"{d['top_two_gap']:.2g} apart, rounding is {d['rounding']:.2g}: "
+        + ("a tie" if d["within_rounding"] else "NOT explained by rounding")
+        for check in checks
+        for d in check.figures.get("differences", [])
+    ]
+
+
+def _title(text: str, card: Scorecard) -> str:
+    label = card.verification.label
+    return f"{text} ({label})" if label else text
+
+
+def _number(value: float, digits: int) -> str:
+    """A dash for what could not be measured."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
+
+
+def _speedup(row: Row) -> str:
+    low, high = row.speedup_ci95
+    return f"{row.speedup:.2f} [{low:.2f}, {high:.2f}]"
