@@ -1,0 +1,100 @@
+"""The fused losses in value and gradient against plain autograd over all rows at once."""
+
+from collections.abc import Mapping
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.gpu_session import Session
+from specdistill_kernels import Head, TargetStates, divergence, fused_divergence, keep_top_k
+from specdistill_kernels.divergences import LOSSES, Loss
+
+# ‖ours − plain‖ / ‖plain‖. Both take the same product for the logits; half precision then rounds
+# the gradient of a logit to 8 or 11 bits, in sums of another order.
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4, torch.float16: 1e-2}
+MIXTURE: Mapping[Loss, float] = {"fkl": 0.7, "tvd": 0.2, "ce": 0.1}
+UPSTREAM = 1.7
+
+
+def check_losses(session: Session) -> None:
+    """The widest vocabulary with Triton first; the torch path has the CPU's tests besides."""
+    grid = [("torch", 67 if session.smoke else 4_099)]
+    if session.triton:
+        grid = (
+            [("triton", 67)] if session.smoke else [("triton", 151_936), ("triton", 4_099), *grid]
+        )
+    dtypes = [torch.bfloat16] if session.smoke else list(TOLERANCE)
+    for (backend, width), dtype, target in product(grid, dtypes, ("states", "top-k", "trimmed")):
+        for loss in (*LOSSES, MIXTURE):
+            name = loss if isinstance(loss, str) else "mixture"
+            kind = str(dtype).removeprefix("torch.")
+            what = f"loss {name}, {backend}, {kind}, V={width}, target {target}"
+            case = (backend, dtype, width, loss, target)
+            session.case(what, partial(check_loss, session, what, *case))
+
+
+def check_loss(
+    session: Session,
+    what: str,
+    backend: Any,
+    dtype: torch.dtype,
+    width: int,
+    loss: Loss | Mapping[Loss, float],
+    kind: str,
+) -> None:
+    errors = compare(session, backend, dtype, width, loss, kind)
+    session.check(what, max(errors.values()) <= TOLERANCE[dtype], **errors)
+
+
+def compare(
+    session: Session,
+    backend: Any,
+    dtype: torch.dtype,
+    width: int,
+    loss: Loss | Mapping[Loss, float],
+    kind: str,
+) -> dict[str, float]:
+    """Relative differences of the loss and its gradients, upstream gradient not 1."""
+    num, size = (19, 8) if session.smoke else (131, 64)
+    kept = None
+    if kind == "trimmed":
+        kept = session.uniform(width).topk(width // 3).indices.sort().values
+    hidden = session.normal(num, size).to(dtype)
+    of_target = (session.normal(width, size) * 2 * size**-0.5).to(dtype)
+    weight = (session.normal(width if kept is None else len(kept), size) * size**-0.5).to(dtype)
+    hidden_of_target = session.normal(num, size).to(dtype)
+    head_of_target = Head(of_target)
+    states: Any = TargetStates(hidden_of_target, head_of_target)
+    temperature = 0.8
+    if kind == "top-k":
+        logits = head_of_target.logits(hidden_of_target)
+        states = keep_top_k(logits, min(20, width // 2), temperature=temperature)
+    weights = session.integers(3, num).float()  # a third of them 0
+    options: dict[str, Any] = {
+        "loss": loss,
+        "temperature": temperature,
+        "labels": session.integers(width, num),
+        "draft_vocab": kept,
+    }
+
+    def gradients(total: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+        return [total.detach(), *torch.autograd.grad(UPSTREAM * total, leaves)]
+
+    ours, plain = ([x.clone().requires_grad_() for x in (hidden, weight)] for _ in range(2))
+    fused = fused_divergence(
+        ours[0], Head(ours[1]), states, weights=weights, chunk=num // 3, backend=backend, **options
+    )
+    rows = divergence(Head(plain[1]).logits(plain[0]), states, **options)
+    pairs = zip(gradients(fused, ours), gradients((rows * weights).sum(), plain), strict=True)
+    names = ("value", "hidden", "head")
+    return {name: relative(a, b) for name, (a, b) in zip(names, pairs, strict=True)}
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """‖a − b‖ / ‖b‖, infinite where it is no number."""
+    a, b = a.double(), b.double()
+    error = float((a - b).norm() / b.norm().clamp(min=1e-30))
+    return error if error == error else float("inf")
