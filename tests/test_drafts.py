@@ -150,7 +150,7 @@ def test_expected_usage_sums_the_targets_probabilities(tiny: Tiny) -> None:
 
 
 def test_layers_that_are_not_alike_are_refused(tiny: Tiny) -> None:
-    """Dense and expert layers: kept layers are numbered anew, and the config tells kinds by number."""
+    """The config tells dense layers from expert ones by number, and kept layers get new ones."""
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     config = Qwen2MoeConfig(
