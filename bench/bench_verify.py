@@ -1,7 +1,10 @@
 """`sample` and `verify` on this device: `python -m pytest bench/bench_verify.py`.
 
-Each case asserts first that the emitted tokens are those of a one-row-at-a-time computation.
+Each case asserts first that the emitted tokens are those of a one-row-at-a-time computation, and on
+a GPU that Triton and the reference emit the same.
 """
+
+from typing import Any
 
 import pytest
 import torch
@@ -9,36 +12,82 @@ import torch
 from specdistill_kernels import sample, verify
 
 V, VD = 49_152, 3_072
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["reference"] if DEVICE == "cpu" else ["reference", "triton"]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "T=1": {},
+    "block": {"mode": "block"},
+    "top-k": {"top_k": 50},
+    "top-p": {"top_p": 0.9},
+}
 
 
-def case(batch: int, num: int, temperature: float) -> dict[str, torch.Tensor]:
+def case(batch: int, num: int, settings: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
-    rows = {
-        "temperature": torch.full((batch,), temperature),
-        "seeds": torch.arange(batch),
-        "step": torch.zeros(batch, dtype=torch.int64),
+    rows: dict[str, Any] = {
+        "temperature": torch.ones(batch, device=DEVICE),
+        "seeds": torch.arange(batch, device=DEVICE),
+        "step": torch.zeros(batch, dtype=torch.int64, device=DEVICE),
     }
-    vocab = torch.arange(VD) * 16
-    target = torch.randn(batch, num + 1, V) * 3
-    draft = target[:, :num, vocab] + torch.randn(batch, num, VD)
+    mode = settings.get("mode", "token")
+    for name, value in settings.items():
+        if name != "mode":
+            rows[name] = torch.full((batch,), value, device=DEVICE)
+    vocab = torch.arange(VD, device=DEVICE) * 16
+    target = torch.randn(batch, num + 1, V, device=DEVICE) * 3
+    draft = target[:, :num, vocab] + torch.randn(batch, num, VD, device=DEVICE)
     proposals = [vocab[sample(draft[:, i], position=i, **rows).tokens] for i in range(num)]
     return {
         "draft_tokens": torch.stack(proposals, 1),
         "draft_logits": draft,
         "target_logits": target,
-        "lengths": torch.full((batch,), num),
+        "lengths": torch.full((batch,), num, device=DEVICE),
         "draft_vocab": vocab,
+        "mode": mode,
         **rows,
     }
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def only(arguments: dict[str, Any], b: int) -> dict[str, Any]:
+    shared = ("draft_vocab", "mode")
+    return {k: v if k in shared else v[b : b + 1] for k, v in arguments.items()}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("num", [3, 5])
 @pytest.mark.parametrize("batch", [1, 8])
-def test_verify(benchmark, batch: int, num: int, temperature: float) -> None:
-    arguments = case(batch, num, temperature)
-    together = verify(**arguments).tokens
+def test_verify(benchmark, batch: int, num: int, setting: str, backend: str) -> None:
+    arguments = case(batch, num, SETTINGS[setting])
+    together = verify(**arguments, backend=backend).tokens
+    assert torch.equal(together, verify(**arguments, backend="reference").tokens)
     for b in range(batch):
-        row = {k: v if k == "draft_vocab" else v[b : b + 1] for k, v in arguments.items()}
-        assert torch.equal(verify(**row).tokens[0], together[b])
-    benchmark(verify, **arguments)
+        assert torch.equal(verify(**only(arguments, b), backend=backend).tokens[0], together[b])
+    benchmark(timed(verify), **arguments, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("setting", ["greedy", "T=1", "top-p"])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_sample(benchmark, batch: int, setting: str, backend: str) -> None:
+    arguments = case(batch, 1, SETTINGS[setting])
+    rows = {k: v for k, v in arguments.items() if k in ("temperature", "top_p", "seeds", "step")}
+    logits = arguments["target_logits"][:, 0]
+    together = sample(logits, position=0, **rows, backend=backend).tokens
+    assert torch.equal(together, sample(logits, position=0, **rows, backend="reference").tokens)
+    for b in range(batch):
+        alone = sample(logits[b : b + 1], position=0, **only(rows, b), backend=backend)
+        assert torch.equal(alone.tokens[0], together[b])
+    benchmark(timed(sample), logits, position=0, **rows, backend=backend)
+
+
+def timed(op):
+    """The op until its result is there."""
+
+    def run(*arguments: Any, **options: Any) -> None:
+        op(*arguments, **options)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    return run

@@ -226,7 +226,7 @@ def excess_kernel(
     draft_g,
     part_tiles,
     splits,
-    draft_rows,
+    has_q,
     has_certain,
     has_lse,
     trimmed,
@@ -252,7 +252,7 @@ def excess_kernel(
     ok = ok & (t > 0.0)
     scale = tl.where(ok, t, 1.0)
     sure = tl.load(certain + b, mask=ok & (has_certain != 0), other=0) != 0
-    sure = sure | (draft_rows == 0)
+    sure = sure | (has_q == 0)
     end = offered(tokens, lengths, b, ok, num, GP, ROWS)
     need = ok & (i < end)
     request = (tokens, b, end, scale, sure, batch, num, filtered)

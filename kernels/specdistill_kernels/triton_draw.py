@@ -155,7 +155,7 @@ def verdict_kernel(
     draft_g,
     part_tiles,
     splits,
-    draft_rows,
+    has_q,
     has_certain,
     has_lse,
     trimmed,
@@ -183,7 +183,7 @@ def verdict_kernel(
     seed = tl.load(seeds + b, mask=ok, other=0)
     step = tl.load(steps + b, mask=ok, other=0)
     sure = tl.load(certain + b, mask=ok & (has_certain != 0), other=0) != 0
-    sure = sure | (draft_rows == 0)
+    sure = sure | (has_q == 0)
     end = offered(tokens, lengths, b, ok, num, GP, ROWS)
     request = (tokens, b, end, scale, sure | greedy, batch, num, filtered)
     options = (inverse, trimmed, draft_lse, has_lse)

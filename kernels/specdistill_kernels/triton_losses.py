@@ -82,7 +82,8 @@ def row_gradients(
     weight = dict.fromkeys(LOSSES, 0.0) | dict(parts.weights)
     squared = temperature**2
     losses = torch.empty(num, dtype=torch.float32, device=draft_logits.device)
-    unit, tile = _unit(draft_logits, logits), _tile(num, width, block, rows)
+    unit, sums, ce = _unit(draft_logits, logits), _needs_sums(parts), labels is not None
+    tile = _tile(num, width, block or _block(sums, ce, unit), rows)
     with torch.cuda.device_of(draft_logits):
         divergence_kernel[(triton.cdiv(num, tile["ROWS"]),)](
             draft_logits,
@@ -107,8 +108,8 @@ def row_gradients(
             parts.beta,
             parts.eta,
             LUMPED=missing is not None,
-            SUMS=bool(set(parts.weights) - {"fkl", "ce"}),
-            CE=labels is not None,
+            SUMS=sums,
+            CE=ce,
             UNIT=unit,
             **tile,
             num_warps=WARPS,
@@ -141,9 +142,22 @@ def _unit(*matrices: Tensor) -> int:
     return 16 if all(number % 16 == 0 for number in numbers) else 1
 
 
+def _needs_sums(parts: Mixture) -> bool:
+    return bool(set(parts.weights) - {"fkl", "ce"})
+
+
+def _block(sums: bool, ce: bool, unit: int) -> int | None:
+    """Half a tile for the one form whose registers would spill; None is the usual tile."""
+    return BLOCK // 2 if sums and ce and unit == 16 and not _interpreted() else None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def _tile(num: int, width: int, block: int | None, rows: int | None) -> dict[str, int]:
     """On a GPU one row a program. The interpreter pays by the operation, so it gets large tiles."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if not _interpreted():
         return {"BLOCK": block or BLOCK, "ROWS": rows or 1}
     block = block or min(16384, triton.next_power_of_2(width))
     most = max(1, 65536 // block)
@@ -190,5 +204,6 @@ def configurations() -> list[Configuration]:
             absent |= {} if ce else {"labels": None}
             pointers = {"draft": f"*{draft}", "target": f"*{target}"}
             flagged = {"LUMPED": lumped, "SUMS": sums, "CE": ce}
-            add(divergence_kernel, pointers, {**flagged, **tile, **absent})
+            narrow = {"BLOCK": _block(sums, ce, unit) or BLOCK}
+            add(divergence_kernel, pointers, {**flagged, **tile, **narrow, **absent})
     return found

@@ -20,18 +20,9 @@ import triton.language as tl
 INF = tl.constexpr(float("inf"))
 NOWHERE = tl.constexpr(0x7FFFFFFF)  # an index no token has
 INTS = [  # not to be compiled for their values
-    *("batch", "num", "width_units", "draft_width_units", "target_b", "target_g", "draft_b"),
-    *(
-        "draft_g",
-        "part_tiles",
-        "splits",
-        "draft_rows",
-        "has_certain",
-        "has_lse",
-        "trimmed",
-        "filtered",
-    ),
-    *("block_mode", "position", "has_k", "has_p", "has_min"),
+    *("batch", "num", "width_units", "draft_width_units", "part_tiles", "splits", "position"),
+    *("target_b", "target_g", "draft_b", "draft_g", "has_q", "has_lse", "has_certain"),
+    *("has_k", "has_p", "has_min", "trimmed", "filtered", "block_mode"),
 ]
 
 

@@ -9,116 +9,35 @@ row's cut, `excess_kernel` (in mode "block" alone) sums what block verification 
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from specdistill_kernels.reference import Drawn, Lenience, Mode, Verdict
 from specdistill_kernels.triton_accept import excess_kernel
 from specdistill_kernels.triton_draw import sample_kernel, verdict_kernel
 from specdistill_kernels.triton_filter import filter_kernel
+from specdistill_kernels.triton_launch import (
+    BLOCK,
+    FILTER_BLOCK,
+    FILTER_WARPS,
+    MAX_PARTS,
+    POSITIONS,
+    WARPS,
+    Launcher,
+    Side,
+    Tiles,
+    inverse_of,
+    tiles_for,
+    workspace,
+)
 from specdistill_kernels.triton_rows import INTS, stats_kernel
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 KEY_SHIFT = {"fp32": 0, "bf16": 16, "fp16": 13}  # low bits that are 0 in float32 of this dtype
 PIVOTS = 8
-
-
-class Tiles(NamedTuple):
-    """How the work is cut up. Neither the batch nor the other model's vocabulary has a say in how a
-    row is, so that its statistics are the same to the last bit wherever it is met."""
-
-    block: int  # tokens in a tile
-    part_tiles: int  # tiles of a part of the vocabulary; each program takes one part
-    rows: int  # rows or requests of a program
-    filter_block: int
-    filter_rows: int
-    positions: int  # proposals looked at together
-    max_parts: int  # power of two
-
-
-BLOCK, FILTER_BLOCK, POSITIONS = 1024, 1024, 8
-PART_TILES, MAX_PARTS = 4, 64  # for up to 262,144 tokens; more parts beyond
-WARPS, FILTER_WARPS = 4, 16
-
-
-def _tiles(batch: int, num: int, width: int) -> Tiles:
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        parts = max(MAX_PARTS, triton.next_power_of_2(triton.cdiv(width, BLOCK * PART_TILES)))
-        return Tiles(BLOCK, PART_TILES, 1, FILTER_BLOCK, 1, POSITIONS, parts)
-    # The interpreter pays by the operation: one tile holds as much as a tensor may.
-    block = min(triton.next_power_of_2(width), 2**16)
-    rows = min(triton.next_power_of_2(batch * (num + 1)), 2**18 // block)
-    parts = triton.next_power_of_2(triton.cdiv(width, block))
-    positions = triton.next_power_of_2(num + 1)
-    rows = max(1, min(rows, 2**18 // (parts * positions)))
-    return Tiles(block, 1, rows, block, max(1, min(rows, 2**17 // block)), positions, parts)
-
-
-class _Side(NamedTuple):
-    """The logits of one model as the kernels take them: [B, G, V] with rows that are contiguous."""
-
-    logits: Tensor
-    width: int
-    stride_b: int
-    stride_g: int
-
-    @staticmethod
-    def of(logits: Tensor) -> _Side:
-        return _Side(logits, logits.shape[-1], logits.stride(0), logits.stride(1))
-
-    def in_units(self, unit: int) -> tuple[int, int, int]:
-        return self.width // unit, self.stride_b // unit, self.stride_g // unit
-
-    def aligned(self) -> bool:
-        numbers = (self.width, self.stride_b, self.stride_g, self.logits.data_ptr())
-        return all(number % 16 == 0 for number in numbers)
-
-
-def _workspace(device: torch.device, sizes: dict[str, int]) -> dict[str, Tensor]:
-    """One allocation of 4-byte numbers for all, each aligned to 16 of them. `firsts` and `arrived`
-    are int32, the others float32."""
-    padded = [triton.cdiv(size, 16) * 16 for size in sizes.values()]
-    parts = torch.empty(sum(padded), dtype=torch.float32, device=device).split(padded)
-    integers = ("firsts", "arrived")
-    return {
-        name: part.view(torch.int32) if name in integers else part
-        for name, part in zip(sizes, parts, strict=True)
-    }
-
-
-_INVERSES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-
-def _inverse(vocab: Tensor, width: int) -> Tensor:
-    """[V] int32, the draft's column of each target id, -1 for those it lacks: 4 bytes a token of
-    the target, shared by all requests. Made once for a tensor, which must not change."""
-    inverse = _INVERSES.get(vocab)
-    if inverse is None or len(inverse) != width:
-        inverse = torch.full((width,), -1, dtype=torch.int32, device=vocab.device)
-        inverse[vocab] = torch.arange(len(vocab), dtype=torch.int32, device=vocab.device)
-        _INVERSES[vocab] = inverse
-    return inverse
-
-
-class _Launcher:
-    """Passes arguments to kernels by name; what is not a tensor of this call is a number."""
-
-    def __init__(self, tiles: Tiles, **arguments: Any) -> None:
-        self.tiles = tiles
-        self.arguments = arguments
-
-    def __call__(self, kernel: Any, grid: tuple[int, ...], **more: Any) -> None:
-        tiles = self.tiles
-        constants = {"GP": tiles.positions, "SP": tiles.max_parts, "ROWS": tiles.rows}
-        known = {**self.arguments, **constants, "BLOCK": tiles.block, "num_warps": WARPS, **more}
-        names = [name for name in kernel.arg_names if name in known]
-        options = {"num_warps": known["num_warps"]}
-        kernel[grid](**{name: known[name] for name in names}, **options)
 
 
 def verify(
@@ -143,22 +62,22 @@ def verify(
     """As `reference.verify`, with `counter_noise`. Two launches, one more with filters and one
     more in mode "block". `dispatch` has checked the arguments.
     """
-    target = _Side.of(target_logits)
-    draft = target if draft_logits is None else _Side.of(draft_logits)
+    target = Side.of(target_logits)
+    draft = target if draft_logits is None else Side.of(draft_logits)
     batch, num = draft_tokens.shape
     device = target_logits.device
     tokens = torch.empty(batch, num + 1, dtype=torch.int64, device=device)
     accepted = torch.empty(batch, dtype=torch.int64, device=device)
     if batch == 0:
         return Verdict(tokens, accepted)
-    tiles = tiles or _tiles(batch, num, target.width)
+    tiles = tiles or tiles_for(batch, num, target.width)
     filtered = not (top_k is None and top_p is None and min_p is None)
     kind, epsilon = ("lin", 1.0) if lenience is None else (lenience.kind, lenience.epsilon)
     lengths = lengths.to(torch.int64).contiguous()
     temperature = temperature.to(torch.float32).contiguous()
-    inverse = None if draft_vocab is None else _inverse(draft_vocab, target.width)
+    inverse = None if draft_vocab is None else inverse_of(draft_vocab, target.width)
     launch = _launcher(target, draft, batch, num, tiles, temperature, filtered)
-    more = {
+    launch.arguments |= {
         "tokens": draft_tokens.to(torch.int64).contiguous(),
         "lengths": lengths,
         "seeds": seeds.to(torch.int64).contiguous(),
@@ -168,7 +87,7 @@ def verify(
         "draft_lse": _or(draft_lse, temperature, torch.float32),
         "out_tokens": tokens,
         "out_accepted": accepted,
-        "draft_rows": int(draft_logits is not None),
+        "has_q": int(draft_logits is not None),
         "has_certain": int(point_mass is not None),
         "has_lse": int(draft_lse is not None),
         "trimmed": int(draft_vocab is not None),
@@ -176,7 +95,6 @@ def verify(
         "power": epsilon if kind == "exp" else 1.0,
         "divisor": {"lin": epsilon, "sq": epsilon**2, "exp": 1.0}[kind],
     }
-    launch.arguments |= more
     draft_rows = batch * num if draft_logits is not None else 0
     if draft_lse is not None and not filtered:
         draft_rows = 0
@@ -185,7 +103,14 @@ def verify(
         _statistics(launch, batch * (num + 1), draft_rows, top_k, top_p, min_p)
         if mode == "block" and num > 1:
             launch(excess_kernel, (triton.cdiv(batch * (num - 1), tiles.rows), parts))
-        launch(verdict_kernel, (triton.cdiv(batch, tiles.rows), parts))
+        # Rows without alignment take more registers; with whole tiles some targets would spill.
+        pieces = 4 if launch.arguments["UNIT"] == 1 and tiles.block >= 4 else 1
+        launch(
+            verdict_kernel,
+            (triton.cdiv(batch, tiles.rows), parts),
+            BLOCK=tiles.block // pieces,
+            part_tiles=tiles.part_tiles * pieces,
+        )
     return Verdict(tokens, accepted)
 
 
@@ -208,8 +133,8 @@ def sample(
     logsumexp = torch.empty(batch, dtype=torch.float32, device=logits.device)
     if batch == 0:
         return Drawn(tokens, logsumexp)
-    side = _Side.of(logits[:, None])
-    tiles = tiles or _tiles(batch, 0, side.width)
+    side = Side.of(logits[:, None])
+    tiles = tiles or tiles_for(batch, 0, side.width)
     filtered = not (top_k is None and top_p is None and min_p is None)
     temperature = temperature.to(torch.float32).contiguous()
     seeds = seeds.to(torch.int64).contiguous()
@@ -239,20 +164,20 @@ def _or(value: Tensor | None, stand_in: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _launcher(
-    target: _Side,
-    draft: _Side,
+    target: Side,
+    draft: Side,
     batch: int,
     num: int,
     tiles: Tiles,
     temperature: Tensor,
     filtered: bool,
-) -> _Launcher:
+) -> Launcher:
     unit = 16 if target.aligned() and draft.aligned() else 1
     width, target_b, target_g = target.in_units(unit)
     draft_width, draft_b, draft_g = draft.in_units(unit)
     parts = tiles.max_parts
     rows = batch * (2 * num + 1)
-    space = _workspace(
+    space = workspace(
         target.logits.device,
         {
             "peaks": rows * parts,
@@ -264,7 +189,7 @@ def _launcher(
             "arrived": batch,
         },
     )
-    return _Launcher(
+    return Launcher(
         tiles,
         target=target.logits,
         draft=draft.logits,
@@ -286,7 +211,7 @@ def _launcher(
 
 
 def _statistics(
-    launch: _Launcher,
+    launch: Launcher,
     target_rows: int,
     draft_rows: int,
     top_k: Tensor | None,
@@ -347,12 +272,13 @@ def configurations() -> list[Configuration]:
         for dtype in DTYPES.values():
             for unit in (16, 1):
                 filtering = kernel is filter_kernel
+                unaligned = kernel is verdict_kernel and unit == 1
                 constants = {
                     "UNIT": unit,
                     "GP": POSITIONS,
                     "SP": MAX_PARTS,
                     "ROWS": 1,
-                    "BLOCK": FILTER_BLOCK if filtering else BLOCK,
+                    "BLOCK": FILTER_BLOCK if filtering else BLOCK // (4 if unaligned else 1),
                     "SHIFT": KEY_SHIFT[dtype],
                     "PIVOTS": PIVOTS,
                 }
