@@ -112,6 +112,17 @@ def test_out_of_time_is_told(tmp_path: Path) -> None:
     assert "timings" not in report
 
 
+@pytest.mark.parametrize(("status", "code"), [("passed", 0), ("failed", 1), ("died", 1)])
+def test_one_bad_section_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, code: int
+) -> None:
+    def run_apart(name: str, *more: Any) -> dict[str, str]:
+        return {"status": status if name == "losses" else "passed"}
+
+    monkeypatch.setattr(gpu_suite, "run_apart", run_apart)
+    assert gpu_suite.main(["--out", str(tmp_path), "--smoke"]) == code
+
+
 def test_needs_a_device_or_smoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(gpu_suite, "run_apart", None)
