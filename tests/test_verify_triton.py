@@ -135,6 +135,21 @@ def _noise_kernel(seeds, steps, bits, exponentials, R: tl.constexpr, N: tl.const
     tl.store(exponentials + row * N + token, noise.exponential(found))
 
 
+@triton.jit
+def _exponential_kernel(bits, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out + at, noise.exponential(tl.load(bits + at).to(tl.uint32)))
+
+
+def test_exponentials_at_the_ends_and_at_powers_of_two() -> None:
+    powers = 2 ** torch.arange(32)
+    bits = torch.cat([powers, 2**32 - powers])  # the last is 2**32 - 1
+    mine = torch.empty(64)
+    _exponential_kernel[(1,)](bits, mine, N=64)
+    assert mine.isfinite().all()
+    torch.testing.assert_close(mine, exponential(bits), rtol=2**-21, atol=0)
+
+
 def test_noise_is_the_references_bit_for_bit() -> None:
     torch.manual_seed(0)
     rows, width = 16, 2**15
