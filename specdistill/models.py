@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from specdistill.architectures import check_decodable
 from specdistill.errors import ModelError, StorageError
+from specdistill.llama import LlamaBody, llama_body
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -129,6 +130,11 @@ class LanguageModel:
             ids = getattr(source, "eos_token_id", None)
             found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
         return frozenset(found)
+
+    @cached_property
+    def body(self) -> LlamaBody | None:
+        """A leaner pass over the layers than `hidden` is, where the family is known."""
+        return llama_body(self.model)
 
     def hidden(self, tokens: Tensor, **kwargs: Any) -> Tensor:
         """[B, n] ids to the final hidden states [B, n, d], after the last norm: what the head

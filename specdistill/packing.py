@@ -1,4 +1,4 @@
-"""Linear layers for float32 inference on a CPU, packed once instead of on every call."""
+"""Packing a model for inference on a CPU."""
 
 from __future__ import annotations
 
@@ -8,40 +8,54 @@ import torch
 from torch import Tensor, nn
 
 from specdistill.models import LanguageModel
+from specdistill.products import Joined
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that also keeps its weight in MKL's packed layout.
-
-    The stock product packs the weight anew on every call of more than three rows, so that a verify
-    pass over five tokens costs twice a plain step; packed once, it costs about the same. Calls of
-    more than `max_rows` take the stock product.
-    """
+    """A linear layer with a packed copy of its weight."""
 
     def __init__(self, linear: nn.Linear, rows: int) -> None:
         super().__init__(1, 1, bias=False, device="meta")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.max_rows = 4 * rows
-        self.packed = torch.ops.mkl._mkl_reorder_linear_weight(linear.weight.detach(), rows)
+        self.product = Joined(linear)
+        self.product.pack(rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        if rows > self.max_rows:
-            return super().forward(x)
-        return torch.ops.mkl._mkl_linear(x, self.packed, self.weight, self.bias, rows)
+        return self.product(x)
 
 
 def pack(language_model: LanguageModel, rows: int) -> LanguageModel:
-    """Replace the linear layers of a float32 CPU model by packed ones tuned for `rows` tokens a
-    call, and return it; other devices and dtypes stay as they are. Doubles the memory of the
-    weights. For inference: the weights must not change afterwards."""
+    """Pack the linear layers of a float32 CPU model for `rows` tokens a call, and return it; other
+    devices and dtypes stay as they are. Doubles the memory of the weights. For inference: the
+    weights must not change afterwards.
+    """
     where, kind = language_model.device.type, language_model.dtype
     if where != "cpu" or kind != torch.float32 or not torch.backends.mkl.is_available():
         return language_model
-    for parent in list(language_model.model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and type(child) in (nn.Linear, PackedLinear):
-                setattr(parent, name, PackedLinear(child, rows))
-    language_model.head = cast("nn.Linear", language_model.model.get_output_embeddings())
+    model = language_model.model
+    if language_model.body is None:
+        pack_layers(model, rows)
+    else:
+        language_model.body.pack(rows)
+        head = model.get_output_embeddings()
+        if isinstance(head, nn.Linear):
+            model.set_output_embeddings(_packed(head, rows))
+    language_model.head = cast("nn.Linear", model.get_output_embeddings())
     return language_model
+
+
+def pack_layers(module: nn.Module, rows: int) -> None:
+    """Replace every linear layer inside the module by a packed one."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, _packed(child, rows))
+
+
+def _packed(linear: nn.Linear, rows: int) -> nn.Linear:
+    if isinstance(linear, PackedLinear):
+        linear.product.pack(rows)
+    elif type(linear) is nn.Linear:  # a subclass may compute something else
+        return PackedLinear(linear, rows)
+    return linear

@@ -32,13 +32,13 @@ def test_bytes_are_layers_heads_and_whole_buckets(tiny: Tiny) -> None:
 def test_every_slot_is_there_from_the_start(tiny: Tiny) -> None:
     cached = CachedModel(tiny(0, layers=3), 2, 100)
     slots = [(layer.keys, layer.values) for layer in cached.layers]
-    assert {s.shape for pair in slots for s in pair} == {(2, 2, 128, 8)}
+    assert {s.shape for pair in slots for s in pair} == {(2, 128, 2, 8)}
     cached.prefill(torch.arange(2), [[7, 8, 9], [5]])
     for layer, (keys, values) in zip(cached.layers, slots, strict=True):
         assert layer.keys is keys
         assert layer.values is values
     cached.keep([1])
-    assert {layer.keys.shape for layer in cached.layers} == {(1, 2, 128, 8)}
+    assert {layer.keys.shape for layer in cached.layers} == {(1, 128, 2, 8)}
 
 
 def refusal(caught: pytest.ExceptionInfo[DecodingError]) -> str:

@@ -23,7 +23,7 @@ BUCKET = 64  # attention sees a multiple of this many slots, so that shapes repe
 
 
 class _RowLayer(CacheLayerMixin):
-    """One layer's slots [B, H, L, D], written by position. `token` are the keys and the values
+    """One layer's slots [B, L, H, D], written by position. `token` are the keys and the values
     [1, H, 1, D] that the layer keeps of one token, without their data.
     """
 
@@ -36,7 +36,7 @@ class _RowLayer(CacheLayerMixin):
         self.owner = owner
         self.keys, self.values = (
             torch.zeros(
-                (owner.batch, part.shape[1], owner.capacity, part.shape[3]),
+                (owner.batch, owner.capacity, part.shape[1], part.shape[3]),
                 dtype=part.dtype,
                 device=owner.model.device,
             )
@@ -47,16 +47,23 @@ class _RowLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Never called: the slots are there from the start."""
 
+    def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [b, n, H, D] into the places of this pass; returns what its rows see,
+        [b, H, visible, D].
+        """
+        owner = self.owner
+        out = []
+        for slots, new in ((self.keys, keys), (self.values, values)):
+            slots.flatten(0, 1).index_copy_(0, owner.places, new.flatten(0, 1))
+            seen = slots[:, : owner.visible]
+            out.append((seen[owner.rows] if owner.is_subset else seen).transpose(1, 2))
+        return out[0], out[1]
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        owner = self.owner
-        out = []
-        for slots, states in ((self.keys, key_states), (self.values, value_states)):
-            slots[owner.rows[:, None], :, owner.positions] = states.transpose(1, 2)
-            seen = slots[:, :, : owner.visible]
-            out.append(seen[owner.rows] if owner.is_subset else seen)
-        return out[0], out[1]
+        """The same for Transformers' own layers, whose states are [b, H, n, D]."""
+        return self.write(key_states.transpose(1, 2), value_states.transpose(1, 2))
 
     def keep(self, rows: Tensor) -> None:
         self.keys, self.values = self.keys[rows], self.values[rows]
@@ -64,7 +71,7 @@ class _RowLayer(CacheLayerMixin):
     def copy_prefix(self, rows: Tensor, length: int) -> None:
         """The first `length` slots of rows[0] to all the rows."""
         for slots in (self.keys, self.values):
-            slots[rows, :, :length] = slots[rows[0], :, :length].clone()
+            slots[rows, :length] = slots[rows[0], :length].clone()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.owner.visible, 0
@@ -92,7 +99,7 @@ class CachedModel:
         self.capacity = _whole_buckets(capacity)
         self.last_position = model.max_length - 1
         self.visible = BUCKET
-        self.rows = self.positions = torch.empty(0, dtype=torch.int64)
+        self.rows = self.places = torch.empty(0, dtype=torch.int64)
         self.is_subset = False
         with memory_errors(model, batch, capacity):
             if cache_bytes(model, batch, capacity) > _free_bytes(model.device):
@@ -123,11 +130,15 @@ class CachedModel:
         device = self.model.device
         self.is_subset = rows is not None
         self.rows = torch.arange(self.batch, device=device) if rows is None else rows
-        self.positions = positions
+        self.places = (self.rows[:, None] * self.capacity + positions).flatten()
         slots = torch.arange(self.visible, device=device)
+        read = positions.clamp(max=self.last_position)
+        if self.model.body is not None:
+            masks = attention_mask(self.model, slots, positions, added=True)
+            return self.model.body(tokens, read, masks, self.layers)
         return self.model.hidden(
             tokens,
-            position_ids=positions.clamp(max=self.last_position),
+            position_ids=read,
             attention_mask=attention_mask(self.model, slots, positions),
             past_key_values=self.cache,
             use_cache=True,
@@ -179,16 +190,16 @@ def common_prefix(prompts: list[list[int]]) -> int:
 
 
 def attention_mask(
-    model: LanguageModel, slots: Tensor, positions: Tensor
+    model: LanguageModel, slots: Tensor, positions: Tensor, *, added: bool = False
 ) -> Tensor | dict[str, Tensor]:
     """Mask [b, 1, n, slots]: slot j is seen from position i if j <= i, and i - j < window in a
-    sliding layer. Models that mix kinds of layers get a dict by kind, as they expect. Boolean, but
-    for models without fused attention, which add the mask to their scores.
+    sliding layer. Models that mix kinds of layers get a dict by kind, as they expect. Boolean, or
+    to be `added` to the scores, as it always is for models without fused attention.
     """
     config = model.config
 
     def finish(seen: Tensor) -> Tensor:
-        if config._attn_implementation != "eager":
+        if not added and config._attn_implementation != "eager":
             return seen
         unseen = torch.finfo(model.dtype).min
         return torch.zeros_like(seen, dtype=model.dtype).masked_fill_(~seen, unseen)

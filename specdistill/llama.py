@@ -1,0 +1,183 @@
+"""The pass of Llama-shaped models in as few operations as it takes.
+
+Between the products of a small model a general library spends as long as in them. Families that are
+not listed here, and what is adapted or quantised, run by Transformers' own modules.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from specdistill.products import Joined
+
+FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
+
+Masks = Tensor | Mapping[str, Tensor]
+
+
+class Slots(Protocol):
+    def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep keys and values [B, n, H, D] of new tokens; returns those to attend to,
+        [B, H, L, D].
+        """
+        ...
+
+
+class _Norm:
+    """Of the root of the mean square, over the last dimension."""
+
+    def __init__(self, module: Any) -> None:
+        self.weight, self.epsilon = module.weight, module.variance_epsilon
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+
+
+class _Layer(NamedTuple):
+    qkv: Joined
+    out: Joined
+    gate_up: Joined
+    down: Joined
+    before: _Norm
+    after: _Norm
+    heads: tuple[int, int]  # of queries, of keys and values
+    head_norms: tuple[_Norm, _Norm] | None
+    scaling: float
+    activation: Callable[[Tensor], Tensor]
+    kind: str
+
+    @classmethod
+    def of(cls, layer: Any, kind: str) -> _Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        heads = [p.out_features // attention.head_dim for p in (attention.q_proj, attention.k_proj)]
+        has_norms = hasattr(attention, "q_norm")
+        return cls(
+            Joined(attention.q_proj, attention.k_proj, attention.v_proj),
+            Joined(attention.o_proj),
+            Joined(mlp.gate_proj, mlp.up_proj),
+            Joined(mlp.down_proj),
+            _Norm(layer.input_layernorm),
+            _Norm(layer.post_attention_layernorm),
+            (heads[0], heads[1]),
+            (_Norm(attention.q_norm), _Norm(attention.k_norm)) if has_norms else None,
+            attention.scaling,
+            mlp.act_fn,
+            kind,
+        )
+
+    def products(self) -> tuple[Joined, ...]:
+        return self.qkv, self.out, self.gate_up, self.down
+
+
+class LlamaBody:
+    """Embedding, layers and last norm of a model, by its own modules' weights."""
+
+    def __init__(self, base: Any) -> None:
+        layers = list(base.layers)
+        kinds = getattr(base.config, "layer_types", None) or ["full_attention"] * len(layers)
+        self.embed, self.rotary, self.norm = base.embed_tokens, base.rotary_emb, _Norm(base.norm)
+        self.layers = [_Layer.of(layer, kind) for layer, kind in zip(layers, kinds, strict=True)]
+
+    def pack(self, rows: int) -> None:
+        """Pack the products of all layers, see `Joined.pack`."""
+        for layer in self.layers:
+            for product in layer.products():
+                product.pack(rows)
+
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, masks: Masks, slots: Sequence[Slots]
+    ) -> Tensor:
+        """Ids and positions [B, n] to hidden states [B, n, d], after the last norm. A mask
+        [B, 1, n, L] is added to the scores; where layers are of several kinds, one for each.
+        """
+        x = self.embed(tokens)
+        cos, sin = self.rotary(x, positions)
+        half = cos.shape[-1] // 2
+        turn = cos[:, :, None], torch.cat((-sin[..., :half], sin[..., half:]), -1)[:, :, None]
+        for layer, kept in zip(self.layers, slots, strict=True):
+            mask = masks if isinstance(masks, Tensor) else masks[layer.kind]
+            x = x + layer.out(_attend(layer, layer.qkv(layer.before(x)), turn, mask, kept))
+            gate, up = layer.gate_up(layer.after(x)).chunk(2, -1)
+            x = x + layer.down(layer.activation(gate) * up)
+        return self.norm(x)
+
+
+def _attend(
+    layer: _Layer, qkv: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor, kept: Slots
+) -> Tensor:
+    """[B, n, (heads + 2 kv heads) * D] to [B, n, heads * D]."""
+    heads, kv_heads = layer.heads
+    batch, new, _ = qkv.shape
+    qkv = qkv.view(batch, new, heads + 2 * kv_heads, -1)
+    turned = qkv[:, :, : heads + kv_heads]
+    if layer.head_norms is not None:
+        q_norm, k_norm = layer.head_norms
+        turned = torch.cat((q_norm(turned[:, :, :heads]), k_norm(turned[:, :, heads:])), 2)
+    cos, sin = turn
+    turned = torch.addcmul(turned * cos, turned.roll(cos.shape[-1] // 2, -1), sin)
+    keys, values = kept.write(turned[:, :, heads:], qkv[:, :, heads + kv_heads :])
+    if keys.device.type != "cpu":  # elsewhere a mask and shared heads take the slowest path
+        keys, values = (x.repeat_interleave(heads // kv_heads, 1) for x in (keys, values))
+    out = F.scaled_dot_product_attention(
+        turned[:, :, :heads].transpose(1, 2),
+        keys,
+        values,
+        attn_mask=mask,
+        scale=layer.scaling,
+        enable_gqa=keys.shape[1] != heads,
+    )
+    return out.transpose(1, 2).flatten(2)
+
+
+def llama_body(model: Any) -> LlamaBody | None:
+    """The body of a model whose layers are known here, else None. Layers of a listed family that
+    have come to compute something else are left to Transformers, with a warning.
+    """
+    config = model.config.get_text_config()
+    base = model.base_model
+    if (
+        config.model_type not in FAMILIES
+        or not type(base).__module__.startswith("transformers.models.")
+        or config._attn_implementation != "sdpa"
+        or any(_adapted(module) for module in base.modules())
+    ):
+        return None
+    tokens = torch.arange(3, device=base.device)[None]
+    mask = torch.full((1, 1, 3, 3), -torch.inf, dtype=base.dtype, device=base.device).triu(1)
+    with torch.inference_mode():
+        expected = base(input_ids=tokens, use_cache=False).last_hidden_state
+        try:
+            body = LlamaBody(base)
+            found = body(
+                tokens, tokens, dict.fromkeys(_KINDS, mask), [_NoSlots()] * len(body.layers)
+            )
+            agree = (found - expected).abs().max() <= 0.05 * expected.abs().max()
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            agree = False
+    if not agree:
+        warnings.warn(
+            f"the layers of {config.model_type} are not what they were in the versions of "
+            "Transformers this was tested with; its own pass is taken, which is slower",
+            stacklevel=2,
+        )
+        return None
+    return body
+
+
+_KINDS = ("full_attention", "sliding_attention")
+
+
+class _NoSlots:
+    def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+def _adapted(module: nn.Module) -> bool:
+    """Whether its weight alone does not say what a linear layer computes."""
+    return isinstance(module, nn.Linear) and type(module) is not nn.Linear
