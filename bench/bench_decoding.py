@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from specdistill.data.chat import encode_prompt
 from specdistill.data.prompts import load_prompts
-from specdistill.decoding import AdaptiveLength, ModelDrafter, SpeculativeDecoder
+from specdistill.decoding import ModelDrafter, SpeculativeDecoder
 from specdistill.drafts import make_draft, widen
 from specdistill.models import LanguageModel, load
 from specdistill.packing import pack
@@ -33,15 +33,19 @@ from specdistill.scoring.statistics import speedup_interval
 Answers = list[list[int]]
 Contender = Callable[[list[list[int]], int], Answers]
 ASSISTED = "Transformers assisted"
+TRIMMED_REACH, WIDE_REACH = 0.15, 0.25  # 1.5 times the time of a draft step over a plain one
 
 
 def engine(
     target: LanguageModel,
     draft: LanguageModel | None = None,
-    num: int | AdaptiveLength = 0,
+    num: int = 0,
     batch: int = 1,
+    least_reach: float = 0.0,
 ) -> Contender:
-    drafter = None if draft is None else ModelDrafter(draft, target.vocab_size)
+    drafter = None
+    if draft is not None:
+        drafter = ModelDrafter(draft, target.vocab_size, least_reach=least_reach)
     decoder = SpeculativeDecoder(target, drafter, num_draft_tokens=num, batch_size=batch)
 
     def run(prompts: list[list[int]], count: int) -> Answers:
@@ -141,6 +145,9 @@ def contenders(pair: Pair, num: int, batch: int) -> dict[str, Contender]:
     found = {
         "engine plain": engine(pair.target, batch=batch),
         "engine speculative": engine(pair.target, pair.draft, num, batch),
+        "engine speculative, stopping early": engine(
+            pair.target, pair.draft, 2 * num, batch, TRIMMED_REACH
+        ),
         "Transformers plain": transformers(pair.stock_target),
     }
     if batch == 1:
@@ -156,11 +163,12 @@ def contenders(pair: Pair, num: int, batch: int) -> dict[str, Contender]:
             "assistant_confidence_threshold": 0.4,
         }
         found |= {
-            "engine speculative, full vocabulary": engine(pair.target, pair.wide, num),
-            "engine speculative, adaptive": engine(pair.target, pair.draft, AdaptiveLength(0.1)),
+            "engine, full vocabulary": engine(pair.target, pair.wide, num),
+            "engine, full vocabulary, stopping early": engine(
+                pair.target, pair.wide, 2 * num, 1, WIDE_REACH
+            ),
             f"{ASSISTED}, fixed": transformers(pair.stock_target, assistant, **fixed),
             f"{ASSISTED}, default": transformers(pair.stock_target, assistant, **default),
-            f"{ASSISTED}, default, packed layers": transformers(pair.target, assistant, **default),
         }
     return found
 
@@ -264,7 +272,7 @@ def main() -> None:
             }
             for name, run in runs.items()
         }
-        assisted = [name for name in runs if name.startswith(ASSISTED) and "packed" not in name]
+        assisted = [name for name in runs if name.startswith(ASSISTED)]
         if assisted:
             best = max(assisted, key=lambda name: runs[name].speed)
             for name, run in runs.items():

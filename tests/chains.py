@@ -15,7 +15,6 @@ from scipy import stats
 from torch import Tensor, nn
 
 from specdistill.decoding import (
-    AdaptiveLength,
     CombinedDrafter,
     Drafter,
     Generation,
@@ -207,6 +206,13 @@ def independence(texts: np.ndarray, p: np.ndarray, lags: int) -> Iterator[tuple[
 # --- Streams ------------------------------------------------------------------------------------
 
 
+Lengths = int | tuple[int, float]  # γ, or γ at most and the least reach to go on with
+
+
+def unpacked(lengths: Lengths) -> tuple[int, float]:
+    return lengths if isinstance(lengths, tuple) else (lengths, 0.0)
+
+
 @dataclass(frozen=True)
 class Setting:
     """How a stream is decoded. `draft` is a kind of `draft_chain`, "look-up", or "both": look-up
@@ -215,25 +221,26 @@ class Setting:
     sampling: Sampling = WARM
     draft: str = "near"
     mode: Mode = "token"
-    lengths: int | AdaptiveLength = 3
+    lengths: Lengths = 3
     lenience: Lenience | None = None
 
     def __str__(self) -> str:
         s = self.sampling
         filters = [f"{n}={getattr(s, n)}" for n in ("top_k", "top_p", "min_p")]
         used = [f for f, off in zip(filters, ("0", "1.0", "0.0"), strict=True) if f[6:] != off]
-        adaptive = "adaptive" if isinstance(self.lengths, AdaptiveLength) else f"γ={self.lengths}"
-        return " ".join([self.draft, self.mode, adaptive, f"T={s.temperature}", *used])
+        return " ".join([self.draft, self.mode, f"γ={self.lengths}", f"T={s.temperature}", *used])
 
 
 def drafter_of(setting: Setting, size: int) -> Drafter:
     if setting.draft == "look-up":
         return NgramDrafter(longest=3, shortest=1)
+    _, least_reach = unpacked(setting.lengths)
     if setting.draft == "both":
         return CombinedDrafter(
-            NgramDrafter(longest=2, shortest=2), ModelDrafter(draft_chain("near"), size)
+            NgramDrafter(longest=2, shortest=2),
+            ModelDrafter(draft_chain("near"), size, least_reach=least_reach),
         )
-    return ModelDrafter(draft_chain(setting.draft), size)
+    return ModelDrafter(draft_chain(setting.draft), size, least_reach=least_reach)
 
 
 def stream(setting: Setting, rows: int, length: int, seed: int = 0) -> Generation:
@@ -241,7 +248,7 @@ def stream(setting: Setting, rows: int, length: int, seed: int = 0) -> Generatio
     decoder = SpeculativeDecoder(
         chain(TABLE),
         drafter_of(setting, V),
-        num_draft_tokens=setting.lengths,
+        num_draft_tokens=unpacked(setting.lengths)[0],
         batch_size=rows,
         mode=setting.mode,
         lenience=setting.lenience,

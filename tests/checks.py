@@ -15,6 +15,7 @@ from chains import (
     SIGMAS,
     TABLE,
     WARM,
+    Lengths,
     Setting,
     V,
     acceptance_errors,
@@ -27,6 +28,7 @@ from chains import (
     stream,
     texts_of,
     transitions,
+    unpacked,
     warped,
 )
 from conftest import tiny_model
@@ -34,7 +36,6 @@ from torch import Tensor, nn
 
 from specdistill.decoding import (
     GREEDY,
-    AdaptiveLength,
     CombinedDrafter,
     Drafter,
     Generation,
@@ -51,7 +52,7 @@ from specdistill_kernels import Lenience, Mode, counter_noise, probabilities, sa
 from specdistill_kernels.noise import COIN
 
 PROMPTS = [[7, 8, 9], [5], list(range(5, 45)), [11, 12], [9, 7] * 8]
-ADAPTIVE = AdaptiveLength(cost_ratio=0.15, max_draft_tokens=5)
+ADAPTIVE: Lengths = (5, 0.2)
 
 
 # --- Models and drafters ------------------------------------------------------------------------
@@ -80,7 +81,7 @@ def opposite(target: LanguageModel) -> LanguageModel:
     return LanguageModel("opposite", target.path, model, target.tokenizer)
 
 
-def drafter_for(target: LanguageModel, kind: str) -> Drafter | None:
+def drafter_for(target: LanguageModel, kind: str, least_reach: float = 0.0) -> Drafter | None:
     """For a transformer: none, or a good, bad or adversarial one."""
     if kind == "look-up":
         return NgramDrafter(shortest=1)
@@ -94,7 +95,7 @@ def drafter_for(target: LanguageModel, kind: str) -> Drafter | None:
         "opposite": lambda: opposite(target),
         "both": lambda: make_draft(target, [0, 1]),
     }
-    model = ModelDrafter(models[kind](), target.vocab_size)
+    model = ModelDrafter(models[kind](), target.vocab_size, least_reach=least_reach)
     return CombinedDrafter(NgramDrafter(shortest=1), model) if kind == "both" else model
 
 
@@ -154,24 +155,25 @@ def greedy_answers(dtype: torch.dtype) -> list[list[int]]:
 def check_greedy(
     kind: str,
     mode: Mode = "token",
-    lengths: int | AdaptiveLength = 4,
+    lengths: Lengths = 4,
     batch_size: int = 3,
     dtype: torch.dtype = torch.float64,
     filters: Sampling = GREEDY,
 ) -> None:
     """Token-identical to the stock model, whatever the draft."""
     target = transformer(dtype)
+    most, least_reach = unpacked(lengths)
     decoder = SpeculativeDecoder(
         target,
-        drafter_for(target, kind),
-        num_draft_tokens=lengths,
+        drafter_for(target, kind, least_reach),
+        num_draft_tokens=most,
         batch_size=batch_size,
         mode=mode,
     )
     generation = decoder.generate(PROMPTS, max_new_tokens=24, sampling=filters)
     for output, expected in zip(generation.outputs, greedy_answers(dtype), strict=True):
         assert output.tokens == expected, f"prompt {output.request_id} differs"
-    check_accounts(generation, 24, decoder.most, eos=0)
+    check_accounts(generation, 24, most, eos=0)
 
 
 def check_identity(mode: Mode, temperature: float) -> None:
@@ -237,7 +239,7 @@ def check_draft_cache(kind: str) -> None:
                 continue
             whole = torch.tensor([text + draft.tokens[row, :-1].tolist()])
             fresh = model.logits(model.hidden(whole))[0, len(text) - 1 :]
-            assert torch.allclose(draft.logits[row], fresh, atol=1e-9), "the draft's cache is stale"
+            assert torch.allclose(draft.logits[row], fresh, atol=1e-5), "the draft's cache is stale"
             compared += 1
     assert compared > 10, f"{compared} rows were drawn by the model"
 
@@ -252,16 +254,17 @@ def check_target_cache(kind: str) -> None:
     for prompt, output in zip(PROMPTS, out.outputs, strict=True):
         kept = torch.cat([r.hidden for r in output.rounds if r.hidden is not None])
         fresh = target.hidden(torch.tensor([prompt + output.tokens]))[0, len(prompt) - 1 : -1]
-        assert torch.allclose(kept, fresh, atol=1e-9), "the target's cache is stale"
+        assert torch.allclose(kept, fresh, atol=1e-5), "the target's cache is stale"
 
 
 def check_invariance(
-    kind: str, mode: Mode = "token", lengths: int | AdaptiveLength = 3, batches: int = 3
+    kind: str, mode: Mode = "token", lengths: Lengths = 3, batches: int = 3
 ) -> None:
     """The same seed gives the same text alone and in a batch, in any order, beside longer prompts,
     with requests that all want something else."""
     target = transformer()
-    drafter = drafter_for(target, kind)
+    most, least_reach = unpacked(lengths)
+    drafter = drafter_for(target, kind, least_reach)
     samplings = [
         Sampling(1.0),
         Sampling(0.0),
@@ -276,7 +279,7 @@ def check_invariance(
 
     def texts(order: list[Request], batch_size: int) -> dict[str, list[int]]:
         decoder = SpeculativeDecoder(
-            target, drafter, num_draft_tokens=lengths, batch_size=batch_size, mode=mode
+            target, drafter, num_draft_tokens=most, batch_size=batch_size, mode=mode
         )
         return {output.request_id: output.tokens for output in decoder.run(order).outputs}
 

@@ -13,6 +13,7 @@ from specdistill.decoding import ModelDrafter, SpeculativeDecoder
 from specdistill.decoding import cache as cache_module
 from specdistill.decoding.cache import CachedModel, attention_mask, cache_bytes
 from specdistill.errors import DecodingError
+from specdistill.llama import LlamaBody
 from specdistill.models import LanguageModel
 
 Tiny = Callable[..., LanguageModel]
@@ -129,14 +130,15 @@ def test_running_out_of_memory_names_the_sizes(
     monkeypatch.setattr(cached.layers[1], "keep", failing(error))
     with pytest.raises(DecodingError, match="2 rows of 128 slots"):
         cached.keep([0])
-    monkeypatch.setattr(LanguageModel, "hidden", failing(error))
+    cached = CachedModel(model, 2, 100)
+    monkeypatch.setattr(LlamaBody, "__call__", failing(error))
     with pytest.raises(DecodingError, match="tiny-0"):
         cached.prefill(torch.arange(2), [[7, 8], [5]])
 
 
 def test_other_errors_stay_what_they_are(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     cached = CachedModel(tiny(0), 1, 10)
-    monkeypatch.setattr(LanguageModel, "hidden", failing(RuntimeError("shapes do not match")))
+    monkeypatch.setattr(LlamaBody, "__call__", failing(RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         cached.prefill(torch.arange(1), [[7, 8]])
 

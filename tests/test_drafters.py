@@ -1,4 +1,4 @@
-"""Drafters and the rule for their number of proposals."""
+"""Drafters and when they stop."""
 
 import pytest
 import torch
@@ -19,15 +19,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specdistill.decoding import (
-    AdaptiveLength,
     CombinedDrafter,
     ModelDrafter,
     NgramDrafter,
+    Sampling,
     SpeculativeDecoder,
 )
-from specdistill.decoding.drafters import _NgramIndex
+from specdistill.decoding.drafters import RoundState, _NgramIndex
+from specdistill.decoding.sampling import SamplingBatch
 from specdistill.drafts import make_draft
 from specdistill.errors import InputError
+
+CPU = torch.device("cpu")
 
 # --- Look-up ------------------------------------------------------------------------------------
 
@@ -164,59 +167,45 @@ def test_a_trimmed_draft_proposes_only_its_tokens() -> None:
     assert set(proposed.tolist()) <= set(ids.tolist())
 
 
-# --- Adaptive numbers ---------------------------------------------------------------------------
+# --- Stopping early -----------------------------------------------------------------------------
 
 
-@given(
-    cost=st.floats(0, 2),
-    most=st.integers(1, 12),
-    accepted=st.floats(0, 50),
-    rejected=st.floats(0, 50),
-)
-def test_the_number_of_proposals_maximises_the_planned_speedup(
-    cost: float, most: int, accepted: float, rejected: float
-) -> None:
-    """Against 2211.17192, Theorem 3.8, in its closed form."""
-    rule = AdaptiveLength(cost, most, prior_rate=0.6, prior_tested=2.0)
-    rate = (1.2 + accepted) / (2 + accepted + rejected)
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_a_row_stops_after_the_token_that_leaves_too_small_a_chance(temperature: float) -> None:
+    """Every row by itself, by the draft's own probabilities without filters."""
+    drafter = drafter_for(endless(), "half", least_reach=0.1)
+    assert isinstance(drafter, ModelDrafter)
+    texts = [[7, 8, 9], [5, 6], list(range(5, 45))]
+    drafter.open(3, 64)
+    drafter.prefill(torch.arange(3), [text[:-1] for text in texts])
+    settings = SamplingBatch.build([Sampling(temperature, top_k=40)] * 3, [1, 2, 3], CPU)
+    lengths = torch.tensor([len(text) - 1 for text in texts])
+    counts = set()
+    for step in range(12):
+        state = RoundState(texts, lengths, 39, settings, torch.full((3,), step))
+        draft = drafter.propose(state, 4)
+        q = (draft.logits / (temperature or 1.0)).softmax(-1)
+        reach = q.gather(-1, draft.tokens[..., None])[..., 0].cumprod(-1).tolist()
+        for chances, count in zip(reach, draft.counts, strict=True):
+            assert all(chance >= 0.1 for chance in chances[: count - 1])
+            assert count == 4 or chances[count - 1] < 0.1
+            counts.add(count)
+        assert draft.steps == draft.tokens.shape[1] == max(draft.counts)
+    assert len(counts) > 1, f"always {counts} proposals"
 
-    def planned(num: int) -> float:
-        return (1 - rate ** (num + 1)) / ((1 - rate) * (num * cost + 1))
 
-    chosen = rule.choose(accepted, accepted + rejected)
-    assert 1 <= chosen <= most
-    assert planned(chosen) >= max(map(planned, range(1, most + 1))) * (1 - 1e-9)
-
-
-def test_a_row_learns_from_its_own_past() -> None:
-    """A good draft comes to propose more, a bad one less, and neither more than allowed."""
+def test_a_row_that_has_stopped_costs_no_step() -> None:
     target = endless()
-
-    def proposed(kind: str) -> list[int]:
-        rule = AdaptiveLength(cost_ratio=0.2, max_draft_tokens=7)
-        decoder = SpeculativeDecoder(target, drafter_for(target, kind), num_draft_tokens=rule)
-        out = decoder.generate([PROMPTS[0]], max_new_tokens=60, sampling=WARM)
-        return [r.proposed for r in out.outputs[0].rounds]
-
-    good, bad = proposed("itself"), proposed("opposite")
-    assert max(good) == 7
-    assert good[0] == bad[0] < 7
-    assert set(bad[len(bad) // 2 :]) == {1}
+    drafter = drafter_for(target, "opposite", least_reach=0.99)
+    out = SpeculativeDecoder(target, drafter, num_draft_tokens=5).generate(
+        PROMPTS, max_new_tokens=12, sampling=WARM
+    )
+    proposed = [r.proposed for o in out.outputs for r in o.rounds]
+    assert max(proposed) == 1
+    assert out.draft_steps == sum(proposed)
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"cost_ratio": -0.1},
-        {"cost_ratio": float("nan")},
-        {"cost_ratio": 0.1, "max_draft_tokens": 0},
-        {"cost_ratio": 0.1, "max_draft_tokens": 65},
-        {"cost_ratio": 0.1, "memory": 1.1},
-        {"cost_ratio": 0.1, "prior_rate": 1.0},
-        {"cost_ratio": 0.1, "prior_tested": 0.0},
-    ],
-    ids=str,
-)
-def test_impossible_settings_are_refused(bad: dict[str, float]) -> None:
-    with pytest.raises(InputError, match="must be"):
-        AdaptiveLength(**bad)
+@pytest.mark.parametrize("least_reach", [-0.1, 1.0, float("nan")])
+def test_an_impossible_reach_is_refused(least_reach: float) -> None:
+    with pytest.raises(InputError, match="least_reach must be"):
+        ModelDrafter(endless(), 64, least_reach=least_reach)

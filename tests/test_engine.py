@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from specdistill.decoding import (
-    AdaptiveLength,
     ModelDrafter,
     NgramDrafter,
     Request,
@@ -44,6 +43,9 @@ def test_acceptance_is_the_overlap_of_p_and_q(tiny: Tiny) -> None:
     assert accepted / tested == pytest.approx(expected, abs=4 * 0.5 / tested**0.5)
 
 
+STOCK = 1e-5  # Transformers' norms are of float32 in a model of float64 too
+
+
 def test_ragged_rollback_reproduces_plain_passes(tiny: Tiny) -> None:
     """Overwrite stale slots at different lengths per row; hidden states equal those of a pass
     without a cache.
@@ -62,7 +64,7 @@ def test_ragged_rollback_reproduces_plain_passes(tiny: Tiny) -> None:
     for row, text in enumerate(texts):
         whole = torch.tensor([text[: lengths[row]] + new[row].tolist()])
         expected = target.hidden(whole)[0, -3:]
-        assert torch.allclose(hidden[row], expected, atol=1e-12)
+        assert torch.allclose(hidden[row], expected, atol=STOCK)
 
 
 def test_a_shared_prefix_is_computed_once_and_changes_nothing(tiny: Tiny) -> None:
@@ -79,7 +81,7 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(tiny: Tiny) -> Non
     hidden = run(torch.full((5, 1), 6), lengths, 24)
     for row, text in zip([4, 0, 2, 1], texts, strict=True):
         assert torch.allclose(
-            hidden[row, 0], target.hidden(torch.tensor([[*text, 6]]))[0, -1], atol=1e-12
+            hidden[row, 0], target.hidden(torch.tensor([[*text, 6]]))[0, -1], atol=STOCK
         )
 
 
@@ -104,9 +106,9 @@ def test_kept_hidden_states_give_back_the_logits_that_chose_each_token(tiny: Tin
         logits = target.logits(hidden)
         assert logits.argmax(-1).tolist() == out.tokens
         full = target.model(torch.tensor([prompt + out.tokens])).logits[0, len(prompt) - 1 : -1]
-        assert torch.allclose(logits, full, atol=1e-10)
+        assert torch.allclose(logits, full, atol=STOCK)
         assert torch.allclose(
-            torch.cat([r.logsumexp for r in out.rounds]), full.logsumexp(-1), atol=1e-10
+            torch.cat([r.logsumexp for r in out.rounds]), full.logsumexp(-1), atol=STOCK
         )
 
 
@@ -164,9 +166,9 @@ def test_rounds_are_yielded_as_they_happen(tiny: Tiny) -> None:
     def counted(*args: object, **kwargs: object) -> torch.Tensor:
         nonlocal passes
         passes += 1
-        return hidden(*args, **kwargs)
+        return body(*args, **kwargs)
 
-    hidden, target.hidden = target.hidden, counted
+    body, target.body = target.body, counted
     decoder = SpeculativeDecoder(target, NgramDrafter(), num_draft_tokens=2, batch_size=2)
     requests = [Request("a", [7], 6), Request("b", [9], 3), Request("c", [11], 6)]
     rounds = decoder.stream(requests)
@@ -192,7 +194,6 @@ def test_rounds_are_yielded_as_they_happen(tiny: Tiny) -> None:
         ({"mode": "block"}, "need a drafter"),
         ({"lenience": Lenience("lin", 0.5)}, "need a drafter"),
         ({"num_draft_tokens": 3}, "without a drafter"),
-        ({"num_draft_tokens": AdaptiveLength(0.1)}, "without a drafter"),
         ({"batch_size": 0}, "at least 1"),
     ],
     ids=str,

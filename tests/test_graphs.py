@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdistill.decoding import AdaptiveLength, ModelDrafter, Sampling, SpeculativeDecoder, graphs
+from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder, graphs
 from specdistill.drafts import make_draft
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
@@ -41,13 +41,13 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("num", [4, AdaptiveLength(0.1)], ids=["fixed", "adaptive"])
+@pytest.mark.parametrize("least_reach", [0.0, 0.2], ids=["fixed", "early"])
 def test_captured_passes_change_no_token(
     tiny: Tiny,
     recorder: type[Recorder],
     sampling: Sampling,
     batch_size: int,
-    num: int | AdaptiveLength,
+    least_reach: float,
 ) -> None:
     target = tiny(1, layers=3, dtype=torch.float64)
     draft = make_draft(target, [0, 1])
@@ -55,8 +55,8 @@ def test_captured_passes_change_no_token(
     def texts(cuda_graphs: bool) -> list[list[int]]:
         decoder = SpeculativeDecoder(
             target,
-            ModelDrafter(draft, 64, cuda_graphs=cuda_graphs),
-            num_draft_tokens=num,
+            ModelDrafter(draft, 64, least_reach=least_reach, cuda_graphs=cuda_graphs),
+            num_draft_tokens=4,
             batch_size=batch_size,
             keep_hidden=True,
             cuda_graphs=cuda_graphs,

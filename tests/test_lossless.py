@@ -4,7 +4,7 @@ target's distribution jointly over long streams, and the same seed gives the sam
 
 import pytest
 import torch
-from chains import WARM, Setting, stream
+from chains import WARM, Lengths, Setting, stream
 from checks import (
     ADAPTIVE,
     check_certain,
@@ -25,7 +25,7 @@ from checks import (
     transformer,
 )
 
-from specdistill.decoding import GREEDY, AdaptiveLength, ModelDrafter, Sampling, SpeculativeDecoder
+from specdistill.decoding import GREEDY, ModelDrafter, Sampling, SpeculativeDecoder
 from specdistill.errors import InputError
 from specdistill_kernels import Lenience, Mode
 
@@ -59,7 +59,7 @@ FILTERS = Sampling(0.0, top_k=3, top_p=0.5, min_p=0.4)
 def test_greedy_text_is_that_of_the_stock_model(
     kind: str,
     mode: Mode,
-    lengths: int | AdaptiveLength,
+    lengths: Lengths,
     batch_size: int,
     filters: Sampling,
     dtype: torch.dtype,
@@ -225,7 +225,7 @@ def test_the_targets_cache_holds_what_a_fresh_pass_would(kind: str) -> None:
     ids=str,
 )
 def test_a_seed_gives_the_same_text_alone_and_in_any_batch(
-    kind: str, mode: Mode, lengths: int | AdaptiveLength
+    kind: str, mode: Mode, lengths: Lengths
 ) -> None:
     check_invariance(kind, mode, lengths)
 

@@ -286,10 +286,10 @@ MUTATIONS = [
         [
             (
                 ModelDrafter.propose,
-                "[num_tokens] * len(state.texts)",
-                "(torch.stack(all_logits, 1).softmax(-1)"
+                "            counts,\n",
+                "            (torch.stack(all_logits, 1).softmax(-1)"
                 ".gather(-1, torch.stack(tokens, 1)[..., None])[..., 0] > 0.3)"
-                ".long().cumprod(-1).sum(-1).tolist()",
+                ".long().cumprod(-1).sum(-1).tolist(),\n",
             )
         ],
     ),
@@ -362,7 +362,7 @@ MUTATIONS = [
         "the draft's cache one off after full acceptance",
         "draft's cache",
         [
-            (ModelDrafter.propose, "num_tokens - 1 for text", "num_tokens for text"),
+            (ModelDrafter.propose, "steps - 1 for text", "steps for text"),
             (ModelDrafter.propose, "max(2, *missing)", "max(1, *missing)"),
         ],
     ),
@@ -374,7 +374,7 @@ MUTATIONS = [
     Mutation(
         "the draft takes for read what it proposed beside the look-up",
         "draft's cache, both",
-        [(CombinedDrafter.propose, "for row in sure:", "for row in []:")],
+        [(CombinedDrafter.propose, "in enumerate(found):", "in []:")],
     ),
     Mutation(
         "rows leave the batch, and the target's cache keeps the wrong ones",

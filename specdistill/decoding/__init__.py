@@ -4,13 +4,11 @@ loop.
 
 from specdistill.decoding.drafters import CombinedDrafter, Drafter, ModelDrafter, NgramDrafter
 from specdistill.decoding.engine import SpeculativeDecoder
-from specdistill.decoding.lengths import AdaptiveLength
 from specdistill.decoding.records import CacheSize, Generation, Output, Request, Round, RowRound
 from specdistill.decoding.sampling import GREEDY, Sampling
 
 __all__ = [
     "GREEDY",
-    "AdaptiveLength",
     "CacheSize",
     "CombinedDrafter",
     "Drafter",

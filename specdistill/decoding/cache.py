@@ -94,6 +94,7 @@ class CachedModel:
         self, model: LanguageModel, batch: int, capacity: int, graphs: Graphs | None = None
     ) -> None:
         self.model = model
+        self.body = model.body
         self.graphs = graphs
         self.batch = batch
         self.capacity = _whole_buckets(capacity)
@@ -133,9 +134,9 @@ class CachedModel:
         self.places = (self.rows[:, None] * self.capacity + positions).flatten()
         slots = torch.arange(self.visible, device=device)
         read = positions.clamp(max=self.last_position)
-        if self.model.body is not None:
+        if self.body is not None:
             masks = attention_mask(self.model, slots, positions, added=True)
-            return self.model.body(tokens, read, masks, self.layers)
+            return self.body(tokens, read, masks, self.layers)
         return self.model.hidden(
             tokens,
             position_ids=read,

@@ -16,7 +16,6 @@ import torch
 from specdistill.decoding.cache import CachedModel, cache_bytes
 from specdistill.decoding.drafters import Draft, Drafter, RoundState
 from specdistill.decoding.graphs import Graphs
-from specdistill.decoding.lengths import AdaptiveLength
 from specdistill.decoding.records import (
     CacheSize,
     Generation,
@@ -38,13 +37,11 @@ class _Row:
     tokens: list[int]  # prompt and answer so far; all but the last are in the caches
     emitted: int = 0
     steps: int = 0
-    accepted: float = 0.0  # of `tested`, older rounds weighing less
-    tested: float = 0.0
 
 
 class SpeculativeDecoder:
-    """Decodes requests with `target`, and with `drafter` proposing `num_draft_tokens` a round where
-    one is given, a fixed number or an `AdaptiveLength`.
+    """Decodes requests with `target`, and with `drafter` proposing at most `num_draft_tokens` a
+    round where one is given.
 
     `mode` "block" verifies whole blocks (2403.10444): the same distribution, and at temperatures
     above 0 on average at least as many accepted tokens. `lenience` accepts more and is LOSSY.
@@ -56,7 +53,7 @@ class SpeculativeDecoder:
         target: LanguageModel,
         drafter: Drafter | None = None,
         *,
-        num_draft_tokens: int | AdaptiveLength = 0,
+        num_draft_tokens: int = 0,
         batch_size: int = 1,
         keep_hidden: bool = False,
         mode: Mode = "token",
@@ -68,13 +65,7 @@ class SpeculativeDecoder:
                 f"num_draft_tokens is {num_draft_tokens}: 0 exactly for plain decoding without "
                 "a drafter"
             )
-        self.lengths: AdaptiveLength | None = None
-        if isinstance(num_draft_tokens, AdaptiveLength):
-            self.lengths = num_draft_tokens
-            most = num_draft_tokens.max_draft_tokens
-        else:
-            most = num_draft_tokens
-        if not 0 <= most <= MAX_DRAFT_TOKENS:
+        if not 0 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
             raise InputError(
                 f"num_draft_tokens must be 1 to {MAX_DRAFT_TOKENS}; got {num_draft_tokens}"
             )
@@ -95,7 +86,7 @@ class SpeculativeDecoder:
             raise InputError(f"batch_size must be at least 1; got {batch_size}")
         self.target = target
         self.drafter = drafter
-        self.most = most
+        self.num_draft_tokens = num_draft_tokens
         self.batch_size = batch_size
         self.keep_hidden = keep_hidden
         self.mode = mode
@@ -179,7 +170,7 @@ class SpeculativeDecoder:
 
     def _capacity(self, requests: Iterable[Request]) -> int:
         """Slots a row needs: the longest request, and a round's proposals beyond its end."""
-        return max(len(r.tokens) + r.max_new_tokens for r in requests) + self.most + 1
+        return max(len(r.tokens) + r.max_new_tokens for r in requests) + self.num_draft_tokens + 1
 
     def _check(self, request: Request) -> None:
         if not request.tokens:
@@ -316,10 +307,7 @@ class SpeculativeDecoder:
         )
 
     def _wanted(self, row: _Row) -> int:
-        num = self.most
-        if self.lengths is not None:
-            num = self.lengths.choose(row.accepted, row.tested)
-        return min(num, row.request.max_new_tokens - row.emitted - 1)
+        return min(self.num_draft_tokens, row.request.max_new_tokens - row.emitted - 1)
 
     def _advance(self, row: _Row, tokens: list[int], proposed: int, accepted: int) -> RowRound:
         if tokens[-1] < 0:
@@ -335,9 +323,6 @@ class SpeculativeDecoder:
         row.steps += 1
         finished = end is not None or row.emitted >= row.request.max_new_tokens
         tested = min(accepted + 1, proposed, len(tokens))
-        if self.lengths is not None:
-            row.accepted = row.accepted * self.lengths.memory + min(accepted, tested)
-            row.tested = row.tested * self.lengths.memory + tested
         return RowRound(
             row.request.id, tokens, proposed, tested, min(accepted, len(tokens)), finished
         )

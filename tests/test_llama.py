@@ -1,0 +1,139 @@
+"""The lean pass against Transformers' own, where it is taken and where it is not. That its text and
+its hidden states are those of the stock model is tested for whole families in test_architectures.py.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_architectures import family_model
+from torch import nn
+
+from specdistill.decoding.cache import CachedModel, attention_mask
+from specdistill.llama import FAMILIES, LlamaBody, llama_body
+from specdistill.models import LanguageModel
+from specdistill.packing import pack
+from specdistill.products import Joined
+
+Tiny = Callable[..., LanguageModel]
+LEAN = ["llama", "llama:dynamic", "mistral", "qwen2", "qwen2:sliding", "qwen3"]
+needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="packing is MKL's")
+
+
+def test_the_listed_families_are_the_tested_ones() -> None:
+    assert {name.split(":")[0] for name in LEAN} == FAMILIES
+
+
+@pytest.mark.parametrize("name", LEAN)
+@pytest.mark.filterwarnings("error")
+def test_the_lean_pass_is_taken(name: str) -> None:
+    assert family_model(name).body is not None
+
+
+@pytest.mark.parametrize("name", ["gemma", "gpt2", "olmo2", "qwen3_moe", "smollm3", "granite"])
+@pytest.mark.filterwarnings("error")
+def test_other_families_keep_their_own(name: str) -> None:
+    assert family_model(name).body is None
+
+
+def test_eager_attention_and_adapted_layers_keep_their_own() -> None:
+    model = tiny_model().model
+    model.config._attn_implementation = "eager"
+    assert llama_body(model) is None
+
+    class Adapted(nn.Linear):
+        pass
+
+    model = tiny_model().model
+    assert llama_body(model) is not None
+    projection = model.model.layers[0].self_attn.q_proj
+    model.model.layers[0].self_attn.q_proj = Adapted(
+        projection.in_features, projection.out_features
+    )
+    assert llama_body(model) is None
+
+
+@pytest.mark.parametrize("change", ["another result", "another name"])
+def test_layers_that_have_changed_are_left_to_transformers(
+    monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    model = tiny_model(layers=2).model
+    first = model.model.layers[0]
+    if change == "another result":
+        monkeypatch.setattr(first.mlp, "forward", lambda x: 2 * x)
+    else:
+        first.self_attn.query = first.self_attn.__dict__["_modules"].pop("q_proj")
+        monkeypatch.setattr(first, "forward", lambda hidden_states, **_: hidden_states)
+    with pytest.warns(UserWarning, match="the layers of llama are not what they were"):
+        assert llama_body(model) is None
+
+
+def states(model: LanguageModel, count: int) -> torch.Tensor:
+    """Of `count` tokens after a prompt, in two rows."""
+    cached = CachedModel(model, 2, 40)
+    cached.prefill(torch.arange(2), [[7, 8, 9, 10], [5, 6]])
+    positions = torch.tensor([[4], [2]]) + torch.arange(count)
+    return cached.run(torch.full((2, count), 11), positions, 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_lean_pass_in_every_dtype(tiny: Tiny, dtype: torch.dtype) -> None:
+    model, stock = tiny(3, layers=3, dtype=dtype), tiny(3, layers=3, dtype=dtype)
+    assert isinstance(model.body, LlamaBody)
+    stock.body = None
+    expected = states(stock, 3).float()
+    tolerance = 4 * torch.finfo(dtype).eps * expected.abs().max()
+    assert (states(model, 3).float() - expected).abs().max() < 8 * tolerance
+
+
+@needs_mkl
+def test_packed_passes_are_the_same_passes() -> None:
+    for name in ("llama", "qwen2", "qwen3"):  # without biases, with some, with norms of heads
+        model = family_model(name)
+        model.model.float()
+        expected = {count: states(model, count) for count in (1, 3, 9)}
+        pack(model, 2)
+        assert all(p.packed is not None for layer in model.body.layers for p in layer.products())
+        for count, hidden in expected.items():
+            assert torch.allclose(states(model, count), hidden, atol=1e-4), (name, count)
+
+
+@needs_mkl
+def test_a_packed_product_takes_the_stock_one_beyond_its_rows() -> None:
+    torch.manual_seed(0)
+    linears = [nn.Linear(6, n).requires_grad_(False) for n in (5, 3)]
+    joined = Joined(*linears)
+    joined.pack(2)
+    for rows in (1, 2, 8, 9, 30):
+        x = torch.randn(rows, 6)
+        expected = torch.cat([linear(x) for linear in linears], -1)
+        assert torch.allclose(joined(x), expected, atol=1e-6)
+    linears[0].weight.zero_()  # the packed copy is used up to 4 times its rows, and does not see it
+    assert joined(torch.ones(8, 6))[:, :5].ne(linears[0].bias).all()
+    assert joined(torch.ones(9, 6))[:, :5].eq(linears[0].bias).all()
+
+
+def test_unpacked_passes_follow_the_weights(tiny: Tiny) -> None:
+    """A draft in training is decoded with the weights that it has."""
+    model = tiny(4, layers=2)
+    before = states(model, 2)
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            parameter.mul_(1.1)
+    stock = tiny(4, layers=2)
+    stock.model.load_state_dict(model.model.state_dict())
+    stock.body = None
+    assert not torch.allclose(states(model, 2), before, atol=1e-3)
+    assert torch.allclose(states(model, 2), states(stock, 2), atol=1e-5)
+
+
+def test_masks_to_be_added(tiny: Tiny) -> None:
+    model = tiny(0)
+    slots, positions = torch.arange(4), torch.tensor([[1, 2]])
+    seen = attention_mask(model, slots, positions)
+    added = attention_mask(model, slots, positions, added=True)
+    assert seen.dtype == torch.bool
+    assert torch.equal(added == 0, seen)
+    assert added.dtype == model.dtype
+    assert added[~seen].max() < -1e30
