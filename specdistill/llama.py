@@ -142,8 +142,8 @@ def llama_body(model: Any) -> LlamaBody | None:
     config = model.config.get_text_config()
     base = model.base_model
     if (
-        config.model_type not in FAMILIES
-        or not type(base).__module__.startswith("transformers.models.")
+        not type(base).__module__.startswith("transformers.models.")
+        or config.model_type not in FAMILIES
         or config._attn_implementation != "sdpa"
         or any(_adapted(module) for module in base.modules())
     ):

@@ -1,5 +1,5 @@
 """The lean pass against Transformers' own, where it is taken and where it is not. That its text and
-its hidden states are those of the stock model is tested for whole families in test_architectures.py.
+its hidden states are those of the stock model is tested by families in test_architectures.py.
 """
 
 from collections.abc import Callable

@@ -286,8 +286,8 @@ MUTATIONS = [
         [
             (
                 ModelDrafter.propose,
-                "            counts,\n",
-                "            (torch.stack(all_logits, 1).softmax(-1)"
+                "        counts,\n",
+                "        (torch.stack(all_logits, 1).softmax(-1)"
                 ".gather(-1, torch.stack(tokens, 1)[..., None])[..., 0] > 0.3)"
                 ".long().cumprod(-1).sum(-1).tolist(),\n",
             )
