@@ -4,9 +4,9 @@
     python -m bench.bench_decoding --target T --draft D           the comparison, on a pair of yours
 
 The comparison decodes the same prompts greedily with every contender in one process, taking turns
-prompt by prompt (at a larger batch: group by group), so that drift of the machine falls on all
-alike. Speeds are tokens per second of the whole call, prefill included; the last line is JSON.
-Transformers assists a single row only, so at larger batches it decodes plainly.
+prompt by prompt (at a larger batch: by groups of three times the batch), so that drift of the
+machine falls on all alike. Speeds are tokens per second of the whole call, prefill included; the
+last line is JSON. Transformers assists a single row only, so at larger batches it decodes plainly.
 """
 
 import argparse
@@ -55,14 +55,21 @@ def engine(
 
 
 def transformers(
-    target: LanguageModel, assistant: PreTrainedModel | None = None, **settings: object
+    target: LanguageModel,
+    assistant: PreTrainedModel | None = None,
+    batch: int = 1,
+    **settings: object,
 ) -> Contender:
-    """`generate` on the stock model. `settings` go to the assistant's generation config, where
-    Transformers looks for them."""
+    """`generate` on the stock model, `batch` prompts a call. `settings` go to the assistant's
+    generation config, where Transformers looks for them."""
     model, end = target.model, sorted(target.eos_ids)
 
-    @torch.inference_mode()
     def run(prompts: list[list[int]], count: int) -> Answers:
+        groups = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+        return [answer for group in groups for answer in together(group, count)]
+
+    @torch.inference_mode()
+    def together(prompts: list[list[int]], count: int) -> Answers:
         longest = max(map(len, prompts))
         pad = end[0] if end else 0
         tokens = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
@@ -148,7 +155,7 @@ def contenders(pair: Pair, num: int, batch: int) -> dict[str, Contender]:
         "engine speculative, stopping early": engine(
             pair.target, pair.draft, 2 * num, batch, TRIMMED_REACH
         ),
-        "Transformers plain": transformers(pair.stock_target),
+        "Transformers plain": transformers(pair.stock_target, batch=batch),
     }
     if batch == 1:
         assistant = pair.stock_wide.model
@@ -239,7 +246,7 @@ def main() -> None:
     pair = Pair(load(given.target), draft, wide, target, widen(load(given.draft)))
     prompts = [
         encode_prompt(target.tokenizer, prompt)
-        for prompt, _ in zip(load_prompts(given.prompts), range(4 * given.limit), strict=False)
+        for prompt, _ in zip(load_prompts(given.prompts), range(6 * given.limit), strict=False)
     ]
     document = {
         "device": device_name(target.device),
@@ -254,8 +261,9 @@ def main() -> None:
         pack(pair.target, batch * (num + 1))
         for small in (pair.draft, pair.wide):
             pack(small, 2 * batch)
-        wanted = prompts[: given.limit if batch == 1 else max(given.limit, 3 * batch)]
-        groups = [wanted[i : i + batch] for i in range(0, len(wanted), batch)]
+        size = 1 if batch == 1 else 3 * batch  # a waiting request takes a finished row's place
+        wanted = prompts[: max(given.limit, 2 * size if batch > 1 else 0)]
+        groups = [wanted[i : i + size] for i in range(0, len(wanted), size)]
         found = contenders(pair, num, batch)
         runs = take_turns(found, groups, given.max_new_tokens)
         plain = "Transformers plain"

@@ -51,14 +51,15 @@ def both_passes(model: LanguageModel, text: list[int], count: int) -> tuple[Tens
     """
     tokens = torch.tensor([text], device=model.device)
     start = max(len(text) - count, 0)
-    at_once = model.logits(model.hidden(tokens)[:, start:])[0]
+    places = torch.arange(start, len(text), device=model.device)[None]
     cached = CachedModel(model, 1, len(text) + 1)
     cached.prefill(torch.tensor([0], device=model.device), [text[:start]])
+    at_once = cached.run(tokens[:, start:], places, len(text))
     steps = [
-        cached.run(tokens[:, i : i + 1], torch.tensor([[i]], device=model.device), i + 1)
+        cached.run(tokens[:, i : i + 1], places[:, i - start : i - start + 1], i + 1)
         for i in range(start, len(text))
     ]
-    return at_once, model.logits(torch.cat(steps, 1))[0]
+    return model.logits(at_once)[0], model.logits(torch.cat(steps, 1))[0]
 
 
 def explain_difference(
