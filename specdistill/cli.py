@@ -319,6 +319,9 @@ def score(
             help="LOSSY: accept more than the target would, by lin:0.5, sq:0.7 or exp:0.8."
         ),
     ] = None,
+    keep_text: Annotated[
+        bool, typer.Option(help="Keep one answer in the card, for the picture of its tokens.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing scorecard.")] = False,
     split: Split = None,
     column: Column = None,
@@ -363,6 +366,7 @@ def score(
             seed=seed,
             mode=verification,
             lenience=rule,
+            keep_text=keep_text,
             progress=progress,
         )
     card.write(out)
@@ -458,13 +462,22 @@ def compare(
 
 @app.command()
 def plot(
-    run_dir: Annotated[Path, typer.Argument(help="Run folder with a scorecard.json.")],
+    sources: Annotated[
+        list[Path], typer.Argument(help="A run folder; or several, or scorecards, to compare.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures; default: plots/ in a run folder.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw the pictures of a run folder again."""
-    from specdistill.plots import plot_all
+    """Draw the pictures of a run folder again, or several drafts in one picture."""
+    from specdistill.plots import plot_all, plot_together
 
-    files = [str(file) for file in plot_all(run_dir)]
+    alone = len(sources) == 1 and not sources[0].is_file()
+    if not alone and out is None:
+        raise InputError("pictures of scorecards or of several runs need --out, a folder for them")
+    drawn = plot_together(sources, out) if not alone and out else plot_all(sources[0], out)
+    files = [str(file) for file in drawn]
     _tables(as_json).print("\n".join(files), soft_wrap=True)
     _finish(as_json, {"files": files})
 

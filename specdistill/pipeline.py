@@ -107,6 +107,7 @@ def quickstart(
             max_new_tokens=plan.score_tokens,
             seed=plan.seed,
             max_seconds=plan.score_seconds,
+            keep_text=True,
             progress=progress,
         )
         card.write(run_dir / file)

@@ -67,8 +67,11 @@ def simulate(
                 continue
             mine = 1 / (1 + np.exp(-(np.log(alpha / (1 - alpha)) + ease)))
             block = sum(mine**i for i in range(gamma + 1))
-            rounds = np.maximum(1, np.round(lengths / block)).astype(int)
-            accepted = lengths - rounds
+            emitted = lengths
+            if temperature:  # sampled texts have lengths of their own
+                emitted = np.round(lengths * rng.uniform(0.6, 1.4, prompts)).astype(int)
+            rounds = np.maximum(1, np.round(emitted / block)).astype(int)
+            accepted = emitted - rounds
             tested = np.maximum(accepted, np.round(accepted / mine)).astype(int)
             jitter = drift * rng.normal(1, noise, prompts)
             drafting = rounds * gamma * DRAFT_STEP * STEP * jitter
@@ -79,7 +82,7 @@ def simulate(
                     prompt_id=f"p{i}",
                     temperature=t,
                     num_draft_tokens=gamma,
-                    emitted=int(lengths[i]),
+                    emitted=int(emitted[i]),
                     rounds=int(rounds[i]),
                     seconds=float(seconds[i]),
                     baseline_seconds=float(plain[i]),

@@ -117,7 +117,14 @@ def test_every_pair_at_every_common_temperature() -> None:
         }
         order = [s.card for s in found.standings if s.temperature == temperature]
         assert all(order.index(d.faster) < order.index(d.slower) for d in at)
-        assert all(d.ratio >= 1 for d in at)
+        for difference in at:
+            fast, slow = (
+                cards[name].best_row(temperature).speedup
+                for name in (difference.faster, difference.slower)
+            )
+            assert difference.ratio == pytest.approx(fast / slow)
+            assert difference.ratio >= 1
+            assert difference.ratio_ci95[0] < difference.ratio < difference.ratio_ci95[1]
 
 
 CHANGES: dict[str, tuple[Callable[[Scorecard], Scorecard], tuple[str, str]]] = {
@@ -194,10 +201,12 @@ def test_a_slowed_baseline_is_caught(good: Scorecard) -> None:
         assert reason.startswith(f"slow: T = 0, γ = {gamma}: a round without its draft steps took ")
         assert "plain decoding was slowed down" in reason
     little = simulate(GOOD, seed=9, slowed=1.3)
-    for reason in obstacles({"good": good, "little": little}):
-        assert reason.startswith("plain decoding differs: at T = 0, γ = ")
-        assert "the plain steps of little were slowed down" in reason
-    assert len(obstacles({"good": good, "little": little})) == 2
+    for cards in ({"good": good, "little": little}, {"little": little, "good": good}):
+        reasons = obstacles(cards)
+        assert len(reasons) == 2
+        for reason in reasons:
+            assert reason.startswith("plain decoding differs: at T = 0, γ = ")
+            assert "the plain steps of little were slowed down" in reason
 
 
 def test_a_truncated_prompt_set_is_caught(good: Scorecard) -> None:

@@ -369,3 +369,31 @@ def test_score_refuses_nothing_to_do(pair) -> None:
         measure.score(*pair, [], num_draft_tokens=[1], temperatures=[0.0], max_new_tokens=4)
     with pytest.raises(InputError, match="at least one"):
         measure.score(*pair, PROMPTS, num_draft_tokens=[], temperatures=[0.0], max_new_tokens=4)
+
+
+def test_an_example_tells_where_each_token_came_from(tiny: Tiny) -> None:
+    """Pieces join to the text; a character of several tokens belongs to its last."""
+    from types import SimpleNamespace
+
+    from specdistill.decoding.records import Output, RowRound
+    from specdistill.scoring.rows import example
+
+    raw = "aé€z!".encode()
+    tokenizer = SimpleNamespace(decode=lambda ids: bytes(ids).decode(errors="replace"))
+    rounds = [
+        RowRound("p", list(raw[:3]), 3, 3, 2, False),  # two accepted, then a rejection
+        RowRound("p", list(raw[3:7]), 3, 3, 3, False),  # all accepted, then the bonus token
+        RowRound("p", list(raw[7:]), 3, 1, 1, True),  # the answer's end among the proposals
+    ]
+    output = Output("p", list(raw), rounds)
+    found = example(tokenizer, "p", (0.0, 3), output)  # type: ignore[arg-type]
+    assert found.pieces == [
+        ("a", "accepted"),
+        ("", "accepted"),
+        ("é", "residual"),
+        ("", "accepted"),
+        ("", "accepted"),
+        ("€", "accepted"),
+        ("z", "bonus"),
+        ("!", "accepted"),
+    ]

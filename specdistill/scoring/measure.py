@@ -48,6 +48,7 @@ def score(
     mode: Mode = "token",
     lenience: Lenience | None = None,
     max_seconds: float | None = None,
+    keep_text: bool = False,
     progress: Progress = silent,
 ) -> Scorecard:
     """Decode every prompt plainly and with every γ at every temperature, and measure. `mode` and
@@ -55,7 +56,8 @@ def score(
 
     The settings take turns on each prompt, starting from another one each time, so that a drift of
     the machine's speed falls on all of them alike. A short untimed run of each comes first. After
-    `max_seconds` no further prompt is begun, once there are four.
+    `max_seconds` no further prompt is begun, once there are four. `keep_text` keeps the first
+    prompt's answer in the fastest setting in the card, token by token.
     """
     if not prompts:
         raise InputError("there are no prompts to score")
@@ -103,6 +105,8 @@ def score(
         if g
         for row in rows_of.by_prompt(t, g, prompts, runs[t, g], runs[t, 0])
     ]
+    judged = verdict(rows, verification, doubts(baseline, rows, per_prompt))
+    fastest = (judged.best.temperature, judged.best.num_draft_tokens)
     return Scorecard(
         target=target_card,
         draft=draft_card,
@@ -124,9 +128,12 @@ def score(
             mode,
             lossy=verification.lossy,
         ),
-        verdict=verdict(rows, verification, doubts(baseline, rows, per_prompt)),
+        verdict=judged,
         verification=verification,
         by_category=by_category(per_prompt, seed),
+        example=rows_of.example(target.tokenizer, prompts[0].id, fastest, runs[fastest].outputs[0])
+        if keep_text
+        else None,
     )
 
 

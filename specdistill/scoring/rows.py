@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from specdistill.decoding import Generation
 from specdistill.decoding.records import Output
-from specdistill.scoring.scorecard import Baseline, PromptRow, Row
+from specdistill.scoring.scorecard import Baseline, Example, Kind, PromptRow, Row
 from specdistill.scoring.statistics import planned_speedup, speedup_interval
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from specdistill.scoring.measure import EncodedPrompt
 
 
@@ -92,6 +94,27 @@ def by_prompt(
         )
         for i, prompt in enumerate(prompts)
     ]
+
+
+def example(
+    tokenizer: PreTrainedTokenizerBase, prompt_id: str, setting: tuple[float, int], output: Output
+) -> Example:
+    """One answer with the origin of every token. A character of several tokens counts to the last
+    of them; the others are empty.
+    """
+    kinds: list[Kind] = []
+    for r in output.rounds:
+        rest = len(r.tokens) - r.accepted  # none where the answer ended within the proposals
+        kinds += ["accepted"] * r.accepted
+        kinds += ["residual" if r.accepted < r.tested else "bonus"] * rest
+    pieces: list[tuple[str, Kind]] = []
+    done = ""
+    for count, kind in enumerate(kinds, 1):
+        text = str(tokenizer.decode(output.tokens[:count])).rstrip("\ufffd")
+        pieces.append((text[len(done) :], kind))
+        done = text
+    temperature, num = setting
+    return Example(prompt_id, temperature, num, pieces)
 
 
 def row(

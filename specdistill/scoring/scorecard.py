@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from specdistill.errors import InputError, StorageError
 
@@ -124,6 +124,22 @@ class CategoryRow:
     speedup_ci95: tuple[float, float]
 
 
+Kind = Literal["accepted", "residual", "bonus"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One answer, token by token, and how each came about: an accepted proposal, the token drawn
+    after a rejection, or the one after full acceptance. Kept only where the user wants: it is text
+    of their workload.
+    """
+
+    prompt_id: str
+    temperature: float
+    num_draft_tokens: int
+    pieces: list[tuple[str, Kind]]
+
+
 @dataclass(frozen=True)
 class Lossless:
     """Evidence that the draft changes nothing: greedy texts equal to plain decoding [equal,
@@ -206,6 +222,7 @@ class Scorecard:
     verdict: Verdict
     verification: Verification = Verification()
     by_category: list[CategoryRow] = field(default_factory=list)
+    example: Example | None = None
     schema: str = SCHEMA
 
     def best_row(self, temperature: float) -> Row:
@@ -260,9 +277,16 @@ class Scorecard:
                     replace(CategoryRow(**item), speedup_ci95=tuple(item["speedup_ci95"]))
                     for item in raw.get("by_category", [])
                 ],
+                example=_read_example(raw.get("example")),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a complete scorecard: {error}") from error
+
+
+def _read_example(raw: dict[str, Any] | None) -> Example | None:
+    if raw is None:
+        return None
+    return Example(**{**raw, "pieces": [(text, kind) for text, kind in raw["pieces"]]})
 
 
 def nullable(document: dict[str, Any]) -> dict[str, Any]:
