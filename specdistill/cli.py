@@ -130,7 +130,7 @@ def quickstart(
     out.print(tables.before_after_table(before, after))
     _print_lines(out, [tables.evidence_line(after), after.verdict.reason])
     out.print(
-        f"Report: {folder / 'report.md'}   draft: {folder / 'draft'}   pictures: "
+        f"Report: {folder / 'report.html'}, report.md   draft: {folder / 'draft'}   pictures: "
         f"{folder / 'plots'}",
         soft_wrap=True,
     )

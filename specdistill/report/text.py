@@ -89,13 +89,10 @@ def _verdict(card: Scorecard, best: Row, target: str) -> str:
         proof = f"but the output is not the target's ({card.verification.label})"
     elif not card.lossless.holds:
         proof = "but that the output does not change was NOT shown"
-    break_even = number(card.verdict.break_even_acceptance, 2)
     return (
         f"# {_labelled(f'A draft for {target}', card)}\n\n"
         f"**{pays}: with it, {speed}, {proof}.**\n\n"
-        f"Why: {card.verdict.reason.rstrip('.')}. On this machine the best γ is as fast as plain "
-        f"decoding at an acceptance rate of {break_even}; the draft reaches "
-        f"{number(best.acceptance_rate, 2)}."
+        f"Why: {card.verdict.reason}"
     )
 
 
