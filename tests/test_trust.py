@@ -249,7 +249,7 @@ def test_a_verdict_that_cannot_be_given_says_how_many_prompts_would_do() -> None
 # Scoring the same pair again
 
 
-@pytest.mark.parametrize("prompts", [5, 24])
+@pytest.mark.parametrize("prompts", [2, 5, 24])
 def test_the_interval_covers_later_results_as_often_as_it_says(prompts: int) -> None:
     """The speedup over very many prompts of the kind; and a later score of the very same prompts,
     which only the timings' noise changes, more often still.
@@ -263,6 +263,6 @@ def test_the_interval_covers_later_results_as_often_as_it_says(prompts: int) -> 
         hits += low <= truth.rows[0].speedup <= high
         later = simulate(alphas, prompts=prompts, seed=2 * i + 1, workload=i, intervals=False)
         again += low <= later.rows[0].speedup <= high
-    assert stats.binomtest(hits, 100, 0.93).pvalue > 1e-3, hits
+    assert stats.binomtest(hits, 100, 0.94).pvalue > 1e-3, hits
     assert again >= hits
     assert again > 0.93 * 100

@@ -166,10 +166,10 @@ def _difference(
             [b.baseline_emitted for _, b in pairs],
         ],
         [
-            [a.seconds for a, _ in pairs],
-            [a.baseline_emitted for a, _ in pairs],
             [b.emitted for _, b in pairs],
             [b.baseline_seconds for _, b in pairs],
+            [a.seconds for a, _ in pairs],
+            [a.baseline_emitted for a, _ in pairs],
         ],
         seed,
     )
