@@ -130,7 +130,7 @@ def quickstart(
     out.print(tables.before_after_table(before, after))
     _print_lines(out, [tables.evidence_line(after), after.verdict.reason])
     out.print(
-        f"Report: {folder / 'report.md'}   draft: {folder / 'draft'}   pictures: "
+        f"Report: {folder / 'report.html'}, report.md   draft: {folder / 'draft'}   pictures: "
         f"{folder / 'plots'}",
         soft_wrap=True,
     )
@@ -319,6 +319,9 @@ def score(
             help="LOSSY: accept more than the target would, by lin:0.5, sq:0.7 or exp:0.8."
         ),
     ] = None,
+    keep_text: Annotated[
+        bool, typer.Option(help="Keep one answer in the card, for the picture of its tokens.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing scorecard.")] = False,
     split: Split = None,
     column: Column = None,
@@ -333,9 +336,7 @@ def score(
         options.temperatures(temperature),
     )
     rule = None if lenience is None else options.lenience(lenience)
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists; pass --overwrite to replace it, or name another file")
-    _must_be_writable(out.parent)
+    _must_be_free(out, overwrite)
     _setup(threads)
     from specdistill import models, packing
     from specdistill.data.chat import encode_prompt
@@ -350,7 +351,9 @@ def score(
     for model in (big, small):
         packing.pack(model, 8)
     _note_models(big, small)
-    encoded = [measure.EncodedPrompt(p.id, encode_prompt(big.tokenizer, p)) for p in asked]
+    encoded = [
+        measure.EncodedPrompt(p.id, encode_prompt(big.tokenizer, p), p.category) for p in asked
+    ]
     _note_cache(measure.cache_size(big, small, encoded, gammas, max_new_tokens))
     with _progress() as progress:
         card = measure.score(
@@ -363,6 +366,7 @@ def score(
             seed=seed,
             mode=verification,
             lenience=rule,
+            keep_text=keep_text,
             progress=progress,
         )
     card.write(out)
@@ -425,14 +429,55 @@ def check(
 
 
 @app.command()
-def plot(
-    run_dir: Annotated[Path, typer.Argument(help="Run folder with a scorecard.json.")],
+def compare(
+    cards: Annotated[
+        list[Path], typer.Argument(help="Scorecards, or folders with a scorecard.json.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="JSON file for the comparison.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Draw the pictures of a run folder again."""
-    from specdistill.plots import plot_all
+    """Rank scorecards by measured speed; exit code 1 if they cannot be compared."""
+    from specdistill.scoring import compare as comparison
+    from specdistill.scoring.comparable import obstacles, read_cards
+    from specdistill.scoring.scorecard import write_json
 
-    files = [str(file) for file in plot_all(run_dir)]
+    if out is not None:
+        _must_be_free(out, overwrite)
+    named = read_cards(cards)
+    screen = _tables(as_json)
+    if reasons := obstacles(named):
+        lines = ["these scorecards cannot be compared:", *(f"- {reason}" for reason in reasons)]
+        _print_lines(screen, lines)
+        _finish(as_json, comparison.refusal(reasons))
+        raise typer.Exit(1)
+    found = comparison.compare(named)
+    for table in tables.leaderboard(found):
+        screen.print(table)
+    _print_lines(screen, [f"{difference.sentence}." for difference in found.differences])
+    if out is not None:
+        write_json(found.document(), out)
+    _finish(as_json, found.document())
+
+
+@app.command()
+def plot(
+    sources: Annotated[
+        list[Path], typer.Argument(help="A run folder; or several, or scorecards, to compare.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures; default: plots/ in a run folder.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the pictures of a run folder again, or several drafts in one picture."""
+    from specdistill.plots import plot_all, plot_together
+
+    alone = len(sources) == 1 and not sources[0].is_file()
+    if not alone and out is None:
+        raise InputError("pictures of scorecards or of several runs need --out, a folder for them")
+    drawn = plot_together(sources, out) if not alone and out else plot_all(sources[0], out)
+    files = [str(file) for file in drawn]
     _tables(as_json).print("\n".join(files), soft_wrap=True)
     _finish(as_json, {"files": files})
 
@@ -488,8 +533,11 @@ def _must_be_new(folder: Path) -> None:
         raise InputError(f"{folder} exists and is not empty; name another folder or remove it")
 
 
-def _must_be_writable(folder: Path) -> None:
+def _must_be_free(file: Path, overwrite: bool) -> None:
     """Asked before long work whose result is one file at its end."""
+    if file.exists() and not overwrite:
+        raise InputError(f"{file} exists; pass --overwrite to replace it, or name another file")
+    folder = file.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

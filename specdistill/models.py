@@ -8,7 +8,6 @@ safetensors in the cache folder.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import re
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from specdistill.architectures import check_decodable
 from specdistill.errors import ModelError, StorageError
+from specdistill.hashes import file_sha256, weights_sha256
 from specdistill.llama import LlamaBody, llama_body
 
 if TYPE_CHECKING:
@@ -188,11 +188,7 @@ class LanguageModel:
 
     def sha256(self) -> str:
         """Hash of the weight files, in order of their names."""
-        digest = hashlib.sha256()
-        for file in sorted(self.path.glob("*.safetensors")):
-            digest.update(file.name.encode())
-            digest.update(file_sha256(file).encode())
-        return digest.hexdigest()
+        return weights_sha256(self.path)
 
 
 def load(
@@ -344,11 +340,6 @@ def cache_folder() -> Path:
     if override := os.environ.get("SPECDISTILL_CACHE"):
         return Path(override).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "specdistill"
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _demo_file() -> Path:

@@ -88,7 +88,7 @@ def quickstart(
     data = _answers(run_dir / "data", target, plan, progress, note)
     undistilled = _undistilled(run_dir / "undistilled", target, data, plan, note)
     heldout = [
-        EncodedPrompt(p.id, encode_prompt(target.tokenizer, p))
+        EncodedPrompt(p.id, encode_prompt(target.tokenizer, p), p.category)
         for p in load_prompts(plan.heldout_prompts, limit=plan.score_prompts)
     ]
     packing.pack(target, 8)
@@ -107,6 +107,7 @@ def quickstart(
             max_new_tokens=plan.score_tokens,
             seed=plan.seed,
             max_seconds=plan.score_seconds,
+            keep_text=True,
             progress=progress,
         )
         card.write(run_dir / file)

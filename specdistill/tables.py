@@ -10,6 +10,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from specdistill.scoring.check import Check
+    from specdistill.scoring.compare import Comparison, Standing
     from specdistill.scoring.scorecard import Row, Scorecard
 
 
@@ -67,6 +68,41 @@ def before_after_table(before: Scorecard, after: Scorecard) -> Table:
     return table
 
 
+def leaderboard(comparison: Comparison) -> list[Table]:
+    """A table for every temperature, the fastest first."""
+    groups: dict[float, list[Standing]] = {}
+    for standing in comparison.standings:
+        groups.setdefault(standing.temperature, []).append(standing)
+    tables = []
+    for temperature, standings in groups.items():
+        table = Table(
+            "",
+            "scorecard",
+            "draft",
+            "γ",
+            "α",
+            "τ",
+            "tokens/s",
+            "plain",
+            "speedup [95%]",
+            title=f"by measured speed at T = {temperature:g}, {standings[0].prompts} prompts",
+        )
+        for place, standing in enumerate(standings, 1):
+            table.add_row(
+                str(place),
+                f"{standing.card} ({standing.label})" if standing.label else standing.card,
+                f"{standing.draft} ({standing.draft_sha256[:8]})",
+                str(standing.num_draft_tokens),
+                _number(standing.acceptance_rate, 3),
+                f"{standing.block_efficiency:.2f}",
+                f"{standing.tokens_per_second:.1f}",
+                f"{standing.plain_tokens_per_second:.1f}",
+                _speedup(standing),
+            )
+        tables.append(table)
+    return tables
+
+
 def evidence_line(card: Scorecard) -> str:
     """The proof of losslessness in one line, or that there is none to be had."""
     proof = card.lossless
@@ -113,6 +149,6 @@ def _number(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "–"
 
 
-def _speedup(row: Row) -> str:
+def _speedup(row: Row | Standing) -> str:
     low, high = row.speedup_ci95
     return f"{row.speedup:.2f} [{low:.2f}, {high:.2f}]"

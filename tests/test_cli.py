@@ -128,11 +128,12 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> World:
     asked = ["--target", at["target"], "--prompts", prompts, "--dtype", "float32"]
     trim = ["--vocab-size", 40, "--vocab-from", at["data"], "--dtype", "float32"]
     settings = ["--num-draft-tokens", "1,3", "--temperature", "0,1", "--max-new-tokens", 12]
+    settings += ["--limit", 4, "--keep-text"]
     for arguments in (
         ["generate", *asked, "--out", at["data"], "--max-new-tokens", 12, "--temperature", "0,1"],
         ["init", "--target", at["target"], "--out", at["undistilled"], "--layers", "0,2", *trim],
         ["distill", at["config"], "seed=5"],
-        ["score", *asked, "--draft", at["draft"], "--out", at["card"], "--limit", 4, *settings],
+        ["score", *asked, "--draft", at["draft"], "--out", at["card"], *settings],
         ["check", *asked, "--draft", at["draft"], "--limit", 2, "--max-new-tokens", 12],
         ["plot", at["run"]],
         ["export", "--draft", at["draft"], "--out", folder / "wide", "--for", "vllm"],
@@ -328,11 +329,40 @@ def test_score_verifies_as_it_is_told(
 
 def test_plot_draws_the_run_folder(world: World) -> None:
     pictures = [Path(file) for file in world.said["plot"].document["files"]]
-    names = {"acceptance.png", "speedup.png", "time.png", "training.png"}
-    assert {file.name for file in pictures} == names
+    names = {"acceptance.png", "survival.png", "speedup.png", "time.png", "training.png"}
+    assert {file.name for file in pictures} == {*names, "text.png"}
     for file in pictures:
         assert file.parent == world.places["run"] / "plots"
         assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_draws_scorecards_and_several_runs_into_a_folder(world: World, tmp_path: Path) -> None:
+    at = world.places
+    done = run("plot", at["run"], at["card"], "--out", tmp_path / "two", "--json")
+    names = [Path(file).name for file in done.document["files"]]
+    assert names == ["survival.png", "runs.png"]
+    done = run("plot", at["run"], "--out", tmp_path / "one", "--json")
+    assert {Path(file).parent for file in done.document["files"]} == {tmp_path / "one"}
+    refused = run("plot", at["run"], at["card"])
+    assert refused.code == 2
+    assert "need --out" in refused.err
+
+
+def test_the_text_of_an_answer_is_kept_only_where_it_is_wanted(world: World) -> None:
+    card = Scorecard.read(world.places["card"])
+    assert card.example is not None
+    best = card.verdict.best
+    setting = (best.temperature, best.num_draft_tokens)
+    assert (card.example.temperature, card.example.num_draft_tokens) == setting
+    row = next(
+        p
+        for p in card.per_prompt
+        if (p.prompt_id, p.temperature, p.num_draft_tokens) == (card.example.prompt_id, *setting)
+    )
+    kinds = [kind for _, kind in card.example.pieces]
+    assert len(kinds) == row.emitted
+    assert kinds.count("accepted") == row.accepted
+    assert kinds.count("residual") + kinds.count("bonus") in (row.rounds - 1, row.rounds)
 
 
 def test_export_writes_what_transformers_loads(world: World) -> None:
@@ -380,7 +410,7 @@ def test_without_arguments_it_shows_the_commands() -> None:
     said = done.out + done.err
     assert "Usage: " in said
     commands = ("quickstart", "init", "generate", "distill", "score", "check", "plot", "export")
-    for command in commands:
+    for command in (*commands, "compare"):
         assert command in said
     assert "Traceback" not in said
 

@@ -86,6 +86,7 @@ def test_quickstart_in_small_leaves_a_complete_run(tmp_path: Path) -> None:
         "scorecard.json",
         "scorecard_before.json",
         "report.md",
+        "report.html",
         "data/manifest.json",
         "draft/config.json",
         "plots/speedup.png",

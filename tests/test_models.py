@@ -27,6 +27,7 @@ from specdistill import models
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
 from specdistill.drafts import make_draft, save_draft
 from specdistill.errors import ModelError, StorageError
+from specdistill.hashes import file_sha256
 from specdistill.models import LanguageModel, check_pair, load
 from specdistill.packing import PackedLinear, pack
 from specdistill_kernels import probabilities
@@ -110,7 +111,7 @@ def test_a_demo_of_another_content_is_refused_with_both_hashes(
     wrong.write_bytes(b"not the right one")
     monkeypatch.setattr(models, "_demo_file", lambda: wrong)
     message = refusal("demo:smollm2")
-    assert models.file_sha256(wrong) in message
+    assert file_sha256(wrong) in message
     assert models.DEMO_SHA256 in message
     assert "reinstall" in message
     assert not cache.exists()

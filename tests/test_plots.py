@@ -21,16 +21,23 @@ from matplotlib.text import Text
 from specdistill.errors import InputError, StorageError
 from specdistill.plots import (
     figure_acceptance,
+    figure_runs,
     figure_speedup,
+    figure_survival,
+    figure_sweep,
+    figure_text,
     figure_time,
     figure_training,
     plot_all,
-    plot_speedup,
+    plot_together,
     read_metrics,
+    save,
 )
 from specdistill.scoring.scorecard import (
     Baseline,
     Best,
+    Example,
+    Kind,
     Lossless,
     ModelCard,
     PromptRow,
@@ -199,6 +206,18 @@ CARDS = {
 }
 
 
+SWEEP = [
+    ("fkl", "fixed", 0.41),
+    ("fkl", "draft", 0.52),
+    ("tvd, a long name", "fixed", math.nan),
+    ("rkl", "draft", 0.6),
+]
+KINDS: list[Kind] = ["accepted", "residual", "bonus"]
+EXAMPLE = Example(
+    "p1", 0.0, 4, [(f" word{i}" + "\n" * (i % 40 == 39), KINDS[i % 3]) for i in range(90)]
+)
+
+
 FIGURES = {
     **{
         f"acceptance, {name}": (figure_acceptance, card, make_before())
@@ -210,6 +229,17 @@ FIGURES = {
     "training": (figure_training, make_metrics()),
     "training, one step": (figure_training, make_metrics()[:1]),
     "training, no step": (figure_training, []),
+    **{
+        f"survival, {name}": (figure_survival, {"this draft": card, "before": make_before()})
+        for name, card in CARDS.items()
+    },
+    "runs": (figure_runs, {"a": make_metrics(), "b": make_metrics()[3:]}),
+    "runs, nothing logged": (figure_runs, {"a": []}),
+    "sweep": (figure_sweep, SWEEP, "expected α"),
+    "sweep, one": (figure_sweep, [("fkl", "target", 0.5)], "expected α"),
+    "sweep, unmeasured": (figure_sweep, [("fkl", "target", math.nan)], "expected α"),
+    "text": (figure_text, EXAMPLE),
+    "text, empty": (figure_text, replace(EXAMPLE, pieces=[])),
 }
 
 
@@ -295,7 +325,7 @@ def test_time_bars_add_up_to_the_time_per_token() -> None:
         rows = [row for row in AFTER.rows if row.temperature == temperature]
         plain, *parts = axes.containers
         assert plain[0].get_width() == pytest.approx(1000 / 23.8)
-        names = ["draft steps", "verify pass", "verify function", "rest"]
+        names = ["draft steps", "verify pass", "verify function", "rest of the round"]
         assert [part.get_label() for part in parts] == names
         for index, row in enumerate(rows):
             end = 0.0
@@ -305,11 +335,115 @@ def test_time_bars_add_up_to_the_time_per_token() -> None:
                 end = bars[index].get_x() + bars[index].get_width()
 
 
-def test_time_shows_a_part_it_has_no_name_for() -> None:
-    rows = [replace(row, seconds={**row.seconds, "prefill": 3.0}) for row in AFTER.rows]
+def test_every_part_of_the_time_is_told_from_the_others_without_colour() -> None:
+    parts = ("loop", "prefill", "draft", "target", "verify", "other")
+    rows = [replace(row, seconds=dict.fromkeys(parts, 1.0)) for row in AFTER.rows]
     figure = figure_time(replace(AFTER, rows=rows))
-    assert "prefill" in words(figure)
-    assert figure.axes[0].containers[-1].get_label() == "prefill"
+    names = ["prompt", "draft steps", "verify pass", "verify function", "rest of the round"]
+    names.append("between rounds")
+    _, *bars = figure.axes[0].containers
+    assert [part.get_label() for part in bars] == names
+    assert set(names) <= set(words(figure))
+    looks = [(part[0].get_hatch(), round(luminance(part[0].get_facecolor()), 1)) for part in bars]
+    assert len(set(looks)) == len(parts)
+
+
+def test_time_shows_a_part_it_has_no_name_for() -> None:
+    rows = [replace(row, seconds={**row.seconds, "network": 3.0}) for row in AFTER.rows]
+    figure = figure_time(replace(AFTER, rows=rows))
+    assert "network" in words(figure)
+    assert figure.axes[0].containers[-1].get_label() == "network"
+
+
+def luminance(colour: tuple[float, ...]) -> float:
+    """As a grey printer sees it."""
+    red, green, blue = colour[:3]
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def test_survival_shows_every_draft_and_independence() -> None:
+    figure = figure_survival({"after": AFTER, "before": make_before()})
+    for axes, temperature in zip(figure.axes, (0.0, 1.0), strict=True):
+        (*_, row) = [row for row in AFTER.rows if row.temperature == temperature]
+        places = list(range(7))
+        assert data(axes, "after") == (places, [1.0, *row.survival_by_position])
+        assert data(axes, "αⁱ, after")[1] == [row.acceptance_rate**i for i in places]
+        assert data(axes, "before")[0] == [0, 1]
+    drawn = figure.axes[0].get_lines()
+    looks = {line.get_label(): (line.get_marker(), line.get_linestyle()) for line in drawn}
+    assert looks["after"] != looks["before"], "told apart without colour"
+
+
+def test_runs_show_alpha_and_the_tokens_it_would_emit() -> None:
+    left, right = figure_runs({"a": make_metrics(), "b": make_metrics()[:6]}, 3).axes
+    alphas = [0.057 * 5, 0.057 * 10]
+    assert data(left, "a") == ([67000, 134000], alphas)
+    assert data(left, "b") == ([67000], alphas[:1])
+    emitted = [1 + a + a**2 + a**3 for a in alphas]
+    assert data(right, "a")[1] == pytest.approx(emitted)
+    assert "γ = 3" in right.get_ylabel()
+    markers = {line.get_label(): line.get_marker() for line in left.get_lines()}
+    assert markers["a"] != markers["b"]
+
+
+def test_the_sweep_is_a_grid_with_its_numbers_and_the_best_framed() -> None:
+    figure = figure_sweep(SWEEP, "expected α")
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["fixed", "draft"]
+    losses = ["fkl", "tvd, a long name", "rkl"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == losses
+    shown = {text.get_position(): text.get_text() for text in axes.texts}
+    assert shown == {
+        (0, 0): "0.410",
+        (1, 0): "0.520",
+        (0, 1): "–",
+        (1, 1): "–",
+        (0, 2): "–",
+        (1, 2): "0.600",
+    }
+    (frame,) = axes.patches
+    assert frame.get_xy() == pytest.approx((0.54, 1.56))
+    assert "expected α" in words(figure)
+    with pytest.raises(InputError, match="'fkl' with policy 'fixed' twice"):
+        figure_sweep([*SWEEP, ("fkl", "fixed", 0.4)], "")
+    with pytest.raises(InputError, match="at least one"):
+        figure_sweep([], "")
+
+
+def test_the_text_is_whole_and_every_token_marked() -> None:
+    pieces: list[tuple[str, Kind]] = [
+        ("Dear", "accepted"),
+        (" $x$\n", "residual"),
+        ("", "accepted"),
+        ("bye" * 50, "bonus"),
+    ]
+    figure = figure_text(replace(EXAMPLE, pieces=pieces))
+    axes = figure.axes[0]
+    assert "".join(text.get_text() for text in axes.texts) == "Dear $x$⏎·" + ("bye" * 50)[:84]
+    assert [patch.get_y() for patch in axes.patches] == [0.07, 0.07, 1.07, 2.07]
+    looks = [
+        (patch.get_facecolor(), patch.get_edgecolor()[:3], patch.get_width())
+        for patch in axes.patches
+    ]
+    assert [width for _, _, width in looks] == [4, 5, 1, 84]
+    grey = [luminance(face) for face, _, _ in looks]
+    assert grey[1] < 0.5 < grey[0] < 0.95 < grey[3]
+    assert looks[3][1] == (0, 0, 0)
+    assert "2 of 4 tokens are the draft's" in titles(figure)
+    long = replace(EXAMPLE, pieces=[("line\n", "accepted")] * 31)
+    assert "(the first 30 lines)" in titles(figure_text(long))
+
+
+def test_several_drafts_are_drawn_together(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_run(tmp_path / name)
+    AFTER.write(tmp_path / "c.json")
+    sources = [tmp_path / "a", tmp_path / "b", tmp_path / "c.json"]
+    paths = plot_together(sources, tmp_path / "out")
+    assert [path.name for path in paths] == ["survival.png", "runs.png"]
+    assert all(map(is_picture, paths))
+    assert [p.name for p in plot_together(sources[2:], tmp_path / "two")] == ["survival.png"]
 
 
 def test_training_shows_the_metrics() -> None:
@@ -348,16 +482,18 @@ def write_run(folder: Path) -> None:
 def test_plot_all_draws_the_run_folder(tmp_path: Path) -> None:
     write_run(tmp_path)
     paths = plot_all(tmp_path)
-    names = ["acceptance.png", "speedup.png", "time.png", "training.png"]
+    names = ["acceptance.png", "survival.png", "speedup.png", "time.png", "training.png"]
     assert paths == [tmp_path / "plots" / name for name in names]
-    assert sorted((tmp_path / "plots").iterdir()) == paths
+    assert sorted((tmp_path / "plots").iterdir()) == sorted(paths)
     assert all(map(is_picture, paths))
 
 
 def test_plot_all_needs_only_the_scorecard(tmp_path: Path) -> None:
     ONE_ROW.write(tmp_path / "scorecard.json")
     names = [path.name for path in plot_all(tmp_path)]
-    assert names == ["acceptance.png", "speedup.png", "time.png"]
+    assert names == ["acceptance.png", "survival.png", "speedup.png", "time.png"]
+    elsewhere = plot_all(tmp_path, tmp_path / "other")
+    assert [path.parent.name for path in elsewhere] == ["other"] * 4
     with pytest.raises(InputError, match=r"scorecard\.json"):
         plot_all(tmp_path / "elsewhere")
 
@@ -372,7 +508,7 @@ def test_a_cut_off_metrics_line_is_named(tmp_path: Path) -> None:
 def test_a_picture_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "plots").write_text("a file where the folder should be", encoding="utf-8")
     with pytest.raises(StorageError, match=r"speedup\.png"):
-        plot_speedup(AFTER, tmp_path / "plots" / "speedup.png")
+        save(figure_speedup(AFTER), tmp_path / "plots" / "speedup.png")
 
 
 def test_pyplot_is_not_loaded() -> None:

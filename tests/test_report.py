@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
 import shlex
+import shutil
+import subprocess
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib.image
 import pytest
+from cards import simulate
 from test_plots import make_after, make_before, make_metrics, unmeasured, write_run
 
 from specdistill.errors import InputError, StorageError
@@ -113,7 +119,6 @@ def test_what_was_done_and_how(run_dir: Path) -> None:
     assert "Target: `my/target`, 134.5 M parameters, 269.0 MB read per token" in text
     assert "Training: 134,000 tokens seen, 2 min 0 s" in text
     assert "Prompts: 48 per setting" in text
-    assert "at an acceptance rate of 0.23; the draft reaches 0.63" in text
     for fact in ("device: cpu", "threads: 2", "dtype: bfloat16", "seed: 17", "git: 0123abc"):
         assert f"- {fact}\n" in text
     assert "- date: 2026-11-22T10:00:00+00:00\n" in text
@@ -138,6 +143,145 @@ def test_the_proof_of_losslessness(run_dir: Path) -> None:
     assert "Rounding" not in text
     unchecked = replace(make_after(), lossless=Lossless((0, 0), [], math.nan, math.nan))
     assert "no outputs were compared" in report(run_dir, unchecked)
+
+
+def test_the_reason_is_the_verdicts(run_dir: Path) -> None:
+    third = report(run_dir).split("\n\n")[2]
+    assert third == f"Why: {make_after().verdict.reason}"
+
+
+def test_categories_are_listed_by_speed(run_dir: Path) -> None:
+    assert "By category" not in report(run_dir)
+    card = simulate({(0.0, 2): 0.5, (0.0, 4): 0.7})
+    lines = table(report(run_dir, card), "By category of prompts")
+    best = card.verdict.best.num_draft_tokens
+    rows = {row.category: row for row in card.by_category if row.num_draft_tokens == best}
+    assert {line["category"] for line in lines} == {"reply", "steps"} == rows.keys()
+    speeds = [rows[line["category"]].speedup for line in lines]
+    assert speeds == sorted(speeds, reverse=True)
+    for line in lines:
+        row = rows[line["category"]]
+        low, high = row.speedup_ci95
+        assert line["prompts"] == "12"
+        assert line["α"] == f"{row.acceptance_rate:.3f}"
+        assert line["τ"] == f"{row.block_efficiency:.2f}"
+        assert line["speedup [95% interval]"] == f"{row.speedup:.2f} [{low:.2f}, {high:.2f}]"
+
+
+# report.html
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, and the text between them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def page(run_dir: Path, card: Scorecard | None = None) -> str:
+    report(run_dir, card)
+    return (run_dir / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_says_what_the_report_says(run_dir: Path) -> None:
+    html = page(run_dir)
+    elements = Elements(html)
+    assert html.startswith("<!doctype html>")
+    assert "<title>A draft for my/target</title>" in html
+    text = (run_dir / "report.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^## (.+)$", text, flags=re.MULTILINE)
+    assert [tag for tag, _ in elements.tags].count("h2") == len(headings) > 5
+    assert [tag for tag, _ in elements.tags].count("h1") == 1
+    for sentence in ("The draft pays: with it, ", "decodes 1.80 times as fast", *headings):
+        assert sentence in elements.words
+    for line in table(text, "All settings"):
+        assert all(cell in elements.words for cell in line.values())
+    for tile in ("1.80 ×", "95% interval 1.74 to 1.87", "pays above 0.23", "46 of 48 greedy"):
+        assert tile in elements.words
+
+
+def test_the_page_stands_alone(run_dir: Path) -> None:
+    """No script, and nothing is fetched: its pictures are the very files, in it."""
+    paths = plot_all(run_dir)
+    elements = Elements(page(run_dir))
+    tags = [tag for tag, _ in elements.tags]
+    assert not {"script", "link", "iframe", "object", "embed"} & set(tags)
+    pictures = [attributes for tag, attributes in elements.tags if tag == "img"]
+    assert all(attributes["alt"] for attributes in pictures)
+    contents = set()
+    for _, attributes in elements.tags:
+        assert not {name for name in attributes if name.startswith("on")}
+        assert "href" not in attributes
+        if source := attributes.get("src"):
+            kind, _, data = source.partition(",")
+            assert kind == "data:image/png;base64"
+            contents.add(base64.b64decode(data))
+    assert contents == {path.read_bytes() for path in paths}
+    assert "url(" not in (run_dir / "report.html").read_text(encoding="utf-8")
+
+
+def test_what_a_report_quotes_is_never_html(run_dir: Path) -> None:
+    name = "<script>alert(1)</script><img src=x onerror=alert(1)>"
+    card = replace(make_after(), draft=replace(make_after().draft, name=name))
+    (run_dir / "config.yaml").write_text(f"target: '{name}'\n", encoding="utf-8")
+    elements = Elements(page(run_dir, card))
+    assert not {"script", "img"} & {tag for tag, _ in elements.tags}
+    assert elements.words.count(name) >= 3
+
+
+def test_a_page_that_does_not_pay_or_is_lossy_says_so(run_dir: Path) -> None:
+    assert '<dl class="figures">' in page(run_dir)
+    assert '<dl class="figures lost">' in page(run_dir, make_before())
+    lossy = replace(make_after(), verification=Verification("token", "sq:0.7"))
+    words = Elements(page(run_dir, lossy)).words
+    assert re.search(r"output unchanged\s*no", words)
+    faulty = replace(make_after(), lossless=Lossless((47, 48), [], 0.9991, 0.43))
+    assert re.search(r"output unchanged\s*not shown", Elements(page(run_dir, faulty)).words)
+
+
+def test_the_template_is_in_the_package() -> None:
+    from importlib.resources import files
+
+    assert files("specdistill.report").joinpath("page.html").is_file()
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a Chromium, and there is none on this machine")
+def test_a_browser_shows_the_page_with_its_pictures(run_dir: Path) -> None:
+    """Blue as in the pictures is hardly to be seen where they are missing."""
+
+    def blue(html: str) -> int:
+        (run_dir / "shown.html").write_text(html, encoding="utf-8")
+        command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        command += [
+            f"--user-data-dir={run_dir / 'profile'}",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+        ]
+        command += ["--window-size=1000,6000", f"--screenshot={run_dir / 'shot.png'}"]
+        subprocess.run(
+            [*command, (run_dir / "shown.html").as_uri()],
+            check=True,
+            capture_output=True,
+            timeout=90,
+        )
+        pixels = matplotlib.image.imread(run_dir / "shot.png")[:, :, :3]
+        assert pixels.shape[1] == 1000
+        return int((abs(pixels - [0, 0x72 / 255, 0xB2 / 255]) < 0.02).all(-1).sum())
+
+    plot_all(run_dir)
+    html = page(run_dir)
+    assert blue(html) > 1.5 * blue(re.sub("<img[^>]+>", "", html)) > 100
 
 
 def test_only_pictures_that_exist_are_linked(run_dir: Path) -> None:

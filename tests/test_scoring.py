@@ -18,7 +18,12 @@ from specdistill.models import LanguageModel, load
 from specdistill.scoring import lossless, measure
 from specdistill.scoring.acceptance import acceptance_chances
 from specdistill.scoring.scorecard import Scorecard, Verification
-from specdistill.scoring.statistics import break_even, planned_speedup, speedup_interval
+from specdistill.scoring.statistics import (
+    acceptance_for,
+    break_even,
+    planned_speedup,
+    speedup_interval,
+)
 from specdistill.scoring.verdict import verdict
 from specdistill_kernels import Lenience
 
@@ -318,10 +323,13 @@ def test_a_tie_is_told_from_an_error(tiny: Tiny) -> None:
 def test_planned_speedup_and_break_even_are_inverse() -> None:
     assert planned_speedup(0.8, 5, 0.1) == pytest.approx((1 - 0.8**6) / (0.2 * 1.5))
     assert planned_speedup(1.0, 3, 0.0) == 4
-    alpha = break_even(4, 0.1, 1.2)
+    alpha = acceptance_for(1.6, 4)
     assert sum(alpha**i for i in range(5)) == pytest.approx(1.6)
-    assert break_even(4, 0.0, 1.0) == 0
-    assert break_even(2, 0.9, 1.3) == 1
+    assert (acceptance_for(0.9, 4), acceptance_for(5.0, 4)) == (0, 1)
+    # 0.7 emits 2.533 tokens in a round of four; 0.8 times as fast as plain, so 3.166 are needed.
+    assert break_even(0.7, 3, 0.8) == pytest.approx(acceptance_for(2.533 / 0.8, 3))
+    assert break_even(0.7, 3, 1.0) == pytest.approx(0.7)
+    assert math.isnan(break_even(math.nan, 3, 1.0))
 
 
 def test_the_interval_covers_the_true_ratio_about_as_often_as_it_says() -> None:
@@ -361,3 +369,31 @@ def test_score_refuses_nothing_to_do(pair) -> None:
         measure.score(*pair, [], num_draft_tokens=[1], temperatures=[0.0], max_new_tokens=4)
     with pytest.raises(InputError, match="at least one"):
         measure.score(*pair, PROMPTS, num_draft_tokens=[], temperatures=[0.0], max_new_tokens=4)
+
+
+def test_an_example_tells_where_each_token_came_from(tiny: Tiny) -> None:
+    """Pieces join to the text; a character of several tokens belongs to its last."""
+    from types import SimpleNamespace
+
+    from specdistill.decoding.records import Output, RowRound
+    from specdistill.scoring.rows import example
+
+    raw = "aé€z!".encode()
+    tokenizer = SimpleNamespace(decode=lambda ids: bytes(ids).decode(errors="replace"))
+    rounds = [
+        RowRound("p", list(raw[:3]), 3, 3, 2, False),  # two accepted, then a rejection
+        RowRound("p", list(raw[3:7]), 3, 3, 3, False),  # all accepted, then the bonus token
+        RowRound("p", list(raw[7:]), 3, 1, 1, True),  # the answer's end among the proposals
+    ]
+    output = Output("p", list(raw), rounds)
+    found = example(tokenizer, "p", (0.0, 3), output)  # type: ignore[arg-type]
+    assert found.pieces == [
+        ("a", "accepted"),
+        ("", "accepted"),
+        ("é", "residual"),
+        ("", "accepted"),
+        ("", "accepted"),
+        ("€", "accepted"),
+        ("z", "bonus"),
+        ("!", "accepted"),
+    ]

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specdistill.errors import InputError, StorageError
-from specdistill.models import LanguageModel, file_sha256
+from specdistill.hashes import file_sha256
+from specdistill.models import LanguageModel
 
 SCHEMA = "specdistill.generations/1"
 MANIFEST = "manifest.json"

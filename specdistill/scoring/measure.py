@@ -6,18 +6,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from specdistill.decoding import Generation, ModelDrafter, Request, Sampling, SpeculativeDecoder
-from specdistill.decoding.records import CacheSize, Output
+from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
+from specdistill.decoding.records import CacheSize
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
 from specdistill.progress import Progress, silent
 from specdistill.scoring import lossless
+from specdistill.scoring import rows as rows_of
 from specdistill.scoring.acceptance import expected_acceptance
+from specdistill.scoring.categories import by_category
 from specdistill.scoring.provenance import model_card, provenance
-from specdistill.scoring.scorecard import Baseline, PromptRow, Row, Scorecard, Verification
-from specdistill.scoring.statistics import planned_speedup, speedup_interval
+from specdistill.scoring.rows import Runs
+from specdistill.scoring.scorecard import Scorecard, Verification
+from specdistill.scoring.trust import doubts
 from specdistill.scoring.verdict import verdict
 from specdistill_kernels import Lenience, Mode
 
@@ -30,37 +33,7 @@ class EncodedPrompt:
 
     id: str
     tokens: list[int]
-
-
-@dataclass
-class _Runs:
-    """All prompts in one setting: one generation and its wall time each."""
-
-    generations: list[Generation] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-    @property
-    def outputs(self) -> list[Output]:
-        return [g.outputs[0] for g in self.generations]
-
-    @property
-    def emitted(self) -> list[int]:
-        return [len(output.tokens) for output in self.outputs]
-
-    @property
-    def rounds(self) -> int:
-        return sum(g.rounds for g in self.generations)
-
-    @property
-    def draft_steps(self) -> int:
-        return sum(g.draft_steps for g in self.generations)
-
-    def part(self, name: str) -> float:
-        return sum(g.seconds.get(name, 0.0) for g in self.generations)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return sum(self.emitted) / sum(self.seconds)
+    category: str | None = None
 
 
 def score(
@@ -75,6 +48,7 @@ def score(
     mode: Mode = "token",
     lenience: Lenience | None = None,
     max_seconds: float | None = None,
+    keep_text: bool = False,
     progress: Progress = silent,
 ) -> Scorecard:
     """Decode every prompt plainly and with every γ at every temperature, and measure. `mode` and
@@ -82,7 +56,8 @@ def score(
 
     The settings take turns on each prompt, starting from another one each time, so that a drift of
     the machine's speed falls on all of them alike. A short untimed run of each comes first. After
-    `max_seconds` no further prompt is begun, once there are four.
+    `max_seconds` no further prompt is begun, once there are four. `keep_text` keeps the first
+    prompt's answer in the fastest setting in the card, token by token.
     """
     if not prompts:
         raise InputError("there are no prompts to score")
@@ -93,7 +68,7 @@ def score(
     settings = [(t, g) for t in temperatures for g in decoders]
     for t, g in settings:
         decoders[g].generate([prompts[0].tokens], max_new_tokens=8, sampling=Sampling(t), seed=seed)
-    runs = {setting: _Runs() for setting in settings}
+    runs = {setting: Runs() for setting in settings}
     begin = time.perf_counter()
     for i, prompt in enumerate(prompts):
         turn = i % len(settings)
@@ -122,34 +97,23 @@ def score(
                 for p, o in zip(prompts, runs[t, g].outputs, strict=True)
                 if mode == "token"  # a block's acceptance is not that of its tokens
             ]
-            rows.append(_row(t, g, runs[t, g], runs[t, 0], expected, weight_ratio, seed))
+            rows.append(rows_of.row(t, g, runs[t, g], runs[t, 0], expected, weight_ratio, seed))
+    baseline = [rows_of.baseline(t, runs[t, 0]) for t in dict.fromkeys(t for t, _ in settings)]
+    per_prompt = [
+        row
+        for t, g in settings
+        if g
+        for row in rows_of.by_prompt(t, g, prompts, runs[t, g], runs[t, 0])
+    ]
+    judged = verdict(rows, verification, doubts(baseline, rows, per_prompt))
+    fastest = (judged.best.temperature, judged.best.num_draft_tokens)
     return Scorecard(
         target=target_card,
         draft=draft_card,
         provenance=provenance(target, seed, max_new_tokens, prompts),
-        baseline=[
-            Baseline(
-                t, r.tokens_per_second, len(prompts), sum(r.emitted), sum(r.seconds) / r.rounds
-            )
-            for (t, g), r in runs.items()
-            if g == 0
-        ],
+        baseline=baseline,
         rows=rows,
-        per_prompt=[
-            PromptRow(
-                p.id,
-                t,
-                g,
-                r.emitted[i],
-                r.generations[i].rounds,
-                r.seconds[i],
-                runs[t, 0].seconds[i],
-                runs[t, 0].emitted[i],
-            )
-            for (t, g), r in runs.items()
-            if g
-            for i, p in enumerate(prompts)
-        ],
+        per_prompt=per_prompt,
         lossless=lossless.evidence(
             target,
             draft,
@@ -164,8 +128,12 @@ def score(
             mode,
             lossy=verification.lossy,
         ),
-        verdict=verdict(rows, verification),
+        verdict=judged,
         verification=verification,
+        by_category=by_category(per_prompt, seed),
+        example=rows_of.example(target.tokenizer, prompts[0].id, fastest, runs[fastest].outputs[0])
+        if keep_text
+        else None,
     )
 
 
@@ -214,64 +182,3 @@ def check_lenience(mode: Mode, lenience: Lenience | None, temperatures: Sequence
             "lenience has no effect at temperature 0, where p is 0 or 1; score it at temperature 1 "
             "alone, say, or leave it out"
         )
-
-
-def _row(
-    temperature: float,
-    num: int,
-    runs: _Runs,
-    plain: _Runs,
-    expected: list[tuple[float, int]],
-    weight_ratio: float,
-    seed: int,
-) -> Row:
-    rounds = [r for output in runs.outputs for r in output.rounds]
-    proposed, tested, accepted = (
-        sum(getattr(r, name) for r in rounds) for name in ("proposed", "tested", "accepted")
-    )
-    emitted = sum(runs.emitted)
-
-    def share(counted: list[int], of: list[int]) -> list[float]:
-        return [a / b for a, b in zip(counted, of, strict=True) if b]
-
-    kept = [sum(r.accepted > i for r in rounds) for i in range(num)]
-    reached = [sum(r.tested > i for r in rounds) for i in range(num)]
-    offered = [sum(r.proposed > i for r in rounds) for i in range(num)]
-    alpha = accepted / tested if tested else float("nan")
-    positions = sum(n for _, n in expected)
-    block_efficiency = emitted / len(rounds)
-    step = plain.part("target") / plain.rounds
-    draft_step = runs.part("draft") / runs.draft_steps if runs.draft_steps else float("nan")
-    verify_pass = runs.part("target") / runs.rounds
-    draft_steps = runs.draft_steps / runs.rounds  # below γ where an answer needs fewer tokens
-    seconds = {name: runs.part(name) for name in ("prefill", "draft", "target", "verify", "other")}
-    seconds["loop"] = sum(runs.seconds) - sum(seconds.values())
-    return Row(
-        temperature=temperature,
-        num_draft_tokens=num,
-        prompts=len(runs.outputs),
-        rounds=len(rounds),
-        proposed=proposed,
-        tested=tested,
-        accepted=accepted,
-        emitted=emitted,
-        acceptance_rate=alpha,
-        acceptance_rate_expected=sum(s for s, _ in expected) / positions
-        if positions
-        else float("nan"),
-        acceptance_per_proposal=accepted / proposed if proposed else float("nan"),
-        acceptance_by_position=share(kept, reached),
-        survival_by_position=share(kept, offered),
-        block_efficiency=block_efficiency,
-        tokens_per_second=runs.tokens_per_second,
-        speedup=runs.tokens_per_second / plain.tokens_per_second,
-        speedup_ci95=speedup_interval(
-            runs.emitted, runs.seconds, plain.emitted, plain.seconds, seed
-        ),
-        cost_ratio=draft_step / step,
-        verify_ratio=verify_pass / step,
-        predicted_speedup=block_efficiency * step / (draft_steps * draft_step + verify_pass),
-        planned_speedup=planned_speedup(alpha, num, draft_step / step),
-        mbsu=block_efficiency / (weight_ratio * num + 1),
-        seconds=seconds,
-    )

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from specdistill.errors import InputError, StorageError
 
@@ -38,13 +38,16 @@ class ModelCard:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Plain decoding by the same engine at one temperature."""
+    """Plain decoding by the same engine at one temperature. `seconds` are `Row.seconds`' parts;
+    older cards have none.
+    """
 
     temperature: float
     tokens_per_second: float
     prompts: int
     tokens: int
     seconds_per_step: float
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Row:
 
     Lists are indexed by draft position: `acceptance_by_position[i]` given that all earlier
     positions were accepted, `survival_by_position[i]` over all rounds that proposed position i.
-    `seconds` splits the measured time into draft steps, verify passes (the target's forward), the
-    verify function and the rest.
+    `seconds` splits the measured time into the prompts' prefill, draft steps, verify passes (the
+    target's forward), the verify function and the rest of a round, and the loop around it.
     """
 
     temperature: float
@@ -85,7 +88,10 @@ class Row:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt in one setting; what the paired bootstrap resamples."""
+    """One prompt in one setting; what the paired bootstrap resamples. `verifying_seconds` are those
+    of its rounds without their draft steps, `stepping_seconds` those of its plain steps, neither
+    with the prefill of the prompt. Older cards have None for these, `tested` and `accepted`.
+    """
 
     prompt_id: str
     temperature: float
@@ -95,6 +101,43 @@ class PromptRow:
     seconds: float
     baseline_seconds: float
     baseline_emitted: int
+    tested: int | None = None
+    accepted: int | None = None
+    verifying_seconds: float | None = None
+    stepping_seconds: float | None = None
+    category: str | None = None
+
+
+@dataclass(frozen=True)
+class CategoryRow:
+    """A `Row` in short, of the prompts of one category."""
+
+    category: str
+    temperature: float
+    num_draft_tokens: int
+    prompts: int
+    tested: int
+    accepted: int
+    acceptance_rate: float
+    block_efficiency: float
+    speedup: float
+    speedup_ci95: tuple[float, float]
+
+
+Kind = Literal["accepted", "residual", "bonus"]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One answer, token by token, and how each came about: an accepted proposal, the token drawn
+    after a rejection, or the one after full acceptance. Kept only where the user wants: it is text
+    of their workload.
+    """
+
+    prompt_id: str
+    temperature: float
+    num_draft_tokens: int
+    pieces: list[tuple[str, Kind]]
 
 
 @dataclass(frozen=True)
@@ -154,14 +197,17 @@ class Best:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Does the draft pay? `break_even_acceptance` is the acceptance rate at which the best γ would
-    be as fast as plain decoding on this machine.
+    """Does the draft pay? `break_even_acceptance` is the acceptance rate, and
+    `break_even_cost_ratio` the cost of a draft step, at which the best γ would be as fast as plain
+    decoding on this machine, all else being as measured; the latter is negative where no draft is
+    cheap enough, and NaN in older cards.
     """
 
     pays: bool
     best: Best
     break_even_acceptance: float
     reason: str
+    break_even_cost_ratio: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -175,6 +221,8 @@ class Scorecard:
     lossless: Lossless
     verdict: Verdict
     verification: Verification = Verification()
+    by_category: list[CategoryRow] = field(default_factory=list)
+    example: Example | None = None
     schema: str = SCHEMA
 
     def best_row(self, temperature: float) -> Row:
@@ -187,22 +235,11 @@ class Scorecard:
 
     def document(self) -> dict[str, Any]:
         """As JSON can hold it: what could not be measured (NaN) is null."""
-        nullable = _map_leaves(
-            asdict(self), lambda x: None if isinstance(x, float) and math.isnan(x) else x
-        )
-        return dict(nullable)
+        return nullable(asdict(self))
 
     def write(self, path: Path) -> None:
         """Raises `StorageError` where the file cannot be written; an older one then stays."""
-        new = path.with_name(path.name + ".new")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            new.write_text(json.dumps(self.document(), indent=2) + "\n", encoding="utf-8")
-            new.replace(path)
-        except OSError as error:
-            raise StorageError(
-                f"cannot write {path}: {error.strerror}; free space or choose another folder"
-            ) from error
+        write_json(self.document(), path)
 
     @classmethod
     def read(cls, path: Path) -> Scorecard:
@@ -216,7 +253,7 @@ class Scorecard:
         if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
             got = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
             raise InputError(f"{path} has schema {got!r}; this version reads {SCHEMA!r}")
-        for part in ("baseline", "rows", "per_prompt", "lossless", "verdict"):
+        for part in ("baseline", "rows", "by_category", "lossless", "verdict"):
             if part in raw:
                 raw[part] = _map_leaves(raw[part], lambda x: math.nan if x is None else x)
         try:
@@ -236,9 +273,42 @@ class Scorecard:
                 ),
                 verdict=Verdict(**{**raw["verdict"], "best": Best(**raw["verdict"]["best"])}),
                 verification=_read_verification(raw.get("verification")),
+                by_category=[
+                    replace(CategoryRow(**item), speedup_ci95=tuple(item["speedup_ci95"]))
+                    for item in raw.get("by_category", [])
+                ],
+                example=_read_example(raw.get("example")),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a complete scorecard: {error}") from error
+
+
+def _read_example(raw: dict[str, Any] | None) -> Example | None:
+    if raw is None:
+        return None
+    return Example(**{**raw, "pieces": [(text, kind) for text, kind in raw["pieces"]]})
+
+
+def nullable(document: dict[str, Any]) -> dict[str, Any]:
+    """With null for every number that JSON cannot hold."""
+    return dict(
+        _map_leaves(
+            document, lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
+        )
+    )
+
+
+def write_json(document: dict[str, Any], path: Path) -> None:
+    """Raises `StorageError` where the file cannot be written; an older one then stays."""
+    new = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        new.replace(path)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}; free space or choose another folder"
+        ) from error
 
 
 def _read_verification(raw: dict[str, Any] | None) -> Verification:

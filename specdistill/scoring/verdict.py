@@ -1,21 +1,30 @@
-"""The verdict in words: does this draft pay on this machine, at which γ, and why."""
+"""The verdict in words: does this draft pay on this machine, at which γ, why, and what would make
+it pay.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from specdistill.scoring.scorecard import Best, Row, Verdict, Verification
-from specdistill.scoring.statistics import break_even
+from specdistill.scoring.statistics import Ratio, break_even, prompts_needed
 
 
-def verdict(rows: Sequence[Row], verification: Verification | None = None) -> Verdict:
-    """Judge by the fastest row: it pays where its whole 95% interval lies above 1. The speed of a
-    lossy verification is no speed of the target, and the reason says so first.
+def verdict(
+    rows: Sequence[Row],
+    verification: Verification | None = None,
+    doubts: Sequence[str] = (),
+) -> Verdict:
+    """Judge by the fastest row: it pays where its whole 95% interval lies above 1 and there are no
+    doubts about the figures. The speed of a lossy verification is no speed of the target, and the
+    reason says so first.
     """
     best = max(rows, key=lambda row: row.speedup)
-    needed = break_even(best.num_draft_tokens, best.cost_ratio, best.verify_ratio)
+    needed = break_even(best.acceptance_rate, best.num_draft_tokens, best.speedup)
+    affordable = _break_even_cost_ratio(best)
     low, high = best.speedup_ci95
-    pays = low > 1
+    pays = low > 1 and not doubts
     measured = (
         f"{best.speedup:.2f} times plain decoding [{low:.2f}, {high:.2f}] at γ = "
         f"{best.num_draft_tokens}, "
@@ -26,15 +35,47 @@ def verdict(rows: Sequence[Row], verification: Verification | None = None) -> Ve
         "draft step costs "
         f"{best.cost_ratio:.2f} and a verify pass {best.verify_ratio:.2f} of a plain step"
     )
-    if pays:
+    if doubts:
+        reason = f"These figures cannot be trusted: {'; '.join(doubts)}. They say {measured}."
+    elif pays:
         reason = f"The draft pays: {measured}; {why}."
     elif high < 1 or best.speedup < 1:
-        reason = f"The draft does not pay: {measured}; {why}."
+        reason = f"The draft does not pay: {measured}; {why}. {_remedy(best, needed, affordable)}"
     else:
-        unknown = f"Whether the draft pays cannot be shown with {best.prompts} prompts"
-        reason = f"{unknown}: {measured}; {why}."
+        unknown = f"Whether the draft pays cannot be shown with {prompts(best.prompts)}"
+        reason = f"{unknown}: {measured}; {why}.{_more_prompts(best)}"
     if verification is not None and verification.lossy:
         reason = f"{verification.label}: the text is not the target's. {reason}"
-    return Verdict(
-        pays, Best(best.temperature, best.num_draft_tokens, best.speedup), needed, reason
+    found = Best(best.temperature, best.num_draft_tokens, best.speedup)
+    return Verdict(pays, found, needed, reason, affordable)
+
+
+def _break_even_cost_ratio(row: Row) -> float:
+    """A round costs τ / speedup plain steps, γ·c of them the draft's; to cost τ, c must be so."""
+    excess = row.block_efficiency / row.speedup - row.block_efficiency
+    return row.cost_ratio - excess / row.num_draft_tokens
+
+
+def _remedy(row: Row, needed: float, affordable: float) -> str:
+    higher = f"an acceptance rate above {needed:.2f}"
+    cheaper = f"a draft step below {affordable:.3f} of a plain step"
+    if needed < 1 and affordable > 0:
+        times = row.cost_ratio / affordable
+        return f"It would pay with {higher}, or with {cheaper} ({times:.1f} times cheaper)."
+    if needed < 1:
+        return f"It would pay with {higher}; no cheaper draft alone would do."
+    if affordable > 0:
+        return f"It would pay with {cheaper}; no acceptance rate alone would do."
+    return (
+        "Neither a free draft nor one whose every token is accepted would pay at this γ: a round "
+        "costs too much here."
     )
+
+
+def _more_prompts(row: Row) -> str:
+    needed = prompts_needed(Ratio(row.speedup, *row.speedup_ci95), row.prompts)
+    return f" About {math.ceil(needed):,} prompts would show it." if math.isfinite(needed) else ""
+
+
+def prompts(count: int) -> str:
+    return "1 prompt" if count == 1 else f"{count:,} prompts"

@@ -1,29 +1,27 @@
-"""report.md: what a run did and found, written to be forwarded to people who were not there."""
+"""The words of a report, section by section, as Markdown."""
 
 from __future__ import annotations
 
-import json
 import math
-import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from specdistill.errors import InputError, StorageError
-from specdistill.models import DEMO
-from specdistill.plots import read_metrics
+from specdistill.errors import InputError
+from specdistill.report.serving import serving
 from specdistill.scoring.scorecard import ModelCard, Row, Scorecard
 
-# A name that only SpecDistill understands, and the model it was quantised from.
-KNOWN_ELSEWHERE = {DEMO: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 CAPTIONS = {
     "speedup.png": "Speedup over plain decoding by number of draft tokens γ, with 95% intervals. "
     "What the measurement falls short of the predicted curve is overhead.",
     "acceptance.png": "Left: acceptance rate by γ, before distillation in grey. "
-    "Right: acceptance by position within a round.",
+    "Right: acceptance by position within a round, with 95% intervals, wide where few rounds came "
+    "so far.",
+    "survival.png": "How far rounds get: the share in which at least so many draft tokens were "
+    "accepted. Dotted: what the draft's α would give if acceptance were independent.",
     "time.png": "What the time of one emitted token is spent on.",
+    "text.png": "One answer, the first prompt's, in the fastest setting: every token is the "
+    "draft's, or the target's after a rejection, or a bonus.",
     "training.png": "The loss during training, and what it bought on held-out prompts.",
 }
 WORDS = """\
@@ -40,54 +38,35 @@ independent acceptance and a free verify pass.
 - **MBSU**: τ / (γ · bytes read by the draft / bytes read by the target + 1); no clock in it."""
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `run_dir/report.md` from the files beside it; returns its path.
-
-    `scorecard.json` must be there; `scorecard_before.json`, `metrics.jsonl`, `config.yaml` and
-    `plots/` need not. Raises `InputError` for a file that cannot be read or a card without the row
-    its verdict names, `StorageError` if the report cannot be written.
+def document(
+    card: Scorecard,
+    before: Scorecard | None,
+    metrics: Sequence[dict[str, Any]],
+    config: str,
+    target: str,
+    run_dir: Path,
+) -> str:
+    """The whole report. `config` is the text of config.yaml, `target` what it calls the target.
+    Raises `InputError` for a card without the row its verdict names.
     """
-    card = Scorecard.read(run_dir / "scorecard.json")
-    before_path, metrics_path = run_dir / "scorecard_before.json", run_dir / "metrics.jsonl"
-    before = Scorecard.read(before_path) if before_path.exists() else None
-    metrics = read_metrics(metrics_path) if metrics_path.exists() else []
-    config, target = _read_config(run_dir / "config.yaml")
-    target = target or card.target.name
-    best = _best_row(card)
+    best = best_row(card)
     sections = [
         _verdict(card, best, target),
         _what_was_done(card, best, target, metrics),
         _before_after(card, before),
+        _by_category(card, best),
         _all_settings(card),
         _lossless(card),
         _pictures(run_dir / "plots"),
-        _serving(card, best, target, run_dir / "draft"),
+        serving(card, best, target, run_dir / "draft"),
         _limits(card, best),
         _how_measured(card),
         f"## Configuration\n\n```yaml\n{config.strip()}\n```" if config else "",
     ]
-    path = run_dir / "report.md"
-    try:
-        path.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}; is there room?") from error
-    return path
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _read_config(path: Path) -> tuple[str, str]:
-    """The file's text and the target it names; empty where there is none."""
-    if not path.exists():
-        return "", ""
-    try:
-        text = path.read_text(encoding="utf-8")
-        config = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
-    target = config.get("target") if isinstance(config, dict) else None
-    return text, target if isinstance(target, str) else ""
-
-
-def _best_row(card: Scorecard) -> Row:
+def best_row(card: Scorecard) -> Row:
     best = card.verdict.best
     for row in card.rows:
         if (row.temperature, row.num_draft_tokens) == (best.temperature, best.num_draft_tokens):
@@ -99,9 +78,9 @@ def _best_row(card: Scorecard) -> Row:
 
 
 def _verdict(card: Scorecard, best: Row, target: str) -> str:
-    low, high = (_number(end, 2) for end in best.speedup_ci95)
+    low, high = (number(end, 2) for end in best.speedup_ci95)
     speed = (
-        f"`{target}` decodes {_number(best.speedup, 2)} times as fast as without it "
+        f"`{target}` decodes {number(best.speedup, 2)} times as fast as without it "
         f"(T = {best.temperature:g}, γ = {best.num_draft_tokens}; 95% interval {low} to {high})"
     )
     pays = "The draft pays" if card.verdict.pays else "The draft does not pay"
@@ -110,13 +89,10 @@ def _verdict(card: Scorecard, best: Row, target: str) -> str:
         proof = f"but the output is not the target's ({card.verification.label})"
     elif not card.lossless.holds:
         proof = "but that the output does not change was NOT shown"
-    break_even = _number(card.verdict.break_even_acceptance, 2)
     return (
         f"# {_labelled(f'A draft for {target}', card)}\n\n"
         f"**{pays}: with it, {speed}, {proof}.**\n\n"
-        f"Why: {card.verdict.reason.rstrip('.')}. On this machine the best γ is as fast as plain "
-        f"decoding at an acceptance rate of {break_even}; the draft reaches "
-        f"{_number(best.acceptance_rate, 2)}."
+        f"Why: {card.verdict.reason}"
     )
 
 
@@ -154,7 +130,7 @@ def _before_after(card: Scorecard, before: Scorecard | None) -> str:
         t = f"{temperature:g}"
         for base in card.baseline:
             if base.temperature == temperature:
-                rate = _number(base.tokens_per_second, 1)
+                rate = number(base.tokens_per_second, 1)
                 lines.append([t, "none", "–", "–", "–", "1.00", rate, "1.00"])
         old_rows = [row for row in before.rows if row.temperature == temperature] if before else []
         if before and old_rows:
@@ -165,7 +141,7 @@ def _before_after(card: Scorecard, before: Scorecard | None) -> str:
             for new in card.rows:
                 if (new.temperature, new.num_draft_tokens) == (temperature, old.num_draft_tokens):
                     expected = (old.acceptance_rate_expected, new.acceptance_rate_expected)
-                    change = " to ".join(_number(value, 2) for value in expected)
+                    change = " to ".join(number(value, 2) for value in expected)
                     gains.append(f"{change} at T = {t}, γ = {new.num_draft_tokens}")
     note = "Each line shows the γ that was fastest at that temperature."
     if gains and before and before.verification == card.verification:
@@ -177,15 +153,33 @@ def _before_after(card: Scorecard, before: Scorecard | None) -> str:
 
 
 def _headline(row: Row) -> list[str]:
-    low, high = (_number(end, 2) for end in row.speedup_ci95)
+    low, high = (number(end, 2) for end in row.speedup_ci95)
     return [
         str(row.num_draft_tokens),
-        _number(row.acceptance_rate_expected, 3),
-        _number(row.acceptance_rate, 3),
-        _number(row.block_efficiency, 2),
-        _number(row.tokens_per_second, 1),
-        f"{_number(row.speedup, 2)} [{low}, {high}]",
+        number(row.acceptance_rate_expected, 3),
+        number(row.acceptance_rate, 3),
+        number(row.block_efficiency, 2),
+        number(row.tokens_per_second, 1),
+        f"{number(row.speedup, 2)} [{low}, {high}]",
     ]
+
+
+def _by_category(card: Scorecard, best: Row) -> str:
+    setting = (best.temperature, best.num_draft_tokens)
+    rows = [c for c in card.by_category if (c.temperature, c.num_draft_tokens) == setting]
+    if not rows:
+        return ""
+    head = ["category", "prompts", "α", "τ", "speedup [95% interval]"]
+    lines = []
+    for row in sorted(rows, key=lambda row: row.speedup, reverse=True):
+        low, high = (number(end, 2) for end in row.speedup_ci95)
+        rate, block = number(row.acceptance_rate, 3), number(row.block_efficiency, 2)
+        speed = f"{number(row.speedup, 2)} [{low}, {high}]"
+        lines.append([_cell(row.category), str(row.prompts), rate, block, speed])
+    return (
+        f"## By category of prompts\n\n{_table(head, lines)}\n\nAt T = {best.temperature:g}, γ = "
+        f"{best.num_draft_tokens}, the fastest setting of all prompts together."
+    )
 
 
 def _all_settings(card: Scorecard) -> str:
@@ -195,12 +189,12 @@ def _all_settings(card: Scorecard) -> str:
         [
             f"{row.temperature:g}",
             *_headline(row),
-            _number(row.predicted_speedup, 2),
-            _number(row.planned_speedup, 2),
-            _number(row.mbsu, 2),
-            _number(row.cost_ratio, 3),
-            _number(row.verify_ratio, 2),
-            _number(row.acceptance_per_proposal, 3),
+            number(row.predicted_speedup, 2),
+            number(row.planned_speedup, 2),
+            number(row.mbsu, 2),
+            number(row.cost_ratio, 3),
+            number(row.verify_ratio, 2),
+            number(row.acceptance_per_proposal, 3),
             f"{row.rounds:,}",
         ]
         for row in sorted(card.rows, key=lambda row: (row.temperature, row.num_draft_tokens))
@@ -257,9 +251,9 @@ def _lossless(card: Scorecard) -> str:
         "whatever the draft is. That was checked on this pair:\n",
         f"- Greedy decoding (T = 0): {greedy}",
         "- The target as its own draft: of the tokens tested, it accepted "
-        f"{_number(100 * proof.identity_acceptance, 2)}% (100% but for rounding).",
+        f"{number(100 * proof.identity_acceptance, 2)}% (100% but for rounding).",
         "- Sampling: a chi-square test of the tokens drawn against the target's probabilities "
-        f"gives p = {_number(proof.distribution_p_value, 3)}; only a p near 0 speaks against it.\n",
+        f"gives p = {number(proof.distribution_p_value, 3)}; only a p near 0 speaks against it.\n",
         f"In sum, the output is {'' if proof.holds else '**not shown to be** '}lossless.",
     ]
     if proof.ties:
@@ -274,65 +268,6 @@ def _pictures(folder: Path) -> str:
     names = [name for name in CAPTIONS if (folder / name).exists()]
     pictures = [f"![{CAPTIONS[name]}](plots/{name})\n\n{CAPTIONS[name]}" for name in names]
     return "\n\n".join(["## Pictures", *pictures]) if pictures else ""
-
-
-def _serving(card: Scorecard, best: Row, target: str, folder: Path) -> str:
-    draft = str(folder) if folder.is_dir() else card.draft.name
-    trimmed = card.draft.vocab_size < card.target.vocab_size
-    gamma = str(best.num_draft_tokens)
-    score = ["specdistill", "score", "--target", target, "--draft", draft]
-    score += ["--prompts", "PROMPTS.jsonl", "--out", "CARD.json", "--num-draft-tokens", gamma]
-    if card.verification.mode != "token":
-        score += ["--verification", card.verification.mode]
-    if card.verification.lenience:
-        score += ["--temperature", f"{best.temperature:g}"]
-        score += ["--lenience", card.verification.lenience]
-    parts = ["## How to serve the draft", "Score it on prompts of your own:", _shell(*score)]
-    outside = KNOWN_ELSEWHERE.get(target, "TARGET" if target.endswith(".gguf") else target)
-    if outside != target:
-        parts.append(
-            f"Other programs do not know the name `{target}`; below, `{outside}` stands for it. "
-            "Where that has other weights (not quantised, say), the output is what the target "
-            "served would say by itself, while acceptance and speed need scoring again."
-        )
-    if trimmed:
-        parts.append(
-            f"This draft's vocabulary is trimmed to {card.draft.vocab_size:,} of "
-            f"{card.target.vocab_size:,} tokens. Other engines need it at full vocabulary: write "
-            "it so with `specdistill export` first."
-        )
-    for engine, name in (("transformers", "Transformers"), ("vllm", "vLLM")):
-        parts.append(f"With {name}:")
-        exported = f"{draft}-{engine}" if trimmed else draft
-        if trimmed:
-            export = ["specdistill", "export", "--draft", draft, "--out", exported]
-            parts.append(_shell(*export, "--for", engine))
-        if engine == "vllm":
-            options = {"method": "draft_model", "model": exported}
-            speculative = json.dumps(options | {"num_speculative_tokens": best.num_draft_tokens})
-            parts.append(_shell("vllm", "serve", outside, "--speculative-config", speculative))
-        else:
-            parts.append(_transformers_snippet(card, outside, exported, gamma))
-    return "\n\n".join(parts)
-
-
-def _shell(*words: str) -> str:
-    return f"```sh\n{shlex.join(words)}\n```"
-
-
-def _transformers_snippet(card: Scorecard, target: str, draft: str, gamma: str) -> str:
-    target, draft = json.dumps(target), json.dumps(draft)  # also how Python quotes them
-    return f"""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained({target})
-target = AutoModelForCausalLM.from_pretrained({target}, dtype="{card.target.dtype}")
-draft = AutoModelForCausalLM.from_pretrained({draft}, dtype="{card.draft.dtype}")
-draft.generation_config.num_assistant_tokens = {gamma}
-inputs = tokenizer("Your prompt", return_tensors="pt")
-output = target.generate(**inputs, assistant_model=draft, max_new_tokens=128)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
-```"""
 
 
 def _limits(card: Scorecard, best: Row) -> str:
@@ -377,7 +312,7 @@ def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
 
 
-def _number(value: float, digits: int) -> str:
+def number(value: float, digits: int) -> str:
     """Fixed digits; a dash for what could not be measured."""
     return f"{value:.{digits}f}" if math.isfinite(value) else "–"
 

@@ -1,0 +1,190 @@
+"""Which draft tokens were accepted: by γ, by position in a round, along a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from scipy import stats
+
+from specdistill.plots import style
+from specdistill.scoring.scorecard import Example, Kind, Row, Scorecard
+
+
+def figure_acceptance(card: Scorecard, before: Scorecard | None = None) -> Figure:
+    """Left: α by γ, expected α as rings, `before` in grey. Right: acceptance by position at the
+    largest γ, given that all earlier ones were accepted (solid, with 95% intervals) and over all
+    rounds (dashed)."""
+    figure, (left, right) = style.panels(2, style.PANEL_HEIGHT)
+    styles = style.temperature_styles(card)
+    before_rows = before.rows if before else []
+    for temperature, rows in style.by_temperature(before_rows).items():
+        marker = styles.get(temperature, (style.GREY, "X"))[1]
+        _draw_acceptance(left, rows, style.GREY, marker, f"before, {style.t_is(temperature)}")
+    for temperature, rows in style.by_temperature(card.rows).items():
+        _draw_acceptance(left, rows, *styles[temperature], style.t_is(temperature))
+    style.integer_ticks(left, [row.num_draft_tokens for row in [*before_rows, *card.rows]])
+    left.set_xlabel(style.GAMMA_LABEL)
+    left.set_ylabel("acceptance rate α (accepted / tested)")
+    keys = [style.key(style.t_is(t), colour, "-", marker) for t, (colour, marker) in styles.items()]
+    keys.append(style.key("expected α", style.BLACK, "", "o", ms=style.RING, mfc="none"))
+    keys += [style.key("before distillation", style.GREY, "", "o")] if before_rows else []
+    style.legend(left, keys)
+
+    largest = max((row.num_draft_tokens for row in card.rows), default=1)
+    shares: list[float] = []
+    for row in card.rows:
+        if row.num_draft_tokens != largest:
+            continue
+        colour, marker = styles[row.temperature]
+        _draw_uncertainty(right, row, colour)
+        for values, line, name in (
+            (row.acceptance_by_position, "-", "given earlier"),
+            (row.survival_by_position, "--", "all rounds"),
+        ):
+            label = f"{name}, {style.t_is(row.temperature)}"
+            right.plot(range(1, len(values) + 1), values, line, **style.mark(colour, marker, label))
+            shares += values
+    style.integer_ticks(right, range(1, largest + 1))
+    right.set_xlabel(f"position in the round (γ = {largest})")
+    right.set_ylabel("share of draft tokens accepted")
+    conditional = style.key("if all earlier ones were accepted", style.BLACK, "-")
+    style.legend(right, [conditional, style.key("over all rounds", style.BLACK, "--")], columns=1)
+    for axes in (left, right):
+        axes.set_ylim(-0.03, 1.03)  # marks at 0 and at 1 stay whole
+    if title := style.verification(card, *([before] if before else [])):
+        figure.suptitle(title, fontsize=style.POINTS, fontweight="bold")
+    style.finish(left, [row.acceptance_rate for row in [*before_rows, *card.rows]])
+    style.finish(right, shares)
+    return figure
+
+
+def _draw_uncertainty(axes: Axes, row: Row, colour: str) -> None:
+    """95% intervals of the conditional rates: late positions are reached in few rounds."""
+    reached = [row.rounds * survival for survival in [1.0, *row.survival_by_position]]
+    for place, (rate, count) in enumerate(
+        zip(row.acceptance_by_position, reached, strict=False), start=1
+    ):
+        tested = max(round(count), 1)
+        interval = stats.binomtest(round(rate * tested), tested).proportion_ci(method="wilson")
+        axes.vlines(place, interval.low, interval.high, color=colour, lw=1, alpha=0.6)
+
+
+def _draw_acceptance(axes: Axes, rows: Sequence[Row], colour: str, marker: str, name: str) -> None:
+    gammas = [row.num_draft_tokens for row in rows]
+    expected = [row.acceptance_rate_expected for row in rows]
+    axes.plot(gammas, [row.acceptance_rate for row in rows], **style.mark(colour, marker, name))
+    ring = style.mark(colour, marker, f"expected, {name}") | {
+        "ls": "",
+        "ms": style.RING,
+        "mfc": "none",
+    }
+    axes.plot(gammas, expected, **ring)
+
+
+def figure_survival(cards: Mapping[str, Scorecard]) -> Figure:
+    """How far rounds get: over the position, the share of rounds accepted at least up to there, a
+    panel per temperature and a line per draft, at the largest γ of each. Dotted: αⁱ, what the
+    draft's α would give if acceptance did not depend on the position or on the round.
+    """
+    temperatures = sorted({row.temperature for card in cards.values() for row in card.rows})
+    figure, panels = style.panels(len(temperatures), style.PANEL_HEIGHT, share_y=True)
+    looks = dict(zip(cards, style.styles(), strict=False))
+    longest = max((r.num_draft_tokens for card in cards.values() for r in card.rows), default=1)
+    shown: dict[int, list[float]] = {index: [] for index in range(len(panels))}
+    for index, temperature in enumerate(temperatures):
+        axes = panels[index]
+        for name, card in cards.items():
+            rows = style.by_temperature(card.rows).get(temperature)
+            if not rows:
+                continue
+            row, (colour, marker) = rows[-1], looks[name]
+            survival = [1.0, *row.survival_by_position]
+            places = range(len(survival))
+            independent = [row.acceptance_rate**i for i in places]
+            axes.plot(places, independent, ":", color=colour, lw=1.2, label=f"αⁱ, {name}")
+            axes.plot(places, survival, **style.mark(colour, marker, name))
+            shown[index] += row.survival_by_position
+        axes.set_title(
+            style.t_is(temperature), fontsize=style.POINTS, fontweight="bold", loc="left"
+        )
+        axes.set_xlabel("draft tokens accepted, at least")
+    for index, axes in enumerate(panels):
+        style.integer_ticks(axes, range(longest + 1))
+        axes.set_ylim(-0.03, 1.03)
+        style.finish(axes, shown[index])
+    panels[0].set_ylabel("share of rounds")
+    keys = [style.key(name, colour, "-", marker) for name, (colour, marker) in looks.items()]
+    keys.append(style.key("αⁱ, if acceptance were independent", style.BLACK, ":", lw=1.2))
+    style.legend(figure, keys, title=style.verification(*cards.values()))
+    return figure
+
+
+# How a token came about, told by fill, weight and frame as well as by colour: name, face, edge,
+# letters.
+TEXT_LOOKS: dict[Kind, tuple[str, str, str, str]] = {
+    "accepted": ("accepted draft token", "#D6E6F2", "white", "black"),
+    "residual": ("after a rejection, by the target", style.VERMILLION, "white", "white"),
+    "bonus": ("bonus after full acceptance", "white", style.BLACK, "black"),
+}
+MAX_LINES = 30
+COLUMNS = 84  # of a fixed-width font at `style.POINTS`, across a page
+LINE_HEIGHT, LEGEND_HEIGHT = 0.21, 0.65  # inches
+
+
+def figure_text(example: Example) -> Figure:
+    """One answer, each token marked as accepted, residual or bonus; its first `MAX_LINES` lines."""
+    lines = _wrapped(example.pieces)
+    shown = lines[:MAX_LINES]
+    height = LINE_HEIGHT * len(shown) + LEGEND_HEIGHT
+    figure = Figure(figsize=(style.FULL_WIDTH, height))
+    axes = figure.add_axes((0.01, 0.01, 0.98, 1 - LEGEND_HEIGHT / height))
+    axes.set(xlim=(0, COLUMNS), ylim=(max(len(shown), 1), 0))
+    axes.axis("off")
+    for place, line in enumerate(shown):
+        for column, text, kind in line:
+            _, face, edge, ink = TEXT_LOOKS[kind]
+            corner, size = (column, place + 0.07), (len(text), 0.86)
+            box = Rectangle(corner, *size, facecolor=face, edgecolor=edge, lw=1)
+            box.set_zorder(2 if kind == "bonus" else 1)  # no neighbour covers its frame
+            axes.add_patch(box)
+            for offset, letter in enumerate(text):  # each in its cell, whatever the font
+                words = axes.text(column + offset + 0.5, place + 0.53, letter, color=ink)
+                words.set(ha="center", va="center", fontsize=style.POINTS, parse_math=False)
+                words.set_fontfamily("monospace")
+                words.set_fontweight("bold" if kind == "residual" else "normal")
+    keys = [
+        Patch(facecolor=face, edgecolor=edge, lw=1, label=name)
+        for name, face, edge, _ in TEXT_LOOKS.values()
+    ]
+    kept = sum(kind == "accepted" for _, kind in example.pieces)
+    more = f" (the first {MAX_LINES} lines)" if len(lines) > MAX_LINES else ""
+    title = (
+        f"prompt {example.prompt_id}, {style.t_is(example.temperature)}, γ = "
+        f"{example.num_draft_tokens}: {kept} of {len(example.pieces)} tokens are the draft's{more}"
+    )
+    style.legend(figure, keys, title=title)
+    return figure
+
+
+def _wrapped(pieces: Sequence[tuple[str, Kind]]) -> list[list[tuple[int, str, Kind]]]:
+    """Pieces with the column each begins at, line by line. One that does not fit goes to the next
+    line, or is cut where it is longer than a line; a line break shows as ⏎ and ends its line.
+    """
+    lines: list[list[tuple[int, str, Kind]]] = [[]]
+    column = 0
+    for piece, kind in pieces:
+        for text in piece.replace("\t", " ").splitlines(keepends=True) or ["·"]:
+            ends = text.endswith("\n")
+            shown = text.replace("\n", "⏎")[:COLUMNS]
+            if column + len(shown) > COLUMNS:
+                lines.append([])
+                column = 0
+            lines[-1].append((column, shown, kind))
+            column += len(shown)
+            if ends:
+                lines.append([])
+                column = 0
+    return [line for line in lines if line]

@@ -1,0 +1,148 @@
+"""What training bought: curves of one run or several, and a sweep's grid."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import EngFormatter
+
+from specdistill.errors import InputError
+from specdistill.plots import style
+from specdistill.scoring.statistics import planned_tokens
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl. Raises `InputError`, naming the line that is no JSON object."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read metrics {path}: {error}") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise InputError(
+                f"{path} line {number} is {line[:40]!r}, not a JSON object; if an interrupted run "
+                "cut the line off, delete it"
+            )
+        rows.append(row)
+    return rows
+
+
+def figure_training(metrics: list[dict[str, Any]]) -> Figure:
+    """By training tokens seen: the loss (left), and on held-out prompts expected α and greedy
+    match (right). Rows without the key "loss" or "expected_alpha" are left out of that panel."""
+    figure, (left, right) = style.panels(2, style.PANEL_HEIGHT)
+    logged = [row for row in metrics if "loss" in row]
+    held_out = [row for row in metrics if "expected_alpha" in row]
+    losses = [row["loss"] for row in logged]
+    point = "." if len(losses) == 1 else ""
+    left.plot(
+        [row["tokens"] for row in logged],
+        losses,
+        **style.mark(style.BLUE, point, "loss") | {"lw": 1.2},
+    )
+    left.set_ylabel("training loss per token")
+    shares: list[float] = []
+    for key, name, colour, marker in (
+        ("expected_alpha", "expected α", style.BLUE, "o"),
+        ("greedy_match", "greedy match", style.VERMILLION, "s"),
+    ):
+        values = [row.get(key, math.nan) for row in held_out]
+        right.plot([row["tokens"] for row in held_out], values, **style.mark(colour, marker, name))
+        shares += values
+    right.set_ylabel("share of held-out tokens")
+    right.set_ylim(-0.03, 1.03)
+    style.legend(right, right.get_lines())
+    for axes, values in ((left, losses), (right, shares)):
+        axes.set_xlim(left=0)
+        axes.set_xlabel("training tokens seen")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        style.finish(axes, values)
+    return figure
+
+
+def figure_runs(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], num_draft_tokens: int = 4
+) -> Figure:
+    """By training tokens seen, a line per run: expected α on held-out prompts (left), and the
+    tokens a round of `num_draft_tokens` would then emit, Σ αⁱ (right). Rows are a metrics.jsonl's.
+    """
+    figure, (left, right) = style.panels(2, style.PANEL_HEIGHT)
+    looks = dict(zip(runs, style.styles(), strict=False))
+    alphas: list[float] = []
+    for name, metrics in runs.items():
+        held_out = [row for row in metrics if "expected_alpha" in row]
+        tokens = [row["tokens"] for row in held_out]
+        mine = [row["expected_alpha"] for row in held_out]
+        emitted = [planned_tokens(alpha, num_draft_tokens) for alpha in mine]
+        left.plot(tokens, mine, **style.mark(*looks[name], name))
+        right.plot(tokens, emitted, **style.mark(*looks[name], name))
+        alphas += mine
+    left.set_ylabel("expected α on held-out prompts")
+    left.set_ylim(-0.03, 1.03)
+    right.set_ylabel(f"expected τ at γ = {num_draft_tokens}, from α")
+    right.set_ylim(0.9, num_draft_tokens + 1.1)
+    for axes in (left, right):
+        axes.set_xlim(left=0)
+        axes.set_xlabel("training tokens seen")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        style.finish(axes, alphas)
+    style.legend(figure, [style.key(n, c, "-", m) for n, (c, m) in looks.items()])
+    return figure
+
+
+def figure_sweep(rows: Sequence[tuple[str, str, float]], label: str) -> Figure:
+    """Heat map of (loss, policy, value) rows in their order, NaN or a pair that is missing left
+    blank with a dash, the best framed; `label` says what the values are. The numbers stand in the
+    cells. Raises `InputError` for no rows, or a pair that is given twice.
+    """
+    if not rows:
+        raise InputError("a sweep's picture needs at least one (loss, policy, value) row; got none")
+    losses = list(dict.fromkeys(loss for loss, _, _ in rows))
+    policies = list(dict.fromkeys(policy for _, policy, _ in rows))
+    values: dict[tuple[str, str], float] = {}
+    for loss, policy, value in rows:
+        if (loss, policy) in values:
+            raise InputError(
+                f"the sweep gives loss {loss!r} with policy {policy!r} twice; give one value, such "
+                "as the mean over seeds"
+            )
+        values[loss, policy] = value
+    grid = [[values.get((loss, policy), math.nan) for policy in policies] for loss in losses]
+    size = (1.9 + 1.0 * len(policies), 0.9 + 0.42 * len(losses))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(grid, cmap="cividis", aspect="auto")
+    known = {pair: value for pair, value in values.items() if math.isfinite(value)}
+    best = max(known, key=lambda pair: known[pair], default=None)
+    middle = (min(known.values()) + max(known.values())) / 2 if known else math.nan
+    for i, loss in enumerate(losses):
+        for j, policy in enumerate(policies):
+            value = grid[i][j]
+            words = axes.text(j, i, f"{value:#.3g}" if math.isfinite(value) else "–")
+            words.set(ha="center", va="center", fontsize=style.POINTS)
+            words.set_color("white" if value < middle else "black")
+            if (loss, policy) == best:
+                words.set_fontweight("bold")
+                corner = (j - 0.46, i - 0.44)
+                axes.add_patch(Rectangle(corner, 0.92, 0.88, fill=False, ec=style.VERMILLION, lw=2))
+    axes.set_xticks(range(len(policies)), policies, fontsize=style.POINTS)
+    axes.set_yticks(range(len(losses)), losses, fontsize=style.POINTS)
+    axes.set_xlabel("data policy", fontsize=style.POINTS)
+    axes.set_ylabel("loss", fontsize=style.POINTS)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes)
+    bar.set_label(label, fontsize=style.POINTS)
+    bar.ax.tick_params(labelsize=style.POINTS)
+    return figure

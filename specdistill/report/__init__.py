@@ -1,0 +1,55 @@
+"""report.md and report.html: what a run did and found, written to be forwarded to people who were
+not there.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from specdistill.errors import InputError, StorageError
+from specdistill.plots import read_metrics
+from specdistill.report.page import page
+from specdistill.report.text import document
+from specdistill.scoring.scorecard import Scorecard
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `run_dir/report.md` from the files beside it, and the same as report.html, one file
+    with its pictures in it; returns the path of the former.
+
+    `scorecard.json` must be there; `scorecard_before.json`, `metrics.jsonl`, `config.yaml` and
+    `plots/` need not. Raises `InputError` for a file that cannot be read or a card without the row
+    its verdict names, `StorageError` if a report cannot be written.
+    """
+    card = Scorecard.read(run_dir / "scorecard.json")
+    before_path, metrics_path = run_dir / "scorecard_before.json", run_dir / "metrics.jsonl"
+    before = Scorecard.read(before_path) if before_path.exists() else None
+    metrics = read_metrics(metrics_path) if metrics_path.exists() else []
+    config, target = _read_config(run_dir / "config.yaml")
+    text = document(card, before, metrics, config, target or card.target.name, run_dir)
+    path = run_dir / "report.md"
+    _write(path, text)
+    _write(run_dir / "report.html", page(text, card, run_dir))
+    return path
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}; is there room?") from error
+
+
+def _read_config(path: Path) -> tuple[str, str]:
+    """The file's text and the target it names; empty where there is none."""
+    if not path.exists():
+        return "", ""
+    try:
+        text = path.read_text(encoding="utf-8")
+        config = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    target = config.get("target") if isinstance(config, dict) else None
+    return text, target if isinstance(target, str) else ""

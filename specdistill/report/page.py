@@ -1,0 +1,71 @@
+"""report.html: the report as one file that needs neither network nor script."""
+
+from __future__ import annotations
+
+import base64
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+from jinja2 import Environment, StrictUndefined
+from markdown_it import MarkdownIt
+
+from specdistill.report.text import best_row, number
+from specdistill.scoring.scorecard import Scorecard
+
+
+class Figure(NamedTuple):
+    """A number that a reader looks for first, and what it is."""
+
+    value: str
+    name: str
+    note: str
+
+
+def page(text: str, card: Scorecard, run_dir: Path) -> str:
+    """`text` is the report in Markdown; its pictures lie in `run_dir` and are taken into the page.
+    What the text quotes, such as names of models, is never read as HTML.
+    """
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    heading, _, rest = text.partition("\n")
+    tokens = parser.parse(rest)
+    for token in tokens:
+        for child in token.children or []:
+            if child.type == "image":
+                picture = run_dir / str(child.attrs["src"])
+                child.attrs["src"] = _inline(picture)
+    body = parser.renderer.render(tokens, parser.options, {})
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    template = files("specdistill.report").joinpath("page.html").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        title=heading.removeprefix("# "), body=body, figures=_figures(card), pays=card.verdict.pays
+    )
+
+
+def _inline(picture: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+
+
+def _figures(card: Scorecard) -> list[Figure]:
+    best, proof = best_row(card), card.lossless
+    low, high = (number(end, 2) for end in best.speedup_ci95)
+    same, compared = proof.greedy_identical
+    shown = "yes" if proof.holds else "not shown"
+    return [
+        Figure(f"{number(best.speedup, 2)} ×", "speedup", f"95% interval {low} to {high}"),
+        Figure(
+            number(best.block_efficiency, 2),
+            "tokens per target call, τ",
+            f"γ = {best.num_draft_tokens}, T = {best.temperature:g}",
+        ),
+        Figure(
+            number(best.acceptance_rate, 2),
+            "acceptance rate, α",
+            f"pays above {number(card.verdict.break_even_acceptance, 2)}",
+        ),
+        Figure(
+            "no" if card.verification.lossy else shown,
+            "output unchanged",
+            f"{same} of {compared} greedy texts identical",
+        ),
+    ]

@@ -1,0 +1,124 @@
+"""Whether scorecards can be compared at all: sound ones of the same target, prompts, sampling,
+engine and machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+
+from specdistill.errors import InputError
+from specdistill.scoring.scorecard import Scorecard
+from specdistill.scoring.statistics import ratio_of_sums
+from specdistill.scoring.trust import NOISE, doubts, of_setting, round_cost, swapped_draft
+
+Cards = Mapping[str, Scorecard]  # by the name they are shown under
+
+
+def read_cards(paths: Sequence[Path]) -> dict[str, Scorecard]:
+    """Cards by the path they were asked for; a folder holds a scorecard.json. Raises `InputError`
+    for fewer than two, one named twice, or one that cannot be read.
+    """
+    if len(paths) < 2:
+        raise InputError(f"a comparison takes at least two scorecards; got {len(paths)}")
+    cards: dict[str, Scorecard] = {}
+    for path in paths:
+        if str(path) in cards:
+            raise InputError(f"{path} is named twice; name each scorecard once")
+        cards[str(path)] = Scorecard.read(card_file(path))
+    return cards
+
+
+def card_file(path: Path) -> Path:
+    return path / "scorecard.json" if path.is_dir() else path
+
+
+def obstacles(cards: Cards) -> list[str]:
+    """Why these cards cannot be compared, a sentence each, with the field and both values; none
+    where they can.
+    """
+    found = []
+    for name, card in cards.items():
+        found += [f"{name}: {doubt}" for doubt in doubts(card.baseline, card.rows, card.per_prompt)]
+        beside = card_file(Path(name)).parent / "draft"
+        if card_file(Path(name)).name == "scorecard.json" and beside.is_dir():
+            found += [f"{name}: {doubt}" for doubt in swapped_draft(card.draft, beside)]
+    if found:
+        return found
+    (first, one), *others = cards.items()
+    for name, other in others:
+        found += [
+            f"{field} differs: {mine} in {first}, {its} in {name}"
+            for field, (mine, its) in _different(one, other).items()
+        ]
+    found += _no_temperature(cards)
+    return found or _baselines(cards)
+
+
+def _different(one: Scorecard, other: Scorecard) -> dict[str, tuple[str, str]]:
+    """The conditions in which two cards differ, with both values."""
+    ours, theirs = _conditions(one), _conditions(other)
+    if one.target.sha256 == other.target.sha256:  # under whatever name
+        theirs["target"] = ours["target"]
+    return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+
+
+def _conditions(card: Scorecard) -> dict[str, str]:
+    """What must be the same for two speeds to be comparable."""
+    told = card.provenance
+    versions = told.get("versions", {})
+    engine = " ".join(filter(None, [told.get("engine"), versions.get(told.get("engine"))]))
+    libraries = [f"{name} {versions.get(name)}" for name in ("torch", "transformers")]
+    return {
+        "target": f"{card.target.name} (sha256 {card.target.sha256[:12]})",
+        "target dtype": card.target.dtype,
+        "prompts": f"{card.rows[0].prompts} (sha256 {str(told.get('prompts_sha256'))[:12]})",
+        "longest answer": f"{told.get('max_new_tokens')} tokens",
+        "sampling": card.verification.label if card.verification.lossy else "exact",
+        "engine": ", ".join([engine, *libraries]),
+        "machine": f"{told.get('device')}, {told.get('threads')} threads",
+    }
+
+
+def common_temperatures(cards: Cards) -> list[float]:
+    """Those that every card was scored at."""
+    each = [{row.temperature for row in card.rows} for card in cards.values()]
+    return sorted(set.intersection(*each))
+
+
+def _no_temperature(cards: Cards) -> list[str]:
+    if common_temperatures(cards):
+        return []
+    each = [
+        f"{', '.join(f'{t:g}' for t in sorted({row.temperature for row in card.rows}))} in {name}"
+        for name, card in cards.items()
+    ]
+    return [f"no temperature was scored in all: {'; '.join(each)}"]
+
+
+def _baselines(cards: Cards) -> list[str]:
+    """A verify pass of the target is the same work in every card, whatever the draft: where it
+    costs a different number of plain steps, the plain steps were slowed down in one.
+    """
+    found = []
+    for (one, ours), (other, theirs) in combinations(cards.items(), 2):
+        for temperature, num in sorted(_settings(ours) & _settings(theirs)):
+            mine = round_cost(of_setting(ours.per_prompt, temperature, num))
+            its = round_cost(of_setting(theirs.per_prompt, temperature, num))
+            if mine is None or its is None:
+                continue
+            ratio = ratio_of_sums([*mine[0], *its[1]], [*mine[1], *its[0]], seed=0)
+            if ratio.high < 1 - NOISE or ratio.low > 1 / (1 - NOISE):
+                slowed = one if ratio.value < 1 else other
+                found.append(
+                    f"plain decoding differs: at T = {temperature:g}, γ = {num} a round without "
+                    f"its draft steps costs {ratio.value:.2f} times as many plain steps in {one} "
+                    f"as in {other}, though both are the same target's; probably the plain steps "
+                    f"of {slowed} were slowed down, score it again"
+                )
+    return found
+
+
+def _settings(card: Scorecard) -> set[tuple[float, int]]:
+    return {(row.temperature, row.num_draft_tokens) for row in card.rows}

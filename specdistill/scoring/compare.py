@@ -1,0 +1,204 @@
+"""Which draft is faster: scorecards ranked by measured speed, with an interval for every
+difference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+from specdistill.errors import InputError
+from specdistill.scoring.comparable import Cards, common_temperatures, obstacles
+from specdistill.scoring.scorecard import PromptRow, Row, Scorecard, nullable
+from specdistill.scoring.statistics import Ratio, prompts_needed, ratio_of_sums
+from specdistill.scoring.trust import of_setting
+from specdistill.scoring.verdict import prompts as count_of
+
+SCHEMA = "specdistill.comparison/1"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A card's fastest setting at one temperature."""
+
+    card: str
+    draft: str
+    draft_sha256: str
+    temperature: float
+    num_draft_tokens: int
+    prompts: int
+    acceptance_rate: float
+    block_efficiency: float
+    tokens_per_second: float
+    plain_tokens_per_second: float
+    speedup: float
+    speedup_ci95: tuple[float, float]
+    label: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The speedup of `faster` over that of `slower`, each at its fastest γ. The measured ratio is
+    at least 1; `shown` tells whether its whole 95% interval is above 1, and `prompts_needed` how
+    many would probably show it where it is not (NaN where that cannot be said).
+    """
+
+    faster: str
+    slower: str
+    temperature: float
+    ratio: float
+    ratio_ci95: tuple[float, float]
+    prompts: int
+    shown: bool
+    prompts_needed: float
+
+    @property
+    def sentence(self) -> str:
+        where = f"T = {self.temperature:g}, {count_of(self.prompts)}"
+        if math.isnan(self.ratio_ci95[0]):
+            return (
+                f"Between {self.faster} and {self.slower} no difference can be shown ({where}): "
+                "an interval needs at least two"
+            )
+        low, high = map(_percent, self.ratio_ci95)
+        more = _percent(self.ratio)
+        if self.shown:
+            return f"{self.faster} is faster than {self.slower} by {more} [{low}, {high}] ({where})"
+        needed = (
+            f"about {_two_digits(self.prompts_needed)} would be needed"
+            if math.isfinite(self.prompts_needed)
+            else "they are equally fast, which no number of prompts would change"
+        )
+        return (
+            f"Between {self.faster} and {self.slower} no difference can be shown with "
+            f"{count_of(self.prompts)} (T = {self.temperature:g}: {more} [{low}, {high}]); {needed}"
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`standings` by temperature, and within each the fastest first."""
+
+    standings: list[Standing]
+    differences: list[Difference]
+
+    def document(self) -> dict[str, Any]:
+        """As JSON can hold it: what cannot be said is null."""
+        differences = [{**asdict(each), "sentence": each.sentence} for each in self.differences]
+        return nullable(
+            {
+                "schema": SCHEMA,
+                "comparable": True,
+                "standings": [asdict(standing) for standing in self.standings],
+                "differences": differences,
+            }
+        )
+
+
+def refusal(reasons: Sequence[str]) -> dict[str, Any]:
+    """The document in place of a comparison that cannot be made."""
+    return {"schema": SCHEMA, "comparable": False, "reasons": list(reasons)}
+
+
+def compare(cards: Cards, seed: int = 0) -> Comparison:
+    """Rank the cards at every temperature that all have, each by its fastest γ.
+
+    Speed is the speedup over plain decoding that was measured in turns with it: the plain decoding
+    of comparable cards is the same work, so this is the ratio of tokens per second with the
+    machine's drift between the scorings taken out. Differences are bootstrapped over prompts, each
+    resampled with all four of its runs. Raises `InputError` where there are `obstacles`.
+    """
+    if reasons := obstacles(cards):
+        raise InputError("these scorecards cannot be compared: " + "; ".join(reasons))
+    standings: list[Standing] = []
+    differences: list[Difference] = []
+    for temperature in common_temperatures(cards):
+        best = {name: card.best_row(temperature) for name, card in cards.items()}
+        ranked = sorted(best, key=lambda name: best[name].speedup, reverse=True)
+        standings += [_standing(name, cards[name], best[name]) for name in ranked]
+        differences += [
+            _difference(faster, slower, cards, best, seed)
+            for faster, slower in combinations(ranked, 2)
+        ]
+    return Comparison(standings, differences)
+
+
+def _standing(name: str, card: Scorecard, row: Row) -> Standing:
+    return Standing(
+        card=name,
+        draft=card.draft.name,
+        draft_sha256=card.draft.sha256,
+        temperature=row.temperature,
+        num_draft_tokens=row.num_draft_tokens,
+        prompts=row.prompts,
+        acceptance_rate=row.acceptance_rate,
+        block_efficiency=row.block_efficiency,
+        tokens_per_second=row.tokens_per_second,
+        plain_tokens_per_second=row.tokens_per_second / row.speedup,
+        speedup=row.speedup,
+        speedup_ci95=row.speedup_ci95,
+        label=card.verification.label,
+    )
+
+
+def _difference(
+    faster: str, slower: str, cards: Cards, best: Mapping[str, Row], seed: int
+) -> Difference:
+    fast, slow = (
+        _by_prompt(
+            of_setting(cards[name].per_prompt, best[name].temperature, best[name].num_draft_tokens)
+        )
+        for name in (faster, slower)
+    )
+    if fast.keys() != slow.keys():
+        raise InputError(
+            f"{faster} and {slower} name the same prompts differently; score one of them again"
+        )
+    pairs = [(fast[key], slow[key]) for key in fast]
+    ratio = ratio_of_sums(
+        [
+            [a.emitted for a, _ in pairs],
+            [a.baseline_seconds for a, _ in pairs],
+            [b.seconds for _, b in pairs],
+            [b.baseline_emitted for _, b in pairs],
+        ],
+        [
+            [b.emitted for _, b in pairs],
+            [b.baseline_seconds for _, b in pairs],
+            [a.seconds for a, _ in pairs],
+            [a.baseline_emitted for a, _ in pairs],
+        ],
+        seed,
+    )
+    return _judged(faster, slower, best[faster].temperature, ratio, len(pairs))
+
+
+def _judged(
+    faster: str, slower: str, temperature: float, ratio: Ratio, num_prompts: int
+) -> Difference:
+    shown = ratio.low > 1
+    return Difference(
+        faster,
+        slower,
+        temperature,
+        ratio.value,
+        (ratio.low, ratio.high),
+        num_prompts,
+        shown,
+        num_prompts if shown else prompts_needed(ratio, num_prompts),
+    )
+
+
+def _by_prompt(rows: Sequence[PromptRow]) -> dict[str, PromptRow]:
+    return {row.prompt_id: row for row in rows}
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):.1f}%"
+
+
+def _two_digits(count: float) -> str:
+    return f"{float(f'{count:.1e}'):,.0f}" if count >= 100 else f"{math.ceil(count)}"

@@ -1,0 +1,174 @@
+"""Scorecards of simulated timings, whose counts, sums and speeds agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from specdistill.scoring.categories import by_category
+from specdistill.scoring.scorecard import (
+    Baseline,
+    Lossless,
+    ModelCard,
+    PromptRow,
+    Row,
+    Scorecard,
+)
+from specdistill.scoring.statistics import planned_speedup, speedup_interval
+from specdistill.scoring.verdict import verdict
+
+STEP = 0.05  # seconds of a plain step
+VERIFY = 1.15  # a round without its draft steps, in plain steps
+DRAFT_STEP = 0.1
+
+
+def simulate(
+    alphas: Mapping[tuple[float, int], float],
+    *,
+    prompts: int = 24,
+    seed: int = 0,
+    workload: int = 0,
+    draft: str = "a",
+    noise: float = 0.03,
+    slowed: float = 1.0,
+    intervals: bool = True,
+) -> Scorecard:
+    """A card with a row for every (temperature, γ) of `alphas`, its acceptance rate.
+
+    `workload` draws the prompts: how long each answer is and how much easier than the others for
+    any draft. `seed` draws the timing noise and the machine's drift, which a prompt's runs share.
+    `slowed` is what plain decoding was slowed down by. Without `intervals`, which take time, those
+    of the rows and categories are left out.
+    """
+    asked = np.random.default_rng([7, workload])
+    lengths = asked.integers(40, 120, prompts)
+    ease = asked.normal(0, 0.25, prompts)
+    rng = np.random.default_rng([11, seed, workload])
+    per_prompt: list[PromptRow] = []
+    rows: list[Row] = []
+    baseline: list[Baseline] = []
+    drift = rng.uniform(0.7, 1.4, prompts)
+    for temperature in sorted({t for t, _ in alphas}):
+        plain = lengths * STEP * slowed * drift * rng.normal(1, noise, prompts)
+        baseline.append(
+            Baseline(
+                temperature,
+                lengths.sum() / plain.sum(),
+                prompts,
+                int(lengths.sum()),
+                plain.sum() / lengths.sum(),
+                {"prefill": 0.0, "target": float(plain.sum())},
+            )
+        )
+        for (t, gamma), alpha in sorted(alphas.items()):
+            if t != temperature:
+                continue
+            mine = 1 / (1 + np.exp(-(np.log(alpha / (1 - alpha)) + ease)))
+            block = sum(mine**i for i in range(gamma + 1))
+            emitted = lengths
+            if temperature:  # sampled texts have lengths of their own
+                emitted = np.round(lengths * rng.uniform(0.6, 1.4, prompts)).astype(int)
+            rounds = np.maximum(1, np.round(emitted / block)).astype(int)
+            accepted = emitted - rounds
+            tested = np.maximum(accepted, np.round(accepted / mine)).astype(int)
+            jitter = drift * rng.normal(1, noise, prompts)
+            drafting = rounds * gamma * DRAFT_STEP * STEP * jitter
+            verifying = rounds * VERIFY * STEP * jitter
+            seconds = drafting + verifying
+            per_prompt += [
+                PromptRow(
+                    prompt_id=f"p{i}",
+                    temperature=t,
+                    num_draft_tokens=gamma,
+                    emitted=int(emitted[i]),
+                    rounds=int(rounds[i]),
+                    seconds=float(seconds[i]),
+                    baseline_seconds=float(plain[i]),
+                    baseline_emitted=int(lengths[i]),
+                    tested=int(tested[i]),
+                    accepted=int(accepted[i]),
+                    verifying_seconds=float(verifying[i]),
+                    stepping_seconds=float(plain[i]),
+                    category=("reply", "steps")[i % 2],
+                )
+                for i in range(prompts)
+            ]
+            rows.append(
+                _row(
+                    t,
+                    gamma,
+                    per_prompt[-prompts:],
+                    float(drafting.sum()),
+                    float(verifying.sum()),
+                    intervals,
+                )
+            )
+    return Scorecard(
+        target=ModelCard("my/target", 1_000_000, 4_000_000, "float32", 512, "ab" * 32),
+        draft=ModelCard(f"run/{draft}", 100_000, 400_000, "float32", 512, (draft * 64)[:64]),
+        provenance={
+            "device": "a processor",
+            "threads": 2,
+            "dtype": "float32",
+            "versions": {"specdistill": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
+            "git": None,
+            "seed": seed,
+            "date": "2026-11-22T10:00:00+00:00",
+            "engine": "specdistill",
+            "max_new_tokens": 128,
+            "prompts_sha256": f"{prompts:032x}{workload:032x}",
+        },
+        baseline=baseline,
+        rows=rows,
+        per_prompt=per_prompt,
+        lossless=Lossless((prompts, prompts), [], 1.0, 0.4),
+        verdict=verdict(rows),
+        by_category=by_category(per_prompt, 0) if intervals else [],
+    )
+
+
+def _row(
+    temperature: float,
+    gamma: int,
+    prompts: list[PromptRow],
+    drafting: float,
+    verifying: float,
+    intervals: bool,
+) -> Row:
+    emitted, rounds = (sum(getattr(p, name) for p in prompts) for name in ("emitted", "rounds"))
+    tested, accepted = (sum(getattr(p, n) or 0 for p in prompts) for n in ("tested", "accepted"))
+    seconds, plain = (sum(getattr(p, n) for p in prompts) for n in ("seconds", "baseline_seconds"))
+    speedup = (emitted / seconds) / (sum(p.baseline_emitted for p in prompts) / plain)
+    columns = ("emitted", "seconds", "baseline_emitted", "baseline_seconds")
+    interval = (math.nan, math.nan)
+    if intervals:
+        interval = speedup_interval(*([getattr(p, c) for p in prompts] for c in columns), 0)
+    rate = accepted / tested
+    survival = [rate ** (i + 1) for i in range(gamma)]
+    return Row(
+        temperature=temperature,
+        num_draft_tokens=gamma,
+        prompts=len(prompts),
+        rounds=rounds,
+        proposed=rounds * gamma,
+        tested=tested,
+        accepted=accepted,
+        emitted=emitted,
+        acceptance_rate=rate,
+        acceptance_rate_expected=rate,
+        acceptance_per_proposal=accepted / (rounds * gamma),
+        acceptance_by_position=[rate] * gamma,
+        survival_by_position=survival,
+        block_efficiency=emitted / rounds,
+        tokens_per_second=emitted / seconds,
+        speedup=speedup,
+        speedup_ci95=interval,
+        cost_ratio=DRAFT_STEP,
+        verify_ratio=VERIFY,
+        predicted_speedup=emitted / rounds / (gamma * DRAFT_STEP + VERIFY),
+        planned_speedup=planned_speedup(rate, gamma, DRAFT_STEP),
+        mbsu=emitted / rounds / (gamma * 0.1 + 1),
+        seconds={"prefill": 0.0, "draft": drafting, "target": verifying},
+    )
