@@ -279,6 +279,9 @@ def distill(
     _setup(threads)
     from specdistill import distill as distillation
     from specdistill import models
+    from specdistill.distiller import configured_objective
+
+    configured_objective(settings)  # before the models are read
 
     target = models.load(settings.target, dtype=settings.dtype, device=settings.device)
     student = models.load(settings.draft, dtype="float32", device=settings.device)

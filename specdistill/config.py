@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from specdistill.errors import InputError
 
@@ -41,6 +41,16 @@ class Training(_Section):
         return self
 
 
+class Hints(_Section):
+    """Hidden-state hints, beside the loss. layers maps the draft's layers to the target's, from 1;
+    left out, every layer goes to the one at the same relative depth.
+    """
+
+    layers: dict[int, int] | None = None
+    kind: Literal["mse", "smooth_l1", "cosine"] = "mse"
+    weight: float = Field(1.0, gt=0)
+
+
 class DistillConfig(_Section):
     """`specdistill distill`. draft is a checkpoint folder (see `specdistill init`), data a folder
     of `specdistill generate`.
@@ -51,8 +61,14 @@ class DistillConfig(_Section):
     draft: str
     data: str
     run_dir: str
-    loss: dict[str, float] = {"fkl": 1.0}
-    temperature: float = Field(1.0, gt=0, description="of the distillation loss")
+    loss: dict[str, float] = Field({"fkl": 1.0}, description="a name, or weights by name")
+    temperature: float = Field(1.0, gt=0, description="of the losses of the KL family")
+    decoding_temperature: float = Field(1.0, gt=0, description="of the overlap losses")
+    beta: float | None = Field(None, description="of jsd; 0.5")
+    skew: float | None = Field(None, description="of skew_kl and skew_rkl; 0.1")
+    eta: float | None = Field(None, description="of lk_hybrid; 3")
+    num_draft_tokens: int | None = Field(None, ge=1, description="the block of e2e_tv")
+    hints: Hints | None = None
     signal: Literal["kept", "live"] = "kept"
     heldout: int = Field(
         32, ge=1, description="answers of the data kept out of training for the metrics"
@@ -63,6 +79,11 @@ class DistillConfig(_Section):
     dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     training: Training
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _by_name(cls, loss: object) -> object:
+        return {loss: 1.0} if isinstance(loss, str) else loss
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> DistillConfig:
@@ -111,7 +132,9 @@ def _explain(problem: Any) -> str:
     where = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         known = {name: name for name in DistillConfig.model_fields}
-        known |= {name: f"training.{name}" for name in Training.model_fields}
+        sections: dict[str, type[BaseModel]] = {"training": Training, "hints": Hints}
+        for section, model in sections.items():
+            known |= {name: f"{section}.{name}" for name in model.model_fields}
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {known[near[0]]!r}?" if near else f"known are {', '.join(known)}"
         return f"the unknown key {where!r}: {hint}"

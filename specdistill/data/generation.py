@@ -99,7 +99,7 @@ def generate(
                 if row.finished:
                     if keep_signal:
                         hidden, lse = zip(*pieces.pop(row.request_id), strict=True)
-                        example.hidden, example.logsumexp = torch.cat(hidden), torch.cat(lse)
+                        example.signal = {"hidden": torch.cat(hidden), "logsumexp": torch.cat(lse)}
                     finished.append(open_rows.pop(row.request_id))
                     settled += len(example.response_tokens)
                     answered += 1

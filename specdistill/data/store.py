@@ -29,16 +29,15 @@ MANIFEST = "manifest.json"
 
 @dataclass
 class Example:
-    """One answer of the target. hidden [n, d] and logsumexp [n] where the signal was kept, n
-    response tokens.
+    """One answer. signal: what was kept of the target at its n response tokens, tensors [n, ...]
+    by name.
     """
 
     id: str
     prompt_tokens: list[int]
     response_tokens: list[int]
     category: str | None = None
-    hidden: Tensor | None = None
-    logsumexp: Tensor | None = None
+    signal: dict[str, Tensor] | None = None
 
 
 @dataclass
@@ -121,11 +120,9 @@ class Store:
             Dataset.from_list(rows).to_parquet(stem.with_suffix(".parquet"))
             part["parquet_sha256"] = file_sha256(stem.with_suffix(".parquet"))
             if self.manifest.signal:
-                signal = {
-                    "hidden": torch.cat([_kept(e.hidden) for e in examples]),
-                    "logsumexp": torch.cat([_kept(e.logsumexp) for e in examples]),
-                }
-                save_file(signal, stem.with_suffix(".safetensors"))
+                signals = [_kept(e) for e in examples]
+                joined = {name: torch.cat([s[name] for s in signals]).cpu() for name in signals[0]}
+                save_file(joined, stem.with_suffix(".safetensors"))
                 part["signal_sha256"] = file_sha256(stem.with_suffix(".safetensors"))
             self._write(replace(self.manifest, parts=[*self.manifest.parts, part]))
         except (OSError, SafetensorError) as error:
@@ -198,12 +195,11 @@ def _read_part(stem: Path, part: dict[str, Any], signal: bool) -> Iterable[Examp
         example = Example(row["id"], row["prompt_tokens"], row["response_tokens"], row["category"])
         if tensors is not None:
             stop = start + len(example.response_tokens)
-            example.hidden = tensors["hidden"][start:stop]
-            example.logsumexp = tensors["logsumexp"][start:stop]
+            example.signal = {name: tensor[start:stop] for name, tensor in tensors.items()}
             start = stop
         yield example
 
 
-def _kept(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor.cpu()
+def _kept(example: Example) -> dict[str, Tensor]:
+    assert example.signal is not None
+    return example.signal
