@@ -217,9 +217,12 @@ def generate(
     seed: Annotated[int, typer.Option()] = 0,
     batch_size: Annotated[int, typer.Option(help="Rows decoded together.", min=1)] = 32,
     limit: Annotated[int | None, typer.Option(help="Use only the first so many prompts.")] = None,
-    keep_signal: Annotated[
-        bool, typer.Option(help="Keep hidden states and logsumexp for distillation.")
-    ] = True,
+    signal: Annotated[
+        str,
+        typer.Option(
+            help="What to keep of the target for distillation: states (exact), top-k:64 or none."
+        ),
+    ] = "states",
     split: Split = None,
     column: Column = None,
     dtype: Dtype = "auto",
@@ -241,8 +244,7 @@ def generate(
     _note_models(model)
     requests = [Request(p.id, encode_prompt(model.tokenizer, p), max_new_tokens) for p in asked]
     _note_cache(SpeculativeDecoder(model, batch_size=batch_size).cache_size(requests))
-    if keep_signal:
-        size = generation.signal_bytes(model, len(asked), max_new_tokens)
+    if size := generation.signal_bytes(model, len(asked), max_new_tokens, signal):
         _note(f"the signal of {len(asked)} answers takes at most {size:,} bytes in {out}")
     with _progress() as progress:
         store = generation.generate(
@@ -253,13 +255,19 @@ def generate(
             samplings=samplings,
             seed=seed,
             batch_size=batch_size,
-            keep_signal=keep_signal,
+            signal=signal,
             progress=progress,
         )
-    _tables(as_json).print(f"{len(store.done())} answers in {out}", soft_wrap=True)
-    _finish(
-        as_json, {"out": str(out), "answers": len(store.done()), "parts": len(store.manifest.parts)}
-    )
+    screen, tail = _tables(as_json), store.tail()
+    screen.print(f"{len(store.done())} answers in {out}", soft_wrap=True)
+    if tail is not None:
+        screen.print(
+            f"outside the kept tokens: {tail['tail_mass']:.3%} of the target's probability; a "
+            f"draft that learns what is kept and nothing else loses {tail['alpha_cost']:.4f} of α",
+            soft_wrap=True,
+        )
+    document = {"out": str(out), "answers": len(store.done()), "parts": len(store.manifest.parts)}
+    _finish(as_json, {**document, **(tail or {})})
 
 
 @app.command()

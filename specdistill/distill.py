@@ -11,6 +11,7 @@ from typing import Any
 from specdistill.batches import Batch, length_buckets, make_batch, updates
 from specdistill.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from specdistill.config import DistillConfig
+from specdistill.data.signal import kept_tokens
 from specdistill.data.store import Example, read_examples, read_manifest
 from specdistill.distiller import Distiller
 from specdistill.drafts import save_draft
@@ -59,7 +60,7 @@ def distill(
             f"{target.name}"
         )
     if config.signal == "kept":
-        _check_hints(config, draft, target)
+        _check_signal(config, manifest.signal, draft, target)
     examples = read_examples(Path(config.data), signal=config.signal == "kept")
     examples = [e for e in examples if e.response_tokens]
     if len(examples) <= config.heldout:
@@ -122,13 +123,26 @@ def distill(
     return run / DRAFT
 
 
-def _check_hints(config: DistillConfig, draft: LanguageModel, target: LanguageModel) -> None:
-    """The kept signal holds the target's last layer alone."""
-    if config.hints is None:
-        return
-    inner = {layer for _, layer in map_layers(config.hints.layers, draft, target)}
-    if inner != {target.num_layers}:
-        raise InputError(
-            f"hints ask for the target's layers {sorted(inner)}, and a kept signal has the last "
-            f"alone, {target.num_layers}; map to that one, or distil with signal: live"
-        )
+def _check_signal(
+    config: DistillConfig, kept: str, draft: LanguageModel, target: LanguageModel
+) -> None:
+    """The states kept are those of the target's last layer alone; top-k are no states, and belong
+    to temperature 1.
+    """
+    top_k = kept_tokens(kept) is not None
+    if config.hints is not None:
+        inner = {layer for _, layer in map_layers(config.hints.layers, draft, target)}
+        if top_k or inner != {target.num_layers}:
+            raise InputError(
+                f"hints ask for the target's layers {sorted(inner)}, and {config.data} keeps "
+                f"{kept!r}: {'no layer' if top_k else f'the last alone, {target.num_layers}'}; "
+                "distil with signal: live, or map to a layer that is kept"
+            )
+    if top_k:
+        for name in ("temperature", "decoding_temperature"):
+            if getattr(config, name) != 1:
+                raise InputError(
+                    f"{name} is {getattr(config, name)}, and {config.data} keeps {kept!r} of the "
+                    "target at temperature 1, which gives no other; keep 'states', or distil with "
+                    "signal: live"
+                )

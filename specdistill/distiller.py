@@ -134,7 +134,7 @@ class Distiller:
 
         def target(temperature: float) -> Target:
             if "log_tail" in signal:
-                return TargetTopK(signal["tokens"], signal["log_probs"], signal["log_tail"])
+                return TargetTopK(signal["tokens"].long(), signal["log_probs"], signal["log_tail"])
             kept = signal.get("logsumexp") if temperature == 1 else None  # it belongs to 1
             return TargetStates(signal["hidden"].to(kind), self.target_head, kept, temperature)
 
@@ -165,7 +165,7 @@ class Distiller:
         """The batch with all that `evaluate` asks of the target, which is then asked once."""
         signal = dict(self.signal(batch))
         if "log_tail" in signal:
-            return replace(batch, signal=signal | {"best": signal["tokens"][:, 0]})
+            return replace(batch, signal=signal | {"best": signal["tokens"][:, 0].long()})
         chunks = signal["hidden"].split(self.config.training.chunk)
         logits = [self.target.logits(rows) for rows in chunks]
         signal["best"] = torch.cat([part.argmax(-1) for part in logits])

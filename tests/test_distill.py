@@ -222,7 +222,7 @@ def test_foreign_data_is_refused(world: dict[str, str], tmp_path: Path, tiny: Ti
 
 def test_hints_on_inner_layers_need_a_live_target(world: dict[str, str], tmp_path: Path) -> None:
     config = settings(world, tmp_path / "run", hints={})
-    with pytest.raises(InputError, match=r"layers \[2, 4\].*last alone, 4; .*signal: live"):
+    with pytest.raises(InputError, match=r"layers \[2, 4\].*'states': the last alone, 4; .*live"):
         run(config)
     for more in ({"hints": {"layers": {2: 4}}}, {"hints": {}, "signal": "live"}):
         rows = run(settings(world, tmp_path / f"{len(more)}", **more, training={"max_steps": 2}))

@@ -64,7 +64,7 @@ def answer(
 ) -> list[Example]:
     settings = {"max_new_tokens": LENGTH, "samplings": [SAMPLED], "seed": 3, "batch_size": 5}
     generate(target, prompts, folder, **{**settings, **changes})
-    return read_examples(folder, signal=changes.get("keep_signal", True))
+    return read_examples(folder, signal=changes.get("signal") != "none")
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_the_kept_signal_gives_the_logits_back(
 def test_without_a_signal_the_answers_are_the_same(
     target: LanguageModel, tmp_path: Path, whole: dict[str, Example]
 ) -> None:
-    examples = answer(target, tmp_path / "data", keep_signal=False)
+    examples = answer(target, tmp_path / "data", signal="none")
     assert {e.id: e.response_tokens for e in examples} == {
         e.id: e.response_tokens for e in whole.values()
     }
@@ -309,7 +309,7 @@ def test_a_disk_too_small_is_refused_before_any_work(
     for part in (f"{needed:,}", f"{free:,} free", str(tmp_path / "data"), "keep no signal"):
         assert part in str(caught.value)
     # The advice works, in the same folder too.
-    assert len(answer(target, tmp_path / "data", keep_signal=False)) == len(PROMPTS)
+    assert len(answer(target, tmp_path / "data", signal="none")) == len(PROMPTS)
     free = needed
     assert len(answer(target, tmp_path / "room")) == len(PROMPTS)
 
@@ -405,7 +405,8 @@ def test_a_folder_that_cannot_be_written(target: LanguageModel, tmp_path: Path) 
         ({"max_new_tokens": LENGTH + 1}, "settings"),
         ({"samplings": [Sampling(0.9, top_k=20)]}, "settings"),
         ({"samplings": [SAMPLED, Sampling()]}, "settings"),
-        ({"keep_signal": False}, "signal"),
+        ({"signal": "none"}, "signal"),
+        ({"signal": "top-k:8"}, "signal"),
         ({"prompts": PROMPTS[:20]}, "prompts_sha256"),
         ({"prompts": [*PROMPTS[:20], ask(22)[21]]}, "prompts_sha256"),
     ],
@@ -504,9 +505,9 @@ def test_a_damaged_manifest_is_refused_by_name(
 def test_a_manifest_of_a_later_version_is_refused(finished: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(finished, tmp_path / "data")
     raw = json.loads((folder / MANIFEST).read_text())
-    for change in ({"schema": "specdistill.generations/2"}, {"more": 1, "schema": "other/9"}):
+    for change in ({"schema": "specdistill.generations/3"}, {"more": 1, "schema": "other/9"}):
         (folder / MANIFEST).write_text(json.dumps({**raw, **change}))
-        with pytest.raises(InputError, match=f"{change['schema']}.*specdistill.generations/1"):
+        with pytest.raises(InputError, match=f"{change['schema']}.*specdistill.generations/2"):
             read_examples(folder, signal=True)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from specdistill.data.chat import encode_prompt
 from specdistill.data.prompts import Prompt
+from specdistill.data.signal import NONE, STATES, bytes_per_token, keep, kept_tokens
 from specdistill.data.store import Example, Manifest, Store, tokenizer_sha256
 from specdistill.decoding import GREEDY, Request, Sampling, SpeculativeDecoder
 from specdistill.decoding.sampling import row_seed
@@ -24,13 +25,11 @@ from specdistill.progress import Progress, silent
 PART = 64  # answers a part
 
 
-def signal_bytes(target: LanguageModel, prompts: int, max_new_tokens: int) -> int:
-    """Upper bound of the kept signal: d values in the head's dtype and a logsumexp in that of the
-    logits for each response token.
-    """
-    logsumexp = torch.promote_types(target.dtype, torch.float32).itemsize
-    a_token = target.head.weight.shape[1] * target.dtype.itemsize + logsumexp
-    return prompts * max_new_tokens * a_token
+def signal_bytes(
+    target: LanguageModel, prompts: int, max_new_tokens: int, signal: str = STATES
+) -> int:
+    """Upper bound of what the kept signal takes."""
+    return prompts * max_new_tokens * bytes_per_token(target, signal)
 
 
 def generate(
@@ -42,7 +41,7 @@ def generate(
     samplings: Sequence[Sampling] = (GREEDY,),
     seed: int = 0,
     batch_size: int = 32,
-    keep_signal: bool = True,
+    signal: str = STATES,
     max_seconds: float | None = None,
     progress: Progress = silent,
 ) -> Store:
@@ -56,7 +55,8 @@ def generate(
     """
     if not prompts or not samplings:
         raise InputError("there are no prompts to answer, or no sampling to answer with")
-    store = Store(folder, _manifest(target, prompts, max_new_tokens, samplings, seed, keep_signal))
+    kept_tokens(signal)  # a kind there is
+    store = Store(folder, _manifest(target, prompts, max_new_tokens, samplings, seed, signal))
     done = store.done()
     by_id = {prompt.id: prompt for prompt in prompts}
     requests = [
@@ -73,7 +73,7 @@ def generate(
     requests.sort(
         key=lambda request: list(request.tokens)
     )  # neighbours share what they begin with; ids seed the draws
-    needed = signal_bytes(target, len(requests), max_new_tokens) if keep_signal else 0
+    needed = signal_bytes(target, len(requests), max_new_tokens, signal)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise StorageError(
@@ -81,7 +81,7 @@ def generate(
             f"{free:,} free; keep no signal, "
             "shorten the answers or choose another disk"
         )
-    decoder = SpeculativeDecoder(target, batch_size=batch_size, keep_hidden=keep_signal)
+    decoder = SpeculativeDecoder(target, batch_size=batch_size, keep_hidden=signal != NONE)
     open_rows = {r.id: Example(r.id, list(r.tokens), [], by_id[r.id].category) for r in requests}
     pieces: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {r.id: [] for r in requests}
     finished: list[Example] = []
@@ -97,9 +97,9 @@ def generate(
                 if row.hidden is not None and row.logsumexp is not None:
                     pieces[row.request_id].append((row.hidden, row.logsumexp))
                 if row.finished:
-                    if keep_signal:
-                        hidden, lse = zip(*pieces.pop(row.request_id), strict=True)
-                        example.signal = {"hidden": torch.cat(hidden), "logsumexp": torch.cat(lse)}
+                    if signal != NONE:
+                        hidden, lse = map(torch.cat, zip(*pieces.pop(row.request_id), strict=True))
+                        example.signal = keep(target, hidden, lse, signal)
                     finished.append(open_rows.pop(row.request_id))
                     settled += len(example.response_tokens)
                     answered += 1
@@ -122,7 +122,7 @@ def _manifest(
     max_new_tokens: int,
     samplings: Sequence[Sampling],
     seed: int,
-    keep_signal: bool,
+    signal: str,
 ) -> Manifest:
     asked = json.dumps([[p.id, list(p.messages)] for p in prompts])
     return Manifest(
@@ -136,5 +136,5 @@ def _manifest(
             "dtype": str(target.dtype),
             "samplings": [asdict(sampling) for sampling in samplings],
         },
-        signal=keep_signal,
+        signal=signal,
     )

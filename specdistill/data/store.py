@@ -1,9 +1,6 @@
-"""Target generations on disk: Parquet parts, and beside each the target's signal, under one
-manifest.
-
-The exact signal is the final hidden state (after the last norm, in the head's dtype) and the
-logsumexp of every response position: the target's head turns it back into all logits. A part counts
-once the manifest lists it, so an interruption loses at most the part being written.
+"""Target generations on disk: Parquet parts, and beside each a safetensors shard of the target's
+signal (see `signal.py`), under one manifest with their checksums. A part counts once the manifest
+lists it, so an interruption loses at most the part being written.
 """
 
 from __future__ import annotations
@@ -20,10 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from specdistill.data.signal import ALPHA_COST, NONE
 from specdistill.errors import InputError, StorageError
 from specdistill.models import LanguageModel, file_sha256
 
-SCHEMA = "specdistill.generations/1"
+SCHEMA = "specdistill.generations/2"
 MANIFEST = "manifest.json"
 
 
@@ -51,7 +49,7 @@ class Manifest:
     tokenizer_sha256: str
     prompts_sha256: str
     settings: dict[str, Any]
-    signal: bool
+    signal: str
     parts: list[dict[str, Any]] = field(default_factory=list)
     schema: str = SCHEMA
 
@@ -99,6 +97,15 @@ class Store:
         """Ids of the prompts answered so far."""
         return {id_ for part in self.manifest.parts for id_ in part["ids"]}
 
+    def tail(self) -> dict[str, float] | None:
+        """Of a top-k signal, the mean over tokens of the tail's mass and of `alpha_cost`."""
+        parts = self.manifest.parts
+        if not parts or "tail_mass" not in parts[0]:
+            return None
+        tokens = sum(part["tokens"] for part in parts)
+        names = ("tail_mass", ALPHA_COST)
+        return {name: sum(part[name] for part in parts) / max(tokens, 1) for name in names}
+
     def append(self, examples: list[Example]) -> None:
         """Write one part and list it. Raises `StorageError` when the disk is full; listed parts
         stay intact.
@@ -115,13 +122,17 @@ class Store:
             }
             for e in examples
         ]
-        part: dict[str, Any] = {"ids": [e.id for e in examples]}
+        tokens = sum(len(e.response_tokens) for e in examples)
+        part: dict[str, Any] = {"ids": [e.id for e in examples], "tokens": tokens}
         try:
             Dataset.from_list(rows).to_parquet(stem.with_suffix(".parquet"))
             part["parquet_sha256"] = file_sha256(stem.with_suffix(".parquet"))
-            if self.manifest.signal:
+            if self.manifest.signal != NONE:
                 signals = [_kept(e) for e in examples]
                 joined = {name: torch.cat([s[name] for s in signals]).cpu() for name in signals[0]}
+                if "log_tail" in joined:
+                    part["tail_mass"] = joined["log_tail"].exp().sum().item()
+                    part[ALPHA_COST] = joined.pop(ALPHA_COST).sum().item()
                 save_file(joined, stem.with_suffix(".safetensors"))
                 part["signal_sha256"] = file_sha256(stem.with_suffix(".safetensors"))
             self._write(replace(self.manifest, parts=[*self.manifest.parts, part]))
@@ -148,8 +159,8 @@ def read_manifest(folder: Path) -> Manifest:
         if raw["schema"] != SCHEMA:
             raise InputError(f"{file} has schema {raw['schema']!r}; this version reads {SCHEMA!r}")
         manifest = Manifest(**raw)
-        if not all({"ids", "parquet_sha256"} <= part.keys() for part in manifest.parts):
-            raise ValueError("a part lacks its ids or its hash")
+        if not all({"ids", "tokens", "parquet_sha256"} <= part.keys() for part in manifest.parts):
+            raise ValueError("a part lacks its ids, tokens or hash")
     except OSError:
         raise InputError(
             f"{folder} holds no {MANIFEST}: not a folder made by `specdistill generate`"
@@ -166,7 +177,7 @@ def read_examples(folder: Path, *, signal: bool) -> list[Example]:
     `StorageError` by name.
     """
     manifest = read_manifest(folder)
-    if signal and not manifest.signal:
+    if signal and manifest.signal == NONE:
         raise InputError(f"{folder} keeps no signal; generate with it, or distil with signal: live")
     examples: list[Example] = []
     for number, part in enumerate(manifest.parts):
