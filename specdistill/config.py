@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from specdistill.errors import InputError
+from specdistill.limits import MAX_DRAFT_TOKENS
 
 
 class _Section(BaseModel):
@@ -51,6 +52,53 @@ class Hints(_Section):
     weight: float = Field(1.0, gt=0)
 
 
+_SAMPLED = {
+    "refresh_every": 100,
+    "prompts": 64,
+    "max_new_tokens": 64,
+    "sample_temperature": 1.0,
+}
+# The settings each policy has, and their defaults.
+POLICY_SETTINGS: dict[str, dict[str, Any]] = {
+    "target": {},
+    "fixed": {},
+    "draft": _SAMPLED,
+    "mixed": _SAMPLED | {"share": 0.5},
+    "skd": _SAMPLED | {"top_k": 25, "block": 4},
+    "induced": _SAMPLED | {"block": 4},
+}
+
+
+class Policy(_Section):
+    """Where the training tokens come from, see `policies.py`. A plain name takes its defaults."""
+
+    name: Literal["target", "fixed", "draft", "mixed", "skd", "induced"] = "target"
+    refresh_every: int | None = Field(None, ge=1, description="steps between new samples")
+    prompts: int | None = Field(None, ge=1, description="of the data, sampled at each refresh")
+    max_new_tokens: int | None = Field(None, ge=1)
+    sample_temperature: float | None = Field(None, ge=0, description="of draft and target")
+    share: float | None = Field(None, ge=0, le=1, description="of the draft's samples: GKD's λ")
+    top_k: int | None = Field(None, ge=1, description="of the target, that skd lets pass")
+    block: int | None = Field(None, ge=1, le=MAX_DRAFT_TOKENS, description="proposals a round")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_of_its_own(cls, raw: object) -> object:
+        raw = {"name": raw} if isinstance(raw, str) else raw
+        if not isinstance(raw, dict):
+            return raw
+        name = raw.get("name", "target")
+        own = POLICY_SETTINGS.get(name, {}) if isinstance(name, str) else {}
+        for key in cls.model_fields:
+            if key != "name" and key not in own and raw.get(key) is not None:
+                raise ValueError(f"the policy {name!r} has no {key}; it has {', '.join(own)}")
+        return {**own, **{key: value for key, value in raw.items() if value is not None}}
+
+    def own(self) -> dict[str, Any]:
+        """The settings that this policy has."""
+        return {key: getattr(self, key) for key in POLICY_SETTINGS[self.name]}
+
+
 class DistillConfig(_Section):
     """`specdistill distill`. draft is a checkpoint folder (see `specdistill init`), data a folder
     of `specdistill generate`.
@@ -69,6 +117,7 @@ class DistillConfig(_Section):
     eta: float | None = Field(None, description="of lk_hybrid; 3")
     num_draft_tokens: int | None = Field(None, ge=1, description="the block of e2e_tv")
     hints: Hints | None = None
+    policy: Policy = Policy()
     signal: Literal["kept", "live"] = "kept"
     heldout: int = Field(
         32, ge=1, description="answers of the data kept out of training for the metrics"
@@ -84,6 +133,15 @@ class DistillConfig(_Section):
     @classmethod
     def _by_name(cls, loss: object) -> object:
         return {loss: 1.0} if isinstance(loss, str) else loss
+
+    @model_validator(mode="after")
+    def _a_signal_for_its_tokens(self) -> DistillConfig:
+        if self.signal == "kept" and self.policy.name != "target":
+            raise ValueError(
+                f"nothing of the target is kept for the tokens of policy {self.policy.name!r}; set "
+                "signal: live"
+            )
+        return self
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> DistillConfig:
@@ -132,7 +190,11 @@ def _explain(problem: Any) -> str:
     where = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         known = {name: name for name in DistillConfig.model_fields}
-        sections: dict[str, type[BaseModel]] = {"training": Training, "hints": Hints}
+        sections: dict[str, type[BaseModel]] = {
+            "training": Training,
+            "hints": Hints,
+            "policy": Policy,
+        }
         for section, model in sections.items():
             known |= {name: f"{section}.{name}" for name in model.model_fields}
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)

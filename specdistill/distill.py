@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from specdistill.batches import Batch, length_buckets, make_batch, updates
 from specdistill.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from specdistill.config import DistillConfig
-from specdistill.data.signal import kept_tokens
-from specdistill.data.store import Example, read_examples, read_manifest
+from specdistill.data.signal import NONE, kept_tokens
+from specdistill.data.store import Example, read_manifest
 from specdistill.distiller import Distiller
 from specdistill.drafts import save_draft
 from specdistill.errors import InputError
 from specdistill.hints import map_layers
 from specdistill.models import LanguageModel
+from specdistill.policies import Source, examples_at, forget_samples, read_given
 from specdistill.progress import Progress, silent
 from specdistill.run_folder import (
     CHECKPOINTS,
     DRAFT,
+    SAMPLES,
     append_metrics,
     check_run,
     keep_metrics,
@@ -35,6 +39,34 @@ def rate(spent: float, config: DistillConfig) -> float:
     if spent < warmup:
         return peak * max(spent / warmup, 0.01)
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min((spent - warmup) / (1 - warmup), 1))))
+
+
+def spent(state: dict[str, Any], config: DistillConfig) -> float:
+    """The share of the budget that is used; sampling counts as training time."""
+    if config.training.max_steps is not None:
+        return state["step"] / config.training.max_steps
+    return state["seconds"] / (config.training.max_seconds or 1)
+
+
+def schedule(
+    examples: Callable[[int], list[Example]], config: DistillConfig, step: int
+) -> Iterator[list[list[Example]]]:
+    """The micro-batches of each update from `step` on, without end, over `examples(step)`, which
+    are asked for anew at every multiple of the policy's `refresh_every`.
+    """
+    training, period = config.training, config.policy.refresh_every
+    while True:
+        first = 0 if period is None else step - step % period
+        stream = updates(
+            examples(first),
+            training.batch_tokens,
+            training.accumulate,
+            config.seed + first,
+            skip=step - first,
+        )
+        for groups in islice(stream, None if period is None else first + period - step):
+            yield groups
+            step += 1
 
 
 def distill(
@@ -53,16 +85,9 @@ def distill(
     check_run(config, resume)
     run = Path(config.run_dir)
     checkpoints = run / CHECKPOINTS
-    manifest = read_manifest(Path(config.data))
-    if config.signal == "kept" and manifest.target_sha256 != target.sha256():
-        raise InputError(
-            f"the signal in {config.data} was kept from {manifest.target}, another model than "
-            f"{target.name}"
-        )
     if config.signal == "kept":
-        _check_signal(config, manifest.signal, draft, target)
-    examples = read_examples(Path(config.data), signal=config.signal == "kept")
-    examples = [e for e in examples if e.response_tokens]
+        _check_signal(config, draft, target)
+    examples = read_given(config, target)
     if len(examples) <= config.heldout:
         raise InputError(
             f"{config.data} has {len(examples)} answers; heldout: {config.heldout} leaves none "
@@ -74,9 +99,11 @@ def distill(
     state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0}
     if resume and (checkpoint := find_checkpoint(checkpoints)):
         state = load_checkpoint(checkpoint, distiller.parameters, distiller.optimizer)
+    forget_samples(run / SAMPLES, state["step"])
     keep_metrics(run, state["step"])
     write_config(config, target)
     budget = config.training
+    source = Source(training, target, draft, config.policy, config.seed)
 
     def batch(group: list[Example]) -> Batch:
         return make_batch(group, 0, draft.device)
@@ -88,17 +115,10 @@ def distill(
     evaluation = [distiller.heldout(batch(group)) for group in groups_heldout]
     if state["step"] == 0:
         record(distiller.evaluate(evaluation))
-    for groups in updates(
-        training, budget.batch_tokens, budget.accumulate, config.seed, skip=state["step"]
-    ):
-        share = (
-            state["step"] / budget.max_steps
-            if budget.max_steps
-            else state["seconds"] / (budget.max_seconds or 1)
-        )
-        if share >= 1:
-            break
+    stream = schedule(lambda step: examples_at(source, step, run / SAMPLES), config, state["step"])
+    while (share := spent(state, config)) < 1:
         start = time.perf_counter()
+        groups = next(stream)
         metrics = distiller.step([batch(group) for group in groups], rate(share, config))
         state["seconds"] += time.perf_counter() - start
         state["step"] += 1
@@ -123,12 +143,19 @@ def distill(
     return run / DRAFT
 
 
-def _check_signal(
-    config: DistillConfig, kept: str, draft: LanguageModel, target: LanguageModel
-) -> None:
-    """The states kept are those of the target's last layer alone; top-k are no states, and belong
+def _check_signal(config: DistillConfig, draft: LanguageModel, target: LanguageModel) -> None:
+    """The states kept are those of this target's last layer alone; top-k are no states, and belong
     to temperature 1.
     """
+    manifest = read_manifest(Path(config.data))
+    if manifest.target_sha256 != target.sha256():
+        raise InputError(
+            f"the signal in {config.data} was kept from {manifest.target}, another model than "
+            f"{target.name}"
+        )
+    kept = manifest.signal
+    if kept == NONE:
+        return  # reading it says so
     top_k = kept_tokens(kept) is not None
     if config.hints is not None:
         inner = {layer for _, layer in map_layers(config.hints.layers, draft, target)}

@@ -16,7 +16,8 @@ from specdistill.errors import InputError, StorageError
 from specdistill.models import LanguageModel
 from specdistill.provenance import device_name, git_commit, versions
 
-CONFIG, METRICS, CHECKPOINTS, DRAFT = "config.yaml", "metrics.jsonl", "checkpoints", "draft"
+CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
+SAMPLES, DRAFT = "samples", "draft"
 _MAY_DIFFER = {"run_dir", "device"}  # where it runs; a folder may have been moved
 
 
