@@ -13,7 +13,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -202,7 +201,7 @@ def standalone(draft: LanguageModel, target: LanguageModel) -> LanguageModel:
         bias[ids] = 0.0 if old.bias is None else old.bias[: len(ids)]
     head.weight, head.bias = (nn.Parameter(part, requires_grad=False) for part in (weight, bias))
     alone = LanguageModel(draft.name, draft.path, draft.model, draft.tokenizer)
-    alone.head = cast("nn.Linear", head)
+    alone.head = head
     return alone
 
 
