@@ -223,6 +223,19 @@ def generate(
             help="What to keep of the target for distillation: states (exact), top-k:64 or none."
         ),
     ] = "states",
+    min_tokens: Annotated[int, typer.Option(help="Remove shorter answers.", min=0)] = 0,
+    max_repetition: Annotated[
+        float, typer.Option(help="Remove answers with a larger share of repeated 4-grams.")
+    ] = 1.0,
+    drop_truncated: Annotated[
+        bool, typer.Option("--drop-truncated", help="Remove answers cut at --max-new-tokens.")
+    ] = False,
+    drop_duplicates: Annotated[
+        bool, typer.Option("--drop-duplicates", help="Remove answers kept before.")
+    ] = False,
+    retries: Annotated[
+        int, typer.Option(help="Ask again so often, sampling anew, for what was removed.", min=0)
+    ] = 0,
     split: Split = None,
     column: Column = None,
     dtype: Dtype = "auto",
@@ -234,10 +247,12 @@ def generate(
     from specdistill import models, packing
     from specdistill.data import generation
     from specdistill.data.chat import encode_prompt
+    from specdistill.data.filters import NO_FILTER, Filters
     from specdistill.data.prompts import load_prompts
     from specdistill.decoding import Request, Sampling, SpeculativeDecoder
 
     samplings = [Sampling(t, top_k, top_p, min_p) for t in options.temperatures(temperature)]
+    filters = Filters(min_tokens, max_repetition, drop_truncated, drop_duplicates, retries)
     _setup(threads)
     asked = load_prompts(prompts, split=split, column=column, limit=limit)
     model = packing.pack(models.load(target, dtype=dtype, device=device), batch_size)  # type: ignore[arg-type]
@@ -256,6 +271,7 @@ def generate(
             seed=seed,
             batch_size=batch_size,
             signal=signal,
+            filters=filters,
             progress=progress,
         )
     screen, tail = _tables(as_json), store.tail()
@@ -266,8 +282,15 @@ def generate(
             f"draft that learns what is kept and nothing else loses {tail['alpha_cost']:.4f} of α",
             soft_wrap=True,
         )
+    counts = store.filtered()
+    if filters != NO_FILTER:
+        kinds = ", ".join(f"{number} {name}" for name, number in counts["removed"].items())
+        screen.print(
+            f"removed: {kinds or 'none'}; {counts['regenerated']} prompts answered in another way, "
+            f"{counts['dropped']} without an answer"
+        )
     document = {"out": str(out), "answers": len(store.done()), "parts": len(store.manifest.parts)}
-    _finish(as_json, {**document, **(tail or {})})
+    _finish(as_json, {**document, **counts, **(tail or {})})
 
 
 @app.command()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class Manifest:
     settings: dict[str, Any]
     signal: str
     parts: list[dict[str, Any]] = field(default_factory=list)
+    removed: list[list[str]] = field(default_factory=list)  # [id, filter] of each answer that went
     schema: str = SCHEMA
 
 
@@ -68,7 +70,9 @@ class Store:
         else.
         """
         self.folder, self.manifest = folder, manifest
-        if (folder / MANIFEST).exists() and (found := read_manifest(folder)).parts:
+        if (folder / MANIFEST).exists() and (
+            (found := read_manifest(folder)).parts or found.removed
+        ):
             for name in (
                 "target_sha256",
                 "tokenizer_sha256",
@@ -97,6 +101,12 @@ class Store:
         """Ids of the prompts answered so far."""
         return {id_ for part in self.manifest.parts for id_ in part["ids"]}
 
+    def texts(self) -> list[list[int]]:
+        """The answers so far."""
+        if not self.manifest.parts:
+            return []
+        return [e.response_tokens for e in read_examples(self.folder, signal=False)]
+
     def tail(self) -> dict[str, float] | None:
         """Of a top-k signal, the mean over tokens of the tail's mass and of `alpha_cost`."""
         parts = self.manifest.parts
@@ -106,12 +116,26 @@ class Store:
         names = ("tail_mass", ALPHA_COST)
         return {name: sum(part[name] for part in parts) / max(tokens, 1) for name in names}
 
-    def append(self, examples: list[Example]) -> None:
-        """Write one part and list it. Raises `StorageError` when the disk is full; listed parts
-        stay intact.
+    def filtered(self) -> dict[str, Any]:
+        """Of the answers that filters removed: their number by filter, the prompts that were then
+        answered in another way, and those that were given up or are still open.
+        """
+        prompts, done = {id_ for id_, _ in self.manifest.removed}, self.done()
+        return {
+            "removed": dict(Counter(name for _, name in self.manifest.removed)),
+            "regenerated": len(prompts & done),
+            "dropped": len(prompts - done),
+        }
+
+    def append(self, examples: list[Example], removed: Sequence[tuple[str, str]] = ()) -> None:
+        """Write one part and list it, with the (id, filter) of answers that went meanwhile. Raises
+        `StorageError` when the disk is full; listed parts stay intact.
         """
         from datasets import Dataset
 
+        manifest = replace(
+            self.manifest, removed=[*self.manifest.removed, *([*pair] for pair in removed)]
+        )
         stem = self.folder / f"part-{len(self.manifest.parts):05d}"
         rows = [
             {
@@ -125,6 +149,9 @@ class Store:
         tokens = sum(len(e.response_tokens) for e in examples)
         part: dict[str, Any] = {"ids": [e.id for e in examples], "tokens": tokens}
         try:
+            if not examples:
+                self._write(manifest)
+                return
             Dataset.from_list(rows).to_parquet(stem.with_suffix(".parquet"))
             part["parquet_sha256"] = file_sha256(stem.with_suffix(".parquet"))
             if self.manifest.signal != NONE:
@@ -135,7 +162,7 @@ class Store:
                     part[ALPHA_COST] = joined.pop(ALPHA_COST).sum().item()
                 save_file(joined, stem.with_suffix(".safetensors"))
                 part["signal_sha256"] = file_sha256(stem.with_suffix(".safetensors"))
-            self._write(replace(self.manifest, parts=[*self.manifest.parts, part]))
+            self._write(replace(manifest, parts=[*self.manifest.parts, part]))
         except (OSError, SafetensorError) as error:
             raise StorageError(
                 f"cannot write {stem.name} to {self.folder}: "
