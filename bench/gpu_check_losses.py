@@ -10,12 +10,13 @@ from torch import Tensor
 
 from bench.gpu_session import Session
 from specdistill_kernels import Head, TargetStates, divergence, fused_divergence, keep_top_k
-from specdistill_kernels.divergences import LOSSES, Loss
+from specdistill_kernels.divergences import LOSSES
+from specdistill_kernels.losses import TRITON_LACKS
 
 # ‖ours − plain‖ / ‖plain‖. Both take the same product for the logits; half precision then rounds
 # the gradient of a logit to 8 or 11 bits, in sums of another order.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4, torch.float16: 1e-2}
-MIXTURE: Mapping[Loss, float] = {"fkl": 0.7, "tvd": 0.2, "ce": 0.1}
+MIXTURE: Mapping[str, float] = {"fkl": 0.7, "tvd": 0.2, "ce": 0.1}
 UPSTREAM = 1.7
 
 
@@ -30,6 +31,8 @@ def check_losses(session: Session) -> None:
     for (backend, width), dtype, target in product(grid, dtypes, ("states", "top-k", "trimmed")):
         for loss in (*LOSSES, MIXTURE):
             name = loss if isinstance(loss, str) else "mixture"
+            if backend == "triton" and name in TRITON_LACKS:
+                continue
             kind = str(dtype).removeprefix("torch.")
             what = f"loss {name}, {backend}, {kind}, V={width}, target {target}"
             case = (backend, dtype, width, loss, target)
@@ -42,7 +45,7 @@ def check_loss(
     backend: Any,
     dtype: torch.dtype,
     width: int,
-    loss: Loss | Mapping[Loss, float],
+    loss: str | Mapping[str, float],
     kind: str,
 ) -> None:
     errors = compare(session, backend, dtype, width, loss, kind)
@@ -54,7 +57,7 @@ def compare(
     backend: Any,
     dtype: torch.dtype,
     width: int,
-    loss: Loss | Mapping[Loss, float],
+    loss: str | Mapping[str, float],
     kind: str,
 ) -> dict[str, float]:
     """Relative differences of the loss and its gradients, upstream gradient not 1."""

@@ -217,9 +217,25 @@ def generate(
     seed: Annotated[int, typer.Option()] = 0,
     batch_size: Annotated[int, typer.Option(help="Rows decoded together.", min=1)] = 32,
     limit: Annotated[int | None, typer.Option(help="Use only the first so many prompts.")] = None,
-    keep_signal: Annotated[
-        bool, typer.Option(help="Keep hidden states and logsumexp for distillation.")
-    ] = True,
+    signal: Annotated[
+        str,
+        typer.Option(
+            help="What to keep of the target for distillation: states (exact), top-k:64 or none."
+        ),
+    ] = "states",
+    min_tokens: Annotated[int, typer.Option(help="Remove shorter answers.", min=0)] = 0,
+    max_repetition: Annotated[
+        float, typer.Option(help="Remove answers with a larger share of repeated 4-grams.")
+    ] = 1.0,
+    drop_truncated: Annotated[
+        bool, typer.Option("--drop-truncated", help="Remove answers cut at --max-new-tokens.")
+    ] = False,
+    drop_duplicates: Annotated[
+        bool, typer.Option("--drop-duplicates", help="Remove answers kept before.")
+    ] = False,
+    retries: Annotated[
+        int, typer.Option(help="Ask again so often, sampling anew, for what was removed.", min=0)
+    ] = 0,
     split: Split = None,
     column: Column = None,
     dtype: Dtype = "auto",
@@ -231,18 +247,19 @@ def generate(
     from specdistill import models, packing
     from specdistill.data import generation
     from specdistill.data.chat import encode_prompt
+    from specdistill.data.filters import NO_FILTER, Filters
     from specdistill.data.prompts import load_prompts
     from specdistill.decoding import Request, Sampling, SpeculativeDecoder
 
     samplings = [Sampling(t, top_k, top_p, min_p) for t in options.temperatures(temperature)]
+    filters = Filters(min_tokens, max_repetition, drop_truncated, drop_duplicates, retries)
     _setup(threads)
     asked = load_prompts(prompts, split=split, column=column, limit=limit)
     model = packing.pack(models.load(target, dtype=dtype, device=device), batch_size)  # type: ignore[arg-type]
     _note_models(model)
     requests = [Request(p.id, encode_prompt(model.tokenizer, p), max_new_tokens) for p in asked]
     _note_cache(SpeculativeDecoder(model, batch_size=batch_size).cache_size(requests))
-    if keep_signal:
-        size = generation.signal_bytes(model, len(asked), max_new_tokens)
+    if size := generation.signal_bytes(model, len(asked), max_new_tokens, signal):
         _note(f"the signal of {len(asked)} answers takes at most {size:,} bytes in {out}")
     with _progress() as progress:
         store = generation.generate(
@@ -253,13 +270,27 @@ def generate(
             samplings=samplings,
             seed=seed,
             batch_size=batch_size,
-            keep_signal=keep_signal,
+            signal=signal,
+            filters=filters,
             progress=progress,
         )
-    _tables(as_json).print(f"{len(store.done())} answers in {out}", soft_wrap=True)
-    _finish(
-        as_json, {"out": str(out), "answers": len(store.done()), "parts": len(store.manifest.parts)}
-    )
+    screen, tail = _tables(as_json), store.tail()
+    screen.print(f"{len(store.done())} answers in {out}", soft_wrap=True)
+    if tail is not None:
+        screen.print(
+            f"outside the kept tokens: {tail['tail_mass']:.3%} of the target's probability; a "
+            f"draft that learns what is kept and nothing else loses {tail['alpha_cost']:.4f} of α",
+            soft_wrap=True,
+        )
+    counts = store.filtered()
+    if filters != NO_FILTER:
+        kinds = ", ".join(f"{number} {name}" for name, number in counts["removed"].items())
+        screen.print(
+            f"removed: {kinds or 'none'}; {counts['regenerated']} prompts answered in another way, "
+            f"{counts['dropped']} without an answer"
+        )
+    document = {"out": str(out), "answers": len(store.done()), "parts": len(store.manifest.parts)}
+    _finish(as_json, {**document, **counts, **(tail or {})})
 
 
 @app.command()
@@ -279,6 +310,9 @@ def distill(
     _setup(threads)
     from specdistill import distill as distillation
     from specdistill import models
+    from specdistill.distiller import configured_objective
+
+    configured_objective(settings)  # before the models are read
 
     target = models.load(settings.target, dtype=settings.dtype, device=settings.device)
     student = models.load(settings.draft, dtype="float32", device=settings.device)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from specdistill.errors import InputError
+from specdistill.limits import MAX_DRAFT_TOKENS
 
 
 class _Section(BaseModel):
@@ -41,6 +42,63 @@ class Training(_Section):
         return self
 
 
+class Hints(_Section):
+    """Hidden-state hints, beside the loss. layers maps the draft's layers to the target's, from 1;
+    left out, every layer goes to the one at the same relative depth.
+    """
+
+    layers: dict[int, int] | None = None
+    kind: Literal["mse", "smooth_l1", "cosine"] = "mse"
+    weight: float = Field(1.0, gt=0)
+
+
+_SAMPLED = {
+    "refresh_every": 100,
+    "prompts": 64,
+    "max_new_tokens": 64,
+    "sample_temperature": 1.0,
+}
+# The settings each policy has, and their defaults.
+POLICY_SETTINGS: dict[str, dict[str, Any]] = {
+    "target": {},
+    "fixed": {},
+    "draft": _SAMPLED,
+    "mixed": _SAMPLED | {"share": 0.5},
+    "skd": _SAMPLED | {"top_k": 25, "block": 4},
+    "induced": _SAMPLED | {"block": 4},
+}
+
+
+class Policy(_Section):
+    """Where the training tokens come from, see `policies.py`. A plain name takes its defaults."""
+
+    name: Literal["target", "fixed", "draft", "mixed", "skd", "induced"] = "target"
+    refresh_every: int | None = Field(None, ge=1, description="steps between new samples")
+    prompts: int | None = Field(None, ge=1, description="of the data, sampled at each refresh")
+    max_new_tokens: int | None = Field(None, ge=1)
+    sample_temperature: float | None = Field(None, ge=0, description="of draft and target")
+    share: float | None = Field(None, ge=0, le=1, description="of the draft's samples: GKD's λ")
+    top_k: int | None = Field(None, ge=1, description="of the target, that skd lets pass")
+    block: int | None = Field(None, ge=1, le=MAX_DRAFT_TOKENS, description="proposals a round")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_of_its_own(cls, raw: object) -> object:
+        raw = {"name": raw} if isinstance(raw, str) else raw
+        if not isinstance(raw, dict):
+            return raw
+        name = raw.get("name", "target")
+        own = POLICY_SETTINGS.get(name, {}) if isinstance(name, str) else {}
+        for key in cls.model_fields:
+            if key != "name" and key not in own and raw.get(key) is not None:
+                raise ValueError(f"the policy {name!r} has no {key}; it has {', '.join(own)}")
+        return {**own, **{key: value for key, value in raw.items() if value is not None}}
+
+    def own(self) -> dict[str, Any]:
+        """The settings that this policy has."""
+        return {key: getattr(self, key) for key in POLICY_SETTINGS[self.name]}
+
+
 class DistillConfig(_Section):
     """`specdistill distill`. draft is a checkpoint folder (see `specdistill init`), data a folder
     of `specdistill generate`.
@@ -51,8 +109,15 @@ class DistillConfig(_Section):
     draft: str
     data: str
     run_dir: str
-    loss: dict[str, float] = {"fkl": 1.0}
-    temperature: float = Field(1.0, gt=0, description="of the distillation loss")
+    loss: dict[str, float] = Field({"fkl": 1.0}, description="a name, or weights by name")
+    temperature: float = Field(1.0, gt=0, description="of the losses of the KL family")
+    decoding_temperature: float = Field(1.0, gt=0, description="of the overlap losses")
+    beta: float | None = Field(None, description="of jsd; 0.5")
+    skew: float | None = Field(None, description="of skew_kl and skew_rkl; 0.1")
+    eta: float | None = Field(None, description="of lk_hybrid; 3")
+    num_draft_tokens: int | None = Field(None, ge=1, description="the block of e2e_tv")
+    hints: Hints | None = None
+    policy: Policy = Policy()
     signal: Literal["kept", "live"] = "kept"
     heldout: int = Field(
         32, ge=1, description="answers of the data kept out of training for the metrics"
@@ -63,6 +128,20 @@ class DistillConfig(_Section):
     dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto"
     device: str = "auto"
     training: Training
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _by_name(cls, loss: object) -> object:
+        return {loss: 1.0} if isinstance(loss, str) else loss
+
+    @model_validator(mode="after")
+    def _a_signal_for_its_tokens(self) -> DistillConfig:
+        if self.signal == "kept" and self.policy.name != "target":
+            raise ValueError(
+                f"nothing of the target is kept for the tokens of policy {self.policy.name!r}; set "
+                "signal: live"
+            )
+        return self
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> DistillConfig:
@@ -111,7 +190,13 @@ def _explain(problem: Any) -> str:
     where = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         known = {name: name for name in DistillConfig.model_fields}
-        known |= {name: f"training.{name}" for name in Training.model_fields}
+        sections: dict[str, type[BaseModel]] = {
+            "training": Training,
+            "hints": Hints,
+            "policy": Policy,
+        }
+        for section, model in sections.items():
+            known |= {name: f"{section}.{name}" for name in model.model_fields}
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {known[near[0]]!r}?" if near else f"known are {', '.join(known)}"
         return f"the unknown key {where!r}: {hint}"

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,7 @@ from specdistill.architectures import check_decodable
 from specdistill.errors import ModelError, StorageError
 from specdistill.hashes import file_sha256, weights_sha256
 from specdistill.llama import LlamaBody, llama_body
+from specdistill_kernels import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,6 +144,13 @@ class LanguageModel:
         """
         return self.model.base_model(input_ids=tokens, **kwargs).last_hidden_state
 
+    def hidden_after(self, tokens: Tensor, layers: Sequence[int], **kwargs: Any) -> list[Tensor]:
+        """The hidden states [B, n, d] after each of `layers`, counted from 1; after the last one
+        they are those of `hidden`.
+        """
+        out = self.model.base_model(input_ids=tokens, output_hidden_states=True, **kwargs)
+        return [out.hidden_states[layer] for layer in layers]
+
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] to float32 logits [..., vocab_size] (float64 for a float64 model).
 
@@ -158,16 +167,29 @@ class LanguageModel:
         return self.scale_logits(out)
 
     def scale_logits(self, logits: Tensor) -> Tensor:
-        """What some families do after the head: soft cap (Gemma 2), multiplier (Cohere), divisor
-        (Granite).
+        """What some families do after the head: multiplier (Cohere), divisor (Granite), soft cap
+        (Gemma 2).
         """
-        if (scale := getattr(self.config, "logit_scale", None)) is not None:
-            logits = logits * scale
-        if (scale := getattr(self.config, "logits_scaling", None)) is not None:
-            logits = logits * scale if self.config.model_type == "hyperclovax" else logits / scale
-        if (cap := getattr(self.config, "final_logit_softcapping", None)) is not None:
-            logits = cap * torch.tanh(logits / cap)
-        return logits
+        scale, cap = self.logit_scale, self.logit_softcap
+        logits = logits if scale == 1 else logits * scale
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @property
+    def logit_scale(self) -> float:
+        scale = getattr(self.config, "logit_scale", None) or 1.0
+        if (other := getattr(self.config, "logits_scaling", None)) is not None:
+            scale = scale * other if self.config.model_type == "hyperclovax" else scale / other
+        return float(scale)
+
+    @property
+    def logit_softcap(self) -> float | None:
+        return getattr(self.config, "final_logit_softcapping", None)
+
+    def readout(self) -> Head:
+        """The head as the losses take it, in float32 at least, with gradients if it has any."""
+        kind = torch.promote_types(self.dtype, torch.float32)
+        bias = None if self.head.bias is None else self.head.bias.to(kind)
+        return Head(self.head.weight.to(kind), bias, self.logit_scale, self.logit_softcap)
 
     def parameters(self) -> int:
         """Number of distinct parameters (a tied head counts once)."""

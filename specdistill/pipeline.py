@@ -182,5 +182,5 @@ def _undistilled(
 
 
 def _hidden(example: Example) -> Tensor:
-    assert example.hidden is not None
-    return example.hidden
+    assert example.signal is not None
+    return example.signal["hidden"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from specdistill.config import DistillConfig, Training, load_config
+from specdistill.config import DistillConfig, Hints, Policy, Training, load_config
 from specdistill.errors import InputError
 
 GOOD = """\
@@ -59,6 +59,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("  lerning_rate: 1", "training.lerning_rate", "training.learning_rate"),
         ("  max_step: 1", "training.max_step", "training.max_steps"),
         ("  seed: 1", "training.seed", "seed"),
+        ("  kind: 1", "training.kind", "hints.kind"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest(
@@ -74,12 +75,27 @@ def test_an_unknown_key_is_answered_with_the_nearest(
 def test_an_unknown_key_like_no_other_is_answered_with_all(tmp_path: Path) -> None:
     message = refusal(tmp_path, GOOD + "zzz: 1")
     assert "'zzz': known are" in message
-    for name in (*DistillConfig.model_fields, *Training.model_fields):
-        assert name in message
+    for section in (DistillConfig, Training, Hints, Policy):
+        assert all(name in message for name in section.model_fields)
 
 
 def test_no_two_sections_share_a_key() -> None:
-    assert not set(DistillConfig.model_fields) & set(Training.model_fields)
+    names = [n for m in (DistillConfig, Training, Hints, Policy) for n in m.model_fields]
+    assert len(set(names)) == len(names)
+
+
+def test_a_policy_is_a_name_or_a_section_and_has_its_own_defaults(tmp_path: Path) -> None:
+    config = read(tmp_path, GOOD, "policy=skd", "signal=live")
+    assert (config.policy.top_k, config.policy.block, config.policy.share) == (25, 4, None)
+    again = DistillConfig.model_validate(config.model_dump())
+    assert again == config, "what a run folder holds is read again"
+    given = read(tmp_path, GOOD, "policy={name: mixed, share: 0.2}", "signal=live").policy
+    assert (given.share, given.refresh_every, given.top_k) == (0.2, 100, None)
+
+
+def test_a_loss_is_a_name_or_weights_by_name(tmp_path: Path) -> None:
+    assert read(tmp_path, GOOD, "loss=tvd").loss == {"tvd": 1.0}
+    assert read(tmp_path, GOOD, "loss={ce: 0.1, tvd: 0.9}").loss == {"ce": 0.1, "tvd": 0.9}
 
 
 @pytest.mark.parametrize("key", ["target", "draft", "data", "run_dir"])
@@ -114,7 +130,16 @@ def test_one_budget_is_given(tmp_path: Path, budgets: list[str]) -> None:
         ("training.precision=fp8", ("training.precision", "'bf16'", "'fp8'")),
         ("training=5", ("training", "5")),
         ("training=null", ("training", "None")),
-        ("loss=fkl", ("loss", "dictionary", "'fkl'")),
+        ("loss=[fkl]", ("loss", "dictionary", "['fkl']")),
+        ("policy=mixed", ("policy 'mixed'", "signal: live")),
+        ("policy={name: draft, share: 0.5}", ("policy", "'draft' has no share; it has refresh_")),
+        ("policy={name: mixed, share: 2}", ("policy.share", "less than or equal to 1")),
+        ("policy={refresh_every: 5}", ("policy", "'target' has no refresh_every")),
+        ("policy=best", ("policy.name", "'induced'", "'best'")),
+        ("policy={name: [a]}", ("policy.name",)),
+        ("policy=3", ("policy", "3")),
+        ("hints={kind: l1}", ("hints.kind", "'smooth_l1'", "'l1'")),
+        ("num_draft_tokens=0", ("num_draft_tokens", "greater than or equal to 1")),
         ("loss.fkl=much", ("loss.fkl", "number", "'much'")),
         ("signal=guessed", ("signal", "'kept' or 'live'", "'guessed'")),
         ("dtype=int8", ("dtype", "'bfloat16'", "'int8'")),

@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from specdistill import models
+from specdistill.batches import length_buckets, make_batch, updates
 from specdistill.config import DistillConfig, parse_config
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
 from specdistill.data.store import Example, read_examples
 from specdistill.decoding import Sampling
-from specdistill.distill import Distiller, distill, length_buckets, make_batch, rate, updates
+from specdistill.distill import distill, rate
+from specdistill.distiller import Distiller
 from specdistill.drafts import make_draft, save_draft
 from specdistill.errors import InputError, StorageError
 from specdistill.models import LanguageModel
@@ -112,7 +114,7 @@ def test_kept_and_live_signals_give_the_same_loss(
         examples = read_examples(Path(world["data"]), signal=kind == "kept")[:6]
         distiller = Distiller(target, draft, config)
         batch = make_batch(examples, 0, draft.device)
-        assert (batch.hidden is None) == (kind == "live")
+        assert (batch.signal is None) == (kind == "live")
         losses[kind] = [distiller.step([batch], 1e-3).loss for _ in range(3)]
     assert losses["kept"] == pytest.approx(losses["live"], rel=1e-4)
     assert losses["kept"][2] < losses["kept"][0]
@@ -146,7 +148,7 @@ def test_evaluate_measures_the_full_overlap(world: dict[str, str]) -> None:
     draft = models.load(world["draft"], dtype="float32")
     distiller = Distiller(target, draft, settings(world, Path("unused")))
     examples = read_examples(Path(world["data"]), signal=True)[:5]
-    got = distiller.evaluate([make_batch(examples, 0, draft.device)])
+    got = distiller.evaluate([distiller.heldout(make_batch(examples, 0, draft.device))])
     overlaps, matches = [], []
     for example in examples:
         tokens = torch.tensor([example.prompt_tokens + example.response_tokens])
@@ -197,9 +199,9 @@ def test_an_id_of_the_targets_padding_does_not_stop_the_draft(world: dict[str, s
     draft = models.load(world["draft"], dtype="float32")
     distiller = Distiller(target, draft, settings(world, Path("unused"), signal="live"))
     batch = make_batch([Example("a", [5, 6], [7, 8, 9])], 0, draft.device)
-    expected = distiller.states(batch)
+    expected = distiller.states(batch)["hidden"]
     batch.tokens[0, -1] = 70  # the last token of an answer is read, but predicts nothing
-    assert torch.equal(distiller.states(batch), expected)
+    assert torch.equal(distiller.states(batch)["hidden"], expected)
 
 
 def test_a_damaged_checkpoint_is_refused(world: dict[str, str], tmp_path: Path) -> None:
@@ -218,6 +220,93 @@ def test_foreign_data_is_refused(world: dict[str, str], tmp_path: Path, tiny: Ti
         run(config)
 
 
+def test_hints_on_inner_layers_need_a_live_target(world: dict[str, str], tmp_path: Path) -> None:
+    config = settings(world, tmp_path / "run", hints={})
+    with pytest.raises(InputError, match=r"layers \[2, 4\].*'states': the last alone, 4; .*live"):
+        run(config)
+    for more in ({"hints": {"layers": {2: 4}}}, {"hints": {}, "signal": "live"}):
+        rows = run(settings(world, tmp_path / f"{len(more)}", **more, training={"max_steps": 2}))
+        assert rows[-1]["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 5}, "with seed: 0, and now it is 5"),
+        ({"training": {"learning_rate": 1e-3}}, "training.learning_rate: 0.005, .* 0.001"),
+        ({"loss": {"fkl": 0.5, "ce": 0.5}}, "with loss.ce: None, and now it is 0.5"),
+        ({"hints": {"layers": {2: 4}}}, "with hints"),
+    ],
+)
+def test_a_run_is_resumed_with_its_own_configuration(
+    world: dict[str, str], tmp_path: Path, changes: dict, message: str
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(settings(world, tmp_path / "run"), stop_at=5)
+    with pytest.raises(InputError, match=message):
+        run(settings(world, tmp_path / "run", **changes), resume=True)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert run(settings(world, tmp_path / "moved"), resume=True)[-1]["step"] == 12
+
+
+def test_the_temperature_enters_the_loss(world: dict[str, str]) -> None:
+    """One step at T = 2 is the step of the loss at 2, not at 1."""
+    losses = {}
+    for temperature in (1.0, 2.0):
+        target = models.load(world["target"], dtype="float32")
+        draft = models.load(world["draft"], dtype="float32")
+        config = settings(world, Path("unused"), temperature=temperature)
+        examples = read_examples(Path(world["data"]), signal=True)[:4]
+        batch = make_batch(examples, 0, draft.device)
+        p = target.logits(batch.signal["hidden"])[:, draft.vocab] / temperature
+        q = draft.logits(draft.hidden(batch.tokens, attention_mask=batch.mask)[batch.response])
+        whole = (target.logits(batch.signal["hidden"]) / temperature).softmax(-1)
+        mass = whole[:, draft.vocab].sum(-1)
+        inner = (p.softmax(-1) * (p.log_softmax(-1) - (q / temperature).log_softmax(-1))).sum(-1)
+        expected = temperature**2 * (mass * inner).mean()
+        losses[temperature] = Distiller(target, draft, config).step([batch], 0.0).loss
+        assert losses[temperature] == pytest.approx(expected.item(), rel=1e-4)
+    assert losses[1.0] != pytest.approx(losses[2.0], rel=0.05)
+
+
+def test_labels_the_draft_lacks_are_counted(world: dict[str, str]) -> None:
+    target = models.load(world["target"], dtype="float32")
+    draft = models.load(world["draft"], dtype="float32")
+    distiller = Distiller(target, draft, settings(world, Path("unused"), loss="ce", signal="live"))
+    batch = make_batch([Example("a", [5, 6], [7, 8, 9, 11])], 0, draft.device)
+    metrics = distiller.step([batch], 0.0)
+    assert metrics.missing == 3, "the draft has the even tokens"
+    q = draft.logits(draft.hidden(batch.tokens)[batch.response]).log_softmax(-1)
+    assert metrics.loss == pytest.approx(-q[1, 4].item() / 4, rel=1e-5)
+
+
+def test_dropout_stays_off(tiny: Tiny) -> None:
+    target = tiny(layers=2)
+    draft = make_draft(target, [0, 1])
+    draft.model.config.attention_dropout = 0.5
+    for layer in draft.model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    config = settings({"target": "t", "draft": "d", "data": "x"}, Path("x"), signal="live")
+    distiller = Distiller(target, draft, config)
+    batch = make_batch([Example("a", [5, 6], [7, 8, 9])], 0, draft.device)
+    assert distiller.step([batch], 0.0).loss == pytest.approx(0, abs=1e-6)  # the target itself
+
+
+@pytest.mark.parametrize("size", [60, 64, 70])
+def test_embeddings_padded_to_other_sizes(tiny: Tiny, size: int) -> None:
+    """A family pads its members' vocabularies differently: rows the other lacks take no part."""
+    target, draft = tiny(vocab=64), tiny(1, vocab=size)
+    config = settings({"target": "t", "draft": "d", "data": "x"}, Path("x"), signal="live")
+    distiller = Distiller(target, draft, config)
+    batch = make_batch([Example("a", [5, 6], [7, 8, 9])], 0, draft.device)
+    shared = min(size, 64)
+    p = target.model(batch.tokens).logits[0, 1:-1].softmax(-1)[:, :shared]
+    q = draft.model(batch.tokens).logits[0, 1:-1, :shared].log_softmax(-1)
+    mass = p.sum(-1, keepdim=True)
+    expected = (p * ((p / mass).log() - q)).sum(-1).mean().item()
+    assert distiller.step([batch], 0.0).loss == pytest.approx(expected, rel=1e-5)
+
+
 def test_batches_hold_every_example_once_and_bound_their_tokens() -> None:
     examples = [Example(str(i), [1] * (3 + i % 17), [2] * (1 + i % 5)) for i in range(50)]
     seen = []
@@ -232,12 +321,11 @@ def test_batches_hold_every_example_once_and_bound_their_tokens() -> None:
     assert seen[0] != seen[1]
 
 
-def test_skipping_updates_goes_on_where_they_ended(world: dict[str, str]) -> None:
+def test_skipping_updates_goes_on_where_they_ended() -> None:
     examples = [Example(str(i), [1] * 5, [2] * 3) for i in range(20)]
-    config = settings(world, Path("unused"), training={"batch_tokens": 24, "accumulate": 2})
-    stream = updates(examples, config, skip=0)
+    stream = updates(examples, 24, 2, seed=0)
     first = [next(stream) for _ in range(12)]
-    later = updates(examples, config, skip=7)
+    later = updates(examples, 24, 2, seed=0, skip=7)
     assert [next(later) for _ in range(5)] == first[7:]
 
 

@@ -64,7 +64,7 @@ def answer(
 ) -> list[Example]:
     settings = {"max_new_tokens": LENGTH, "samplings": [SAMPLED], "seed": 3, "batch_size": 5}
     generate(target, prompts, folder, **{**settings, **changes})
-    return read_examples(folder, signal=changes.get("keep_signal", True))
+    return read_examples(folder, signal=changes.get("signal") != "none")
 
 
 @pytest.fixture(scope="module")
@@ -81,8 +81,8 @@ def assert_same(examples: list[Example], expected: dict[str, Example]) -> None:
         assert ours.prompt_tokens == theirs.prompt_tokens
         assert ours.response_tokens == theirs.response_tokens
         assert ours.category == theirs.category
-        assert torch.allclose(ours.hidden, theirs.hidden, atol=1e-9)
-        assert torch.allclose(ours.logsumexp, theirs.logsumexp, atol=1e-9)
+        for name in ("hidden", "logsumexp"):
+            assert torch.allclose(ours.signal[name], theirs.signal[name], atol=1e-9)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
@@ -134,17 +134,17 @@ def test_the_kept_signal_gives_the_logits_back(
     tolerance = {"float32": 1e-4, "float64": 1e-10, "bfloat16": 0.3}[dtype]
     size = 0
     for example in answer(target, tmp_path / "data"):
-        assert example.hidden.dtype == target.dtype
+        assert example.signal["hidden"].dtype == target.dtype
         tokens = torch.tensor([example.prompt_tokens + example.response_tokens])
         stock = (
             target.model(tokens)
             .logits[0, len(example.prompt_tokens) - 1 : -1]
-            .to(example.logsumexp.dtype)
+            .to(example.signal["logsumexp"].dtype)
         )
-        logits = target.logits(example.hidden)
+        logits = target.logits(example.signal["hidden"])
         assert torch.allclose(logits, stock, atol=tolerance)
-        assert torch.allclose(logits.logsumexp(-1), example.logsumexp, atol=1e-5)
-        size += example.hidden.nbytes + example.logsumexp.nbytes
+        assert torch.allclose(logits.logsumexp(-1), example.signal["logsumexp"], atol=1e-5)
+        size += example.signal["hidden"].nbytes + example.signal["logsumexp"].nbytes
     tokens = sum(len(e.response_tokens) for e in read_examples(tmp_path / "data", signal=False))
     assert size == signal_bytes(target, 1, tokens), "the bytes announced for so many tokens"
     assert tokens <= len(PROMPTS) * LENGTH
@@ -153,7 +153,7 @@ def test_the_kept_signal_gives_the_logits_back(
 def test_without_a_signal_the_answers_are_the_same(
     target: LanguageModel, tmp_path: Path, whole: dict[str, Example]
 ) -> None:
-    examples = answer(target, tmp_path / "data", keep_signal=False)
+    examples = answer(target, tmp_path / "data", signal="none")
     assert {e.id: e.response_tokens for e in examples} == {
         e.id: e.response_tokens for e in whole.values()
     }
@@ -309,7 +309,7 @@ def test_a_disk_too_small_is_refused_before_any_work(
     for part in (f"{needed:,}", f"{free:,} free", str(tmp_path / "data"), "keep no signal"):
         assert part in str(caught.value)
     # The advice works, in the same folder too.
-    assert len(answer(target, tmp_path / "data", keep_signal=False)) == len(PROMPTS)
+    assert len(answer(target, tmp_path / "data", signal="none")) == len(PROMPTS)
     free = needed
     assert len(answer(target, tmp_path / "room")) == len(PROMPTS)
 
@@ -405,7 +405,8 @@ def test_a_folder_that_cannot_be_written(target: LanguageModel, tmp_path: Path) 
         ({"max_new_tokens": LENGTH + 1}, "settings"),
         ({"samplings": [Sampling(0.9, top_k=20)]}, "settings"),
         ({"samplings": [SAMPLED, Sampling()]}, "settings"),
-        ({"keep_signal": False}, "signal"),
+        ({"signal": "none"}, "signal"),
+        ({"signal": "top-k:8"}, "signal"),
         ({"prompts": PROMPTS[:20]}, "prompts_sha256"),
         ({"prompts": [*PROMPTS[:20], ask(22)[21]]}, "prompts_sha256"),
     ],
@@ -504,9 +505,9 @@ def test_a_damaged_manifest_is_refused_by_name(
 def test_a_manifest_of_a_later_version_is_refused(finished: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(finished, tmp_path / "data")
     raw = json.loads((folder / MANIFEST).read_text())
-    for change in ({"schema": "specdistill.generations/2"}, {"more": 1, "schema": "other/9"}):
+    for change in ({"schema": "specdistill.generations/3"}, {"more": 1, "schema": "other/9"}):
         (folder / MANIFEST).write_text(json.dumps({**raw, **change}))
-        with pytest.raises(InputError, match=f"{change['schema']}.*specdistill.generations/1"):
+        with pytest.raises(InputError, match=f"{change['schema']}.*specdistill.generations/2"):
             read_examples(folder, signal=True)
 
 

@@ -13,7 +13,7 @@ from torch.profiler import profile
 
 from specdistill_kernels import losses
 from specdistill_kernels.divergences import LOSSES
-from specdistill_kernels.losses import divergence, fused_divergence
+from specdistill_kernels.losses import divergence, divergence_rows, fused_divergence
 from specdistill_kernels.targets import Head, TargetStates, TargetTopK, draft_columns, keep_top_k
 
 FORMS = ("logits", "states", "states+lse", "top-k")
@@ -97,7 +97,14 @@ def kl(p: np.ndarray, q: np.ndarray) -> float:
 
 
 def textbook(
-    name: str, p: np.ndarray, q: np.ndarray, t: float, has: np.ndarray, beta: float, eta: float
+    name: str,
+    p: np.ndarray,
+    q: np.ndarray,
+    t: float,
+    has: np.ndarray,
+    beta: float = 0.5,
+    skew: float = 0.1,
+    eta: float = 3.0,
 ) -> float:
     """p, q: over all outcomes; has: those the draft has."""
     alpha, mass, m = np.minimum(p, q).sum(), p[has].sum(), beta * p + (1 - beta) * q
@@ -108,13 +115,16 @@ def textbook(
     return {
         "fkl": lambda: t**2 * forward,
         "rkl": lambda: t**2 * kl(q, p),
+        "jeffreys": lambda: t**2 * (forward + kl(q, p)) / 2,
+        "skew_kl": lambda: t**2 * kl(p, skew * p + (1 - skew) * q),
+        "skew_rkl": lambda: t**2 * kl(q, skew * q + (1 - skew) * p),
         "jsd": lambda: t**2 * (beta * kl(p, m) + (1 - beta) * kl(q, m)),
         "tvd": lambda: 0.5 * np.abs(p - q).sum(),
         "lk_alpha": lambda: -math.log(alpha),
     }[name]()
 
 
-def by_hand(arguments: dict, name: str, beta: float = 0.5, eta: float = 3.0) -> np.ndarray:
+def by_hand(arguments: dict, name: str, **options: float) -> np.ndarray:
     t, vocab, target = (arguments[k] for k in ("temperature", "draft_vocab", "target"))
     draft = arguments["head"].logits(arguments["hidden"]).detach().double().numpy()
     columns = np.arange(draft.shape[1]) if vocab is None else vocab.numpy()
@@ -135,7 +145,7 @@ def by_hand(arguments: dict, name: str, beta: float = 0.5, eta: float = 3.0) -> 
             whole = isinstance(target, TargetStates)
             logits = target.head.logits(target.hidden) if whole else target
             p = softmax(logits[i].double().numpy(), t)
-        out.append(textbook(name, p, q, t, has, beta, eta))
+        out.append(textbook(name, p, q, t, has, **options))
     return np.array(out)
 
 
@@ -151,6 +161,9 @@ def test_values_are_the_textbook_ones(
     assert plain(arguments, loss=name).detach().numpy() == pytest.approx(expected, abs=1e-10)
     fused = fused_divergence(**arguments, loss=name, chunk=3)
     assert fused.item() == pytest.approx(expected.sum(), abs=1e-9)
+    rows = divergence_rows(**arguments, loss=name, chunk=3)
+    assert rows.numpy() == pytest.approx(expected, abs=1e-10)
+    assert not rows.requires_grad
 
 
 def test_two_outcomes_in_closed_form() -> None:
@@ -162,6 +175,9 @@ def test_two_outcomes_in_closed_form() -> None:
         "fkl": forward,
         "rkl": backward,
         "jsd": 0.5 * (0.75 * log(6 / 5) + 0.25 * log(2 / 3) + 0.5 * log(4 / 5) + 0.5 * log(4 / 3)),
+        "jeffreys": (forward + backward) / 2,
+        "skew_kl": 0.75 * log(0.75 / 0.525) + 0.25 * log(0.25 / 0.475),  # m = p/10 + 9q/10
+        "skew_rkl": 0.5 * log(0.5 / 0.725) + 0.5 * log(0.5 / 0.275),
         "tvd": 0.25,
         "lk_alpha": -log(0.75),
         "lk_hybrid": math.exp(-2.25) * forward + (1 - math.exp(-2.25)) * 0.25,
@@ -184,7 +200,7 @@ def test_zero_where_draft_and_target_agree(name: str) -> None:
     assert torch.autograd.grad(same, logits)[0].abs().max() < 1e-6  # exact ties have no side
 
 
-def test_beta_and_eta() -> None:
+def test_beta_skew_and_eta() -> None:
     arguments = case(temperature=1.4)
     for beta in (0.1, 0.9):
         got = plain(arguments, loss="jsd", beta=beta).detach().numpy()
@@ -193,6 +209,9 @@ def test_beta_and_eta() -> None:
     assert torch.equal(plain(arguments, loss="jsd", beta=1), plain(arguments, loss="rkl"))
     both = plain(arguments, loss={"jsd": 0.5, "fkl": 1.0}, beta=0)
     assert torch.allclose(both, 1.5 * plain(arguments, loss="fkl"))
+    for name in ("skew_kl", "skew_rkl"):
+        got = plain(arguments, loss=name, skew=0.3).detach().numpy()
+        assert got == pytest.approx(by_hand(arguments, name, skew=0.3), abs=1e-10)
     got = plain(arguments, loss="lk_hybrid", eta=1.0).detach().numpy()
     assert got == pytest.approx(by_hand(arguments, "lk_hybrid", eta=1.0), abs=1e-10)
 
@@ -463,7 +482,7 @@ def test_a_stored_logsumexp_spares_the_target_tokens_the_draft_lacks(
     assert widths == [len(TRIMMED)] * 2
 
 
-@pytest.mark.parametrize("name", ["fkl", "rkl", "jsd", "tvd", "lk_alpha"])
+@pytest.mark.parametrize("name", [n for n in LOSSES if n not in ("lk_hybrid", "ce")])
 def test_lumping_the_tail_bounds_the_loss_from_below(name: str) -> None:
     exact = plain(case(n=50), loss=name).detach()
     previous = torch.zeros(50, dtype=torch.float64)
@@ -570,6 +589,8 @@ def test_the_triton_backend_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="float64"):
         fused_divergence(**case(), loss="fkl", backend="triton")
+    with pytest.raises(RuntimeError, match="it has no skew_kl"):
+        fused_divergence(**arguments, loss={"fkl": 1.0, "skew_kl": 1.0}, backend="triton")
     installed.clear()
     with pytest.raises(RuntimeError, match="not installed"):
         fused_divergence(**arguments, loss="fkl", backend="triton")
@@ -586,6 +607,8 @@ def test_the_triton_backend_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) 
         ({"loss": {"fkl": math.nan}}, "weight of loss 'fkl'"),
         ({"beta": 0.5}, "beta belongs"),
         ({"eta": 3.0}, "eta belongs"),
+        ({"skew": 0.1}, "skew belongs"),
+        ({"loss": "skew_kl", "skew": 1.0}, "skew between"),
         ({"loss": "jsd", "beta": 1.5}, "beta must be"),
         ({"temperature": 0.0}, "temperature must be"),
         ({"target": None}, "only the loss 'ce'"),

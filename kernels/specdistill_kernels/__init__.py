@@ -10,7 +10,7 @@ never holds the logits of all tokens; `divergence` is the same in plain PyTorch,
 """
 
 from specdistill_kernels.dispatch import sample, verify
-from specdistill_kernels.losses import divergence, fused_divergence
+from specdistill_kernels.losses import divergence, divergence_rows, fused_divergence
 from specdistill_kernels.noise import Noise, counter_noise
 from specdistill_kernels.reference import Drawn, Lenience, Mode, Verdict, probabilities
 from specdistill_kernels.targets import Head, TargetStates, TargetTopK, draft_columns, keep_top_k
@@ -26,6 +26,7 @@ __all__ = [
     "Verdict",
     "counter_noise",
     "divergence",
+    "divergence_rows",
     "draft_columns",
     "fused_divergence",
     "keep_top_k",

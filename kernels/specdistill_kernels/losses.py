@@ -15,28 +15,30 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from specdistill_kernels import divergences
-from specdistill_kernels.divergences import Loss, mixture, wide
+from specdistill_kernels.divergences import Mixture, mixture, wide
 from specdistill_kernels.targets import Head, RowKernel, Rows, Target, prepare
 
 Backend = Literal["auto", "torch", "triton"]
+TRITON_LACKS = frozenset({"skew_kl", "skew_rkl"})  # they would need a mixture m of their own
 
 
 def divergence(
     draft_logits: Tensor,
     target: Target | None,
     *,
-    loss: Loss | Mapping[Loss, float],
+    loss: str | Mapping[str, float],
     temperature: float = 1.0,
     labels: Tensor | None = None,
     draft_vocab: Tensor | None = None,
     beta: float | None = None,
+    skew: float | None = None,
     eta: float | None = None,
 ) -> Tensor:
     """The loss of each row, [N], from raw draft logits [N, Vd]: plain PyTorch, differentiable in
     them, all rows at once. Arguments as in `fused_divergence`.
     """
     num, width = draft_logits.shape
-    parts = mixture(loss, beta, eta)
+    parts = mixture(loss, beta, skew, eta)
     case = prepare(num, width, target, labels, parts, temperature, draft_vocab, divergences)
     return divergences.row_losses(wide(draft_logits), *case.rows(slice(None)), parts, temperature)
 
@@ -46,12 +48,13 @@ def fused_divergence(
     head: Head,
     target: Target | None,
     *,
-    loss: Loss | Mapping[Loss, float],
+    loss: str | Mapping[str, float],
     temperature: float = 1.0,
     labels: Tensor | None = None,
     weights: Tensor | None = None,
     draft_vocab: Tensor | None = None,
     beta: float | None = None,
+    skew: float | None = None,
     eta: float | None = None,
     chunk: int = 1024,
     backend: Backend = "auto",
@@ -61,25 +64,23 @@ def fused_divergence(
 
     hidden: [N, d], the draft's final hidden states. head: the draft's, of Vd tokens. target: raw
     logits [N, V], `TargetStates` or `TargetTopK`; no gradient reaches it. loss: a name or weights
-    by name, as defined in `divergences.py`; beta for jsd (0.5), eta for lk_hybrid (3). temperature:
-    of both sides, for every loss but ce. labels: [N] target ids, for ce, which alone needs no
-    target; negative ids and tokens the draft lacks are skipped (`draft_columns` finds them).
-    weights: [N] float or bool, all 1 by default; a row of weight 0 is left out, whatever it holds.
-    draft_vocab: [Vd] distinct target ids, where the draft's vocabulary is trimmed.
+    by name, as defined in `divergences.py`; beta for jsd (0.5), skew for skew_kl and skew_rkl
+    (0.1), eta for lk_hybrid (3). temperature: of both sides, for every loss but ce. labels: [N]
+    target ids, for ce, which alone needs no target; negative ids and tokens the draft lacks are
+    skipped (`draft_columns` finds them). weights: [N] float or bool, all 1 by default; a row of
+    weight 0 is left out, whatever it holds. draft_vocab: [Vd] distinct target ids, where the
+    draft's vocabulary is trimmed.
 
     Returns a scalar in float32 (float64 for float64 states). It is a sum: divide it by the tokens
     of the whole accumulated batch. Gradients are computed here, beside the loss, and scaled in the
     backward pass; the head's is summed over chunks in float32. There is no second derivative.
 
     backend: "torch" runs everywhere; "triton" wants triton, a GPU (or TRITON_INTERPRET=1) and
-    float32, bfloat16 or float16; "auto" takes triton on a GPU where it can. Raises ValueError for
-    arguments that do not fit, RuntimeError where "triton" cannot run.
+    float32, bfloat16 or float16, and has all losses but skew_kl and skew_rkl; "auto" takes triton
+    on a GPU where it can. Raises ValueError for arguments that do not fit, RuntimeError where
+    "triton" cannot run.
     """
-    width, size = head.weight.shape
-    if hidden.dim() != 2 or hidden.shape[1] != size:
-        raise ValueError(f"hidden must be [N, {size}] for this head; got {list(hidden.shape)}")
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1 row; got {chunk}")
+    _check(hidden, head, chunk)
     num, dtype = len(hidden), wide(hidden[:0]).dtype
     chunks: list[Rows] = [slice(start, start + chunk) for start in range(0, num, chunk)]
     if weights is None:
@@ -90,15 +91,54 @@ def fused_divergence(
         weights = weights.detach().to(dtype)
         live = weights.nonzero()[:, 0]
         chunks = [live[start : start + chunk] for start in range(0, len(live), chunk)]
-    parts, kernel = mixture(loss, beta, eta), _kernel(backend, hidden)
+    parts = mixture(loss, beta, skew, eta)
+    kernel = _kernel(backend, hidden, parts)
+    width = len(head.weight)
     case = prepare(num, width, target, labels, parts, temperature, draft_vocab, kernel)
     if torch.is_grad_enabled():
         return _Fused.apply(hidden, head.weight, head.bias, head, weights, case, chunks)
     total = hidden.new_zeros((), dtype=dtype)
     for rows in chunks:
-        logits = head.logits(hidden[rows])
-        total += kernel.row_losses(logits, *case.rows(rows), parts, temperature) @ weights[rows]
+        total += case.losses(head.logits(hidden[rows]), rows) @ weights[rows]
     return total
+
+
+@torch.no_grad()
+def divergence_rows(
+    hidden: Tensor,
+    head: Head,
+    target: Target | None,
+    *,
+    loss: str | Mapping[str, float],
+    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    draft_vocab: Tensor | None = None,
+    beta: float | None = None,
+    skew: float | None = None,
+    eta: float | None = None,
+    chunk: int = 1024,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The terms of `fused_divergence`, [N] float32 (float64 for float64 states), by chunks too and
+    without gradients.
+    """
+    _check(hidden, head, chunk)
+    parts = mixture(loss, beta, skew, eta)
+    num, width, kernel = len(hidden), len(head.weight), _kernel(backend, hidden, parts)
+    case = prepare(num, width, target, labels, parts, temperature, draft_vocab, kernel)
+    out = hidden.new_empty(num, dtype=wide(hidden[:0]).dtype)
+    for start in range(0, num, chunk):
+        rows = slice(start, start + chunk)
+        out[rows] = case.losses(head.logits(hidden[rows]), rows)
+    return out
+
+
+def _check(hidden: Tensor, head: Head, chunk: int) -> None:
+    size = head.weight.shape[1]
+    if hidden.dim() != 2 or hidden.shape[1] != size:
+        raise ValueError(f"hidden must be [N, {size}] for this head; got {list(hidden.shape)}")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 row; got {chunk}")
 
 
 class _Fused(torch.autograd.Function):
@@ -146,10 +186,10 @@ class _Fused(torch.autograd.Function):
         return (*scaled, None, None, None, None)
 
 
-def _kernel(backend: Backend, hidden: Tensor) -> RowKernel:
+def _kernel(backend: Backend, hidden: Tensor, parts: Mixture) -> RowKernel:
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend {backend!r} does not exist; choose 'auto', 'torch' or 'triton'")
-    lacking = _lacking(hidden)
+    lacking = _lacking(hidden, parts)
     if backend == "torch" or (backend == "auto" and (lacking or not hidden.is_cuda)):
         return divergences
     if lacking:
@@ -159,8 +199,10 @@ def _kernel(backend: Backend, hidden: Tensor) -> RowKernel:
     return triton_losses
 
 
-def _lacking(hidden: Tensor) -> str:
-    """What Triton lacks to run on these states, in words; empty if nothing."""
+def _lacking(hidden: Tensor, parts: Mixture) -> str:
+    """What Triton lacks to run this, in words; empty if nothing."""
+    if absent := TRITON_LACKS & parts.weights.keys():
+        return f"it has no {' and '.join(sorted(absent))}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":

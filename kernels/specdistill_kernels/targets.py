@@ -67,10 +67,10 @@ class TargetTopK(NamedTuple):
 
     tokens: [N, k] distinct target ids; log_probs: [N, k]; log_tail: [N], the log of the mass
     outside. The tail is one lumped outcome: p gives it that mass, q the sum over the draft's tokens
-    outside the k. Lumping cannot raise a divergence: fkl, rkl, jsd, tvd and lk_alpha come out at or
-    below their exact values (the acceptance rate at or above), lk_hybrid too for the same λ, ce is
-    exact. Where the draft's vocabulary is trimmed, the whole tail counts as kept, and for fkl and
-    lk_hybrid this is no bound any more.
+    outside the k. Lumping cannot raise a divergence: all but lk_hybrid come out at or below their
+    exact values (the acceptance rate at or above), lk_hybrid too for the same share, ce is exact.
+    Where the draft's vocabulary is trimmed, the whole tail counts as kept, and for fkl, jeffreys
+    and lk_hybrid this is no bound any more.
     """
 
     tokens: Tensor
@@ -141,6 +141,11 @@ class Case:
     draft_vocab: Tensor | None
     cut: bool  # the target's head holds the rows of draft_vocab only
     kernel: RowKernel
+
+    def losses(self, draft_logits: Tensor, rows: Rows) -> Tensor:
+        """[n] of the rows with these raw draft logits [n, Vd]."""
+        logits = wide(draft_logits)
+        return self.kernel.row_losses(logits, *self.rows(rows), self.parts, self.temperature)
 
     @torch.no_grad()
     def rows(self, rows: Rows) -> tuple[Dense | Lumped | None, Tensor | None]:

@@ -6,14 +6,17 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from specdistill.data.chat import encode_prompt
+from specdistill.data.filters import NO_FILTER, Filters, Sieve
 from specdistill.data.prompts import Prompt
+from specdistill.data.signal import NONE, STATES, bytes_per_token, keep, kept_tokens
 from specdistill.data.store import Example, Manifest, Store, tokenizer_sha256
 from specdistill.decoding import GREEDY, Request, Sampling, SpeculativeDecoder
 from specdistill.decoding.sampling import row_seed
@@ -24,13 +27,11 @@ from specdistill.progress import Progress, silent
 PART = 64  # answers a part
 
 
-def signal_bytes(target: LanguageModel, prompts: int, max_new_tokens: int) -> int:
-    """Upper bound of the kept signal: d values in the head's dtype and a logsumexp in that of the
-    logits for each response token.
-    """
-    logsumexp = torch.promote_types(target.dtype, torch.float32).itemsize
-    a_token = target.head.weight.shape[1] * target.dtype.itemsize + logsumexp
-    return prompts * max_new_tokens * a_token
+def signal_bytes(
+    target: LanguageModel, prompts: int, max_new_tokens: int, signal: str = STATES
+) -> int:
+    """Upper bound of what the kept signal takes."""
+    return prompts * max_new_tokens * bytes_per_token(target, signal)
 
 
 def generate(
@@ -42,38 +43,45 @@ def generate(
     samplings: Sequence[Sampling] = (GREEDY,),
     seed: int = 0,
     batch_size: int = 32,
-    keep_signal: bool = True,
+    signal: str = STATES,
+    filters: Filters = NO_FILTER,
     max_seconds: float | None = None,
     progress: Progress = silent,
 ) -> Store:
     """Answer every prompt not yet answered in `folder`. The same call again goes on where an
     interrupted one stopped. With several samplings each prompt gets one of them, by its id and
     the seed: a draft that will decode at two temperatures should see texts of both. After
-    `max_seconds` what is finished is kept and the rest left unanswered.
+    `max_seconds` what is finished is kept and the rest left unanswered. Answers that `filters`
+    remove are asked for again, see there; the store counts them.
 
     Raises `StorageError` before any work where the disk cannot hold the signal, or `folder` holds
     other generations.
     """
     if not prompts or not samplings:
         raise InputError("there are no prompts to answer, or no sampling to answer with")
-    store = Store(folder, _manifest(target, prompts, max_new_tokens, samplings, seed, keep_signal))
-    done = store.done()
+    kept_tokens(signal)  # a kind there is
+    store = Store(
+        folder, _manifest(target, prompts, max_new_tokens, samplings, seed, signal, filters)
+    )
     by_id = {prompt.id: prompt for prompt in prompts}
-    requests = [
-        Request(
-            prompt.id,
-            encode_prompt(target.tokenizer, prompt),
-            max_new_tokens,
-            samplings[row_seed(seed, prompt.id) % len(samplings)],
-            seed,
-        )
-        for prompt in prompts
-        if prompt.id not in done
-    ]
-    requests.sort(
-        key=lambda request: list(request.tokens)
-    )  # neighbours share what they begin with; ids seed the draws
-    needed = signal_bytes(target, len(requests), max_new_tokens) if keep_signal else 0
+    removals = Counter(id_ for id_, _ in store.manifest.removed)
+
+    def pending() -> list[Request]:
+        """What is to be asked next, of each open prompt once, in another way after a removal."""
+        done = store.done()
+        found = []
+        for prompt in prompts:
+            sampling = samplings[row_seed(seed, prompt.id) % len(samplings)]
+            number = removals[prompt.id]
+            if prompt.id not in done and number <= filters.retries_of(sampling):
+                tokens = encode_prompt(target.tokenizer, prompt)
+                own = seed if number == 0 else row_seed(seed, f"retry {number}")
+                found.append(Request(prompt.id, tokens, max_new_tokens, sampling, own))
+        # Neighbours share what they begin with; ids seed the draws.
+        return sorted(found, key=lambda request: list(request.tokens))
+
+    requests = pending()
+    needed = signal_bytes(target, len(requests), max_new_tokens, signal)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise StorageError(
@@ -81,39 +89,75 @@ def generate(
             f"{free:,} free; keep no signal, "
             "shorten the answers or choose another disk"
         )
-    decoder = SpeculativeDecoder(target, batch_size=batch_size, keep_hidden=keep_signal)
-    open_rows = {r.id: Example(r.id, list(r.tokens), [], by_id[r.id].category) for r in requests}
-    pieces: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {r.id: [] for r in requests}
+    decoder = SpeculativeDecoder(target, batch_size=batch_size, keep_hidden=signal != NONE)
+    sieve = Sieve(filters, target.eos_ids, store.texts() if filters.duplicates else [])
     finished: list[Example] = []
+    removed: list[tuple[str, str]] = []
+
+    def flush() -> None:
+        nonlocal finished, removed
+        part, finished = finished, []  # so that an interrupt cannot write it again
+        gone, removed = removed, []
+        if part or gone:
+            store.append(part, gone)
+
     tokens = settled = 0  # emitted in all, and by finished rows
-    answered = len(done)
+    answered = len(prompts) - len(requests)
     start = time.perf_counter()
+
+    def late() -> bool:
+        return max_seconds is not None and time.perf_counter() - start > max_seconds
+
     try:
-        for round_ in decoder.stream(requests):
-            for row in round_.rows:
-                example = open_rows[row.request_id]
-                example.response_tokens += row.tokens
-                tokens += len(row.tokens)
-                if row.hidden is not None and row.logsumexp is not None:
-                    pieces[row.request_id].append((row.hidden, row.logsumexp))
-                if row.finished:
-                    if keep_signal:
-                        hidden, lse = zip(*pieces.pop(row.request_id), strict=True)
-                        example.hidden, example.logsumexp = torch.cat(hidden), torch.cat(lse)
-                    finished.append(open_rows.pop(row.request_id))
+        while requests and not late():
+            for ended, emitted in _rounds(decoder, requests, by_id):
+                tokens += emitted
+                for example, sampling in ended:
                     settled += len(example.response_tokens)
+                    if (reason := sieve.reason(example.response_tokens)) is not None:
+                        removed.append((example.id, reason))
+                        removals[example.id] += 1
+                        answered += removals[example.id] > filters.retries_of(sampling)
+                        continue
+                    if example.signal is not None:
+                        example.signal = keep(target, **example.signal, signal=signal)
+                    finished.append(example)
                     answered += 1
-            if len(finished) >= PART:
-                part, finished = finished, []  # so that `finally` cannot write it again
-                store.append(part)
-            under_way = (tokens - settled) / max_new_tokens
-            progress("generate", answered + under_way, len(prompts), f"{tokens:,} tokens")
-            if max_seconds is not None and time.perf_counter() - start > max_seconds:
-                break
+                if len(finished) + len(removed) >= PART:
+                    flush()
+                under_way = (tokens - settled) / max_new_tokens
+                progress("generate", answered + under_way, len(prompts), f"{tokens:,} tokens")
+                if late():
+                    break
+            flush()
+            requests = pending()
     finally:  # on an interrupt, too, nothing finished is lost
-        if finished:
-            store.append(finished)
+        flush()
     return store
+
+
+def _rounds(
+    decoder: SpeculativeDecoder, requests: Sequence[Request], by_id: Mapping[str, Prompt]
+) -> Iterator[tuple[list[tuple[Example, Sampling]], int]]:
+    """For each round the answers it ended, with all states that were kept, and the tokens it
+    emitted.
+    """
+    open_rows = {r.id: Example(r.id, list(r.tokens), [], by_id[r.id].category) for r in requests}
+    samplings = {r.id: r.sampling for r in requests}
+    pieces: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {r.id: [] for r in requests}
+    for round_ in decoder.stream(requests):
+        ended = []
+        for row in round_.rows:
+            example = open_rows[row.request_id]
+            example.response_tokens += row.tokens
+            if row.hidden is not None and row.logsumexp is not None:
+                pieces[row.request_id].append((row.hidden, row.logsumexp))
+            if row.finished:
+                if own := pieces.pop(row.request_id):
+                    hidden, logsumexp = map(torch.cat, zip(*own, strict=True))
+                    example.signal = {"hidden": hidden, "logsumexp": logsumexp}
+                ended.append((open_rows.pop(row.request_id), samplings[row.request_id]))
+        yield ended, sum(len(row.tokens) for row in round_.rows)
 
 
 def _manifest(
@@ -122,7 +166,8 @@ def _manifest(
     max_new_tokens: int,
     samplings: Sequence[Sampling],
     seed: int,
-    keep_signal: bool,
+    signal: str,
+    filters: Filters,
 ) -> Manifest:
     asked = json.dumps([[p.id, list(p.messages)] for p in prompts])
     return Manifest(
@@ -135,6 +180,7 @@ def _manifest(
             "seed": seed,
             "dtype": str(target.dtype),
             "samplings": [asdict(sampling) for sampling in samplings],
+            "filters": asdict(filters),
         },
-        signal=keep_signal,
+        signal=signal,
     )

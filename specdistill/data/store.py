@@ -1,16 +1,14 @@
-"""Target generations on disk: Parquet parts, and beside each the target's signal, under one
-manifest.
-
-The exact signal is the final hidden state (after the last norm, in the head's dtype) and the
-logsumexp of every response position: the target's head turns it back into all logits. A part counts
-once the manifest lists it, so an interruption loses at most the part being written.
+"""Target generations on disk: Parquet parts, and beside each a safetensors shard of the target's
+signal (see `signal.py`), under one manifest with their checksums. A part counts once the manifest
+lists it, so an interruption loses at most the part being written.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,26 +18,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from specdistill.data.signal import ALPHA_COST, NONE
 from specdistill.errors import InputError, StorageError
 from specdistill.hashes import file_sha256
 from specdistill.models import LanguageModel
 
-SCHEMA = "specdistill.generations/1"
+SCHEMA = "specdistill.generations/2"
 MANIFEST = "manifest.json"
 
 
 @dataclass
 class Example:
-    """One answer of the target. hidden [n, d] and logsumexp [n] where the signal was kept, n
-    response tokens.
+    """One answer. signal: what was kept of the target at its n response tokens, tensors [n, ...]
+    by name.
     """
 
     id: str
     prompt_tokens: list[int]
     response_tokens: list[int]
     category: str | None = None
-    hidden: Tensor | None = None
-    logsumexp: Tensor | None = None
+    signal: dict[str, Tensor] | None = None
 
 
 @dataclass
@@ -53,8 +51,9 @@ class Manifest:
     tokenizer_sha256: str
     prompts_sha256: str
     settings: dict[str, Any]
-    signal: bool
+    signal: str
     parts: list[dict[str, Any]] = field(default_factory=list)
+    removed: list[list[str]] = field(default_factory=list)  # [id, filter] of each answer that went
     schema: str = SCHEMA
 
 
@@ -72,7 +71,9 @@ class Store:
         else.
         """
         self.folder, self.manifest = folder, manifest
-        if (folder / MANIFEST).exists() and (found := read_manifest(folder)).parts:
+        if (folder / MANIFEST).exists() and (
+            (found := read_manifest(folder)).parts or found.removed
+        ):
             for name in (
                 "target_sha256",
                 "tokenizer_sha256",
@@ -101,12 +102,41 @@ class Store:
         """Ids of the prompts answered so far."""
         return {id_ for part in self.manifest.parts for id_ in part["ids"]}
 
-    def append(self, examples: list[Example]) -> None:
-        """Write one part and list it. Raises `StorageError` when the disk is full; listed parts
-        stay intact.
+    def texts(self) -> list[list[int]]:
+        """The answers so far."""
+        if not self.manifest.parts:
+            return []
+        return [e.response_tokens for e in read_examples(self.folder, signal=False)]
+
+    def tail(self) -> dict[str, float] | None:
+        """Of a top-k signal, the mean over tokens of the tail's mass and of `alpha_cost`."""
+        parts = self.manifest.parts
+        if not parts or "tail_mass" not in parts[0]:
+            return None
+        tokens = sum(part["tokens"] for part in parts)
+        names = ("tail_mass", ALPHA_COST)
+        return {name: sum(part[name] for part in parts) / max(tokens, 1) for name in names}
+
+    def filtered(self) -> dict[str, Any]:
+        """Of the answers that filters removed: their number by filter, the prompts that were then
+        answered in another way, and those that were given up or are still open.
+        """
+        prompts, done = {id_ for id_, _ in self.manifest.removed}, self.done()
+        return {
+            "removed": dict(Counter(name for _, name in self.manifest.removed)),
+            "regenerated": len(prompts & done),
+            "dropped": len(prompts - done),
+        }
+
+    def append(self, examples: list[Example], removed: Sequence[tuple[str, str]] = ()) -> None:
+        """Write one part and list it, with the (id, filter) of answers that went meanwhile. Raises
+        `StorageError` when the disk is full; listed parts stay intact.
         """
         from datasets import Dataset
 
+        manifest = replace(
+            self.manifest, removed=[*self.manifest.removed, *([*pair] for pair in removed)]
+        )
         stem = self.folder / f"part-{len(self.manifest.parts):05d}"
         rows = [
             {
@@ -117,18 +147,23 @@ class Store:
             }
             for e in examples
         ]
-        part: dict[str, Any] = {"ids": [e.id for e in examples]}
+        tokens = sum(len(e.response_tokens) for e in examples)
+        part: dict[str, Any] = {"ids": [e.id for e in examples], "tokens": tokens}
         try:
+            if not examples:
+                self._write(manifest)
+                return
             Dataset.from_list(rows).to_parquet(stem.with_suffix(".parquet"))
             part["parquet_sha256"] = file_sha256(stem.with_suffix(".parquet"))
-            if self.manifest.signal:
-                signal = {
-                    "hidden": torch.cat([_kept(e.hidden) for e in examples]),
-                    "logsumexp": torch.cat([_kept(e.logsumexp) for e in examples]),
-                }
-                save_file(signal, stem.with_suffix(".safetensors"))
+            if self.manifest.signal != NONE:
+                signals = [_kept(e) for e in examples]
+                joined = {name: torch.cat([s[name] for s in signals]).cpu() for name in signals[0]}
+                if "log_tail" in joined:
+                    part["tail_mass"] = joined["log_tail"].exp().sum().item()
+                    part[ALPHA_COST] = joined.pop(ALPHA_COST).sum().item()
+                save_file(joined, stem.with_suffix(".safetensors"))
                 part["signal_sha256"] = file_sha256(stem.with_suffix(".safetensors"))
-            self._write(replace(self.manifest, parts=[*self.manifest.parts, part]))
+            self._write(replace(manifest, parts=[*self.manifest.parts, part]))
         except (OSError, SafetensorError) as error:
             raise StorageError(
                 f"cannot write {stem.name} to {self.folder}: "
@@ -152,8 +187,8 @@ def read_manifest(folder: Path) -> Manifest:
         if raw["schema"] != SCHEMA:
             raise InputError(f"{file} has schema {raw['schema']!r}; this version reads {SCHEMA!r}")
         manifest = Manifest(**raw)
-        if not all({"ids", "parquet_sha256"} <= part.keys() for part in manifest.parts):
-            raise ValueError("a part lacks its ids or its hash")
+        if not all({"ids", "tokens", "parquet_sha256"} <= part.keys() for part in manifest.parts):
+            raise ValueError("a part lacks its ids, tokens or hash")
     except OSError:
         raise InputError(
             f"{folder} holds no {MANIFEST}: not a folder made by `specdistill generate`"
@@ -170,7 +205,7 @@ def read_examples(folder: Path, *, signal: bool) -> list[Example]:
     `StorageError` by name.
     """
     manifest = read_manifest(folder)
-    if signal and not manifest.signal:
+    if signal and manifest.signal == NONE:
         raise InputError(f"{folder} keeps no signal; generate with it, or distil with signal: live")
     examples: list[Example] = []
     for number, part in enumerate(manifest.parts):
@@ -199,12 +234,11 @@ def _read_part(stem: Path, part: dict[str, Any], signal: bool) -> Iterable[Examp
         example = Example(row["id"], row["prompt_tokens"], row["response_tokens"], row["category"])
         if tensors is not None:
             stop = start + len(example.response_tokens)
-            example.hidden = tensors["hidden"][start:stop]
-            example.logsumexp = tensors["logsumexp"][start:stop]
+            example.signal = {name: tensor[start:stop] for name, tensor in tensors.items()}
             start = stop
         yield example
 
 
-def _kept(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor.cpu()
+def _kept(example: Example) -> dict[str, Tensor]:
+    assert example.signal is not None
+    return example.signal

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -28,7 +28,7 @@ from specdistill.decoding.sampling import GREEDY, Sampling, SamplingBatch, row_s
 from specdistill.errors import DecodingError, InputError
 from specdistill.limits import MAX_DRAFT_TOKENS
 from specdistill.models import LanguageModel
-from specdistill_kernels import Lenience, Mode, verify
+from specdistill_kernels import Lenience, Mode, Verdict, verify
 
 
 @dataclass
@@ -46,6 +46,7 @@ class SpeculativeDecoder:
     `mode` "block" verifies whole blocks (2403.10444): the same distribution, and at temperatures
     above 0 on average at least as many accepted tokens. `lenience` accepts more and is LOSSY.
     `cuda_graphs` replays the target's passes from captured graphs; a drafter has its own switch.
+    `rule` takes the place of `verify`, for texts that are not meant to be the target's.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class SpeculativeDecoder:
         num_draft_tokens: int = 0,
         batch_size: int = 1,
         keep_hidden: bool = False,
+        keep_proposals: bool = False,
+        rule: Callable[..., Verdict] | None = None,
         mode: Mode = "token",
         lenience: Lenience | None = None,
         cuda_graphs: bool = False,
@@ -89,6 +92,8 @@ class SpeculativeDecoder:
         self.num_draft_tokens = num_draft_tokens
         self.batch_size = batch_size
         self.keep_hidden = keep_hidden
+        self.keep_proposals = keep_proposals
+        self.rule = rule
         self.mode = mode
         self.lenience = lenience
         self.cuda_graphs = cuda_graphs
@@ -258,7 +263,7 @@ class SpeculativeDecoder:
         logits = self.target.logits(hidden)
         marks.append(self._clock())
 
-        verdict = verify(
+        verdict = (self.rule or verify)(
             draft.tokens,
             draft.logits,
             logits,
@@ -275,6 +280,7 @@ class SpeculativeDecoder:
         marks.append(self._clock())
 
         logsumexp = logits.logsumexp(-1) if self.keep_hidden else None
+        proposals = draft.tokens.tolist() if self.keep_proposals else None
         rows = []
         for i, row in enumerate(self._rows):
             if row is not None:
@@ -282,6 +288,8 @@ class SpeculativeDecoder:
                 if logsumexp is not None:
                     out.hidden = hidden[i, : len(out.tokens)].clone()
                     out.logsumexp = logsumexp[i, : len(out.tokens)].clone()
+                if proposals is not None:
+                    out.proposals = proposals[i][: counts[i]]
                 if out.finished:
                     self._rows[i] = None
                 rows.append(out)

@@ -30,7 +30,7 @@ class RowRound:
     """What one round did to one row. `tokens` are the emitted ones, cut at the end of the answer;
     so are `accepted` and `tested` (proposals up to and including the first rejected one), not
     `proposed`. `hidden` [n, d] and `logsumexp` [n] belong to the positions that predicted `tokens`,
-    where the engine was asked to keep them.
+    and `proposals` are the draft's tokens, where the engine was asked to keep them.
     """
 
     request_id: str
@@ -41,6 +41,7 @@ class RowRound:
     finished: bool
     hidden: Tensor | None = None
     logsumexp: Tensor | None = None
+    proposals: list[int] | None = None
 
 
 @dataclass

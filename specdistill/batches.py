@@ -1,0 +1,84 @@
+"""From examples to the batches of an update: padding, the response mask, groups of like length."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specdistill.data.store import Example
+
+
+@dataclass
+class Batch:
+    """Examples padded to one length. tokens, mask: [B, L]; `response` [B, L] marks the positions
+    whose next token belongs to the answer, N of them; labels [N] is that token; signal: what was
+    kept of the target there, tensors [N, ...] by name.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    response: Tensor
+    labels: Tensor
+    signal: dict[str, Tensor] | None
+
+
+def make_batch(examples: list[Example], pad: int, device: torch.device) -> Batch:
+    """Right-padded, with the target's signal where every example carries it."""
+    rows = [e.prompt_tokens + e.response_tokens for e in examples]
+    longest = max(map(len, rows))
+    response = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for i, example in enumerate(examples):  # the token at t is predicted at t - 1
+        response[i, len(example.prompt_tokens) - 1 : len(rows[i]) - 1] = True
+    signals = [e.signal for e in examples if e.signal is not None]
+    return Batch(
+        torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device),
+        torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device),
+        response.to(device),
+        torch.tensor([token for e in examples for token in e.response_tokens], device=device),
+        {name: torch.cat([s[name] for s in signals]).to(device) for name in signals[0]}
+        if len(signals) == len(examples)
+        else None,
+    )
+
+
+def length_buckets(
+    examples: list[Example], batch_tokens: int, seed: int, epoch: int
+) -> list[list[Example]]:
+    """One epoch: groups of similar length of at most `batch_tokens` padded tokens, in an order that
+    depends on nothing but seed and epoch, so that a resumed run sees what an uninterrupted one
+    would.
+    """
+    rng = random.Random(f"{seed}-{epoch}")
+    size = {e.id: len(e.prompt_tokens) + len(e.response_tokens) for e in examples}
+    order = sorted(examples, key=lambda e: (size[e.id] // 16, rng.random()))
+    groups: list[list[Example]] = [[]]
+    longest = 0
+    for example in order:
+        longest = max(longest, size[example.id])
+        if groups[-1] and (len(groups[-1]) + 1) * longest > batch_tokens:
+            groups.append([])
+            longest = size[example.id]
+        groups[-1].append(example)
+    rng.shuffle(groups)
+    return groups
+
+
+def updates(
+    examples: list[Example], batch_tokens: int, accumulate: int, seed: int, skip: int = 0
+) -> Iterator[list[list[Example]]]:
+    """Groups of `accumulate` micro-batches, one group an update, without end; the first `skip`
+    updates are left out.
+    """
+    epoch = 0
+    while True:
+        groups = length_buckets(examples, batch_tokens, seed, epoch)
+        for start in range(0, len(groups), accumulate):
+            if skip:
+                skip -= 1
+            else:
+                yield groups[start : start + accumulate]
+        epoch += 1

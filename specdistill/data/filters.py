@@ -1,0 +1,92 @@
+"""Which answers are kept for training. A filter says of an answer whether it goes; adding one is
+one function, one entry in `FILTERS` and its field in `Filters`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+from specdistill.decoding import Sampling
+from specdistill.errors import InputError
+
+NGRAM = 4  # tokens; shorter ones repeat in good text too
+
+
+@dataclass(frozen=True)
+class Filters:
+    """min_tokens: shorter answers go. max_repetition: answers go where a larger share of their
+    n-grams of `NGRAM` tokens occurred before in them. truncated: answers go that the token limit
+    ended. duplicates: answers go whose text was kept before. A removed answer is asked for again
+    with another seed up to `retries` times; greedy decoding would give the same again, so there
+    it is not.
+    """
+
+    min_tokens: int = 0
+    max_repetition: float = 1.0
+    truncated: bool = False
+    duplicates: bool = False
+    retries: int = 0
+
+    def __post_init__(self) -> None:
+        if self.min_tokens < 0 or self.retries < 0:
+            raise InputError(
+                f"min_tokens and retries must be 0 (off) or more; got {self.min_tokens} and "
+                f"{self.retries}"
+            )
+        if not 0 <= self.max_repetition <= 1:
+            raise InputError(f"max_repetition must be 0 to 1 (off); got {self.max_repetition}")
+        if self.retries and replace(self, retries=0) == NO_FILTER:
+            raise InputError(
+                f"retries: {self.retries} has no effect without a filter that removes answers"
+            )
+
+    def retries_of(self, sampling: Sampling) -> int:
+        return self.retries if sampling.temperature > 0 else 0
+
+
+NO_FILTER = Filters()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a filter sees: an answer, the ids that end one, and the texts kept so far."""
+
+    tokens: list[int]
+    eos_ids: frozenset[int]
+    kept: set[tuple[int, ...]]
+
+
+def repetition(tokens: list[int]) -> float:
+    """The share of an answer's n-grams that occurred before in it, 0 to below 1."""
+    grams = Counter(tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1))
+    total = sum(grams.values())
+    return 0.0 if total == 0 else 1 - len(grams) / total
+
+
+FILTERS: dict[str, Callable[[Filters, Answer], bool]] = {
+    "short": lambda f, a: len(a.tokens) < f.min_tokens,
+    "repetitive": lambda f, a: repetition(a.tokens) > f.max_repetition,
+    "truncated": lambda f, a: f.truncated and a.tokens[-1] not in a.eos_ids,
+    "duplicate": lambda f, a: f.duplicates and tuple(a.tokens) in a.kept,
+}
+
+
+class Sieve:
+    """Filters at work on the answers of one folder. `texts` are those it holds already."""
+
+    def __init__(
+        self, filters: Filters, eos_ids: frozenset[int], texts: Iterable[list[int]] = ()
+    ) -> None:
+        self.filters, self.eos_ids = filters, eos_ids
+        self.kept = {tuple(text) for text in texts}
+
+    def reason(self, tokens: list[int]) -> str | None:
+        """Why an answer goes, by the first filter that says so; None keeps it and remembers it."""
+        answer = Answer(tokens, self.eos_ids, self.kept)
+        for name, goes in FILTERS.items():
+            if goes(self.filters, answer):
+                return name
+        self.kept.add(tuple(tokens))
+        return None

@@ -1,0 +1,212 @@
+"""One update of a draft towards its target. `Distiller.step` is the whole of the training;
+accelerate lives here alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from specdistill.batches import Batch
+from specdistill.config import DistillConfig
+from specdistill.divergences import Objective, Positions, Target, objective, total_loss
+from specdistill.hints import HintLoss
+from specdistill.models import LanguageModel
+from specdistill_kernels import (
+    Head,
+    TargetStates,
+    TargetTopK,
+    divergence_rows,
+    draft_columns,
+)
+
+
+@dataclass
+class StepMetrics:
+    """One update: loss is the mean over `response_tokens` positions, of which the draft lacks the
+    token in `missing`; `tokens` counts padding and prompts too.
+    """
+
+    loss: float
+    response_tokens: int
+    missing: int
+    tokens: int
+
+
+def configured_objective(config: DistillConfig) -> Objective:
+    """The loss a configuration asks for. Raises `InputError`."""
+    return objective(
+        config.loss,
+        temperature=config.temperature,
+        decoding_temperature=config.decoding_temperature,
+        num_draft_tokens=config.num_draft_tokens,
+        beta=config.beta,
+        skew=config.skew,
+        eta=config.eta,
+    )
+
+
+class Distiller:
+    """Trains `draft` in place towards `target`, which is only read: its body too where the signal
+    is taken live.
+    """
+
+    def __init__(self, target: LanguageModel, draft: LanguageModel, config: DistillConfig) -> None:
+        self.target, self.draft, self.config = target, draft, config
+        self.objective = configured_objective(config)
+        training, hints = config.training, config.hints
+        self.accelerator = Accelerator(
+            mixed_precision=training.precision, cpu=draft.device.type == "cpu"
+        )
+        draft.model.requires_grad_(True)
+        if not training.train_embeddings:
+            embedding = draft.model.get_input_embeddings().weight
+            embedding.requires_grad_(embedding is draft.head.weight)
+        self.parameters = {n: p for n, p in draft.model.named_parameters() if p.requires_grad}
+        self.hints: HintLoss | None = None
+        if hints is not None:
+            torch.manual_seed(config.seed)  # of the learned maps
+            self.hints = HintLoss(hints.kind, hints.layers, hints.weight, draft, target)
+            self.parameters |= {f"hints.{n}": p for n, p in self.hints.named_parameters()}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            betas=(0.9, 0.95),
+        )
+        draft.model, self.optimizer = self.accelerator.prepare(draft.model, self.optimizer)
+        self.target_head = target.readout()
+        own = torch.arange(draft.vocab_size, device=draft.device)
+        ids = own if draft.vocab is None else draft.vocab
+        self.vocab = ids[ids < target.vocab_size]  # without rows that pad the draft's embedding
+        same = draft.vocab is None and len(ids) >= target.vocab_size
+        self.draft_vocab = None if same else self.vocab
+
+    def step(self, batches: list[Batch], learning_rate: float) -> StepMetrics:
+        """One update from one or more micro-batches: the loss is a mean over all their response
+        tokens.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        total = sum(len(batch.labels) for batch in batches)
+        loss_sum, missing = 0.0, 0
+        for batch in batches:
+            signal = self.signal(batch)
+            with self.accelerator.autocast():
+                states = self.states(batch)
+            positions = self.positions(batch, states["hidden"], signal)
+            loss = total_loss(positions, self.objective)
+            if self.hints is not None:
+                loss = loss + self.hints(*self.hinted(states, signal))
+            self.accelerator.backward(loss / total)
+            loss_sum += loss.item()
+            missing += int(
+                (draft_columns(batch.labels, len(self.vocab), self.draft_vocab) < 0).sum()
+            )
+        self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.training.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        tokens = sum(batch.tokens.numel() for batch in batches)
+        return StepMetrics(loss_sum / total, total, missing, tokens)
+
+    def states(self, batch: Batch) -> dict[str, Tensor]:
+        """The draft's states [N, d] at the response positions: "hidden", the final ones, and those
+        the hints need. An id that only pads the target's embedding is read as the draft's last one.
+        """
+        tokens = batch.tokens.clamp(max=self.draft.full_vocab_size - 1)
+        wanted = [] if self.hints is None else self.hints.draft_layers
+        return _states(self.draft, tokens, batch, wanted)
+
+    @torch.no_grad()
+    def signal(self, batch: Batch) -> dict[str, Tensor]:
+        """What the target says: as kept, or its states from a live pass."""
+        if batch.signal is not None:
+            return batch.signal
+        wanted = [] if self.hints is None else self.hints.target_layers
+        return _states(self.target, batch.tokens, batch, wanted)
+
+    def positions(self, batch: Batch, states: Tensor, signal: dict[str, Tensor]) -> Positions:
+        """The response positions as the losses take them."""
+        kind = self.target_head.weight.dtype
+
+        def target(temperature: float) -> Target:
+            if "log_tail" in signal:
+                return TargetTopK(signal["tokens"].long(), signal["log_probs"], signal["log_tail"])
+            kept = signal.get("logsumexp") if temperature == 1 else None  # it belongs to 1
+            return TargetStates(signal["hidden"].to(kind), self.target_head, kept, temperature)
+
+        return Positions(
+            states.to(torch.promote_types(states.dtype, torch.float32)),
+            self.draft_head(),
+            target,
+            batch.labels,
+            batch.response.sum(1),
+            self.draft_vocab,
+            self.config.training.chunk,
+        )
+
+    def draft_head(self) -> Head:
+        head, width = self.draft.readout(), len(self.vocab)
+        return head if width == len(head.weight) else head.of(torch.arange(width))
+
+    def hinted(
+        self, states: dict[str, Tensor], signal: dict[str, Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The mapped layers of draft and target."""
+        assert self.hints is not None
+        ours = [states[_name(self.draft, layer)] for layer in self.hints.draft_layers]
+        return ours, [signal[_name(self.target, layer)] for layer in self.hints.target_layers]
+
+    @torch.no_grad()
+    def heldout(self, batch: Batch) -> Batch:
+        """The batch with all that `evaluate` asks of the target, which is then asked once."""
+        signal = dict(self.signal(batch))
+        if "log_tail" in signal:
+            return replace(batch, signal=signal | {"best": signal["tokens"][:, 0].long()})
+        chunks = signal["hidden"].split(self.config.training.chunk)
+        logits = [self.target.logits(rows) for rows in chunks]
+        signal["best"] = torch.cat([part.argmax(-1) for part in logits])
+        signal["logsumexp"] = torch.cat([part.logsumexp(-1) for part in logits])
+        return replace(batch, signal=signal)
+
+    @torch.no_grad()
+    def evaluate(self, batches: list[Batch]) -> dict[str, float]:
+        """On `heldout` batches: expected α = mean Σ min(p, q) at temperature 1 over the full
+        vocabulary (a token the draft lacks has q = 0), and the share of positions where both
+        models' most probable tokens agree. From the k most probable tokens alone, expected α is
+        too high by at most `tail_mass`, the mean mass of all others.
+        """
+        sums = {"expected_alpha": 0.0, "greedy_match": 0.0}
+        head, count = self.draft_head(), 0
+        for batch in batches:
+            signal = self.signal(batch)
+            positions = self.positions(batch, self.states(batch)["hidden"], signal)
+            overlap = 1 - divergence_rows(**positions.arguments(1.0), loss="tvd")
+            chunks = positions.states.split(positions.chunk)
+            best = self.vocab[torch.cat([head.logits(rows).argmax(-1) for rows in chunks])]
+            sums["expected_alpha"] += overlap.sum().item()
+            sums["greedy_match"] += (best == signal["best"]).sum().item()
+            if "log_tail" in signal:
+                tail = signal["log_tail"].exp().sum().item()
+                sums["tail_mass"] = sums.get("tail_mass", 0.0) + tail
+            count += len(batch.labels)
+        return {name: value / count for name, value in sums.items()}
+
+
+def _states(
+    model: LanguageModel, tokens: Tensor, batch: Batch, layers: list[int]
+) -> dict[str, Tensor]:
+    """[N, d] by name: "hidden", and one for each other layer of `layers`."""
+    if not layers:
+        return {"hidden": model.hidden(tokens, attention_mask=batch.mask)[batch.response]}
+    wanted = [*layers, model.num_layers]
+    found = model.hidden_after(tokens, wanted, attention_mask=batch.mask)
+    names = [_name(model, layer) for layer in wanted]
+    return {n: states[batch.response] for n, states in zip(names, found, strict=True)}
+
+
+def _name(model: LanguageModel, layer: int) -> str:
+    return "hidden" if layer == model.num_layers else f"layer {layer}"

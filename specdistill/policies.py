@@ -1,0 +1,263 @@
+"""Where the training tokens come from: a data set's own answers, the target's, the draft's, or both
+models' together. Adding a policy is one function, one entry in `POLICIES` and its settings in
+`config.POLICY_SETTINGS`.
+
+A policy is asked for its examples at a step and makes them with the draft's weights of that moment.
+All decoding is the project's own batched engine's.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from specdistill.config import DistillConfig, Policy
+from specdistill.data.chat import encode_example
+from specdistill.data.prompts import load_prompts
+from specdistill.data.store import MANIFEST, Example, read_examples
+from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
+from specdistill.errors import InputError, StorageError
+from specdistill.models import LanguageModel
+from specdistill_kernels import Verdict, sample
+
+BATCH = 64  # rows decoded together
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a policy draws on. `given` are the answers of the data, with their prompts."""
+
+    given: Sequence[Example]
+    target: LanguageModel
+    draft: LanguageModel
+    policy: Policy
+    seed: int
+
+    def chosen(self, step: int) -> list[Example]:
+        """The examples whose prompts are sampled at a step."""
+        number = min(self.policy.own()["prompts"], len(self.given))
+        return random.Random(f"{self.seed}-{step}").sample(list(self.given), number)
+
+    def requests(self, step: int, *, more: int = 0) -> list[Request]:
+        """`more`: tokens beyond the longest answer."""
+        p = self.policy.own()
+        sampling, longest = Sampling(p["sample_temperature"]), p["max_new_tokens"] + more
+        seed = random.Random(f"{self.seed}:{step}").getrandbits(60)
+        return [Request(e.id, e.prompt_tokens, longest, sampling, seed) for e in self.chosen(step)]
+
+
+def given(source: Source, step: int) -> list[Example]:
+    """fixed and target: the answers of the data, at every step."""
+    return list(source.given)
+
+
+def draft(source: Source, step: int) -> list[Example]:
+    """The draft's own samples: on-policy distillation (GKD 2306.13649 with λ = 1)."""
+    return _drafted(source, source.requests(step))
+
+
+def mixed(source: Source, step: int) -> list[Example]:
+    """Each prompt with the draft's sample with probability `share` (GKD's λ), else as given."""
+    coins, share = random.Random(f"{source.seed}/{step}"), source.policy.own()["share"]
+    fresh = [request for request in source.requests(step) if coins.random() < share]
+    samples = {e.id: e for e in _drafted(source, fresh)}
+    return [samples.get(e.id, e) for e in source.chosen(step)]
+
+
+def skd(source: Source, step: int) -> list[Example]:
+    """The draft proposes, and a token outside the target's `top_k` most probable is replaced by a
+    sample of the target's (speculative knowledge distillation 2410.11325).
+    """
+    p = source.policy.own()
+    decoder = SpeculativeDecoder(
+        source.target,
+        ModelDrafter(source.draft, source.target.vocab_size),
+        num_draft_tokens=p["block"],
+        batch_size=BATCH,
+        rule=within_top_k(p["top_k"]),
+    )
+    # The engine proposes nothing for an answer's last token, so one more is asked for than taken.
+    return _answers(decoder, source.requests(step, more=1), source, p["max_new_tokens"])
+
+
+def induced(source: Source, step: int) -> list[Example]:
+    """The states in which speculative decoding asks the draft: of each round with a rejection, the
+    text up to it as the prompt and the draft's proposals, at most `block`, as the response.
+    """
+    decoder = SpeculativeDecoder(
+        source.target,
+        ModelDrafter(source.draft, source.target.vocab_size),
+        num_draft_tokens=source.policy.own()["block"],
+        batch_size=BATCH,
+        keep_proposals=True,
+    )
+    requests = source.requests(step)
+    texts = {request.id: list(request.tokens) for request in requests}
+    ends, found = source.target.eos_ids, []
+    for round_ in decoder.stream(requests):
+        for row in round_.rows:
+            text = texts[row.request_id]
+            if row.accepted < row.tested:
+                assert row.proposals is not None
+                end = next((i for i, t in enumerate(row.proposals, 1) if t in ends), None)
+                name = f"{row.request_id}@{len(text)}"
+                found.append(Example(name, list(text), row.proposals[:end]))
+            text += row.tokens
+    if not found:
+        raise InputError(
+            f"policy 'induced' found no rejection at step {step}: the target accepted every "
+            "proposal, and there is nothing left to learn from them; take another policy"
+        )
+    return found
+
+
+POLICIES: dict[str, Callable[[Source, int], list[Example]]] = {
+    "fixed": given,
+    "target": given,
+    "draft": draft,
+    "mixed": mixed,
+    "skd": skd,
+    "induced": induced,
+}
+
+
+def examples_at(source: Source, step: int, folder: Path) -> list[Example]:
+    """What the policy gives at a step. Samples are kept in `folder`, so that a run that resumes
+    between two refreshes goes on with those it had. Raises `StorageError` for a damaged file.
+    """
+    policy = POLICIES[source.policy.name]
+    if source.policy.refresh_every is None:
+        return policy(source, step)
+    file = folder / f"step-{step:08d}.jsonl"
+    try:
+        if file.exists():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            return [Example(**json.loads(line)) for line in lines]
+        examples = policy(source, step)
+        folder.mkdir(parents=True, exist_ok=True)
+        new = file.with_suffix(".new")
+        names = ("id", "prompt_tokens", "response_tokens")
+        rows = [json.dumps({n: getattr(e, n) for n in names}) for e in examples]
+        new.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+        new.replace(file)
+    except OSError as error:
+        raise StorageError(f"cannot use {file}: {error.strerror}; free space, resume") from error
+    except (ValueError, TypeError) as error:
+        raise StorageError(f"{file} is damaged ({error}); remove it and resume") from error
+    return examples
+
+
+def forget_samples(folder: Path, step: int) -> None:
+    """Remove samples of `step` and later, which weights that were not kept have made."""
+    for file in folder.glob("step-*.jsonl"):
+        if int(file.stem.removeprefix("step-")) >= step:
+            file.unlink()
+
+
+def read_given(config: DistillConfig, target: LanguageModel) -> list[Example]:
+    """The answers in `config.data`: a folder of `generate`, or prompts with responses of their own.
+    Raises `InputError` where the policy wants the other kind.
+    """
+    generated = (Path(config.data) / MANIFEST).exists()
+    name = config.policy.name
+    if name == ("fixed" if generated else "target"):
+        here = "answers of the target" if generated else "no answers of `specdistill generate`"
+        other = "target" if generated else "fixed"
+        raise InputError(f"policy {name!r}: {config.data} holds {here}; take policy {other!r}")
+    if generated:
+        answers = read_examples(Path(config.data), signal=config.signal == "kept")
+        return [e for e in answers if e.response_tokens]
+    examples = []
+    for prompt in load_prompts(config.data):
+        if prompt.response is None:
+            raise InputError(
+                f"{config.data}: prompt {prompt.id!r} has no response to learn from; give one to "
+                "each, or let the target answer with `specdistill generate`"
+            )
+        tokens, mask = encode_example(target.tokenizer, prompt, prompt.response)
+        start = mask.index(True)
+        examples.append(Example(prompt.id, tokens[:start], tokens[start:], prompt.category))
+    return examples
+
+
+def standalone(draft: LanguageModel, target: LanguageModel) -> LanguageModel:
+    """The draft as a model over the target's ids, which decodes without it: tokens it lacks have
+    the logit −inf. Shares the draft's body; the head is a copy of now.
+    """
+    whole = torch.arange(draft.vocab_size, device=draft.device)
+    ids = whole if draft.vocab is None else draft.vocab
+    ids = ids[ids < target.vocab_size]
+    head, old = nn.Linear(draft.head.in_features, target.vocab_size, device="meta"), draft.head
+    weight = old.weight.new_zeros(head.weight.shape)
+    bias = old.weight.new_full((target.vocab_size,), -torch.inf)
+    with torch.no_grad():
+        weight[ids] = old.weight[: len(ids)]
+        bias[ids] = 0.0 if old.bias is None else old.bias[: len(ids)]
+    head.weight, head.bias = (nn.Parameter(part, requires_grad=False) for part in (weight, bias))
+    alone = LanguageModel(draft.name, draft.path, draft.model, draft.tokenizer)
+    alone.head = head
+    return alone
+
+
+def within_top_k(top_k: int) -> Callable[..., Verdict]:
+    """The engine's rule for `skd`. A round emits its proposals up to the first that is not among
+    the target's `top_k`, and a sample of the target in its place. Where all are among them it ends
+    with the last proposal, as no token of the target is wanted.
+    """
+
+    def rule(
+        draft_tokens: Tensor,
+        draft_logits: Tensor | None,
+        target_logits: Tensor,
+        *,
+        lengths: Tensor,
+        step: Tensor,
+        seeds: Tensor,
+        temperature: Tensor,
+        **others: object,
+    ) -> Verdict:
+        num = draft_tokens.shape[1]
+        best = target_logits[:, :num].topk(min(top_k, target_logits.shape[-1]), -1).indices
+        inside = (best == draft_tokens[..., None]).any(-1)
+        accepted = inside.long().cumprod(1).sum(1).minimum(lengths)
+        row = torch.arange(len(accepted), device=accepted.device)
+        # The draft used the places before `num` of this step; the noise of this one is fresh.
+        drawn = sample(
+            target_logits[row, accepted],
+            temperature=temperature,
+            seeds=seeds,
+            step=step,
+            position=num,
+        ).tokens
+        whole = (accepted == lengths) & (lengths > 0)
+        last = accepted - whole.long()
+        tokens = torch.cat([draft_tokens, draft_tokens.new_full((len(row), 1), -1)], 1)
+        tokens = tokens.masked_fill(torch.arange(num + 1, device=row.device) > last[:, None], -1)
+        tokens[row, last] = torch.where(whole, tokens[row, last], drawn)
+        return Verdict(tokens, last)
+
+    return rule
+
+
+def _drafted(source: Source, requests: list[Request]) -> list[Example]:
+    alone = standalone(source.draft, source.target)
+    return _answers(SpeculativeDecoder(alone, batch_size=BATCH), requests, source)
+
+
+def _answers(
+    decoder: SpeculativeDecoder,
+    requests: list[Request],
+    source: Source,
+    longest: int | None = None,
+) -> list[Example]:
+    kinds = {e.id: e.category for e in source.given}
+    return [
+        Example(r.id, list(r.tokens), output.tokens[:longest], kinds[r.id])
+        for r, output in zip(requests, decoder.run(requests).outputs, strict=True)
+    ]

@@ -1,0 +1,100 @@
+"""A training run's folder: its configuration, its metrics, and what a second run in it must agree
+with.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from specdistill.config import DistillConfig, load_config
+from specdistill.errors import InputError, StorageError
+from specdistill.models import LanguageModel
+from specdistill.provenance import device_name, git_commit, versions
+
+CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
+SAMPLES, DRAFT = "samples", "draft"
+_MAY_DIFFER = {"run_dir", "device"}  # where it runs; a folder may have been moved
+
+
+def check_run(config: DistillConfig, resume: bool) -> None:
+    """Raises `InputError` where the folder holds a run and `resume` is off, or holds one of
+    another configuration; the first differing key is named.
+    """
+    run = Path(config.run_dir)
+    if (run / METRICS).exists() and not resume:
+        raise InputError(
+            f"{run} already holds a run; pass --resume to go on with it, or choose another run_dir"
+        )
+    if not resume or not (run / CONFIG).exists():
+        return
+    first, now = _flat(load_config(run / CONFIG).model_dump()), _flat(config.model_dump())
+    for key in sorted(first.keys() | now.keys()):
+        if key not in _MAY_DIFFER and first.get(key) != now.get(key):
+            raise InputError(
+                f"{run} holds a run with {key}: {first.get(key)}, and now it is {now.get(key)}; "
+                "resume with the first run's configuration, or choose another run_dir"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def append_metrics(run: Path, row: dict[str, Any]) -> None:
+    try:
+        with (run / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise StorageError(
+            f"cannot write to {run / METRICS}: {error.strerror}; free space and resume"
+        ) from error
+
+
+def keep_metrics(run: Path, step: int) -> None:
+    """Drop the rows after the checkpoint a run resumes from; they are written again."""
+    file = run / METRICS
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        rows = [
+            line
+            for line in lines
+            if step and line.endswith("}") and json.loads(line)["step"] <= step
+        ]
+        file.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8")
+    except OSError as error:
+        raise StorageError(
+            f"cannot write to {file.parent}: {error.strerror}; choose another run_dir"
+        ) from error
+
+
+def write_config(config: DistillConfig, target: LanguageModel) -> None:
+    """The resolved configuration, which `specdistill distill` reads again, and in comments what
+    else decides a result."""
+    facts = {
+        "device": device_name(target.device),
+        "threads": torch.get_num_threads(),
+        "git": git_commit(),
+        "target_sha256": target.sha256(),
+        **versions(),
+    }
+    file = Path(config.run_dir) / CONFIG
+    text = yaml.safe_dump(config.model_dump(), sort_keys=False)
+    text += "".join(f"# {name}: {value}\n" for name, value in facts.items())
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {file}: {error.strerror}; free space or choose another run_dir"
+        ) from error

@@ -1,0 +1,192 @@
+"""Filters: what each removes, and how often what went is asked for again."""
+
+from pathlib import Path
+
+import pytest
+
+from specdistill import models
+from specdistill.data import generation
+from specdistill.data.filters import FILTERS, Filters, Sieve, repetition
+from specdistill.data.generation import generate
+from specdistill.data.prompts import Prompt
+from specdistill.data.store import Store, read_examples, read_manifest
+from specdistill.decoding import GREEDY, Sampling
+from specdistill.errors import InputError, StorageError
+from specdistill.models import LanguageModel
+
+LENGTH = 8
+WARM = Sampling(1.0)
+PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": f"w{5 + i} w9"},)) for i in range(24)]
+
+
+@pytest.fixture(scope="module")
+def target(tiny_folder: Path) -> LanguageModel:
+    return models.load(str(tiny_folder), dtype="float64")
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "PART", 4)
+
+
+def answer(
+    target: LanguageModel, folder: Path, filters: Filters, **changes: object
+) -> tuple[Store, dict[str, list[int]]]:
+    settings = {"max_new_tokens": LENGTH, "samplings": [WARM], "seed": 3, "batch_size": 5}
+    store = generate(target, PROMPTS, folder, filters=filters, **{**settings, **changes})
+    examples = read_examples(folder, signal=True) if store.manifest.parts else []
+    return store, {e.id: e.response_tokens for e in examples}
+
+
+def test_repetition_is_the_share_of_ngrams_seen_before() -> None:
+    assert repetition([1, 2, 3]) == 0
+    assert repetition([1, 2, 3, 4, 5]) == 0
+    assert repetition([7] * 8) == pytest.approx(4 / 5)  # five 4-grams, one kind
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize(
+    ("filters", "tokens", "reason"),
+    [
+        (Filters(min_tokens=3), [5, 0], "short"),
+        (Filters(min_tokens=3), [5, 6, 0], None),
+        (Filters(max_repetition=0.5), [7] * 8, "repetitive"),
+        (Filters(max_repetition=0.8), [7] * 8, None),
+        (Filters(truncated=True), [5, 6], "truncated"),
+        (Filters(truncated=True), [5, 0], None),
+        (Filters(duplicates=True), [8, 9], "duplicate"),
+        (Filters(), [8, 9], None),
+        (Filters(), [7] * 80, None),
+    ],
+)
+def test_each_filter(filters: Filters, tokens: list[int], reason: str | None) -> None:
+    sieve = Sieve(filters, frozenset({0}), [[8, 9]])
+    assert sieve.reason(tokens) == reason
+    if reason is None and filters.duplicates:
+        assert sieve.reason(tokens) == "duplicate"
+
+
+def test_a_kept_answer_is_a_duplicate_from_then_on() -> None:
+    sieve = Sieve(Filters(duplicates=True), frozenset({0}))
+    assert [sieve.reason([5, 6]), sieve.reason([5, 6]), sieve.reason([5])] == [
+        None,
+        "duplicate",
+        None,
+    ]
+
+
+def test_every_filter_has_a_test() -> None:
+    assert set(FILTERS) == {"short", "repetitive", "truncated", "duplicate"}
+
+
+def test_without_filters_nothing_is_removed(target: LanguageModel, tmp_path: Path) -> None:
+    store, texts = answer(target, tmp_path / "data", Filters())
+    assert len(texts) == 24
+    assert store.filtered() == {"removed": {}, "regenerated": 0, "dropped": 0}
+
+
+def test_what_went_is_asked_for_again_up_to_the_limit(
+    target: LanguageModel, tmp_path: Path
+) -> None:
+    """A prompt that failed r times is answered as a run without filters would with its next
+    seed; without retries it is left out.
+    """
+    _, plain = answer(target, tmp_path / "plain", Filters())
+    bad = {i for i, text in plain.items() if text[-1] != 0}
+    assert 3 < len(bad) < 22
+    store, once = answer(target, tmp_path / "once", Filters(truncated=True))
+    assert once == {i: text for i, text in plain.items() if i not in bad}
+    assert store.filtered() == {
+        "removed": {"truncated": len(bad)},
+        "regenerated": 0,
+        "dropped": len(bad),
+    }
+    store, more = answer(target, tmp_path / "more", Filters(truncated=True, retries=3))
+    assert len(more) > len(once)
+    assert all(text[-1] == 0 for text in more.values())
+    assert all(more[i] == once[i] for i in once), "what was good the first time stays"
+    counts = store.filtered()
+    assert counts["regenerated"] == len(more) - len(once)
+    assert counts["dropped"] == 24 - len(more)
+    tries = [id_ for id_, _ in read_manifest(tmp_path / "more").removed]
+    assert max(tries.count(i) for i in bad) <= 4, "the first answer and three more"
+    assert all(tries.count(i) == 4 for i in bad - more.keys())
+    assert counts["removed"]["truncated"] == len(tries)
+
+
+def test_greedy_answers_are_not_asked_for_twice(target: LanguageModel, tmp_path: Path) -> None:
+    filters = Filters(truncated=True, retries=5)
+    _, plain = answer(target, tmp_path / "plain", Filters(), samplings=[GREEDY])
+    bad = [i for i, text in plain.items() if text[-1] != 0]
+    store, _ = answer(target, tmp_path / "data", filters, samplings=[GREEDY])
+    assert store.filtered()["removed"] == {"truncated": len(bad)}
+    assert len(bad) > 3
+
+
+def test_no_two_answers_are_alike(target: LanguageModel, tmp_path: Path) -> None:
+    short = {"max_new_tokens": 1}
+    _, plain = answer(target, tmp_path / "plain", Filters(), **short)
+    assert len({tuple(t) for t in plain.values()}) < len(plain)
+    _, texts = answer(target, tmp_path / "data", Filters(duplicates=True, retries=4), **short)
+    assert len({tuple(t) for t in texts.values()}) == len(texts)
+
+
+@pytest.mark.parametrize("call", [2, 6, 12])
+def test_an_interrupted_filtered_run_goes_on_and_ends_the_same(
+    target: LanguageModel, tmp_path: Path, call: int
+) -> None:
+    filters = Filters(truncated=True, retries=2)
+    whole, texts = answer(target, tmp_path / "whole", filters)
+    calls = 0
+
+    def progress(stage: str, done: float, total: float, detail: str = "") -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answer(target, tmp_path / "data", filters, progress=progress)
+    store, again = answer(target, tmp_path / "data", filters)
+    assert again == texts
+    assert store.filtered() == whole.filtered()
+    assert sorted(store.manifest.removed) == sorted(whole.manifest.removed)
+
+
+def test_progress_ends_at_all_prompts(target: LanguageModel, tmp_path: Path) -> None:
+    told: list[float] = []
+
+    def progress(stage: str, done: float, total: float, detail: str = "") -> None:
+        told.append(done)
+
+    answer(target, tmp_path / "data", Filters(truncated=True, retries=1), progress=progress)
+    assert told[-1] == 24
+
+
+def test_other_filters_in_the_folder_are_refused(target: LanguageModel, tmp_path: Path) -> None:
+    answer(target, tmp_path / "data", Filters(truncated=True))
+    with pytest.raises(StorageError, match="another settings"):
+        answer(target, tmp_path / "data", Filters(min_tokens=2))
+
+
+def test_a_folder_of_removed_answers_alone_is_no_empty_one(
+    target: LanguageModel, tmp_path: Path
+) -> None:
+    store, texts = answer(target, tmp_path / "data", Filters(min_tokens=LENGTH + 1))
+    assert texts == {}
+    assert store.filtered()["dropped"] == 24
+    with pytest.raises(StorageError, match="another settings"):
+        answer(target, tmp_path / "data", Filters(min_tokens=2))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_tokens": -1}, "min_tokens and retries must be 0"),
+        ({"max_repetition": 1.5}, "max_repetition must be 0 to 1"),
+        ({"retries": 2}, "retries: 2 has no effect"),
+    ],
+)
+def test_filters_that_have_no_meaning(settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Filters(**settings)

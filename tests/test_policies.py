@@ -1,0 +1,364 @@
+"""Each policy for what it promises: whose tokens they are, how many, and from which weights."""
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from chains import ALPHA, TABLE, WARM, V, chain, draft_chain, p_value, transitions, warped
+
+from specdistill import models
+from specdistill.config import DistillConfig, Policy, parse_config
+from specdistill.data.generation import generate
+from specdistill.data.prompts import Prompt
+from specdistill.data.store import Example
+from specdistill.decoding import ModelDrafter, SpeculativeDecoder
+from specdistill.distill import distill, schedule
+from specdistill.drafts import make_draft, save_draft
+from specdistill.errors import InputError, StorageError
+from specdistill.models import LanguageModel
+from specdistill.policies import (
+    POLICIES,
+    Source,
+    examples_at,
+    forget_samples,
+    read_given,
+    standalone,
+    within_top_k,
+)
+
+Tiny = Callable[..., LanguageModel]
+HALF = torch.arange(0, 64, 2)
+
+
+def source(target: LanguageModel, draft: LanguageModel, name: str, **more: object) -> Source:
+    texts = [Example(f"e{i}", [1, 5 + i % 50, 7 + i % 31, 2], [9, 8, 0], "odd") for i in range(30)]
+    settings = {"max_new_tokens": 8, "prompts": 12} if name not in ("target", "fixed") else {}
+    return Source(texts, target, draft, Policy(name=name, **(settings | more)), seed=3)
+
+
+@pytest.fixture
+def pair(tiny: Tiny) -> tuple[LanguageModel, LanguageModel]:
+    """A target and a draft of half its layers and tokens, which disagree now and then."""
+    target = tiny(layers=4)
+    return target, make_draft(target, [0, 3], HALF)
+
+
+def greedy(model: LanguageModel, prompt: list[int], number: int, eos: bool = True) -> list[int]:
+    """By stock forward passes, in target ids."""
+    text = list(prompt)
+    for _ in range(number):
+        best = int(model.logits(model.hidden(torch.tensor([text])))[0, -1].argmax())
+        text.append(best if model.vocab is None else int(model.vocab[best]))
+        if eos and text[-1] in model.eos_ids:
+            break
+    return text[len(prompt) :]
+
+
+def test_given_answers_stay_as_they_are(pair: tuple[LanguageModel, LanguageModel]) -> None:
+    for name in ("target", "fixed"):
+        ours = source(*pair, name)
+        assert POLICIES[name](ours, 0) == list(ours.given) == POLICIES[name](ours, 700)
+
+
+def test_draft_samples_follow_the_drafts_current_weights(
+    pair: tuple[LanguageModel, LanguageModel],
+) -> None:
+    target, draft = pair
+    ours = source(target, draft, "draft", sample_temperature=0.0)
+    before = POLICIES["draft"](ours, 0)
+    assert len(before) == 12
+    assert {e.category for e in before} == {"odd"}
+    for example in before:
+        assert example.response_tokens == greedy(draft, example.prompt_tokens, 8)
+    draft.model.requires_grad_(True)
+    with torch.no_grad():
+        for p in draft.model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    after = POLICIES["draft"](ours, 0)
+    assert [e.response_tokens for e in after] != [e.response_tokens for e in before]
+    for example in after:
+        assert example.response_tokens == greedy(draft, example.prompt_tokens, 8)
+
+
+def test_draft_samples_are_fresh_at_each_refresh_and_the_same_at_one_step(
+    pair: tuple[LanguageModel, LanguageModel],
+) -> None:
+    ours = source(*pair, "draft", prompts=30)
+    texts = [{e.id: e.response_tokens for e in POLICIES["draft"](ours, s)} for s in (0, 0, 100)]
+    assert texts[0] == texts[1]
+    assert texts[0].keys() == texts[2].keys()
+    assert sum(texts[0][i] != texts[2][i] for i in texts[0]) > 15
+    kept = {int(i) for i in HALF}
+    assert all(set(tokens) <= kept for text in texts for tokens in text.values())
+
+
+def test_a_draft_alone_has_its_own_distribution(
+    pair: tuple[LanguageModel, LanguageModel],
+) -> None:
+    _, draft = pair
+    alone = standalone(draft, pair[0])
+    hidden = torch.randn(3, 32)
+    q = alone.logits(hidden).softmax(-1)
+    assert torch.allclose(q[:, HALF], draft.logits(hidden).softmax(-1), atol=1e-6)
+    assert q.sum(-1).tolist() == pytest.approx([1, 1, 1])
+    assert alone.model is draft.model
+
+
+def test_mixed_takes_the_drafts_samples_in_their_share(
+    pair: tuple[LanguageModel, LanguageModel],
+) -> None:
+    counts = []
+    for step in range(0, 4000, 100):
+        ours = source(*pair, "mixed", share=0.3, prompts=30, max_new_tokens=1)
+        given = {e.id: e for e in ours.given}
+        mix = POLICIES["mixed"](ours, step)
+        assert [e.id for e in mix] == [e.id for e in ours.chosen(step)]
+        counts.append(sum(e is not given[e.id] for e in mix))
+    assert sum(counts) / 1200 == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / 1200) ** 0.5)
+    assert len(set(counts)) > 3, "a coin for each prompt, not a fixed part"
+
+
+def test_mixed_between_its_ends(pair: tuple[LanguageModel, LanguageModel]) -> None:
+    own = source(*pair, "draft", sample_temperature=0.0)
+    ends = [
+        POLICIES["mixed"](source(*pair, "mixed", share=share, sample_temperature=0.0), 0)
+        for share in (0.0, 1.0)
+    ]
+    assert ends[0] == own.chosen(0)
+    assert ends[1] == POLICIES["draft"](own, 0)
+
+
+def test_skd_replaces_what_the_target_would_not_say() -> None:
+    """On a Markov chain the law is exact: q within the target's top K, and p with the rest of q's
+    mass, at every place of an answer and for rounds of any length.
+    """
+    kept = 5
+    p = warped(TABLE, WARM)
+    q = warped(draft_chain("near").model.table.weight.reshape(V, V, V), WARM)
+    top = p >= np.sort(p)[..., [-kept]]
+    law = q * top + (1 - (q * top).sum(-1, keepdims=True)) * p
+
+    def texts(rows: int, length: int) -> np.ndarray:
+        examples = [Example(f"e{i}", [3, 5], [1]) for i in range(rows)]
+        settings = {"max_new_tokens": length, "prompts": rows, "block": 3, "top_k": kept}
+        policy = Policy(name="skd", **settings)
+        ours = Source(examples, chain(TABLE), draft_chain("near"), policy, seed=1)
+        found = POLICIES["skd"](ours, 0)
+        return np.array([e.prompt_tokens + e.response_tokens for e in found])
+
+    long, short = texts(64, 300), texts(3000, 1)
+    assert (long.shape, short.shape) == ((64, 302), (3000, 3))
+    assert transitions(long, law) > ALPHA
+    for other in (p, q):
+        assert transitions(long, other) < ALPHA, "neither model's own text"
+    counts = np.bincount(short[:, 2], minlength=V)  # an answer's last token is like the others
+    assert p_value(counts, 3000 * law[3, 5]) > ALPHA
+    assert p_value(counts, 3000 * p[3, 5]) < ALPHA
+
+
+def test_skd_at_its_ends_is_the_drafts_or_the_targets_text(
+    pair: tuple[LanguageModel, LanguageModel],
+) -> None:
+    for top_k, model in ((64, pair[1]), (1, pair[0])):
+        ours = source(*pair, "skd", top_k=top_k, block=3, sample_temperature=0.0)
+        for example in POLICIES["skd"](ours, 0):
+            assert example.response_tokens == greedy(model, example.prompt_tokens, 8)
+
+
+def test_the_rule_of_skd_by_hand() -> None:
+    """Six tokens, K = 2, the target's best are 4 and 5: a rejection in the middle, a whole block,
+    a row that proposes fewer, one that proposes nothing.
+    """
+    logits = torch.full((4, 4, 6), -50.0)
+    logits[..., 4], logits[..., 5] = 1.0, 0.0
+    proposals = torch.tensor([[4, 1, 5], [5, 4, 5], [5, -1, -1], [-1, -1, -1]])
+    verdict = within_top_k(2)(
+        proposals,
+        None,
+        logits,
+        lengths=torch.tensor([3, 3, 1, 0]),
+        step=torch.zeros(4, dtype=torch.int64),
+        seeds=torch.arange(4),
+        temperature=torch.zeros(4, dtype=torch.float64),
+        top_k=None,
+    )
+    assert verdict.tokens.tolist() == [
+        [4, 4, -1, -1],
+        [5, 4, 5, -1],
+        [5, -1, -1, -1],
+        [4, -1, -1, -1],
+    ]
+    assert verdict.num_accepted.tolist() == [1, 2, 0, 0]
+
+
+def test_induced_states_are_the_drafts_proposals_in_rejected_rounds(
+    pair: tuple[LanguageModel, LanguageModel],
+) -> None:
+    target, draft = pair
+    ours = source(target, draft, "induced", block=3, sample_temperature=0.0)
+    found = POLICIES["induced"](ours, 0)
+    requests = ours.requests(0)
+    decoder = SpeculativeDecoder(
+        target, ModelDrafter(draft, target.vocab_size), num_draft_tokens=3, batch_size=5
+    )
+    rejected = {
+        (o.request_id, sum(len(r.tokens) for r in o.rounds[:i]))
+        for o in decoder.run(requests).outputs
+        for i, r in enumerate(o.rounds)
+        if r.accepted < r.tested
+    }
+    assert len(found) == len(rejected) > 5
+    answers = {r.id: greedy(target, list(r.tokens), 8) for r in requests}
+    prompts = {r.id: list(r.tokens) for r in requests}
+    for example in found:
+        name, _, length = example.id.partition("@")
+        done = int(length) - len(prompts[name])
+        assert (name, done) in rejected
+        assert example.prompt_tokens == prompts[name] + answers[name][:done]
+        assert 1 <= len(example.response_tokens) <= 3
+        wanted = greedy(draft, example.prompt_tokens, 3)[: len(example.response_tokens)]
+        assert example.response_tokens == wanted
+
+
+def test_a_draft_that_is_never_rejected_has_no_induced_states(tiny: Tiny) -> None:
+    target = tiny(layers=2)
+    with pytest.raises(InputError, match="found no rejection at step 40"):
+        POLICIES["induced"](source(target, target, "induced", sample_temperature=0.0), 40)
+
+
+# Schedule and run
+
+
+def test_samples_are_asked_for_at_every_refresh() -> None:
+    asked: list[int] = []
+
+    def examples(step: int) -> list[Example]:
+        asked.append(step)
+        return [Example(f"{step}-{i}", [1, 2], [3] * 4) for i in range(6)]
+
+    raw = {"target": "t", "draft": "d", "data": "x", "run_dir": "r", "signal": "live"}
+    training = {"max_steps": 9, "batch_tokens": 12}
+    policy = {"name": "draft", "refresh_every": 4}
+    config = parse_config({**raw, "policy": policy, "training": training})
+    stream = schedule(examples, config, 0)
+    first = [next(stream) for _ in range(10)]
+    assert asked == [0, 4, 8]
+    assert [u[0][0].id.partition("-")[0] for u in first] == ["0"] * 4 + ["4"] * 4 + ["8"] * 2
+    asked.clear()
+    later = schedule(examples, config, 6)
+    assert [next(later) for _ in range(4)] == first[6:]
+    assert asked == [4, 8]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("policies")
+    target = models.load(str(tiny_folder), dtype="float32")
+    prompts = [
+        Prompt(str(i), ({"role": "user", "content": f"w{5 + i} w{7 + i}"},)) for i in range(24)
+    ]
+    generate(target, prompts, folder / "data", max_new_tokens=8, signal="none")
+    save_draft(make_draft(target, [0, 1], HALF), folder / "draft")
+    places = {"target": str(tiny_folder)}
+    return places | {name: str(folder / name) for name in ("data", "draft")}
+
+
+def settings(world: dict[str, str], run: Path, policy: object, **more: object) -> DistillConfig:
+    training = {"max_steps": 10, "batch_tokens": 120, "learning_rate": 5e-3}
+    raw = {**world, "run_dir": str(run), "heldout": 8, "checkpoint_every": 4, "signal": "live"}
+    return parse_config({**raw, "policy": policy, "training": training, **more})
+
+
+def run(config: DistillConfig, resume: bool = False, stop_at: int | None = None) -> list[dict]:
+    def progress(stage: str, done: float, total: float, detail: str = "") -> None:
+        if stop_at is not None and detail.startswith(f"step {stop_at},"):
+            raise KeyboardInterrupt
+
+    target, draft = (models.load(p, dtype="float32") for p in (config.target, config.draft))
+    distill(config, target, draft, resume=resume, progress=progress)
+    lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+SHORT = {"refresh_every": 3, "prompts": 6, "max_new_tokens": 6}
+
+
+@pytest.mark.parametrize("name", ["draft", "mixed", "skd", "induced"])
+def test_a_run_under_each_policy_learns_and_resumes_to_the_bit(
+    world: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    """Interrupted after a refresh that follows the last checkpoint, and between two."""
+    policy = {"name": name, **SHORT}
+    whole = run(settings(world, tmp_path / "whole", policy))
+    assert whole[-1]["expected_alpha"] != whole[0]["expected_alpha"]
+    samples = sorted(f.name for f in (tmp_path / "whole" / "samples").iterdir())
+    assert samples == [f"step-{i:08d}.jsonl" for i in (0, 3, 6, 9)]
+    config = settings(world, tmp_path / "broken", policy)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, stop_at=7)
+    assert run(config, resume=True) == whole
+    a, b = (models.load(str(tmp_path / n / "draft")) for n in ("whole", "broken"))
+    for ours, theirs in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_samples_of_weights_that_were_lost_are_forgotten(tmp_path: Path) -> None:
+    for step in (0, 3, 6):
+        (tmp_path / f"step-{step:08d}.jsonl").write_text("")
+    forget_samples(tmp_path, 3)
+    assert [f.name for f in tmp_path.iterdir()] == ["step-00000000.jsonl"]
+
+
+def test_kept_samples_are_read_again_and_damaged_ones_refused(
+    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
+) -> None:
+    ours = source(*pair, "draft")
+    first = examples_at(ours, 0, tmp_path)
+    with torch.no_grad():
+        pair[1].head.weight.zero_()
+    again = examples_at(ours, 0, tmp_path)
+    assert [replace(e, category=None) for e in first] == again
+    file = tmp_path / "step-00000000.jsonl"
+    file.write_text(file.read_text()[:-20])
+    with pytest.raises(StorageError, match=r"step-00000000.jsonl is damaged"):
+        examples_at(ours, 0, tmp_path)
+
+
+def test_fixed_trains_on_the_data_sets_own_responses(world: dict[str, str], tmp_path: Path) -> None:
+    rng = random.Random(0)
+    rows = [
+        {"prompt": f"w{5 + i} w9", "response": f"w{rng.randrange(5, 60)} w8"} for i in range(20)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = settings(world | {"data": str(data)}, tmp_path / "run", "fixed", loss="ce")
+    target = models.load(world["target"], dtype="float32")
+    examples = read_given(config, target)
+    tokenizer = target.tokenizer
+    for example, row in zip(examples, rows, strict=True):
+        spoken = tokenizer.decode(example.response_tokens)
+        assert spoken.split() == [*row["response"].split(), "<|end|>"]
+        assert example.response_tokens[-1] == 0
+        assert row["prompt"] in tokenizer.decode(example.prompt_tokens)
+    losses = [row["loss"] for row in run(config) if "loss" in row]
+    assert losses[-1] < losses[0]
+    data.write_text('{"prompt": "w5"}\n', encoding="utf-8")
+    with pytest.raises(InputError, match="prompt '1' has no response"):
+        read_given(config, target)
+
+
+def test_policy_and_data_of_different_kinds_are_refused(
+    world: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="holds answers of the target; take policy 'target'"):
+        run(settings(world, tmp_path / "run", "fixed"))
+    (tmp_path / "p.jsonl").write_text('{"prompt": "w5", "response": "w6"}\n', encoding="utf-8")
+    other = world | {"data": str(tmp_path / "p.jsonl")}
+    with pytest.raises(InputError, match="no answers of `specdistill generate`; take policy 'f"):
+        run(settings(other, tmp_path / "run", "target"))
