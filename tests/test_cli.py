@@ -145,10 +145,28 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> World:
 # One command after the other
 
 
+def test_generate_tells_what_top_k_costs_and_what_was_removed(world: World, tmp_path: Path) -> None:
+    at = world.places
+    arguments = ["generate", "--target", at["target"], "--prompts", at["prompts"]]
+    arguments += ["--out", tmp_path / "data", "--max-new-tokens", 5, "--temperature", 1]
+    done = run(*arguments, "--signal", "top-k:8", "--drop-truncated", "--retries", 1, "--json")
+    document = done.document
+    assert 0 < document["alpha_cost"] < document["tail_mass"] < 1
+    assert document["removed"]["truncated"] >= document["dropped"]
+    assert document["answers"] + document["dropped"] == 30
+    assert "of the target's probability" in done.err
+    assert f"removed: {document['removed']['truncated']} truncated" in done.err
+
+
 def test_generate_answers_every_prompt(world: World) -> None:
     data = world.places["data"]
     document = world.said["generate"].document
-    assert document == {"out": str(data), "answers": 30, "parts": len(read_manifest(data).parts)}
+    assert document == {
+        "out": str(data),
+        "answers": 30,
+        "parts": len(read_manifest(data).parts),
+        **{"removed": {}, "regenerated": 0, "dropped": 0},
+    }
     assert len(read_examples(data, signal=True)) == 30
     err = world.said["generate"].err
     size = 30 * 12 * (32 * 4 + 4)
