@@ -131,7 +131,7 @@ def test_the_kept_signal_gives_the_logits_back(
     tiny_folder: Path, tmp_path: Path, dtype: str
 ) -> None:
     target = models.load(str(tiny_folder), dtype=dtype)
-    tolerance = {"float32": 1e-4, "float64": 1e-10, "bfloat16": 0.3}[dtype]
+    tolerance = {"float32": 1e-4, "float64": 1e-5, "bfloat16": 0.6}[dtype]  # norms in float32
     size = 0
     for example in answer(target, tmp_path / "data"):
         assert example.signal["hidden"].dtype == target.dtype
