@@ -309,12 +309,13 @@ def distill(
     settings = load_config(config, overrides or [])
     _setup(threads)
     from specdistill import distill as distillation
-    from specdistill import models
+    from specdistill import heads, models
     from specdistill.distiller import configured_objective
 
     configured_objective(settings)  # before the models are read
 
-    target = models.load(settings.target, dtype=settings.dtype, device=settings.device)
+    read = models.load if settings.signal == "live" else heads.load_head
+    target = read(settings.target, dtype=settings.dtype, device=settings.device)
     student = models.load(settings.draft, dtype="float32", device=settings.device)
     models.check_pair(target, student)
     _note_models(target, student, decoding=False)

@@ -9,7 +9,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from specdistill.errors import ModelError
-from specdistill.models import Dtype, LanguageModel, choose_device, choose_dtype, load, locate
+from specdistill.models import (
+    Dtype,
+    LanguageModel,
+    choose_device,
+    choose_dtype,
+    load,
+    locate,
+    read_vocab,
+)
 
 
 def load_head(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageModel:
@@ -23,6 +31,7 @@ def load_head(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> Lang
     where = torch.device(choose_device(device))
     kind = choose_dtype(dtype, where)
     try:
+        vocab = read_vocab(path)
         config = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=kind)
@@ -39,7 +48,7 @@ def load_head(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> Lang
         assert part is not None
         setattr(real, label, nn.Parameter(part.to(where, kind), requires_grad=False))
     model.set_output_embeddings(real)
-    return LanguageModel(name, path, model.eval().requires_grad_(False), tokenizer)
+    return LanguageModel(name, path, model.eval().requires_grad_(False), tokenizer, vocab)
 
 
 def _names(model: nn.Module, part: Tensor) -> set[str]:

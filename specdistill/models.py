@@ -225,7 +225,7 @@ def load(
     where = torch.device(choose_device(device))
     kind = choose_dtype(dtype, where)
     try:
-        vocab = _read_vocab(path)
+        vocab = read_vocab(path)
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         check_decodable(name, config, trust_remote_code)
         if vocab is None:
@@ -439,7 +439,8 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _read_vocab(path: Path) -> Tensor | None:
+def read_vocab(path: Path) -> Tensor | None:
+    """The `LanguageModel.vocab` of a checkpoint's folder."""
     file = path / VOCAB_FILE
     return load_file(file)["ids"] if file.exists() else None
 

@@ -203,6 +203,17 @@ def test_init_makes_a_draft_and_says_what_it_costs(world: World) -> None:
     assert f"{document['coverage']:.2%}" in world.said["init"].err
 
 
+@pytest.mark.parametrize(("signal", "whole"), [("kept", False), ("live", True)])
+def test_distill_reads_the_targets_body_for_a_live_signal_alone(
+    world: World, tmp_path: Path, signal: str, whole: bool
+) -> None:
+    with mock.patch("specdistill.models.load", wraps=models.load) as load:
+        done = run("distill", world.places["config"], f"run_dir={tmp_path}", f"signal={signal}")
+    assert done.code == 0, done.err
+    read = [call.args[0] for call in load.call_args_list]
+    assert read == [str(world.target)] * whole + [str(world.places["undistilled"])]
+
+
 def test_distill_trains_and_leaves_a_draft(world: World) -> None:
     document = world.said["distill"].document
     assert document["draft"] == str(world.places["draft"])

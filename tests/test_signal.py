@@ -19,7 +19,7 @@ from specdistill.decoding import Sampling
 from specdistill.distill import distill
 from specdistill.distiller import Distiller
 from specdistill.drafts import make_draft, save_draft
-from specdistill.errors import InputError, StorageError
+from specdistill.errors import InputError, ModelError, StorageError
 from specdistill.heads import load_head
 from specdistill.models import LanguageModel
 
@@ -180,6 +180,13 @@ def test_the_head_alone_is_the_models(tiny: Tiny, tmp_path: Path, tied: bool) ->
         (whole.vocab_size, whole.full_vocab_size, whole.num_layers, whole.device)
     )
     models.check_pair(bare, whole)
+
+
+def test_the_head_of_a_trimmed_model_is_no_targets(tiny: Tiny, tmp_path: Path) -> None:
+    save_draft(make_draft(tiny(3), [0, 1], torch.arange(0, 64, 2)), tmp_path / "trimmed")
+    bare = load_head(str(tmp_path / "trimmed"), dtype="float32")
+    with pytest.raises(ModelError, match="trimmed output vocabulary"):
+        models.check_pair(bare, models.load(str(tmp_path / "trimmed"), dtype="float32"))
 
 
 def test_a_head_under_another_name_is_still_found(
