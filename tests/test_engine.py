@@ -85,6 +85,26 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(tiny: Tiny) -> Non
         )
 
 
+def test_what_a_row_holds_of_a_prompt_is_copied_and_changes_nothing(tiny: Tiny) -> None:
+    """From another row, from the row itself, and from two rows at once that both are written."""
+    target = tiny(13, layers=3, dtype=torch.float64)
+    a, b = (torch.randint(5, 60, (20,)).tolist() for _ in range(2))
+    cached = CachedModel(target, 4, 40)
+    cached.prefill(torch.tensor([0, 1]), [[*a, 7, 8], [*b, 9]])
+    cached.run(torch.full((4, 3), 33), torch.tensor([[22], [21], [0], [0]]) + torch.arange(3), 25)
+    seen: list[tuple[int, ...]] = []
+    run = cached.run
+    cached.run = lambda tokens, *rest: (seen.append(tuple(tokens.shape)), run(tokens, *rest))[1]
+    texts = [[*b, 10, 11], [*a, 7, 12, 13], [*a[:12], 14], [15]]
+    cached.prefill(torch.tensor([0, 1, 2, 3]), texts)
+    assert seen == [(4, 2)]
+    hidden = run(torch.full((4, 1), 6), torch.tensor([[len(t)] for t in texts]), 24)
+    for row, text in enumerate(texts):
+        assert torch.allclose(
+            hidden[row, 0], target.hidden(torch.tensor([[*text, 6]]))[0, -1], atol=STOCK
+        )
+
+
 def test_prompts_longer_than_a_prefill_chunk(tiny: Tiny) -> None:
     target = tiny(7, layers=2, dtype=torch.float64)
     texts = [torch.randint(5, 60, (n,)).tolist() for n in (37, 1, 64)]

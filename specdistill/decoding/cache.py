@@ -68,10 +68,10 @@ class _RowLayer(CacheLayerMixin):
     def keep(self, rows: Tensor) -> None:
         self.keys, self.values = self.keys[rows], self.values[rows]
 
-    def copy_prefix(self, rows: Tensor, length: int) -> None:
-        """The first `length` slots of rows[0] to all the rows."""
+    def copy(self, sources: Tensor, rows: Tensor, length: int) -> None:
+        """The first `length` slots of each source row to its row."""
         for slots in (self.keys, self.values):
-            slots[rows, :length] = slots[rows[0], :length].clone()
+            slots[rows, :length] = slots[sources, :length]  # the right side is a copy already
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.owner.visible, 0
@@ -102,6 +102,7 @@ class CachedModel:
         self.visible = BUCKET
         self.rows = self.places = torch.empty(0, dtype=torch.int64)
         self.is_subset = False
+        self.prompts: list[list[int]] = [[] for _ in range(batch)]  # what rows hold from slot 0
         with memory_errors(model, batch, capacity):
             if cache_bytes(model, batch, capacity) > _free_bytes(model.device):
                 raise MemoryError
@@ -146,27 +147,46 @@ class CachedModel:
         )
 
     def prefill(self, rows: Tensor, prompts: list[list[int]], chunk: int = 512) -> None:
-        """Write the prompts of some rows from position 0. What all of them begin with is computed
-        once and copied. Shorter prompts repeat their last token at their last position, which
-        writes the same values again.
+        """Write the prompts of some rows from position 0. Of each, what a row already holds, this
+        one or another, is copied, and what all of them begin with is computed once. A row must
+        not run between the end of its text and its next prompt.
+        """
+        if shared := common_prefix(prompts):
+            self._fill(rows[:1], [prompts[0][:shared]], chunk)
+        self._fill(rows, prompts, chunk)
+
+    def _fill(self, rows: Tensor, prompts: list[list[int]], chunk: int) -> None:
+        """Every row from the one that holds the longest beginning of its prompt. Rows that are
+        done repeat their last token at its position, which writes the same values again.
         """
         device = self.model.device
-        longest, shared = max(map(len, prompts)), common_prefix(prompts)
-        tokens = torch.tensor(
-            [p + p[-1:] * (longest - len(p)) if p else [0] * longest for p in prompts],
-            device=device,
-        )
+        found = [self._longest_held(prompt) for prompt in prompts]
+        known = [length for _, length in found]
+        if most := max(known):
+            sources = torch.tensor([row for row, _ in found], device=device)
+            with memory_errors(self.model, self.batch, self.capacity):
+                for layer in self.layers:
+                    layer.copy(sources, rows, most)
+        for row, prompt in zip(rows.tolist(), prompts, strict=True):
+            self.prompts[row] = prompt
         last = torch.tensor([max(len(p) - 1, 0) for p in prompts], device=device)[:, None]
-        for start in range(0, shared, chunk):
-            stop = min(start + chunk, shared)
-            positions = torch.arange(start, stop, device=device)[None]
-            self.run(tokens[:1, start:stop], positions, stop, rows[:1])
-        for layer in self.layers if shared else ():
-            layer.copy_prefix(rows, shared)
-        for start in range(shared, longest, chunk):
-            stop = min(start + chunk, longest)
-            positions = torch.minimum(torch.arange(start, stop, device=device), last)
-            self.run(tokens[:, start:stop], positions, stop, rows)
+        first = torch.tensor(known, device=device)[:, None]
+        missing = max(len(p) - k for p, k in zip(prompts, known, strict=True))
+        for start in range(0, missing, chunk):
+            offsets = torch.arange(start, min(start + chunk, missing), device=device)
+            positions = torch.minimum(first + offsets, last)
+            tokens = [
+                [p[i] if p else 0 for i in place]
+                for p, place in zip(prompts, positions.tolist(), strict=True)
+            ]
+            stop = int(positions.max()) + 1
+            self.run(torch.tensor(tokens, device=device), positions, stop, rows)
+
+    def _longest_held(self, prompt: list[int]) -> tuple[int, int]:
+        """The row that holds the longest beginning of a prompt, and how long it is."""
+        lengths = [common_prefix([prompt, held]) for held in self.prompts]
+        row = max(range(self.batch), key=lengths.__getitem__)
+        return row, lengths[row]
 
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these; they are renumbered in this order."""
@@ -175,6 +195,7 @@ class CachedModel:
             for layer in self.layers:
                 layer.keep(index)
         self.batch = len(rows)
+        self.prompts = [self.prompts[row] for row in rows]
         if self.graphs is not None:  # they know the old slots
             self.graphs.clear()
 
