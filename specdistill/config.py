@@ -102,7 +102,8 @@ class Policy(_Section):
 
 class DistillConfig(_Section):
     """`specdistill distill`. draft is a checkpoint folder (see `specdistill init`), data a folder
-    of `specdistill generate`.
+    of `specdistill generate`. signal: what of the target is learnt from, as kept with the data, of
+    a live pass, or none: its text alone, in the draft's own tokens; target is then but a name.
     """
 
     schema_version: Literal[1] = 1
@@ -119,7 +120,7 @@ class DistillConfig(_Section):
     num_draft_tokens: int | None = Field(None, ge=1, description="the block of e2e_tv")
     hints: Hints | None = None
     policy: Policy = Policy()
-    signal: Literal["kept", "live"] = "kept"
+    signal: Literal["kept", "live", "none"] = "kept"
     heldout: int = Field(
         32, ge=1, description="answers of the data kept out of training for the metrics"
     )
@@ -142,6 +143,16 @@ class DistillConfig(_Section):
                 f"nothing of the target is kept for the tokens of policy {self.policy.name!r}; set "
                 "signal: live"
             )
+        if self.signal == "none":
+            needs = [f"loss {name!r}" for name in self.loss if name != "ce"]
+            needs += [] if self.hints is None else ["hints"]
+            if self.policy.name not in ("target", "fixed"):
+                needs.append(f"policy {self.policy.name!r}")
+            if needs:
+                raise ValueError(
+                    f"{', '.join(needs)}: wants more of the target than its text, and signal: none "
+                    "leaves only that, which is for loss: ce; keep a signal, or set signal: live"
+                )
         return self
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from specdistill.batches import Batch, length_buckets, make_batch, updates
 from specdistill.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 from specdistill.config import DistillConfig
+from specdistill.data.answers import holds_answers
 from specdistill.data.signal import NONE, kept_tokens
 from specdistill.data.store import Example, read_manifest
 from specdistill.distiller import Distiller
@@ -71,13 +72,14 @@ def schedule(
 
 def distill(
     config: DistillConfig,
-    target: LanguageModel,
+    target: LanguageModel | None,
     draft: LanguageModel,
     *,
     resume: bool = False,
     progress: Progress = silent,
 ) -> Path:
-    """Run to the end of the budget; returns the folder of the finished draft, RUN/draft.
+    """Run to the end of the budget; returns the folder of the finished draft, RUN/draft. The target
+    is None exactly where `config.signal` is "none".
 
     Writes RUN/metrics.jsonl and RUN/checkpoints/. Raises `InputError` as `check_run`, and where
     data and target do not belong together.
@@ -85,9 +87,10 @@ def distill(
     check_run(config, resume)
     run = Path(config.run_dir)
     checkpoints = run / CHECKPOINTS
-    if config.signal == "kept":
+    if config.signal == "kept" and not holds_answers(config.data):
+        assert target is not None
         _check_signal(config, draft, target)
-    examples = read_given(config, target)
+    examples = read_given(config, target or draft)
     if len(examples) <= config.heldout:
         raise InputError(
             f"{config.data} has {len(examples)} answers; heldout: {config.heldout} leaves none "
@@ -101,9 +104,14 @@ def distill(
         state = load_checkpoint(checkpoint, distiller.parameters, distiller.optimizer)
     forget_samples(run / SAMPLES, state["step"])
     keep_metrics(run, state["step"])
-    write_config(config, target)
+    write_config(config, target, draft)
     budget = config.training
-    source = Source(training, target, draft, config.policy, config.seed)
+
+    def fresh(step: int) -> list[Example]:
+        if target is None:
+            return training
+        source = Source(training, target, draft, config.policy, config.seed)
+        return examples_at(source, step, run / SAMPLES)
 
     def batch(group: list[Example]) -> Batch:
         return make_batch(group, 0, draft.device)
@@ -115,7 +123,7 @@ def distill(
     evaluation = [distiller.heldout(batch(group)) for group in groups_heldout]
     if state["step"] == 0:
         record(distiller.evaluate(evaluation))
-    stream = schedule(lambda step: examples_at(source, step, run / SAMPLES), config, state["step"])
+    stream = schedule(fresh, config, state["step"])
     while (share := spent(state, config)) < 1:
         start = time.perf_counter()
         groups = next(stream)

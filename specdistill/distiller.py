@@ -51,10 +51,12 @@ def configured_objective(config: DistillConfig) -> Objective:
 
 class Distiller:
     """Trains `draft` in place towards `target`, which is only read: its body too where the signal
-    is taken live.
+    is taken live. Without a target, towards the text of the batches.
     """
 
-    def __init__(self, target: LanguageModel, draft: LanguageModel, config: DistillConfig) -> None:
+    def __init__(
+        self, target: LanguageModel | None, draft: LanguageModel, config: DistillConfig
+    ) -> None:
         self.target, self.draft, self.config = target, draft, config
         self.objective = configured_objective(config)
         training, hints = config.training, config.hints
@@ -68,6 +70,7 @@ class Distiller:
         self.parameters = {n: p for n, p in draft.model.named_parameters() if p.requires_grad}
         self.hints: HintLoss | None = None
         if hints is not None:
+            assert target is not None
             torch.manual_seed(config.seed)  # of the learned maps
             self.hints = HintLoss(hints.kind, hints.layers, hints.weight, draft, target)
             self.parameters |= {f"hints.{n}": p for n, p in self.hints.named_parameters()}
@@ -78,11 +81,12 @@ class Distiller:
             betas=(0.9, 0.95),
         )
         draft.model, self.optimizer = self.accelerator.prepare(draft.model, self.optimizer)
-        self.target_head = target.readout()
+        self.target_head = None if target is None else target.readout()
+        width = draft.full_vocab_size if target is None else target.vocab_size
         own = torch.arange(draft.vocab_size, device=draft.device)
         ids = own if draft.vocab is None else draft.vocab
-        self.vocab = ids[ids < target.vocab_size]  # without rows that pad the draft's embedding
-        same = draft.vocab is None and len(ids) >= target.vocab_size
+        self.vocab = ids[ids < width]  # without rows that pad the draft's embedding
+        same = draft.vocab is None and len(ids) >= width
         self.draft_vocab = None if same else self.vocab
 
     def step(self, batches: list[Batch], learning_rate: float) -> StepMetrics:
@@ -122,21 +126,25 @@ class Distiller:
 
     @torch.no_grad()
     def signal(self, batch: Batch) -> dict[str, Tensor]:
-        """What the target says: as kept, or its states from a live pass."""
+        """What the target says: as kept, or its states from a live pass; nothing without it."""
         if batch.signal is not None:
             return batch.signal
+        if self.target is None:
+            return {}
         wanted = [] if self.hints is None else self.hints.target_layers
         return _states(self.target, batch.tokens, batch, wanted)
 
     def positions(self, batch: Batch, states: Tensor, signal: dict[str, Tensor]) -> Positions:
         """The response positions as the losses take them."""
-        kind = self.target_head.weight.dtype
 
-        def target(temperature: float) -> Target:
+        def target(temperature: float) -> Target | None:
+            if self.target_head is None:
+                return None
             if "log_tail" in signal:
                 return TargetTopK(signal["tokens"].long(), signal["log_probs"], signal["log_tail"])
             kept = signal.get("logsumexp") if temperature == 1 else None  # it belongs to 1
-            return TargetStates(signal["hidden"].to(kind), self.target_head, kept, temperature)
+            states = signal["hidden"].to(self.target_head.weight.dtype)
+            return TargetStates(states, self.target_head, kept, temperature)
 
         return Positions(
             states.to(torch.promote_types(states.dtype, torch.float32)),
@@ -157,12 +165,15 @@ class Distiller:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The mapped layers of draft and target."""
         assert self.hints is not None
+        assert self.target is not None
         ours = [states[_name(self.draft, layer)] for layer in self.hints.draft_layers]
         return ours, [signal[_name(self.target, layer)] for layer in self.hints.target_layers]
 
     @torch.no_grad()
     def heldout(self, batch: Batch) -> Batch:
         """The batch with all that `evaluate` asks of the target, which is then asked once."""
+        if self.target is None:
+            return batch
         signal = dict(self.signal(batch))
         if "log_tail" in signal:
             return replace(batch, signal=signal | {"best": signal["tokens"][:, 0].long()})
@@ -177,8 +188,11 @@ class Distiller:
         """On `heldout` batches: expected α = mean Σ min(p, q) at temperature 1 over the full
         vocabulary (a token the draft lacks has q = 0), and the share of positions where both
         models' most probable tokens agree. From the k most probable tokens alone, expected α is
-        too high by at most `tail_mass`, the mean mass of all others.
+        too high by at most `tail_mass`, the mean mass of all others. Without a target, see
+        `_on_text`.
         """
+        if self.target is None:
+            return self._on_text(batches)
         sums = {"expected_alpha": 0.0, "greedy_match": 0.0}
         head, count = self.draft_head(), 0
         for batch in batches:
@@ -194,6 +208,23 @@ class Distiller:
                 sums["tail_mass"] = sums.get("tail_mass", 0.0) + tail
             count += len(batch.labels)
         return {name: value / count for name, value in sums.items()}
+
+    def _on_text(self, batches: list[Batch]) -> dict[str, float]:
+        """ce: the mean of −log q of the tokens that the draft has. token_match: the share of all
+        tokens that are its most probable ones.
+        """
+        total, matches, known, count = 0.0, 0, 0, 0
+        head = self.draft_head()
+        for batch in batches:
+            positions = self.positions(batch, self.states(batch)["hidden"], {})
+            total += divergence_rows(**positions.arguments(1.0), loss="ce").sum().item()
+            chunks = positions.states.split(positions.chunk)
+            best = self.vocab[torch.cat([head.logits(rows).argmax(-1) for rows in chunks])]
+            matches += int((best == batch.labels).sum())
+            columns = draft_columns(batch.labels, len(self.vocab), self.draft_vocab)
+            known += int((columns >= 0).sum())
+            count += len(batch.labels)
+        return {"ce": total / max(known, 1), "token_match": matches / count}
 
 
 def _states(

@@ -101,13 +101,13 @@ def objective(
 @dataclass(frozen=True)
 class Positions:
     """N response positions, answer after answer: the draft's final hidden states [N, d] with its
-    head, the target at a temperature, the token that follows [N], and how many of the positions
-    belong to each answer. draft_vocab [Vd] as in `fused_divergence`.
+    head, the target at a temperature or None for ce alone, the token that follows [N], and how many
+    of the positions belong to each answer. draft_vocab [Vd] as in `fused_divergence`.
     """
 
     states: Tensor
     head: Head
-    target: Callable[[float], Target]
+    target: Callable[[float], Target | None]
     labels: Tensor
     lengths: Tensor
     draft_vocab: Tensor | None = None

@@ -25,3 +25,7 @@ class StorageError(SpecDistillError):
 
 class DecodingError(SpecDistillError):
     """Decoding met logits or a request it cannot serve; the message names row and step."""
+
+
+class ServerError(SpecDistillError):
+    """A server that cannot be reached, refuses, or does not speak the protocol."""

@@ -18,9 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from specdistill.config import DistillConfig, Policy
+from specdistill.data.answers import Answer, holds_answers, read_answers
 from specdistill.data.chat import encode_example
 from specdistill.data.prompts import load_prompts
-from specdistill.data.store import MANIFEST, Example, read_examples
+from specdistill.data.store import (
+    MANIFEST,
+    Example,
+    read_examples,
+    read_manifest,
+    tokenizer_sha256,
+)
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.errors import InputError, StorageError
 from specdistill.models import LanguageModel
@@ -160,9 +167,10 @@ def forget_samples(folder: Path, step: int) -> None:
             file.unlink()
 
 
-def read_given(config: DistillConfig, target: LanguageModel) -> list[Example]:
+def read_given(config: DistillConfig, reader: LanguageModel) -> list[Example]:
     """The answers in `config.data`: a folder of `generate`, or prompts with responses of their own.
-    Raises `InputError` where the policy wants the other kind.
+    Text becomes the tokens of `reader`: the target, or the draft where only text is learnt from.
+    Raises `InputError` where the policy wants the other kind, or the tokens are another model's.
     """
     generated = (Path(config.data) / MANIFEST).exists()
     name = config.policy.name
@@ -170,20 +178,39 @@ def read_given(config: DistillConfig, target: LanguageModel) -> list[Example]:
         here = "answers of the target" if generated else "no answers of `specdistill generate`"
         other = "target" if generated else "fixed"
         raise InputError(f"policy {name!r}: {config.data} holds {here}; take policy {other!r}")
-    if generated:
+    if generated and not holds_answers(config.data):
+        made_by = read_manifest(Path(config.data))
+        if config.signal == "none" and made_by.tokenizer_sha256 != tokenizer_sha256(reader):
+            raise InputError(
+                f"{config.data} holds tokens of {made_by.target}, whose tokenizer or chat template "
+                f"differs from {reader.name}'s; across tokenizers only text can be learnt from: "
+                "generate with --engine openai, or give .jsonl with prompts and responses"
+            )
         answers = read_examples(Path(config.data), signal=config.signal == "kept")
         return [e for e in answers if e.response_tokens]
+    if generated and config.signal == "kept":
+        raise InputError(
+            f"{config.data} holds text, and nothing is kept with it of the target's signal; set "
+            "signal: none to learn from the text (loss: ce), or live"
+        )
     examples = []
-    for prompt in load_prompts(config.data):
+    for text in _texts(config.data):
+        prompt = text.prompt
         if prompt.response is None:
             raise InputError(
                 f"{config.data}: prompt {prompt.id!r} has no response to learn from; give one to "
                 "each, or let the target answer with `specdistill generate`"
             )
-        tokens, mask = encode_example(target.tokenizer, prompt, prompt.response)
+        tokens, mask = encode_example(reader.tokenizer, prompt, prompt.response, ended=text.ended)
         start = mask.index(True)
         examples.append(Example(prompt.id, tokens[:start], tokens[start:], prompt.category))
     return examples
+
+
+def _texts(source: str) -> list[Answer]:
+    if holds_answers(source):
+        return read_answers(Path(source))
+    return [Answer(prompt, ended=True) for prompt in load_prompts(source)]
 
 
 def standalone(draft: LanguageModel, target: LanguageModel) -> LanguageModel:

@@ -79,14 +79,14 @@ def keep_metrics(run: Path, step: int) -> None:
         ) from error
 
 
-def write_config(config: DistillConfig, target: LanguageModel) -> None:
+def write_config(config: DistillConfig, target: LanguageModel | None, draft: LanguageModel) -> None:
     """The resolved configuration, which `specdistill distill` reads again, and in comments what
     else decides a result."""
     facts = {
-        "device": device_name(target.device),
+        "device": device_name(draft.device),
         "threads": torch.get_num_threads(),
         "git": git_commit(),
-        "target_sha256": target.sha256(),
+        **({} if target is None else {"target_sha256": target.sha256()}),
         **versions(),
     }
     file = Path(config.run_dir) / CONFIG

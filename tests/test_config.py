@@ -141,7 +141,7 @@ def test_one_budget_is_given(tmp_path: Path, budgets: list[str]) -> None:
         ("hints={kind: l1}", ("hints.kind", "'smooth_l1'", "'l1'")),
         ("num_draft_tokens=0", ("num_draft_tokens", "greater than or equal to 1")),
         ("loss.fkl=much", ("loss.fkl", "number", "'much'")),
-        ("signal=guessed", ("signal", "'kept' or 'live'", "'guessed'")),
+        ("signal=guessed", ("signal", "'kept', 'live' or 'none'", "'guessed'")),
         ("dtype=int8", ("dtype", "'bfloat16'", "'int8'")),
         ("schema_version=2", ("schema_version", "1", "2")),
         ("target=[a, b]", ("target", "string")),

@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 
 from specdistill import __version__
-from specdistill.cli import console, quickstart, scoring, shipping, training
+from specdistill.cli import console, generating, quickstart, scoring, shipping, training
 from specdistill.errors import SpecDistillError
 
 COMMANDS = (
     quickstart.quickstart,
     training.init,
-    training.generate,
+    generating.generate,
     training.distill,
     scoring.score,
     scoring.check,

@@ -40,9 +40,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 
 
 def encode_example(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str, *, ended: bool = True
 ) -> tuple[list[int], list[bool]]:
     """Token ids of prompt, response and end-of-turn marker [T], and the response-only mask [T].
+    A response that was cut has not `ended` and gets no marker.
 
     The ids start with exactly `encode_prompt`'s. The mask is True for the response and the marker
     and False for the rest: the prompt, its header, and text that the template puts before the
@@ -58,9 +59,10 @@ def encode_example(
         raise InputError(f"prompt {prompt.id!r} has an empty response; there is nothing to learn")
     prompt_ids = encode_prompt(tokenizer, prompt)
     if tokenizer.chat_template:
-        opening, scaffold, spoken = _render_example(tokenizer, prompt, response)
+        opening, scaffold, spoken, marker = _render_example(tokenizer, prompt, response)
     else:
-        opening, scaffold, spoken = _bare_text(prompt), "", response + _eos(tokenizer)
+        opening, scaffold, spoken, marker = _bare_text(prompt), "", response, _eos(tokenizer)
+    spoken += marker if ended else ""
     scaffold_ids = _continuation_ids(tokenizer, opening, scaffold)
     spoken_ids = _continuation_ids(tokenizer, opening + scaffold, spoken)
     if not spoken_ids:
@@ -72,8 +74,8 @@ def encode_example(
 
 def _render_example(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str
-) -> tuple[str, str, str]:
-    """Render (prompt with header, text the template adds before the answer, answer and marker)."""
+) -> tuple[str, str, str, str]:
+    """Render (prompt with header, text the template adds before the answer, answer, marker)."""
 
     def after_opening(answer: str) -> str:
         turns = [*prompt.messages, {"role": "assistant", "content": answer}]
@@ -106,7 +108,7 @@ def _render_example(
     for given in ("", scaffold):
         spoken = body.removeprefix(given)
         if body.startswith(given) and spoken.strip() == response.strip():
-            return opening, given, spoken + _end_of_turn(tokenizer, closing)
+            return opening, given, spoken, _end_of_turn(tokenizer, closing)
     raise InputError(
         f"prompt {prompt.id!r}: the chat template rewrites the response (templates may drop its "
         f"reasoning): {_difference(response.strip(), body.strip())}. Train on the target's own "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
 from collections import Counter
@@ -15,7 +13,7 @@ import torch
 
 from specdistill.data.chat import encode_prompt
 from specdistill.data.filters import NO_FILTER, Filters, Sieve
-from specdistill.data.prompts import Prompt
+from specdistill.data.prompts import Prompt, prompts_sha256
 from specdistill.data.signal import NONE, STATES, bytes_per_token, keep, kept_tokens
 from specdistill.data.store import Example, Manifest, Store, tokenizer_sha256
 from specdistill.decoding import GREEDY, Request, Sampling, SpeculativeDecoder
@@ -169,12 +167,11 @@ def _manifest(
     signal: str,
     filters: Filters,
 ) -> Manifest:
-    asked = json.dumps([[p.id, list(p.messages)] for p in prompts])
     return Manifest(
         target=target.name,
         target_sha256=target.sha256(),
         tokenizer_sha256=tokenizer_sha256(target),
-        prompts_sha256=hashlib.sha256(asked.encode()).hexdigest(),
+        prompts_sha256=prompts_sha256(prompts),
         settings={
             "max_new_tokens": max_new_tokens,
             "seed": seed,

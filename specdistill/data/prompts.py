@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import hashlib
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,12 @@ def load_prompts(
     if not prompts:
         raise InputError(f"{source} holds no prompts; it needs at least one")
     return prompts
+
+
+def prompts_sha256(prompts: Sequence[Prompt]) -> str:
+    """Hash of what is asked, in its order."""
+    asked = json.dumps([[p.id, list(p.messages)] for p in prompts])
+    return hashlib.sha256(asked.encode()).hexdigest()
 
 
 def _open(source: str, split: str | None, column: str | None) -> Iterator[tuple[str, Prompt]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from specdistill.data.answers import holds_answers, read_answers
 from specdistill.data.prompts import load_prompts
 from specdistill.data.store import MANIFEST, read_examples
 
@@ -18,9 +19,12 @@ def token_lists(source: str, tokenizer: PreTrainedTokenizerBase) -> list[list[in
     """A folder made by `generate` gives its answers; .jsonl and .txt give their responses where
     they have any, else their prompts. Raises as `load_prompts` does.
     """
-    if (Path(source) / MANIFEST).exists():
+    if holds_answers(source):
+        prompts = [answer.prompt for answer in read_answers(Path(source))]
+    elif (Path(source) / MANIFEST).exists():
         return [example.response_tokens for example in read_examples(Path(source), signal=False)]
-    prompts = load_prompts(source)
+    else:
+        prompts = load_prompts(source)
     texts = [p.response for p in prompts if p.response] or [
         m["content"] for p in prompts for m in p.messages
     ]

@@ -40,10 +40,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def figure_training(metrics: list[dict[str, Any]]) -> Figure:
     """By training tokens seen: the loss (left), and on held-out prompts expected α and greedy
-    match (right). Rows without the key "loss" or "expected_alpha" are left out of that panel."""
+    match, or the share of the text's tokens met where text alone was learnt from (right). Rows
+    without the key "loss", or without any of those, are left out of that panel."""
     figure, (left, right) = style.panels(2, style.PANEL_HEIGHT)
     logged = [row for row in metrics if "loss" in row]
-    held_out = [row for row in metrics if "expected_alpha" in row]
     losses = [row["loss"] for row in logged]
     point = "." if len(losses) == 1 else ""
     left.plot(
@@ -56,13 +56,17 @@ def figure_training(metrics: list[dict[str, Any]]) -> Figure:
     for key, name, colour, marker in (
         ("expected_alpha", "expected α", style.BLUE, "o"),
         ("greedy_match", "greedy match", style.VERMILLION, "s"),
+        ("token_match", "tokens met", style.BLUE, "o"),
     ):
-        values = [row.get(key, math.nan) for row in held_out]
-        right.plot([row["tokens"] for row in held_out], values, **style.mark(colour, marker, name))
-        shares += values
+        if held_out := [row for row in metrics if key in row]:
+            values = [row[key] for row in held_out]
+            seen = [row["tokens"] for row in held_out]
+            right.plot(seen, values, **style.mark(colour, marker, name))
+            shares += values
     right.set_ylabel("share of held-out tokens")
     right.set_ylim(-0.03, 1.03)
-    style.legend(right, right.get_lines())
+    if shares:
+        style.legend(right, right.get_lines())
     for axes, values in ((left, losses), (right, shares)):
         axes.set_xlim(left=0)
         axes.set_xlabel("training tokens seen")

@@ -1,0 +1,1 @@
+"""Programs outside of this one that generate or score."""

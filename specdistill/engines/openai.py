@@ -1,0 +1,245 @@
+"""A target behind a server that speaks OpenAI's chat completions: a black box that returns text.
+
+The key comes from the environment, OPENAI_API_KEY, and goes nowhere but to the server. Waiting
+after a rate limit (Retry-After), backing off and trying again are the client's own; what it cannot
+judge, an answer that is none, is asked for again here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from specdistill.data.answers import Answer, AnswerStore
+from specdistill.data.prompts import Prompt, prompts_sha256
+from specdistill.decoding.sampling import Sampling, row_seed
+from specdistill.errors import InputError, ServerError
+from specdistill.progress import Progress, silent
+from specdistill.provenance import versions
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+KEY = "OPENAI_API_KEY"
+CLIENT_RETRIES = 8  # about 40 s of backing off, or as often as long as the server says
+REPLIES = 3  # how often an answer that is none is asked for
+BACKOFF = 0.5  # seconds before the second reply is asked for; doubles
+REFUSALS = 16  # in a row, with which the trouble is not with single prompts
+GRACE = 10.0  # seconds an interrupt waits for answers that are under way
+
+
+@dataclass(frozen=True)
+class Server:
+    """Who is asked: a base URL such as http://localhost:8000/v1, the model's name there, and how
+    many questions may be under way at once.
+    """
+
+    base_url: str
+    model: str
+    concurrency: int = 8
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InputError(
+                f"--base-url must look like http://localhost:8000/v1; got {self.public!r}"
+            )
+        if self.concurrency < 1:
+            raise InputError(f"concurrency must be at least 1; got {self.concurrency}")
+
+    @property
+    def public(self) -> str:
+        """The URL without what may be secret in it: user, password and query."""
+        parts = urlsplit(self.base_url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+class _Refused(Exception):
+    """A prompt that gets no answer, and why."""
+
+
+class _NoAnswer(Exception):
+    """A reply that holds none."""
+
+
+def answer(
+    server: Server,
+    prompts: Sequence[Prompt],
+    folder: Path,
+    *,
+    max_new_tokens: int,
+    samplings: Sequence[Sampling],
+    seed: int = 0,
+    progress: Progress = silent,
+) -> tuple[AnswerStore, dict[str, str]]:
+    """Have the server answer every prompt not yet answered in `folder`. The same call again goes on
+    where an interrupted one stopped, and asks for no answer twice. Returns the answers and, by id,
+    why prompts were refused; those a later call asks again. With several samplings each prompt gets
+    one of them, by its id and the seed.
+
+    Raises `ServerError` where the server cannot be reached, knows no such key or model, fails or
+    limits the rate for longer than the client waits, or refuses everything; what was answered until
+    then is kept.
+    """
+    if not prompts or not samplings:
+        raise InputError("there are no prompts to answer, or no sampling to answer with")
+    if any(sampling.top_k or sampling.min_p for sampling in samplings):
+        raise InputError(
+            "OpenAI's protocol has temperature and top-p, and no top-k or min-p: leave these out"
+        )
+    client = _client(server)
+    store = AnswerStore(
+        folder,
+        {
+            "target": server.model,
+            "server": server.public,
+            "prompts_sha256": prompts_sha256(prompts),
+            "settings": {
+                "max_new_tokens": max_new_tokens,
+                "seed": seed,
+                "samplings": [asdict(sampling) for sampling in samplings],
+            },
+            "versions": versions(),
+        },
+    )
+    refused: dict[str, str] = {}
+    in_a_row = 0
+
+    async def settle(prompt: Prompt) -> None:
+        nonlocal in_a_row
+        own = row_seed(seed, prompt.id)
+        sampling = samplings[own % len(samplings)]
+        question = {
+            "model": server.model,
+            "messages": list(prompt.messages),
+            "max_tokens": max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": own >> 32,  # 31 bits: what every server takes
+        }
+        try:
+            store.append(await _ask(client, server, prompt, question))
+            in_a_row = 0
+        except _Refused as reason:
+            refused[prompt.id] = str(reason)
+            in_a_row += 1
+        if in_a_row == REFUSALS:
+            raise ServerError(
+                f"{server.public} refused {REFUSALS} prompts in a row, the last with: "
+                f"{refused[prompt.id]}"
+            )
+        progress("generate", len(store.done), len(prompts), f"{len(refused)} refused")
+
+    waiting = [prompt for prompt in prompts if prompt.id not in store.done]
+    if waiting:
+        asyncio.run(_all(client, waiting, settle, server.concurrency))
+    if not store.done:
+        raise ServerError(
+            f"{server.public} answered nothing; the last reason: {list(refused.values())[-1]}"
+        )
+    return store, refused
+
+
+def _client(server: Server) -> AsyncOpenAI:
+    try:
+        from openai import AsyncOpenAI
+    except ImportError:
+        raise InputError(
+            "the engine 'openai' needs the package openai: pip install openai"
+        ) from None
+    # Servers of one's own want no key, the client does.
+    key = os.environ.get(KEY) or "none"
+    return AsyncOpenAI(base_url=server.base_url, api_key=key, max_retries=CLIENT_RETRIES)
+
+
+async def _all(
+    client: AsyncOpenAI,
+    prompts: Sequence[Prompt],
+    settle: Callable[[Prompt], Awaitable[None]],
+    concurrency: int,
+) -> None:
+    """Settle all prompts, `concurrency` at a time. After an error or an interrupt no more are
+    begun, and those under way have `GRACE` seconds to end.
+    """
+    waiting = deque(prompts)
+
+    async def work() -> None:
+        while waiting:
+            await settle(waiting.popleft())
+
+    async with client:
+        workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(waiting)))]
+        try:
+            ended, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+            for worker in ended:
+                worker.result()
+        finally:
+            waiting.clear()
+            await asyncio.wait(workers, timeout=GRACE)
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+
+async def _ask(
+    client: AsyncOpenAI, server: Server, prompt: Prompt, question: dict[str, Any]
+) -> Answer:
+    import openai
+
+    for attempt in range(REPLIES):
+        try:
+            return _read(await client.chat.completions.create(**question), prompt)
+        except openai.APIStatusError as error:
+            status, words = error.status_code, _words(error)
+            if status in (401, 403, 404):
+                raise ServerError(
+                    f"{server.public} does not serve {server.model!r}: {words}; check --target and "
+                    f"--base-url, and the key in the environment variable {KEY}"
+                ) from None
+            if status != 429 and status < 500:
+                raise _Refused(words) from None
+            wait = error.response.headers.get("retry-after")
+            raise ServerError(
+                f"{server.public} fails or limits the rate: {words}"
+                f"{f' (it asks to wait {wait} s)' if wait else ''}; what was answered is kept, run "
+                "the same command again to go on"
+            ) from None
+        except openai.APIConnectionError as error:
+            raise ServerError(
+                f"cannot reach {server.public}: {_words(error.__cause__ or error)}; what was "
+                "answered is kept, run the same command again to go on"
+            ) from None
+        except (_NoAnswer, ValueError) as error:  # ValueError: JSON that is none
+            reason = _words(error)
+        if attempt + 1 < REPLIES:
+            await asyncio.sleep(BACKOFF * 2**attempt)
+    raise _Refused(f"{REPLIES} replies without an answer, the last: {reason}")
+
+
+def _read(reply: Any, prompt: Prompt) -> Answer:
+    """The answer of a reply, whose fields the client does not check."""
+    try:
+        choice = reply.choices[0]
+        text, reason = choice.message.content, choice.finish_reason
+        message = choice.message
+    except (AttributeError, IndexError, TypeError) as error:
+        raise _NoAnswer(f"no choices in {str(reply)[:200]!r}") from error
+    if not isinstance(text, str):
+        raise _NoAnswer(f"no text, finish reason {reason!r}")
+    text.encode()  # half of a surrogate pair is a ValueError
+    apart = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+    return Answer(replace(prompt, response=text), reason == "stop", apart)
+
+
+def _words(error: BaseException) -> str:
+    """What the server or the connection said, on one line, without the key it may have quoted."""
+    text = " ".join(str(error).split())
+    if key := os.environ.get(KEY):
+        text = text.replace(key, "***")
+    return text[:300] or type(error).__name__

@@ -1,0 +1,92 @@
+"""A server in OpenAI's protocol that does what a test tells it to."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Reply = tuple[int, dict[str, str], bytes]
+
+
+def completion(text: object, finish: str | None = "stop", **message: object) -> Reply:
+    said = {"role": "assistant", "content": text, **message}
+    choice = {"index": 0, "message": said, "finish_reason": finish}
+    return ok({"id": "x", "object": "chat.completion", "choices": [choice]})
+
+
+def ok(document: object) -> Reply:
+    return 200, {}, json.dumps(document).encode()
+
+
+def failure(status: int, words: str = "no", **headers: str) -> Reply:
+    return status, headers, json.dumps({"error": {"message": words}}).encode()
+
+
+class FakeServer:
+    """`reply` makes of a request and of how often that text was asked before what is sent; None
+    drops the connection. Every request is kept.
+    """
+
+    def __init__(self, reply: Callable[[dict[str, Any], int], Reply | None]) -> None:
+        self.reply = reply
+        self.asked: list[str] = []
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.times: list[float] = []
+        self.at_once = self.most_at_once = 0
+        self.lock = threading.Lock()
+
+    def times_asked(self, text: str) -> int:
+        return self.asked.count(text)
+
+
+@contextmanager
+def serving(reply: Callable[[dict[str, Any], int], Reply | None]) -> Iterator[tuple[str, Any]]:
+    """The base URL of such a server, and the server."""
+    fake = FakeServer(reply)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            """Keep quiet."""
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = body["messages"][-1]["content"]
+            with fake.lock:
+                before = fake.times_asked(text)
+                fake.asked.append(text)
+                fake.requests.append({"path": self.path, **body})
+                fake.headers.append({k.lower(): v for k, v in self.headers.items()})
+                fake.times.append(time.monotonic())
+                fake.at_once += 1
+                fake.most_at_once = max(fake.most_at_once, fake.at_once)
+            made = fake.reply(body, before)
+            with fake.lock:
+                fake.at_once -= 1
+            self.close_connection = True
+            if made is None:
+                return
+            status, headers, content = made
+            self.send_response(status)
+            given = {"Content-Type": "application/json", "Content-Length": str(len(content))}
+            for name, value in {**given, **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{httpd.server_address[1]}/v1", fake
+    finally:
+        httpd.shutdown()
+        thread.join()
+        httpd.server_close()

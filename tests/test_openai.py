@@ -1,0 +1,488 @@
+"""A target behind a server: what is asked of it, what a server that misbehaves leads to, and a real
+one.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+pytest.importorskip("openai", reason="the extra 'openai' is not installed")
+
+from servers import Reply, completion, failure, ok, serving
+from test_cli import run
+
+from specdistill import models
+from specdistill.data.answers import ANSWERS, read_answers
+from specdistill.data.chat import encode_prompt
+from specdistill.data.prompts import Prompt, load_prompts
+from specdistill.data.store import MANIFEST
+from specdistill.decoding import GREEDY, Sampling, SpeculativeDecoder
+from specdistill.engines import openai
+from specdistill.engines.openai import Server, answer
+from specdistill.errors import InputError, ServerError, StorageError
+
+KEY = "sk-this-must-not-be-seen"
+PROMPTS = [
+    Prompt(f"p{i}", ({"role": "user", "content": f"question {i}"},), "odd" if i % 2 else None)
+    for i in range(12)
+]
+
+
+@pytest.fixture(autouse=True)
+def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short pauses, no proxies, and a key."""
+    from openai import _base_client
+
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(openai, "BACKOFF", 0.01)
+    monkeypatch.setattr(openai, "GRACE", 1.0)
+    monkeypatch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr(_base_client, "MAX_RETRY_DELAY", 0.02)
+
+
+def echo(body: dict[str, Any], before: int) -> Reply:
+    return completion(f"answer to {body['messages'][-1]['content']}")
+
+
+def ask(url: str, folder: Path, prompts: list[Prompt] = PROMPTS, **changes: Any) -> Any:
+    server = Server(url, "big", changes.pop("concurrency", 4))
+    settings = {"max_new_tokens": 32, "samplings": [GREEDY], **changes}
+    return answer(server, prompts, folder, **settings)
+
+
+def texts(folder: Path) -> dict[str, str]:
+    return {a.prompt.id: a.prompt.response or "" for a in read_answers(folder)}
+
+
+EVERYTHING = {p.id: f"answer to question {p.id[1:]}" for p in PROMPTS}
+
+
+def test_every_prompt_is_asked_once_and_answered(tmp_path: Path) -> None:
+    with serving(echo) as (url, fake):
+        store, refused = ask(url, tmp_path / "data")
+        assert refused == {}
+        assert store.done == EVERYTHING.keys()
+        assert texts(tmp_path / "data") == EVERYTHING
+        assert sorted(fake.asked) == sorted(f"question {i}" for i in range(12))
+        ask(url, tmp_path / "data")
+        assert len(fake.asked) == 12, "asked twice"
+    assert {a.prompt.id: a.prompt.category for a in read_answers(tmp_path / "data")} == {
+        p.id: p.category for p in PROMPTS
+    }
+    again = load_prompts(str(tmp_path / "data" / ANSWERS))
+    assert {p.id: p.response for p in again} == EVERYTHING, "what any reader of prompts reads"
+
+
+def test_what_is_asked(tmp_path: Path) -> None:
+    samplings = [Sampling(0.7, top_p=0.9), GREEDY]
+    with serving(echo) as (url, fake):
+        ask(url, tmp_path / "a", samplings=samplings, seed=3)
+        ask(url, tmp_path / "b", samplings=samplings, seed=3)
+        ask(url, tmp_path / "c", samplings=samplings, seed=4)
+    first, second, third = (
+        {r["messages"][-1]["content"]: r for r in fake.requests[i : i + 12]} for i in (0, 12, 24)
+    )
+    assert first == second
+    assert first != third
+    assert len({r["seed"] for r in first.values()}) == 12
+    assert {(r["temperature"], r["top_p"]) for r in first.values()} == {(0.7, 0.9), (0.0, 1.0)}
+    for request in first.values():
+        assert request["path"] == "/v1/chat/completions"
+        assert (request["model"], request["max_tokens"]) == ("big", 32)
+        assert request["messages"][0]["role"] == "user"
+        assert 0 <= request["seed"] < 2**31
+    assert {h["authorization"] for h in fake.headers} == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_no_more_at_once_than_allowed(tmp_path: Path, most: int) -> None:
+    def slow(body: dict[str, Any], before: int) -> Reply:
+        time.sleep(0.05)
+        return echo(body, before)
+
+    with serving(slow) as (url, fake):
+        ask(url, tmp_path / "data", concurrency=most)
+        assert fake.most_at_once == most
+
+
+# A server that misbehaves for a while
+
+
+TRANSIENT: dict[str, Callable[[], Reply | None]] = {
+    "rate limit": lambda: failure(429, **{"Retry-After": "0.05"}),
+    "internal error": lambda: failure(500),
+    "overloaded": lambda: (503, {"Content-Type": "text/html"}, b"<h1>busy</h1>"),
+    "dropped connection": lambda: None,
+    "truncated body": lambda: (200, {"Content-Length": "999"}, b'{"choices": [{"mess'),
+    "half of a JSON": lambda: (200, {}, b'{"choices": [{"mess'),
+    "no JSON": lambda: (200, {}, b"<html>hello</html>"),
+    "no UTF-8": lambda: (200, {}, b'{"choices": "\xff"}'),
+    "a page": lambda: (200, {"Content-Type": "text/html"}, b"<html>hello</html>"),
+    "empty body": lambda: (200, {}, b""),
+    "empty choices": lambda: ok({"choices": []}),
+    "no choices": lambda: ok({"object": "chat.completion"}),
+    "null choices": lambda: ok({"choices": None}),
+    "no message": lambda: ok({"choices": [{"finish_reason": "stop"}]}),
+    "no text": lambda: completion(None),
+    "text of another type": lambda: completion(["a", "b"]),
+    "half a surrogate pair": lambda: completion("\ud83d"),
+    "a list": lambda: ok([1]),
+    "null": lambda: ok(None),
+    "a number": lambda: ok(7),
+}
+
+
+@pytest.mark.parametrize("kind", TRANSIENT)
+def test_trouble_that_passes_is_outlasted(tmp_path: Path, kind: str) -> None:
+    def reply(body: dict[str, Any], before: int) -> Reply | None:
+        return TRANSIENT[kind]() if before < 2 else echo(body, before)
+
+    with serving(reply) as (url, fake):
+        _, refused = ask(url, tmp_path / "data", PROMPTS[:3])
+        assert refused == {}
+        assert len(fake.asked) == 9
+    assert texts(tmp_path / "data") == {p.id: EVERYTHING[p.id] for p in PROMPTS[:3]}
+
+
+def test_retry_after_is_waited_for(tmp_path: Path) -> None:
+    def reply(body: dict[str, Any], before: int) -> Reply:
+        return failure(429, **{"Retry-After": "0.4"}) if before == 0 else echo(body, before)
+
+    with serving(reply) as (url, fake):
+        ask(url, tmp_path / "data", PROMPTS[:1])
+        assert fake.times[1] - fake.times[0] >= 0.4
+
+
+def test_a_rate_limit_that_lasts_keeps_what_was_answered_and_is_gone_on_from(
+    tmp_path: Path,
+) -> None:
+    limited = True
+
+    def reply(body: dict[str, Any], before: int) -> Reply:
+        number = int(body["messages"][-1]["content"].split()[1])
+        return failure(429, **{"Retry-After": "3600"}) if limited and number >= 6 else echo(body, 0)
+
+    with serving(reply) as (url, fake):
+        with pytest.raises(ServerError, match=r"429.*wait 3600 s.*kept, run the same command"):
+            ask(url, tmp_path / "data", concurrency=1)
+        assert sorted(texts(tmp_path / "data")) == sorted(f"p{i}" for i in range(6))
+        assert fake.times_asked("question 6") == 1, "an hour is not waited for"
+        limited = False
+        ask(url, tmp_path / "data")
+        assert texts(tmp_path / "data") == EVERYTHING
+        assert all(fake.times_asked(f"question {i}") == 1 for i in range(6)), "asked twice"
+
+
+def test_errors_that_do_not_pass_end_the_run(tmp_path: Path) -> None:
+    with serving(lambda body, before: failure(500, "out of order")) as (url, fake):
+        with pytest.raises(ServerError, match=r"out of order.*run the same command again"):
+            ask(url, tmp_path / "data", concurrency=1)
+        assert len(fake.asked) == openai.CLIENT_RETRIES + 1
+    with pytest.raises(ServerError, match=f"cannot reach {url}: .+ kept, run"):
+        ask(url, tmp_path / "data", concurrency=1)
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_wrong_key_or_model_ends_the_run_at_once(tmp_path: Path, status: int) -> None:
+    with serving(lambda body, before: failure(status, "not for you")) as (url, fake):
+        with pytest.raises(ServerError, match=r"does not serve 'big'.*not for you.*OPENAI_API_KEY"):
+            ask(url, tmp_path / "data", concurrency=1)
+        assert len(fake.asked) == 1
+
+
+def test_a_prompt_that_is_refused_is_counted_and_asked_again_later(tmp_path: Path) -> None:
+    strict = True
+
+    def reply(body: dict[str, Any], before: int) -> Reply:
+        long = body["messages"][-1]["content"] in ("question 3", "question 7")
+        return failure(400, "too long") if strict and long else echo(body, before)
+
+    with serving(reply) as (url, fake):
+        store, refused = ask(url, tmp_path / "data")
+        assert refused.keys() == {"p3", "p7"}
+        assert "too long" in refused["p3"]
+        assert len(store.done) == 10
+        strict = False
+        assert ask(url, tmp_path / "data")[1] == {}
+        assert texts(tmp_path / "data") == EVERYTHING
+        assert len(fake.asked) == 14
+
+
+def test_a_server_that_refuses_everything_is_no_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(lambda body, before: failure(400, "no seed here")) as (url, fake):
+        with pytest.raises(ServerError, match=r"answered nothing; the last reason: .*no seed here"):
+            ask(url, tmp_path / "data")
+        monkeypatch.setattr(openai, "REFUSALS", 5)
+        with pytest.raises(ServerError, match=r"refused 5 prompts in a row, .*no seed here"):
+            ask(url, tmp_path / "more", concurrency=1)
+        assert len(fake.asked) == 12 + 5
+    page = b"<h1>welcome</h1>"
+    with serving(lambda body, before: (200, {"Content-Type": "text/html"}, page)) as (url, fake):
+        with pytest.raises(ServerError, match=r"3 replies without an answer.*welcome"):
+            ask(url, tmp_path / "page", PROMPTS[:2])
+        assert len(fake.asked) == 2 * openai.REPLIES
+
+
+# What an answer is
+
+
+def test_a_cut_answer_an_empty_one_and_reasoning_given_apart(tmp_path: Path) -> None:
+    def reply(body: dict[str, Any], before: int) -> Reply:
+        number = int(body["messages"][-1]["content"].split()[1])
+        made = [
+            completion("cut", "length"),
+            completion("", "content_filter"),
+            completion("said", reasoning_content="thought"),
+            completion("said", reasoning="thought"),
+            completion("open", None),
+        ]
+        return made[number]
+
+    with serving(reply) as (url, fake):
+        ask(url, tmp_path / "data", PROMPTS[:5])
+        ask(url, tmp_path / "data", PROMPTS[:5])
+        assert len(fake.asked) == 5, "an empty answer is one, too"
+    found = {a.prompt.id: a for a in read_answers(tmp_path / "data")}
+    assert found.keys() == {"p0", "p2", "p3", "p4"}
+    assert {i: a.ended for i, a in found.items()} == {
+        "p0": False,
+        "p2": True,
+        "p3": True,
+        "p4": False,
+    }
+    assert [found[i].reasoning for i in found] == [None, "thought", "thought", None]
+
+
+# Interruptions and damage
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As a shell's background jobs are not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_keeps_what_is_under_way_and_the_same_call_goes_on(tmp_path: Path) -> None:
+    def reply(body: dict[str, Any], before: int) -> Reply:
+        if len(fake.asked) >= 6 and not interrupted.is_set():
+            interrupted.set()
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2 if interrupted.is_set() else 0)
+        return echo(body, before)
+
+    interrupted = threading.Event()
+    with serving(reply) as (url, fake):
+        with pytest.raises(KeyboardInterrupt):
+            ask(url, tmp_path / "data", concurrency=2)
+        asked = len(fake.asked)
+        assert 6 <= asked <= 8
+        assert len(texts(tmp_path / "data")) == asked, "an answer under way was lost"
+        ask(url, tmp_path / "data")
+        assert texts(tmp_path / "data") == EVERYTHING
+        assert len(fake.asked) == 12, "asked twice"
+
+
+def test_half_a_line_is_asked_again_and_nothing_else(tmp_path: Path) -> None:
+    with serving(echo) as (url, fake):
+        ask(url, tmp_path / "data", concurrency=1)
+        file = tmp_path / "data" / ANSWERS
+        file.write_bytes(file.read_bytes()[:-20])
+        assert len(texts(tmp_path / "data")) == 11
+        ask(url, tmp_path / "data")
+        assert texts(tmp_path / "data") == EVERYTHING
+        assert len(fake.asked) == 13
+
+
+@pytest.mark.parametrize("damage", ["no JSON", '{"id": "p1"}', "[]", "7"])
+def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
+    with serving(echo) as (url, _):
+        ask(url, tmp_path / "data")
+        file = tmp_path / "data" / ANSWERS
+        lines = file.read_text().splitlines()
+        lines[4] = damage
+        file.write_text("\n".join(lines) + "\n")
+        for use in (lambda: read_answers(tmp_path / "data"), lambda: ask(url, tmp_path / "data")):
+            with pytest.raises(StorageError, match=r"answers\.jsonl, line 5 is damaged"):
+                use()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 4}, "settings"),
+        ({"max_new_tokens": 7}, "settings"),
+        ({"samplings": [Sampling(0.5)]}, "settings"),
+        ({"prompts": PROMPTS[:11]}, "prompts_sha256"),
+    ],
+)
+def test_other_answers_in_the_folder_are_refused(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    with serving(echo) as (url, fake):
+        ask(url, tmp_path / "data")
+        with pytest.raises(StorageError, match=f"another {named} .*choose another folder"):
+            ask(url, tmp_path / "data", **changes)
+        (tmp_path / "data" / MANIFEST).write_text("{")
+        with pytest.raises(StorageError, match=r"manifest.json is damaged"):
+            ask(url, tmp_path / "data")
+        assert len(fake.asked) == 12
+
+
+def test_the_same_questions_may_go_on_at_another_address(tmp_path: Path) -> None:
+    with serving(echo) as (url, _):
+        ask(url, tmp_path / "data")
+    with serving(echo) as (url, fake):
+        ask(url, tmp_path / "data")
+        assert fake.asked == []
+
+
+# Secrets
+
+
+def test_the_key_is_in_no_file_message_or_output(tmp_path: Path) -> None:
+    """Nor are user and password of the address, though the server quotes what it got."""
+
+    def reply(body: dict[str, Any], before: int) -> Reply:
+        if "1" in body["messages"][-1]["content"]:
+            return failure(400, f"{'x' * 290} your key {KEY} is odd")
+        return echo(body, before)
+
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": p.messages[0]["content"]} for p in PROMPTS]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serving(reply) as (url, _):
+        secret = url.replace("//", "//me:hidden@")
+        said = run(
+            *("generate", "--target", "big", "--engine", "openai", "--base-url", secret),
+            *("--prompts", prompts, "--out", tmp_path / "data", "--json"),
+        )
+        assert said.document["refused"] == 3
+    with serving(lambda body, before: failure(401, f"wrong key {KEY}")) as (url, _):
+        refused = run(
+            *("generate", "--target", "big", "--engine", "openai", "--base-url", url),
+            *("--prompts", prompts, "--out", tmp_path / "none"),
+        )
+        assert refused.code == 2
+        assert "wrong key ***" in refused.err
+    written = [f.read_text() for f in tmp_path.rglob("*") if f.is_file()]
+    for text in (said.out, said.err, refused.out, refused.err, *written):
+        assert KEY not in text
+        assert KEY[:10] not in text
+        assert "hidden" not in text
+    assert url.rpartition(":")[0] in (tmp_path / "data" / MANIFEST).read_text()
+
+
+# What is refused before anything is asked
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x/v1", "", "http://", "v1"])
+def test_addresses_that_are_none(url: str) -> None:
+    with pytest.raises(InputError, match="must look like http://localhost:8000/v1"):
+        Server(url, "big")
+
+
+def test_settings_that_have_no_meaning(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no top-k or min-p"):
+        ask("http://x/v1", tmp_path, samplings=[Sampling(1.0, top_k=5)])
+    with pytest.raises(InputError, match="concurrency must be at least 1; got 0"):
+        ask("http://x/v1", tmp_path, concurrency=0)
+    with pytest.raises(InputError, match="no prompts"):
+        ask("http://x/v1", tmp_path, [])
+
+
+def test_without_the_package_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(InputError, match="pip install openai"):
+        ask("http://x/v1", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--engine openai", "--engine openai needs --base-url"),
+        ("--engine openai --base-url http://x --signal none", "--signal has no effect"),
+        ("--engine openai --base-url http://x --min-tokens 3", "--min-tokens has no effect"),
+        ("--base-url http://x", "--base-url has no effect with --engine specdistill"),
+        ("--concurrency 3", "--concurrency has no effect with --engine specdistill"),
+        ("--shots 2", "--shots has no effect with --style instruction"),
+        ("--style in-context", "examples go with the style 'in-context'"),
+        ("--style poem", "unknown style 'poem'; choose from instruction, in-context"),
+    ],
+)
+def test_options_without_effect_are_errors(tmp_path: Path, arguments: str, message: str) -> None:
+    done = run(
+        *("generate", "--target", "demo:x", "--prompts", "demo:train", "--out", tmp_path / "x"),
+        *arguments.split(),
+    )
+    assert done.code == 2
+    assert message in done.err
+
+
+# A real server
+
+
+@pytest.fixture(scope="module")
+def real(tiny_folder: Path) -> Iterator[str]:
+    """`transformers serve` with the tiny target."""
+    for package in ("fastapi", "uvicorn"):
+        pytest.importorskip(package, reason="`transformers serve` needs fastapi and uvicorn")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "from transformers.cli.transformers import main; main()"
+    command = [sys.executable, "-c", code, "serve", str(tiny_folder), "--port", str(port)]
+    options = ["--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32"]
+    server = subprocess.Popen(
+        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        for _ in range(600):
+            try:
+                urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            except (URLError, OSError):
+                assert server.poll() is None, server.stdout and server.stdout.read()
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def test_a_real_server_answers_as_the_engine_does(
+    real: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    prompts = [
+        Prompt(f"p{i}", ({"role": "user", "content": f"w{5 + i} w{9 + 2 * i} w30"},))
+        for i in range(6)
+    ]
+    server = Server(real, str(tiny_folder), 3)
+    _, refused = answer(server, prompts, tmp_path / "d", max_new_tokens=8, samplings=[GREEDY])
+    assert refused == {}
+    target = models.load(str(tiny_folder), dtype="float32")
+    ids = [encode_prompt(target.tokenizer, p) for p in prompts]
+    ours = SpeculativeDecoder(target, batch_size=6).generate(ids, max_new_tokens=8)
+    found = {a.prompt.id: a for a in read_answers(tmp_path / "d")}
+    for prompt, output in zip(prompts, ours.outputs, strict=True):
+        expected = target.tokenizer.decode(output.tokens, skip_special_tokens=True)
+        assert found[prompt.id].prompt.response == expected
+        assert found[prompt.id].ended == (output.tokens[-1] in target.eos_ids)
