@@ -23,6 +23,7 @@ _SERVERS = ("base_url", "concurrency")
 _OURS = (
     *("batch_size", "signal", "dtype", "device", "threads"),
     *("min_tokens", "max_repetition", "drop_truncated", "drop_duplicates", "retries"),
+    *("best_of", "scorer"),
 )
 
 
@@ -78,6 +79,16 @@ def generate(
     retries: Annotated[
         int, typer.Option(help="Ask again so often, sampling anew, for what was removed.", min=0)
     ] = 0,
+    best_of: Annotated[
+        int | None,
+        typer.Option(help="Of so many answers to a prompt keep one, by --scorer.", min=1),
+    ] = None,
+    scorer: Annotated[
+        str | None,
+        typer.Option(
+            help="log-probability, exact-match, majority, or a function, module:function."
+        ),
+    ] = None,
     split: Split = None,
     column: Column = None,
     dtype: Dtype = "auto",
@@ -91,11 +102,17 @@ def generate(
         _refuse_given(context, f"--style {style}", ("shots",))
     from specdistill.data.filters import Filters
     from specdistill.data.prompts import load_prompts
+    from specdistill.data.scorers import BestOf
     from specdistill.data.styles import styled
     from specdistill.decoding import Sampling
 
     samplings = [Sampling(t, top_k, top_p, min_p) for t in options.temperatures(temperature)]
     filters = Filters(min_tokens, max_repetition, drop_truncated, drop_duplicates, retries)
+    if (best_of is None) != (scorer is None):
+        raise InputError(
+            "--best-of and --scorer go together: how many answers, and what says which is best"
+        )
+    choice = None if best_of is None or scorer is None else BestOf(best_of, scorer)
     console.setup(threads)
     asked = styled(
         load_prompts(prompts, split=split, column=column, limit=limit),
@@ -158,10 +175,12 @@ def generate(
             batch_size=batch_size,
             signal=signal,
             filters=filters,
+            best_of=choice,
             progress=progress,
         )
     screen.print(f"{len(store.done())} answers in {out}", soft_wrap=True)
-    console.print_lines(screen, _store_lines(store, filtered=filters != Filters()))
+    removing = filters.remove or choice is not None
+    console.print_lines(screen, _store_lines(store, filtered=removing))
     document = {"out": str(out), "answers": len(store.done()), "parts": len(store.manifest.parts)}
     console.finish(as_json, {**document, **store.filtered(), **(store.tail() or {})})
 

@@ -37,10 +37,11 @@ class Filters:
             )
         if not 0 <= self.max_repetition <= 1:
             raise InputError(f"max_repetition must be 0 to 1 (off); got {self.max_repetition}")
-        if self.retries and replace(self, retries=0) == NO_FILTER:
-            raise InputError(
-                f"retries: {self.retries} has no effect without a filter that removes answers"
-            )
+
+    @property
+    def remove(self) -> bool:
+        """Whether there is a filter at all."""
+        return replace(self, retries=0) != Filters()
 
     def retries_of(self, sampling: Sampling) -> int:
         return self.retries if sampling.temperature > 0 else 0
@@ -83,10 +84,10 @@ class Sieve:
         self.kept = {tuple(text) for text in texts}
 
     def reason(self, tokens: list[int]) -> str | None:
-        """Why an answer goes, by the first filter that says so; None keeps it and remembers it."""
+        """Why an answer goes, by the first filter that says so; None if it may stay."""
         answer = Answer(tokens, self.eos_ids, self.kept)
-        for name, goes in FILTERS.items():
-            if goes(self.filters, answer):
-                return name
+        return next((name for name, goes in FILTERS.items() if goes(self.filters, answer)), None)
+
+    def keep(self, tokens: list[int]) -> None:
+        """Remember an answer that was kept."""
         self.kept.add(tuple(tokens))
-        return None

@@ -5,18 +5,34 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import torch
-
+from specdistill.data.asking import Question, rounds
 from specdistill.data.chat import encode_prompt
 from specdistill.data.filters import NO_FILTER, Filters, Sieve
 from specdistill.data.prompts import Prompt, prompts_sha256
-from specdistill.data.signal import NONE, STATES, bytes_per_token, keep, kept_tokens
+from specdistill.data.scorers import (
+    EXACT_MATCH,
+    LOG_PROBABILITY,
+    BestOf,
+    Candidate,
+    Scorer,
+    best,
+    find_scorer,
+)
+from specdistill.data.signal import (
+    NONE,
+    STATES,
+    bytes_per_token,
+    keep,
+    kept_tokens,
+    token_log_probs,
+)
 from specdistill.data.store import Example, Manifest, Store, tokenizer_sha256
-from specdistill.decoding import GREEDY, Request, Sampling, SpeculativeDecoder
+from specdistill.decoding import GREEDY, Sampling, SpeculativeDecoder
 from specdistill.decoding.sampling import row_seed
 from specdistill.errors import InputError, StorageError
 from specdistill.models import LanguageModel
@@ -43,14 +59,16 @@ def generate(
     batch_size: int = 32,
     signal: str = STATES,
     filters: Filters = NO_FILTER,
+    best_of: BestOf | None = None,
     max_seconds: float | None = None,
     progress: Progress = silent,
 ) -> Store:
     """Answer every prompt not yet answered in `folder`. The same call again goes on where an
     interrupted one stopped. With several samplings each prompt gets one of them, by its id and
     the seed: a draft that will decode at two temperatures should see texts of both. After
-    `max_seconds` what is finished is kept and the rest left unanswered. Answers that `filters`
-    remove are asked for again, see there; the store counts them.
+    `max_seconds` what is finished is kept and the rest left unanswered. Of `best_of` answers that
+    `filters` leave, the best is kept; a prompt none of whose answers is left is asked again, see
+    `Filters`, and the store counts it.
 
     Raises `StorageError` before any work where the disk cannot hold the signal, or `folder` holds
     other generations.
@@ -58,36 +76,46 @@ def generate(
     if not prompts or not samplings:
         raise InputError("there are no prompts to answer, or no sampling to answer with")
     kept_tokens(signal)  # a kind there is
-    store = Store(
-        folder, _manifest(target, prompts, max_new_tokens, samplings, seed, signal, filters)
-    )
-    by_id = {prompt.id: prompt for prompt in prompts}
+    scorer = _checked(best_of, prompts, samplings, filters)
+    number = 1 if best_of is None else best_of.number
+    scored = best_of is not None and best_of.scorer == LOG_PROBABILITY
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "dtype": str(target.dtype),
+        "samplings": [asdict(sampling) for sampling in samplings],
+        "filters": asdict(filters),
+        **({} if best_of is None else {"best_of": asdict(best_of)}),
+    }
+    store = Store(folder, _manifest(target, prompts, settings, signal))
     removals = Counter(id_ for id_, _ in store.manifest.removed)
 
-    def pending() -> list[Request]:
+    def pending() -> list[Question]:
         """What is to be asked next, of each open prompt once, in another way after a removal."""
         done = store.done()
         found = []
         for prompt in prompts:
             sampling = samplings[row_seed(seed, prompt.id) % len(samplings)]
-            number = removals[prompt.id]
-            if prompt.id not in done and number <= filters.retries_of(sampling):
+            tries = removals[prompt.id]
+            if prompt.id not in done and tries <= filters.retries_of(sampling):
                 tokens = encode_prompt(target.tokenizer, prompt)
-                own = seed if number == 0 else row_seed(seed, f"retry {number}")
-                found.append(Request(prompt.id, tokens, max_new_tokens, sampling, own))
+                own = seed if tries == 0 else row_seed(seed, f"retry {tries}")
+                found.append(Question(prompt, tokens, sampling, own))
         # Neighbours share what they begin with; ids seed the draws.
-        return sorted(found, key=lambda request: list(request.tokens))
+        return sorted(found, key=lambda question: question.tokens)
 
-    requests = pending()
-    needed = signal_bytes(target, len(requests), max_new_tokens, signal)
+    questions = pending()
+    needed = signal_bytes(target, len(questions), max_new_tokens, signal)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise StorageError(
-            f"the signal of {len(requests)} answers may take {needed:,} bytes, {folder} has "
+            f"the signal of {len(questions)} answers may take {needed:,} bytes, {folder} has "
             f"{free:,} free; keep no signal, "
             "shorten the answers or choose another disk"
         )
-    decoder = SpeculativeDecoder(target, batch_size=batch_size, keep_hidden=signal != NONE)
+    decoder = SpeculativeDecoder(
+        target, batch_size=batch_size, keep_hidden=signal != NONE or scored
+    )
     sieve = Sieve(filters, target.eos_ids, store.texts() if filters.duplicates else [])
     finished: list[Example] = []
     removed: list[tuple[str, str]] = []
@@ -99,85 +127,96 @@ def generate(
         if part or gone:
             store.append(part, gone)
 
+    def choose(prompt: Prompt, answers: list[Example]) -> Example | str:
+        """The answer that is kept, or why none is."""
+        reasons = [sieve.reason(answer.response_tokens) for answer in answers]
+        left = [a for a, reason in zip(answers, reasons, strict=True) if reason is None]
+        if not left:
+            return str(reasons[0])
+        if scorer is None:
+            return left[0]
+        place = best(prompt, [_candidate(target, a, scored) for a in left], scorer)
+        return "scorer" if place is None else left[place]
+
     tokens = settled = 0  # emitted in all, and by finished rows
-    answered = len(prompts) - len(requests)
+    answered = len(prompts) - len(questions)
     start = time.perf_counter()
 
     def late() -> bool:
         return max_seconds is not None and time.perf_counter() - start > max_seconds
 
     try:
-        while requests and not late():
-            for ended, emitted in _rounds(decoder, requests, by_id):
+        while questions and not late():
+            for ended, emitted in rounds(decoder, questions, number, max_new_tokens):
                 tokens += emitted
-                for example, sampling in ended:
-                    settled += len(example.response_tokens)
-                    if (reason := sieve.reason(example.response_tokens)) is not None:
-                        removed.append((example.id, reason))
-                        removals[example.id] += 1
-                        answered += removals[example.id] > filters.retries_of(sampling)
+                for question, answers in ended:
+                    settled += sum(len(answer.response_tokens) for answer in answers)
+                    id_ = question.prompt.id
+                    kept = choose(question.prompt, answers)
+                    if isinstance(kept, str):
+                        removed.append((id_, kept))
+                        removals[id_] += 1
+                        answered += removals[id_] > filters.retries_of(question.sampling)
                         continue
-                    if example.signal is not None:
-                        example.signal = keep(target, **example.signal, signal=signal)
-                    finished.append(example)
+                    sieve.keep(kept.response_tokens)
+                    raw, kept.signal = kept.signal, None
+                    if raw is not None and signal != NONE:
+                        kept.signal = keep(target, **raw, signal=signal)
+                    finished.append(kept)
                     answered += 1
                 if len(finished) + len(removed) >= PART:
                     flush()
-                under_way = (tokens - settled) / max_new_tokens
+                under_way = (tokens - settled) / (max_new_tokens * number)
                 progress("generate", answered + under_way, len(prompts), f"{tokens:,} tokens")
                 if late():
                     break
             flush()
-            requests = pending()
+            questions = pending()
     finally:  # on an interrupt, too, nothing finished is lost
         flush()
     return store
 
 
-def _rounds(
-    decoder: SpeculativeDecoder, requests: Sequence[Request], by_id: Mapping[str, Prompt]
-) -> Iterator[tuple[list[tuple[Example, Sampling]], int]]:
-    """For each round the answers it ended, with all states that were kept, and the tokens it
-    emitted.
-    """
-    open_rows = {r.id: Example(r.id, list(r.tokens), [], by_id[r.id].category) for r in requests}
-    samplings = {r.id: r.sampling for r in requests}
-    pieces: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {r.id: [] for r in requests}
-    for round_ in decoder.stream(requests):
-        ended = []
-        for row in round_.rows:
-            example = open_rows[row.request_id]
-            example.response_tokens += row.tokens
-            if row.hidden is not None and row.logsumexp is not None:
-                pieces[row.request_id].append((row.hidden, row.logsumexp))
-            if row.finished:
-                if own := pieces.pop(row.request_id):
-                    hidden, logsumexp = map(torch.cat, zip(*own, strict=True))
-                    example.signal = {"hidden": hidden, "logsumexp": logsumexp}
-                ended.append((open_rows.pop(row.request_id), samplings[row.request_id]))
-        yield ended, sum(len(row.tokens) for row in round_.rows)
+def _checked(
+    best_of: BestOf | None,
+    prompts: Sequence[Prompt],
+    samplings: Sequence[Sampling],
+    filters: Filters,
+) -> Scorer | None:
+    if filters.retries and not filters.remove and best_of is None:
+        raise InputError(
+            f"retries: {filters.retries} has no effect without a filter that removes answers"
+        )
+    if best_of is None:
+        return None
+    if best_of.number > 1 and any(sampling.temperature == 0 for sampling in samplings):
+        raise InputError(
+            f"best_of: {best_of.number} answers at temperature 0 are one and the same; sample them"
+        )
+    scorer = find_scorer(best_of.scorer)
+    if best_of.scorer == EXACT_MATCH:  # a prompt it cannot judge is named now, not after hours
+        for prompt in prompts:
+            scorer(prompt, [])
+    return scorer
+
+
+def _candidate(target: LanguageModel, answer: Example, scored: bool) -> Candidate:
+    text = str(target.tokenizer.decode(answer.response_tokens, skip_special_tokens=True))
+    if not scored:
+        return Candidate(text)
+    assert answer.signal is not None
+    log_probs = token_log_probs(target, **answer.signal, tokens=answer.response_tokens)
+    return Candidate(text, log_probs.mean().item())
 
 
 def _manifest(
-    target: LanguageModel,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    samplings: Sequence[Sampling],
-    seed: int,
-    signal: str,
-    filters: Filters,
+    target: LanguageModel, prompts: Sequence[Prompt], settings: dict[str, Any], signal: str
 ) -> Manifest:
     return Manifest(
         target=target.name,
         target_sha256=target.sha256(),
         tokenizer_sha256=tokenizer_sha256(target),
         prompts_sha256=prompts_sha256(prompts),
-        settings={
-            "max_new_tokens": max_new_tokens,
-            "seed": seed,
-            "dtype": str(target.dtype),
-            "samplings": [asdict(sampling) for sampling in samplings],
-            "filters": asdict(filters),
-        },
+        settings=settings,
         signal=signal,
     )

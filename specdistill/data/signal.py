@@ -61,6 +61,20 @@ def keep(
     }
 
 
+def token_log_probs(
+    model: LanguageModel, hidden: Tensor, logsumexp: Tensor, tokens: list[int]
+) -> Tensor:
+    """log p of n tokens, [n], from the final hidden states [n, d] and logsumexp [n] of the
+    positions that predict them: only these rows of the head are multiplied.
+    """
+    ids = torch.tensor(tokens, device=hidden.device)
+    kind = torch.promote_types(model.dtype, torch.float32)
+    logits = (hidden.to(kind) * model.head.weight[ids].to(kind)).sum(-1)
+    if model.head.bias is not None:
+        logits = logits + model.head.bias[ids]
+    return model.scale_logits(logits) - logsumexp
+
+
 def alpha_cost(logits: Tensor, tokens: Tensor) -> Tensor:
     """What acceptance a draft loses, [n], that agrees with all that was kept, the k tokens' and
     the tail's probability, and shares the tail evenly, as nothing kept tells it better:

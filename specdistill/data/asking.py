@@ -1,0 +1,58 @@
+"""The engine's rounds, question by question: a prompt is asked as often as answers are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from specdistill.data.prompts import Prompt
+from specdistill.data.store import Example
+from specdistill.decoding import Request, Sampling, SpeculativeDecoder
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt as the engine is asked it."""
+
+    prompt: Prompt
+    tokens: list[int]
+    sampling: Sampling
+    seed: int
+
+    def requests(self, number: int, max_new_tokens: int) -> list[Request]:
+        ids = [self.prompt.id, *(f"{self.prompt.id}\n{i}" for i in range(1, number))]
+        return [Request(i, self.tokens, max_new_tokens, self.sampling, self.seed) for i in ids]
+
+
+def rounds(
+    decoder: SpeculativeDecoder, questions: Sequence[Question], number: int, max_new_tokens: int
+) -> Iterator[tuple[list[tuple[Question, list[Example]]], int]]:
+    """For each round the questions whose last answer it ended, with their answers in order and all
+    states that were kept, and the tokens it emitted.
+    """
+    requests = [r for question in questions for r in question.requests(number, max_new_tokens)]
+    owners = {r.id: questions[i // number] for i, r in enumerate(requests)}
+    rows = {
+        r.id: Example(q.prompt.id, q.tokens, [], q.prompt.category)
+        for r, q in zip(requests, owners.values(), strict=True)
+    }
+    pieces: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {r.id: [] for r in requests}
+    open_ = {question.prompt.id: number for question in questions}
+    for round_ in decoder.stream(requests):
+        ended = []
+        for row in round_.rows:
+            example, question = rows[row.request_id], owners[row.request_id]
+            example.response_tokens += row.tokens
+            if row.hidden is not None and row.logsumexp is not None:
+                pieces[row.request_id].append((row.hidden, row.logsumexp))
+            if row.finished:
+                if own := pieces.pop(row.request_id):
+                    hidden, logsumexp = map(torch.cat, zip(*own, strict=True))
+                    example.signal = {"hidden": hidden, "logsumexp": logsumexp}
+                open_[question.prompt.id] -= 1
+                if not open_[question.prompt.id]:
+                    asked = question.requests(number, max_new_tokens)
+                    ended.append((question, [rows.pop(r.id) for r in asked]))
+        yield ended, sum(len(row.tokens) for row in round_.rows)

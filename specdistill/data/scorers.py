@@ -1,0 +1,150 @@
+"""Which of several answers to a prompt is kept. A scorer gives each one a number; the highest is
+kept, the first of equals, and none where all are −inf. Adding one is one function and one entry in
+`SCORERS`; a function of the user's own is named module:function.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from specdistill.data.prompts import Prompt
+from specdistill.errors import InputError
+
+LOG_PROBABILITY, EXACT_MATCH, MAJORITY = "log-probability", "exact-match", "majority"
+_MARKED = re.compile(
+    r"####(?P<hash>.+)|\\boxed\{(?P<boxed>[^{}]*)\}|\banswer(?: is:?|:)(?P<said>.+)", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An answer: its text, and, where a scorer reads it, the mean of its tokens' log-probabilities
+    under the model that wrote it, before temperature and filters.
+    """
+
+    text: str
+    log_probability: float = math.nan
+
+
+Scorer = Callable[[Prompt, Sequence[Candidate]], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """Of `number` answers to each prompt the one that `scorer` likes best is kept."""
+
+    number: int
+    scorer: str
+
+    def __post_init__(self) -> None:
+        if self.number < 1:
+            raise InputError(f"best_of must be at least 1; got {self.number}")
+        if self.number == 1 and self.scorer in (LOG_PROBABILITY, MAJORITY):
+            raise InputError(
+                f"the scorer {self.scorer!r} has no effect on a single answer; ask for more of them"
+            )
+
+
+def log_probability(prompt: Prompt, candidates: Sequence[Candidate]) -> list[float]:
+    """The mean per token, so that length does not decide."""
+    return [candidate.log_probability for candidate in candidates]
+
+
+def exact_match(prompt: Prompt, candidates: Sequence[Candidate]) -> list[float]:
+    """0 for the final answer that the prompt's own response has, −inf for any other."""
+    if not prompt.response:
+        raise InputError(
+            f"prompt {prompt.id!r} has no answer of its own, with which the scorer 'exact-match' "
+            'compares; give each one, as in {"prompt": "...", "answer": "42"}'
+        )
+    wanted = final_answer(prompt.response)
+    return [0.0 if final_answer(c.text) == wanted else -math.inf for c in candidates]
+
+
+def majority(prompt: Prompt, candidates: Sequence[Candidate]) -> list[float]:
+    """How many of the answers end in the same final answer (self-consistency, 2203.11171)."""
+    votes = Counter(final_answer(candidate.text) for candidate in candidates)
+    return [float(votes[final_answer(candidate.text)]) for candidate in candidates]
+
+
+SCORERS: dict[str, Scorer] = {
+    LOG_PROBABILITY: log_probability,
+    EXACT_MATCH: exact_match,
+    MAJORITY: majority,
+}
+
+
+def final_answer(text: str) -> str:
+    """What an answer comes down to: what follows the last "####", "Answer:" or "answer is", or
+    stands in the last \\boxed{}, on its line; without any of these, the whole text. Case, white
+    space, thousands separators in numbers, a currency sign before and a full stop after do not
+    count.
+    """
+    marks = [m[m.lastgroup] for m in _MARKED.finditer(text) if m.lastgroup]
+    said = " ".join((marks[-1] if marks else text).split()).casefold()
+    said = re.sub(r"(?<=\d),(?=\d{3}\b)", "", said)
+    return said.strip("*$€£ .")
+
+
+def find_scorer(name: str) -> Scorer:
+    """The scorer of a name. module:function is called with the prompt, see `Prompt`, and the list
+    of answers' texts, and returns a number for each; the module may lie in the working directory.
+
+    Raises `InputError` for a name that is neither, a module or function that is not there or
+    fails, and for what it returns where that is not a number an answer.
+    """
+    if name in SCORERS:
+        return SCORERS[name]
+    module_name, colon, function_name = name.partition(":")
+    if not (colon and module_name and function_name):
+        raise InputError(
+            f"unknown scorer {name!r}; choose from {', '.join(SCORERS)}, or name a function of "
+            "your own as module:function"
+        )
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:  # importing runs the user's code
+        raise InputError(
+            f"the scorer {name!r} cannot be had: {type(error).__name__}: {error}; {module_name}.py "
+            "must be installed or lie in the working directory"
+        ) from error
+    finally:
+        sys.path.remove(here)
+    if not callable(function):
+        raise InputError(f"the scorer {name!r} is no function but {type(function).__name__}")
+
+    def own(prompt: Prompt, candidates: Sequence[Candidate]) -> list[float]:
+        try:
+            given = function(prompt, [candidate.text for candidate in candidates])
+            scores = [float(score) for score in given]
+        except Exception as error:
+            raise InputError(
+                f"the scorer {name!r} failed on prompt {prompt.id!r}: {type(error).__name__}: "
+                f"{error}"
+            ) from error
+        return scores
+
+    return own
+
+
+def best(prompt: Prompt, candidates: Sequence[Candidate], scorer: Scorer) -> int | None:
+    """The place of the answer that is kept; None where none is. Raises `InputError` for scores that
+    are not one number an answer.
+    """
+    scores = list(scorer(prompt, candidates))
+    if len(scores) != len(candidates) or any(math.isnan(score) for score in scores):
+        raise InputError(
+            f"the scorer gave {scores} for the {len(candidates)} answers to prompt {prompt.id!r}; "
+            "it must give a number for each, -inf for one that must not be kept"
+        )
+    place = max(range(len(scores)), key=lambda i: scores[i])
+    return None if scores[place] == -math.inf else place
