@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -11,10 +12,12 @@ from specdistill import options
 from specdistill.cli import console
 from specdistill.cli.arguments import Column, Device, Dtype, Json, Split, Target, Threads
 from specdistill.errors import InputError
+from specdistill.limits import MAX_DRAFT_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from specdistill.data.gain import Gain
     from specdistill.data.store import Store
 
 Engine = Literal["specdistill", "openai"]
@@ -23,7 +26,7 @@ _SERVERS = ("base_url", "concurrency")
 _OURS = (
     *("batch_size", "signal", "dtype", "device", "threads"),
     *("min_tokens", "max_repetition", "drop_truncated", "drop_duplicates", "retries"),
-    *("best_of", "scorer"),
+    *("best_of", "scorer", "draft", "num_draft_tokens"),
 )
 
 
@@ -89,6 +92,12 @@ def generate(
             help="log-probability, exact-match, majority, or a function, module:function."
         ),
     ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Decode speculatively with this draft: lossless, and timed.")
+    ] = None,
+    num_draft_tokens: Annotated[
+        int, typer.Option(help="γ, with --draft.", min=1, max=MAX_DRAFT_TOKENS)
+    ] = 4,
     split: Split = None,
     column: Column = None,
     dtype: Dtype = "auto",
@@ -108,6 +117,8 @@ def generate(
 
     samplings = [Sampling(t, top_k, top_p, min_p) for t in options.temperatures(temperature)]
     filters = Filters(min_tokens, max_repetition, drop_truncated, drop_duplicates, retries)
+    if draft is None:
+        _refuse_given(context, "plain decoding", ("num_draft_tokens",))
     if (best_of is None) != (scorer is None):
         raise InputError(
             "--best-of and --scorer go together: how many answers, and what says which is best"
@@ -156,14 +167,32 @@ def generate(
     from specdistill import models, packing
     from specdistill.data import generation
     from specdistill.data.chat import encode_prompt
-    from specdistill.decoding import Request, SpeculativeDecoder
+    from specdistill.data.gain import measure_gain
+    from specdistill.decoding import ModelDrafter, Request, SpeculativeDecoder
 
     model = packing.pack(models.load(target, dtype=dtype, device=device), batch_size)
-    console.note_models(model)
-    requests = [Request(p.id, encode_prompt(model.tokenizer, p), max_new_tokens) for p in asked]
-    console.note_cache(SpeculativeDecoder(model, batch_size=batch_size).cache_size(requests))
+    gamma, small, drafter = 0, None, None
+    if draft is not None:
+        gamma = num_draft_tokens
+        small = packing.pack(models.load(draft, dtype=dtype, device=device), batch_size)
+        models.check_pair(model, small)
+        drafter = ModelDrafter(small, model.vocab_size)
+    console.note_models(model, *([] if small is None else [small]))
+    decoder = SpeculativeDecoder(model, drafter, num_draft_tokens=gamma, batch_size=batch_size)
+    requests = [
+        Request(
+            p.id, encode_prompt(model.tokenizer, p), max_new_tokens, samplings[i % len(samplings)]
+        )
+        for i, p in enumerate(asked)
+    ]
+    console.note_cache(decoder.cache_size(requests))
     if size := generation.signal_bytes(model, len(asked), max_new_tokens, signal):
         console.note(f"the signal of {len(asked)} answers takes at most {size:,} bytes in {out}")
+    gain = None
+    if small is not None:
+        gain = measure_gain(model, small, gamma, requests, batch_size)
+        console.note(_gain_line(gain))
+    start = time.perf_counter()
     with console.progress() as progress:
         store = generation.generate(
             model,
@@ -176,12 +205,24 @@ def generate(
             signal=signal,
             filters=filters,
             best_of=choice,
+            draft=small,
+            num_draft_tokens=gamma,
             progress=progress,
         )
     screen.print(f"{len(store.done())} answers in {out}", soft_wrap=True)
     removing = filters.remove or choice is not None
     console.print_lines(screen, _store_lines(store, filtered=removing))
-    document = {"out": str(out), "answers": len(store.done()), "parts": len(store.manifest.parts)}
+    document: dict[str, Any] = {
+        "out": str(out),
+        "answers": len(store.done()),
+        "parts": len(store.manifest.parts),
+    }
+    if gain is not None:
+        seconds = time.perf_counter() - start
+        saved = seconds * (gain.ratio - 1)
+        line = f"{seconds:.0f} s; at the measured rates about {seconds + saved:.0f} s without draft"
+        console.print_lines(screen, [line])
+        document |= {"draft_gain": gain.ratio, "seconds": seconds, "seconds_saved": saved}
     console.finish(as_json, {**document, **store.filtered(), **(store.tail() or {})})
 
 
@@ -192,6 +233,15 @@ def _refuse_given(context: typer.Context, beside: str, names: Sequence[str]) -> 
         if source is not None and source.name == "COMMANDLINE":
             option = f"--{name.replace('_', '-')}"
             raise InputError(f"{option} has no effect with {beside}; leave it out")
+
+
+def _gain_line(gain: Gain) -> str:
+    ends = "" if gain.ratio > 1 else "; here it does not pay: leave --draft out"
+    return (
+        f"with the draft {gain.drafted:,.1f} tokens/s, without {gain.plain:,.1f}: {gain.ratio:.2f} "
+        f"times, measured on {gain.prompts} prompts decoded both ways; {gain.tokens_per_call:.2f} "
+        f"tokens per target call{ends}"
+    )
 
 
 def _server_lines(counts: dict[str, int], refused: dict[str, str]) -> list[str]:

@@ -32,7 +32,7 @@ from specdistill.data.signal import (
     token_log_probs,
 )
 from specdistill.data.store import Example, Manifest, Store, tokenizer_sha256
-from specdistill.decoding import GREEDY, Sampling, SpeculativeDecoder
+from specdistill.decoding import GREEDY, ModelDrafter, Sampling, SpeculativeDecoder
 from specdistill.decoding.sampling import row_seed
 from specdistill.errors import InputError, StorageError
 from specdistill.models import LanguageModel
@@ -60,6 +60,8 @@ def generate(
     signal: str = STATES,
     filters: Filters = NO_FILTER,
     best_of: BestOf | None = None,
+    draft: LanguageModel | None = None,
+    num_draft_tokens: int = 0,
     max_seconds: float | None = None,
     progress: Progress = silent,
 ) -> Store:
@@ -68,7 +70,8 @@ def generate(
     the seed: a draft that will decode at two temperatures should see texts of both. After
     `max_seconds` what is finished is kept and the rest left unanswered. Of `best_of` answers that
     `filters` leave, the best is kept; a prompt none of whose answers is left is asked again, see
-    `Filters`, and the store counts it.
+    `Filters`, and the store counts it. A `draft` that proposes `num_draft_tokens` a round saves
+    time, see `gain.py`, and changes nothing of what the target may say.
 
     Raises `StorageError` before any work where the disk cannot hold the signal, or `folder` holds
     other generations.
@@ -86,6 +89,7 @@ def generate(
         "samplings": [asdict(sampling) for sampling in samplings],
         "filters": asdict(filters),
         **({} if best_of is None else {"best_of": asdict(best_of)}),
+        **({} if draft is None else {"draft": [draft.sha256(), num_draft_tokens]}),
     }
     store = Store(folder, _manifest(target, prompts, settings, signal))
     removals = Counter(id_ for id_, _ in store.manifest.removed)
@@ -114,7 +118,11 @@ def generate(
             "shorten the answers or choose another disk"
         )
     decoder = SpeculativeDecoder(
-        target, batch_size=batch_size, keep_hidden=signal != NONE or scored
+        target,
+        None if draft is None else ModelDrafter(draft, target.vocab_size),
+        num_draft_tokens=num_draft_tokens,
+        batch_size=batch_size,
+        keep_hidden=signal != NONE or scored,
     )
     sieve = Sieve(filters, target.eos_ids, store.texts() if filters.duplicates else [])
     finished: list[Example] = []
