@@ -83,6 +83,8 @@ class LlamaBody:
         kinds = getattr(base.config, "layer_types", None) or ["full_attention"] * len(layers)
         self.embed, self.rotary, self.norm = base.embed_tokens, base.rotary_emb, _Norm(base.norm)
         self.layers = [_Layer.of(layer, kind) for layer, kind in zip(layers, kinds, strict=True)]
+        heads, kv_heads = self.layers[0].heads
+        self.sharing = heads // kv_heads  # so many heads' queries see the same keys
 
     def pack(self, rows: int) -> None:
         """Pack the products of all layers, see `Joined.pack`."""
@@ -100,9 +102,13 @@ class LlamaBody:
         cos, sin = self.rotary(x, positions)
         half = cos.shape[-1] // 2
         turn = cos[:, :, None], torch.cat((-sin[..., :half], sin[..., half:]), -1)[:, :, None]
+        kinds = {layer.kind for layer in self.layers}
+        by_kind = dict.fromkeys(kinds, masks) if isinstance(masks, Tensor) else masks
+        by_kind = {kind: by_kind[kind].repeat(1, 1, self.sharing, 1) for kind in kinds}
         for layer, kept in zip(self.layers, slots, strict=True):
-            mask = masks if isinstance(masks, Tensor) else masks[layer.kind]
-            x = x + layer.out(_attend(layer, layer.qkv(layer.before(x)), turn, mask, kept))
+            x = x + layer.out(
+                _attend(layer, layer.qkv(layer.before(x)), turn, by_kind[layer.kind], kept)
+            )
             gate, up = layer.gate_up(layer.after(x)).chunk(2, -1)
             x = x + layer.down(layer.activation(gate) * up)
         return self.norm(x)
@@ -111,7 +117,9 @@ class LlamaBody:
 def _attend(
     layer: _Layer, qkv: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor, kept: Slots
 ) -> Tensor:
-    """[B, n, (heads + 2 kv heads) * D] to [B, n, heads * D]."""
+    """[B, n, (heads + 2 kv heads) * D] to [B, n, heads * D]. The mask is repeated for heads that
+    share keys: [B, 1, heads / kv heads * n, L].
+    """
     heads, kv_heads = layer.heads
     batch, new, _ = qkv.shape
     qkv = qkv.view(batch, new, heads + 2 * kv_heads, -1)
@@ -122,17 +130,10 @@ def _attend(
     cos, sin = turn
     turned = torch.addcmul(turned * cos, turned.roll(cos.shape[-1] // 2, -1), sin)
     keys, values = kept.write(turned[:, :, heads:], qkv[:, :, heads + kv_heads :])
-    if keys.device.type != "cpu":  # elsewhere a mask and shared heads take the slowest path
-        keys, values = (x.repeat_interleave(heads // kv_heads, 1) for x in (keys, values))
-    out = F.scaled_dot_product_attention(
-        turned[:, :, :heads].transpose(1, 2),
-        keys,
-        values,
-        attn_mask=mask,
-        scale=layer.scaling,
-        enable_gqa=keys.shape[1] != heads,
-    )
-    return out.transpose(1, 2).flatten(2)
+    # Heads that share keys are further queries of one head, so that the slots are read once.
+    queries = turned[:, :, :heads].transpose(1, 2).reshape(batch, kv_heads, -1, keys.shape[-1])
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=layer.scaling)
+    return out.view(batch, heads, new, -1).transpose(1, 2).flatten(2)
 
 
 def llama_body(model: Any) -> LlamaBody | None:

@@ -35,7 +35,7 @@ def pack(language_model: LanguageModel, rows: int) -> LanguageModel:
         return language_model
     model = language_model.model
     if language_model.body is None:
-        pack_layers(model, rows)
+        _pack_layers(model, rows)
     else:
         language_model.body.pack(rows)
         head = model.get_output_embeddings()
@@ -45,7 +45,7 @@ def pack(language_model: LanguageModel, rows: int) -> LanguageModel:
     return language_model
 
 
-def pack_layers(module: nn.Module, rows: int) -> None:
+def _pack_layers(module: nn.Module, rows: int) -> None:
     """Replace every linear layer inside the module by a packed one."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from specdistill.environment import Environment
     from specdistill.scoring.check import Check
     from specdistill.scoring.compare import Comparison, Standing
     from specdistill.scoring.scorecard import Row, Scorecard
@@ -42,6 +43,24 @@ def rows_table(card: Scorecard) -> Table:
             f"{row.cost_ratio:.3f}",
             f"{row.verify_ratio:.2f}",
         )
+    return table
+
+
+def environment_table(found: Environment) -> Table:
+    """What `env` shows."""
+    table = Table("", "", show_header=False, title="environment")
+    for name, version in found.versions.items():
+        table.add_row(name, version)
+    if found.git:
+        table.add_row("git commit", found.git)
+    table.add_row("system", found.system)
+    for device, what in found.devices.items():
+        table.add_row(device, what)
+    table.add_row("cores, threads", f"{found.cores}, {found.threads}")
+    table.add_row("memory", f"{found.memory_bytes / 1e9:.1f} GB")
+    for part in found.optional:
+        said = part.version or f"missing: {part.remedy}"
+        table.add_row(part.purpose, f"{part.package} {said}")
     return table
 
 

@@ -33,6 +33,17 @@ DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 MODULES = ("triton_verify", "triton_losses")
 
 
+class Configuration(NamedTuple):
+    """One compiled form that a launch can ask for. Pointers are aligned to 16 bytes, as the JIT
+    takes those of torch's allocations."""
+
+    kernel: Any
+    signature: dict[str, str]  # of the arguments that are not constants
+    constexprs: dict[str, Any]
+    num_warps: int
+    divisible_by_16: tuple[str, ...]  # integer arguments
+
+
 class Usage(NamedTuple):
     """What one compiled kernel takes: registers a thread, bytes it spills of them to memory, and
     bytes of shared memory."""
@@ -42,11 +53,8 @@ class Usage(NamedTuple):
     shared: int
 
 
-def compiled(configuration: Any, target: str) -> Any:
-    """`configuration` is (kernel, signature, constexprs, num_warps, ints divisible by 16).
-
-    Pointers are taken to be aligned to 16 bytes, as the JIT takes those of torch's allocations.
-    """
+def compiled(configuration: Configuration, target: str) -> Any:
+    """The kernel in this form, compiled for one of `TARGETS`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -101,13 +109,13 @@ def _number(pattern: str, text: str) -> str:
     return match.group(1)
 
 
-def configurations() -> Iterator[Any]:
+def configurations() -> Iterator[Configuration]:
     """Those of all kernel modules."""
     for module in MODULES:
         yield from import_module(f"specdistill_kernels.{module}").configurations()
 
 
-def table(found: Iterable[Any], targets: Iterable[str]) -> Iterator[tuple[str, int]]:
+def table(found: Iterable[Configuration], targets: Iterable[str]) -> Iterator[tuple[str, int]]:
     """A line of text for each configuration and target, and how much it spills (1 if it does not
     compile)."""
     yield f"{'target':7} {'kernel':20} {'registers':>9} {'spilled':>7} {'shared':>6}  ", 0

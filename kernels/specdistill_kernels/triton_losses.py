@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import itertools
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from specdistill_kernels.aot import Configuration
 from specdistill_kernels.divergences import LOSSES, Dense, Lumped, Mixture
 from specdistill_kernels.triton_divergence import divergence_kernel, logsumexp_kernel
 
@@ -162,16 +163,6 @@ def _tile(num: int, width: int, block: int | None, rows: int | None) -> dict[str
     block = block or min(16384, triton.next_power_of_2(width))
     most = max(1, 65536 // block)
     return {"BLOCK": block, "ROWS": rows or min(most, triton.next_power_of_2(num))}
-
-
-class Configuration(NamedTuple):
-    """One compiled form that a launch above can ask for. Pointers are aligned to 16 bytes."""
-
-    kernel: Any
-    signature: dict[str, str]  # of the arguments that are not constants
-    constexprs: dict[str, Any]
-    num_warps: int
-    divisible_by_16: tuple[str, ...]  # integer arguments
 
 
 def configurations() -> list[Configuration]:

@@ -9,12 +9,11 @@ row's cut, `excess_kernel` (in mode "block" alone) sums what block verification 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 from torch import Tensor
 
+from specdistill_kernels.aot import Configuration
 from specdistill_kernels.reference import Drawn, Lenience, Mode, Verdict
 from specdistill_kernels.triton_accept import excess_kernel
 from specdistill_kernels.triton_draw import sample_kernel, verdict_kernel
@@ -241,16 +240,6 @@ def _statistics(
         BLOCK=tiles.filter_block,
         num_warps=FILTER_WARPS,
     )
-
-
-class Configuration(NamedTuple):
-    """One compiled form that a launch above can ask for. Pointers are aligned to 16 bytes."""
-
-    kernel: Any
-    signature: dict[str, str]  # of the arguments that are not constants
-    constexprs: dict[str, Any]
-    num_warps: int
-    divisible_by_16: tuple[str, ...]  # integer arguments
 
 
 _LOGITS = ("target", "draft", "logits")

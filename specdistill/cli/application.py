@@ -22,6 +22,7 @@ COMMANDS = (
     scoring.compare,
     scoring.plot,
     shipping.export,
+    shipping.env,
 )
 app = typer.Typer(
     name="specdistill",

@@ -1,12 +1,14 @@
-"""A draft leaves: `export`."""
+"""A draft leaves: `export`. And what to say in a bug report: `env`."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from specdistill import tables
 from specdistill.cli import console
 from specdistill.cli.arguments import Json
 
@@ -40,3 +42,13 @@ def export(
     screen.print(f"{out}: {model.full_vocab_size:,} output tokens. Serve it with", soft_wrap=True)
     screen.print(serve, soft_wrap=True, markup=False, highlight=False)
     console.finish(as_json, {"out": str(out), "vocab_size": model.full_vocab_size, "serve": serve})
+
+
+def env(as_json: Json = False) -> None:
+    """Versions, devices, threads and what is missing for each optional part, for bug reports."""
+    from specdistill.environment import environment
+
+    found = environment()
+    screen = console.screen_for(as_json)
+    screen.print(tables.environment_table(found))
+    console.finish(as_json, asdict(found))

@@ -15,6 +15,7 @@ from specdistill.plots.acceptance import figure_acceptance, figure_survival, fig
 from specdistill.plots.speed import figure_speedup, figure_time
 from specdistill.plots.style import save
 from specdistill.plots.training import figure_runs, figure_sweep, figure_training, read_metrics
+from specdistill.scoring.comparable import card_file
 from specdistill.scoring.scorecard import Scorecard
 
 __all__ = [
@@ -62,10 +63,7 @@ def plot_together(sources: Sequence[Path], out: Path) -> list[Path]:
     where run folders tell. Sources are scorecards or run folders. Raises as `plot_all`.
     """
     folders = [source for source in sources if source.is_dir()]
-    cards = {
-        str(source): Scorecard.read(source / "scorecard.json" if source in folders else source)
-        for source in sources
-    }
+    cards = {str(source): Scorecard.read(card_file(source)) for source in sources}
     metrics = [folder / "metrics.jsonl" for folder in folders]
     runs = {str(file.parent): read_metrics(file) for file in metrics if file.exists()}
     figures = {"survival.png": figure_survival(cards)}

@@ -9,7 +9,7 @@ from typing import Any
 
 from specdistill.errors import InputError
 from specdistill.report.serving import serving
-from specdistill.scoring.scorecard import ModelCard, Row, Scorecard
+from specdistill.scoring.scorecard import CategoryRow, ModelCard, Row, Scorecard
 
 CAPTIONS = {
     "speedup.png": "Speedup over plain decoding by number of draft tokens γ, with 95% intervals. "
@@ -153,15 +153,19 @@ def _before_after(card: Scorecard, before: Scorecard | None) -> str:
 
 
 def _headline(row: Row) -> list[str]:
-    low, high = (number(end, 2) for end in row.speedup_ci95)
     return [
         str(row.num_draft_tokens),
         number(row.acceptance_rate_expected, 3),
         number(row.acceptance_rate, 3),
         number(row.block_efficiency, 2),
         number(row.tokens_per_second, 1),
-        f"{number(row.speedup, 2)} [{low}, {high}]",
+        _speedup(row),
     ]
+
+
+def _speedup(row: Row | CategoryRow) -> str:
+    low, high = (number(end, 2) for end in row.speedup_ci95)
+    return f"{number(row.speedup, 2)} [{low}, {high}]"
 
 
 def _by_category(card: Scorecard, best: Row) -> str:
@@ -172,10 +176,8 @@ def _by_category(card: Scorecard, best: Row) -> str:
     head = ["category", "prompts", "α", "τ", "speedup [95% interval]"]
     lines = []
     for row in sorted(rows, key=lambda row: row.speedup, reverse=True):
-        low, high = (number(end, 2) for end in row.speedup_ci95)
         rate, block = number(row.acceptance_rate, 3), number(row.block_efficiency, 2)
-        speed = f"{number(row.speedup, 2)} [{low}, {high}]"
-        lines.append([_cell(row.category), str(row.prompts), rate, block, speed])
+        lines.append([_cell(row.category), str(row.prompts), rate, block, _speedup(row)])
     return (
         f"## By category of prompts\n\n{_table(head, lines)}\n\nAt T = {best.temperature:g}, γ = "
         f"{best.num_draft_tokens}, the fastest setting of all prompts together."
