@@ -42,6 +42,17 @@ class Training(_Section):
         return self
 
 
+class Decode(_Section):
+    """The short speculative decode of held-out prompts at each evaluation. It needs the whole
+    target, kept signal or not; null leaves it out.
+    """
+
+    prompts: int = Field(8, ge=1, description="of the held-out ones, at most")
+    max_new_tokens: int = Field(32, ge=2)
+    num_draft_tokens: int = Field(4, ge=1, le=MAX_DRAFT_TOKENS)
+    temperature: float = Field(0.0, ge=0)
+
+
 class Hints(_Section):
     """Hidden-state hints, beside the loss. layers maps the draft's layers to the target's, from 1;
     left out, every layer goes to the one at the same relative depth.
@@ -123,6 +134,7 @@ class DistillConfig(_Section):
         32, ge=1, description="answers of the data kept out of training for the metrics"
     )
     evaluate_every: int = Field(100, ge=1, description="steps")
+    decode: Decode | None = Decode()
     checkpoint_every: int = Field(200, ge=1, description="steps")
     seed: int = 0
     dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto"
@@ -192,6 +204,7 @@ def _explain(problem: Any) -> str:
         known = {name: name for name in DistillConfig.model_fields}
         sections: dict[str, type[BaseModel]] = {
             "training": Training,
+            "decode": Decode,
             "hints": Hints,
             "policy": Policy,
         }

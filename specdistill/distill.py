@@ -10,14 +10,20 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from specdistill.batches import Batch, length_buckets, make_batch, updates
-from specdistill.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from specdistill.batches import Batch, make_batch, updates
+from specdistill.checkpoints import (
+    copy_weights,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from specdistill.config import DistillConfig
 from specdistill.data.signal import NONE, kept_tokens
 from specdistill.data.store import Example, read_manifest
 from specdistill.distiller import Distiller
 from specdistill.drafts import save_draft
 from specdistill.errors import InputError
+from specdistill.evaluation import Evaluation
 from specdistill.hints import map_layers
 from specdistill.models import LanguageModel
 from specdistill.policies import Source, examples_at, forget_samples, read_given
@@ -77,10 +83,12 @@ def distill(
     resume: bool = False,
     progress: Progress = silent,
 ) -> Path:
-    """Run to the end of the budget; returns the folder of the finished draft, RUN/draft.
+    """Run to the end of the budget; returns the folder of the finished draft, RUN/draft: the
+    weights of the best evaluation, by `Evaluation.criterion`.
 
-    Writes RUN/metrics.jsonl and RUN/checkpoints/. Raises `InputError` as `check_run`, and where
-    data and target do not belong together.
+    Writes RUN/metrics.jsonl and RUN/checkpoints/; the last row of the metrics names the step whose
+    weights were kept. Raises `InputError` as `check_run`, and where data and target do not belong
+    together.
     """
     check_run(config, resume)
     run = Path(config.run_dir)
@@ -96,25 +104,33 @@ def distill(
     heldout, training = examples[: config.heldout], examples[config.heldout :]
 
     distiller = Distiller(target, draft, config)
-    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0}
+    evaluation = Evaluation(distiller, heldout, config)
+    weights, optimizer = distiller.parameters, distiller.optimizer
+    best = {name: value.detach().clone() for name, value in weights.items()}
+    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "best": None}
     if resume and (checkpoint := find_checkpoint(checkpoints)):
-        state = load_checkpoint(checkpoint, distiller.parameters, distiller.optimizer)
+        state = load_checkpoint(checkpoint, weights, best, optimizer)
     forget_samples(run / SAMPLES, state["step"])
     keep_metrics(run, state["step"])
     write_config(config, target)
-    budget = config.training
     source = Source(training, target, draft, config.policy, config.seed)
 
     def batch(group: list[Example]) -> Batch:
         return make_batch(group, 0, draft.device)
 
     def record(row: dict[str, Any]) -> None:
-        append_metrics(run, {**state, **row})
+        append_metrics(run, {name: state[name] for name in ("step", "tokens", "seconds")} | row)
 
-    groups_heldout = length_buckets(heldout, budget.batch_tokens, 0, 0)
-    evaluation = [distiller.heldout(batch(group)) for group in groups_heldout]
+    def measured() -> dict[str, float]:
+        """The row of an evaluation; the best one's weights are kept, the later of equals."""
+        row, criterion = evaluation.measure(), evaluation.criterion
+        if state["best"] is None or row[criterion] >= state["best"][criterion]:
+            state["best"] = {**row, "kept_step": state["step"]}
+            copy_weights(weights, best)
+        return row
+
     if state["step"] == 0:
-        record(distiller.evaluate(evaluation))
+        record(measured())
     stream = schedule(lambda step: examples_at(source, step, run / SAMPLES), config, state["step"])
     while (share := spent(state, config)) < 1:
         start = time.perf_counter()
@@ -125,20 +141,21 @@ def distill(
         state["tokens"] += metrics.response_tokens
         row = {
             **asdict(metrics),
+            "tokens": state["tokens"],
             "tokens_per_second": state["tokens"] / state["seconds"],
             "learning_rate": rate(share, config),
         }
-        row["tokens"] = state["tokens"]
-        if state["step"] % config.evaluate_every == 0:
-            row |= distiller.evaluate(evaluation)
+        if state["step"] % config.evaluate_every == 0 or spent(state, config) >= 1:
+            row |= measured()
         record(row)
         if state["step"] % config.checkpoint_every == 0:
-            save_checkpoint(checkpoints, state, distiller.parameters, distiller.optimizer)
+            save_checkpoint(checkpoints, state, weights, best, optimizer)
         progress("distil", min(share, 1.0), 1.0, f"step {state['step']}, loss {metrics.loss:.3f}")
-    record(distiller.evaluate(evaluation))
+    copy_weights(best, weights)
     draft.model = distiller.accelerator.unwrap_model(draft.model)
     draft.model.requires_grad_(False)
     save_draft(draft, run / DRAFT)
+    record(state["best"])
     progress("distil", 1.0, 1.0, f"{state['tokens']:,} tokens in {state['step']} steps")
     return run / DRAFT
 

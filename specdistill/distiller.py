@@ -4,7 +4,8 @@ accelerate lives here alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +20,6 @@ from specdistill_kernels import (
     Head,
     TargetStates,
     TargetTopK,
-    divergence_rows,
     draft_columns,
 )
 
@@ -136,7 +136,9 @@ class Distiller:
             if "log_tail" in signal:
                 return TargetTopK(signal["tokens"].long(), signal["log_probs"], signal["log_tail"])
             kept = signal.get("logsumexp") if temperature == 1 else None  # it belongs to 1
-            return TargetStates(signal["hidden"].to(kind), self.target_head, kept, temperature)
+            cut = kept is not None and self.draft_vocab is not None
+            head = self.cut_target_head if cut else self.target_head
+            return TargetStates(signal["hidden"].to(kind), head, kept, temperature, cut)
 
         return Positions(
             states.to(torch.promote_types(states.dtype, torch.float32)),
@@ -147,6 +149,11 @@ class Distiller:
             self.draft_vocab,
             self.config.training.chunk,
         )
+
+    @cached_property
+    def cut_target_head(self) -> Head:
+        """The target's head for the draft's tokens alone, in their order."""
+        return self.target_head.of(self.vocab)
 
     def draft_head(self) -> Head:
         head, width = self.draft.readout(), len(self.vocab)
@@ -159,41 +166,6 @@ class Distiller:
         assert self.hints is not None
         ours = [states[_name(self.draft, layer)] for layer in self.hints.draft_layers]
         return ours, [signal[_name(self.target, layer)] for layer in self.hints.target_layers]
-
-    @torch.no_grad()
-    def heldout(self, batch: Batch) -> Batch:
-        """The batch with all that `evaluate` asks of the target, which is then asked once."""
-        signal = dict(self.signal(batch))
-        if "log_tail" in signal:
-            return replace(batch, signal=signal | {"best": signal["tokens"][:, 0].long()})
-        chunks = signal["hidden"].split(self.config.training.chunk)
-        logits = [self.target.logits(rows) for rows in chunks]
-        signal["best"] = torch.cat([part.argmax(-1) for part in logits])
-        signal["logsumexp"] = torch.cat([part.logsumexp(-1) for part in logits])
-        return replace(batch, signal=signal)
-
-    @torch.no_grad()
-    def evaluate(self, batches: list[Batch]) -> dict[str, float]:
-        """On `heldout` batches: expected α = mean Σ min(p, q) at temperature 1 over the full
-        vocabulary (a token the draft lacks has q = 0), and the share of positions where both
-        models' most probable tokens agree. From the k most probable tokens alone, expected α is
-        too high by at most `tail_mass`, the mean mass of all others.
-        """
-        sums = {"expected_alpha": 0.0, "greedy_match": 0.0}
-        head, count = self.draft_head(), 0
-        for batch in batches:
-            signal = self.signal(batch)
-            positions = self.positions(batch, self.states(batch)["hidden"], signal)
-            overlap = 1 - divergence_rows(**positions.arguments(1.0), loss="tvd")
-            chunks = positions.states.split(positions.chunk)
-            best = self.vocab[torch.cat([head.logits(rows).argmax(-1) for rows in chunks])]
-            sums["expected_alpha"] += overlap.sum().item()
-            sums["greedy_match"] += (best == signal["best"]).sum().item()
-            if "log_tail" in signal:
-                tail = signal["log_tail"].exp().sum().item()
-                sums["tail_mass"] = sums.get("tail_mass", 0.0) + tail
-            count += len(batch.labels)
-        return {name: value / count for name, value in sums.items()}
 
 
 def _states(

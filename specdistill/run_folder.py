@@ -62,21 +62,34 @@ def append_metrics(run: Path, row: dict[str, Any]) -> None:
 
 
 def keep_metrics(run: Path, step: int) -> None:
-    """Drop the rows after the checkpoint a run resumes from; they are written again."""
+    """Drop the rows after the checkpoint a run resumes from, and the one that ends a run; they are
+    written again.
+    """
     file = run / METRICS
     try:
         run.mkdir(parents=True, exist_ok=True)
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        rows = [
-            line
-            for line in lines
-            if step and line.endswith("}") and json.loads(line)["step"] <= step
-        ]
-        file.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8")
+        rows = [line for line in lines if step and _is_kept(line, step)]
+        _write_whole(file, "".join(f"{line}\n" for line in rows))
     except OSError as error:
         raise StorageError(
             f"cannot write to {file.parent}: {error.strerror}; choose another run_dir"
         ) from error
+
+
+def _is_kept(line: str, step: int) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:  # cut off when the run was killed
+        return False
+    return row["step"] <= step and "kept_step" not in row
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """The file holds the old text or the new, whenever the process is killed."""
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(file)
 
 
 def write_config(config: DistillConfig, target: LanguageModel) -> None:
@@ -93,7 +106,7 @@ def write_config(config: DistillConfig, target: LanguageModel) -> None:
     text = yaml.safe_dump(config.model_dump(), sort_keys=False)
     text += "".join(f"# {name}: {value}\n" for name, value in facts.items())
     try:
-        file.write_text(text, encoding="utf-8")
+        _write_whole(file, text)
     except OSError as error:
         raise StorageError(
             f"cannot write {file}: {error.strerror}; free space or choose another run_dir"

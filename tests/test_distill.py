@@ -18,6 +18,7 @@ from specdistill.distill import distill, rate
 from specdistill.distiller import Distiller
 from specdistill.drafts import make_draft, save_draft
 from specdistill.errors import InputError, StorageError
+from specdistill.evaluation import overlap, with_answers
 from specdistill.models import LanguageModel
 
 Tiny = Callable[..., LanguageModel]
@@ -148,7 +149,7 @@ def test_evaluate_measures_the_full_overlap(world: dict[str, str]) -> None:
     draft = models.load(world["draft"], dtype="float32")
     distiller = Distiller(target, draft, settings(world, Path("unused")))
     examples = read_examples(Path(world["data"]), signal=True)[:5]
-    got = distiller.evaluate([distiller.heldout(make_batch(examples, 0, draft.device))])
+    got = overlap(distiller, [with_answers(distiller, make_batch(examples, 0, draft.device))])
     overlaps, matches = [], []
     for example in examples:
         tokens = torch.tensor([example.prompt_tokens + example.response_tokens])
