@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from specdistill.errors import InputError
 from specdistill.limits import MAX_DRAFT_TOKENS
+from specdistill.options import Dtype
 
 
 class _Section(BaseModel):
@@ -137,7 +138,7 @@ class DistillConfig(_Section):
     decode: Decode | None = Decode()
     checkpoint_every: int = Field(200, ge=1, description="steps")
     seed: int = 0
-    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     device: str = "auto"
     training: Training
 

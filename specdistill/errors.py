@@ -1,4 +1,4 @@
-"""The exceptions users meet. `cli.py` turns each into one line and an exit code; nothing else
+"""The exceptions users meet. `cli` turns each into one line and an exit code; nothing else
 catches them.
 """
 

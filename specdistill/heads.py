@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from specdistill.errors import ModelError
 from specdistill.models import (
-    Dtype,
     LanguageModel,
     choose_device,
     choose_dtype,
@@ -18,6 +17,7 @@ from specdistill.models import (
     locate,
     read_vocab,
 )
+from specdistill.options import Dtype
 
 
 def load_head(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageModel:

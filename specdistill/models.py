@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +28,7 @@ from specdistill.architectures import check_decodable
 from specdistill.errors import ModelError, StorageError
 from specdistill.hashes import file_sha256, weights_sha256
 from specdistill.llama import LlamaBody, llama_body
+from specdistill.options import Dtype
 from specdistill_kernels import Head
 
 if TYPE_CHECKING:
@@ -51,8 +52,6 @@ _UNREADABLE = (
     RuntimeError,
     SafetensorError,
 )
-
-Dtype = Literal["auto", "float32", "float64", "bfloat16", "float16"]
 
 
 @dataclass

@@ -1,17 +1,19 @@
-"""The command line's small languages: numbers of draft tokens, temperatures, a lenience. Raises
-`InputError` for what they do not hold.
+"""What options may say: names of dtypes, and the command line's small languages for numbers of
+draft tokens, temperatures and a lenience. Raises `InputError` for what they do not hold.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from specdistill.errors import InputError
 from specdistill.limits import MAX_DRAFT_TOKENS
 
 if TYPE_CHECKING:
     from specdistill_kernels import Lenience
+
+Dtype = Literal["auto", "float32", "float64", "bfloat16", "float16"]
 
 
 def whole_numbers(text: str) -> list[int]:

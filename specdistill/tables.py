@@ -1,4 +1,4 @@
-"""What the command line shows of a result, as rich tables and lines of text; `cli.py` prints it."""
+"""What the command line shows of a result, as rich tables and lines of text; `cli` prints it."""
 
 from __future__ import annotations
 

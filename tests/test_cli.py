@@ -620,7 +620,6 @@ BAD_INPUT: dict[str, tuple[str, tuple[str, ...]]] = {
         GENERATE + "{prompts} --max-new-tokens 600",
         ("600 new ones exceed the 512 positions",),
     ),
-    "dtype": (INIT + "--dtype fp32", ("dtype must be auto, float32", "'fp32'")),
     "device": (GENERATE + "{prompts} --device tpu", ("device must be auto, cpu", "'tpu'")),
     "layers": (INIT + "--layers 9", ("among the target's 0 to 3", "'9'")),
     "half a trim": (INIT + "--vocab-size 9", ("--vocab-size and --vocab-from go together",)),
@@ -737,6 +736,7 @@ def test_bad_input(name: str, world: World, stranger: Path, tmp_path: Path) -> N
         GENERATE + "{prompts} --no-such-option 1",
         SCORE + "--max-new-tokens -3",
         SCORE + "--verification tree",
+        INIT + "--dtype fp32",
         "check --target {target} --draft {draft} --max-new-tokens 1",
         "init --target {target}",
         "generate --prompts {prompts} --out {tmp}/out",
@@ -837,11 +837,13 @@ def test_a_full_disk_ends_a_distillation_with_a_message(
 
 
 def test_our_own_errors_are_told_and_others_are_not_hidden() -> None:
-    with mock.patch("specdistill.cli._must_be_new", side_effect=InputError("[no] markup: /x")):
+    with mock.patch(
+        "specdistill.cli.console.must_be_new", side_effect=InputError("[no] markup: /x")
+    ):
         done = run("init", "--target", "t", "--out", "o")
     assert (done.code, done.err) == (2, "error: [no] markup: /x\n")
     with (
-        mock.patch("specdistill.cli._must_be_new", side_effect=ZeroDivisionError),
+        mock.patch("specdistill.cli.console.must_be_new", side_effect=ZeroDivisionError),
         pytest.raises(ZeroDivisionError),
     ):
         run("init", "--target", "t", "--out", "o")

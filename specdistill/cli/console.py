@@ -1,0 +1,127 @@
+"""What the commands share: the terminal, checks before long work, the JSON at the end."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from specdistill.errors import InputError, StorageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from specdistill.decoding import CacheSize
+    from specdistill.models import LanguageModel
+    from specdistill.progress import Progress
+
+err = Console(stderr=True)
+
+
+def setup(threads: int | None) -> None:
+    """Threads are explicit; transformers' own progress and warnings would drown ours."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(threads or torch.get_num_threads())
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    import datasets
+
+    datasets.disable_progress_bars()
+
+
+def must_be_new(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not empty; name another folder or remove it")
+
+
+def must_be_free(file: Path, overwrite: bool) -> None:
+    """Asked before long work whose result is one file at its end."""
+    if file.exists() and not overwrite:
+        raise InputError(f"{file} exists; pass --overwrite to replace it, or name another file")
+    folder = file.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise StorageError(
+            f"cannot write to {folder}: {error.strerror}; choose another folder"
+        ) from error
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """Bars on a terminal; elsewhere a line whenever a stage begins, ends, or ten seconds have
+    passed.
+    """
+    if err.is_terminal:
+        columns = (
+            TextColumn("{task.description:<9}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+        )
+        with Bars(
+            *columns, TimeElapsedColumn(), TextColumn("{task.fields[detail]}"), console=err
+        ) as bars:
+            tasks: dict[str, Any] = {}
+
+            def draw(stage: str, done: float, total: float, detail: str = "") -> None:
+                if stage not in tasks or bars.tasks[tasks[stage]].finished:
+                    tasks[stage] = bars.add_task(stage, total=total, detail=detail)
+                bars.update(tasks[stage], completed=done, total=total, detail=detail)
+
+            yield draw
+        return
+    shown: dict[str, float] = {}
+    begin = time.perf_counter()
+
+    def write(stage: str, done: float, total: float, detail: str = "") -> None:
+        now = time.perf_counter()
+        if done >= total or now - shown.get(stage, 0) >= 10:
+            shown[stage] = now
+            line = f"[{now - begin:5.0f} s] {stage} {100 * done / max(total, 1e-9):.0f}% {detail}"
+            err.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    yield write
+
+
+def note_models(target: LanguageModel, *drafts: LanguageModel, decoding: bool = True) -> None:
+    """How the models run; where they decode, what of the target's own settings does not apply."""
+    from specdistill.decoding.sampling import unsupported_settings
+
+    for model in (target, *drafts):
+        note(f"{model.name}: {model.dtype} on {model.device}")
+    if decoding and (ignored := unsupported_settings(target.model.generation_config)):
+        note(f"{target.name}: its generation config's {', '.join(ignored)} is not applied")
+
+
+def note_cache(size: CacheSize) -> None:
+    rows = "1 row" if size.rows == 1 else f"{size.rows} rows"
+    note(f"cache: {size.bytes / 1e6:,.1f} MB for {rows} of up to {size.slots:,} tokens")
+
+
+def print_lines(screen: Console, lines: list[str]) -> None:
+    for line in lines:
+        screen.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def note(line: str) -> None:
+    err.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def screen_for(as_json: bool) -> Console:
+    """Where tables go: stdout, or stderr when stdout ends in a JSON document."""
+    return err if as_json else Console()
+
+
+def finish(as_json: bool, document: dict[str, Any]) -> None:
+    if as_json:
+        print(json.dumps(document))

@@ -1,0 +1,54 @@
+"""The whole loop in one command."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specdistill import tables
+from specdistill.cli import console
+from specdistill.cli.arguments import Json, Threads
+
+
+def quickstart(
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the run; default: a new one under runs/.")
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """The whole loop on the embedded model: answers, draft, distillation, score, report."""
+    from specdistill import pipeline
+
+    console.setup(threads)
+    folder = run_dir or _new_run(Path("runs"))
+    start = time.perf_counter()
+    with console.progress() as progress:
+        before, after = pipeline.quickstart(folder, progress=progress, note=console.note)
+    out = console.screen_for(as_json)
+    out.print(tables.before_after_table(before, after))
+    console.print_lines(out, [tables.evidence_line(after), after.verdict.reason])
+    out.print(
+        f"Report: {folder / 'report.html'}, report.md   draft: {folder / 'draft'}   pictures: "
+        f"{folder / 'plots'}",
+        soft_wrap=True,
+    )
+    out.print(f"{time.perf_counter() - start:.0f} s in all")
+    console.finish(
+        as_json, {"run_dir": str(folder), "before": before.document(), "after": after.document()}
+    )
+
+
+def _new_run(parent: Path) -> Path:
+    """runs/quickstart, or the first quickstart-2, -3, ... that holds no finished run; an unfinished
+    one is continued.
+    """
+    number = 1
+    while (folder := parent / ("quickstart" if number == 1 else f"quickstart-{number}")) and (
+        folder / "report.md"
+    ).exists():
+        number += 1
+    return folder

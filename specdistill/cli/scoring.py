@@ -1,0 +1,203 @@
+"""What a draft is worth: `score`, `check`, `compare`, `plot`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from specdistill import options, tables
+from specdistill.cli import console
+from specdistill.cli.arguments import Column, Device, Draft, Dtype, Json, Split, Target, Threads
+from specdistill.errors import InputError
+
+if TYPE_CHECKING:
+    from specdistill.models import LanguageModel
+
+
+def score(
+    target: Target,
+    draft: Draft,
+    prompts: Annotated[
+        str, typer.Option(help=".jsonl, .txt, datasets id, demo:train or demo:heldout.")
+    ],
+    out: Annotated[Path, typer.Option(help="scorecard.json to write.")],
+    num_draft_tokens: Annotated[str, typer.Option(help="γ: 4, 1-8 or 2,4,6.")] = "1-8",
+    temperature: Annotated[str, typer.Option(help="0, 1 or 0,1.")] = "0,1",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 128,
+    limit: Annotated[int | None, typer.Option(help="Use only the first so many prompts.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    verification: Annotated[
+        Literal["token", "block"], typer.Option(help="Verify proposals singly, or as a whole.")
+    ] = "token",
+    lenience: Annotated[
+        str | None,
+        typer.Option(
+            help="LOSSY: accept more than the target would, by lin:0.5, sq:0.7 or exp:0.8."
+        ),
+    ] = None,
+    keep_text: Annotated[
+        bool, typer.Option(help="Keep one answer in the card, for the picture of its tokens.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing scorecard.")] = False,
+    split: Split = None,
+    column: Column = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure acceptance and speed of a pair by real speculative decoding."""
+    gammas, temperatures = (
+        options.whole_numbers(num_draft_tokens),
+        options.temperatures(temperature),
+    )
+    rule = None if lenience is None else options.lenience(lenience)
+    console.must_be_free(out, overwrite)
+    console.setup(threads)
+    from specdistill.data.chat import encode_prompt
+    from specdistill.data.prompts import load_prompts
+    from specdistill.scoring import measure
+
+    measure.check_lenience(verification, rule, temperatures)
+    asked = load_prompts(prompts, split=split, column=column, limit=limit)
+    big, small = _load_pair(target, draft, dtype, device)
+    encoded = [
+        measure.EncodedPrompt(p.id, encode_prompt(big.tokenizer, p), p.category) for p in asked
+    ]
+    console.note_cache(measure.cache_size(big, small, encoded, gammas, max_new_tokens))
+    with console.progress() as progress:
+        card = measure.score(
+            big,
+            small,
+            encoded,
+            num_draft_tokens=gammas,
+            temperatures=temperatures,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            mode=verification,
+            lenience=rule,
+            keep_text=keep_text,
+            progress=progress,
+        )
+    card.write(out)
+    screen = console.screen_for(as_json)
+    screen.print(tables.rows_table(card))
+    console.print_lines(screen, [tables.evidence_line(card), card.verdict.reason])
+    console.finish(as_json, card.document())
+
+
+def check(
+    target: Target,
+    draft: Draft,
+    prompts: Annotated[
+        str | None, typer.Option(help="As for `score`; default: a few that are built in.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=2)] = 32,
+    limit: Annotated[int, typer.Option(help="Use only the first so many prompts.")] = 8,
+    seed: Annotated[int, typer.Option()] = 0,
+    split: Split = None,
+    column: Column = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Test on this machine that decoding with the draft is lossless; exit code 1 if it is not."""
+    if prompts is None and (split or column):
+        raise InputError("--split and --column choose from a `datasets` id: name it in --prompts")
+    console.setup(threads)
+    from specdistill.data.chat import encode_prompt
+    from specdistill.data.prompts import load_prompts
+    from specdistill.scoring import check as checks
+    from specdistill.scoring.measure import EncodedPrompt
+
+    asked = checks.built_in_prompts(limit)
+    if prompts is not None:
+        asked = load_prompts(prompts, split=split, column=column, limit=limit)
+    big, small = _load_pair(target, draft, dtype, device)
+    encoded = [EncodedPrompt(p.id, encode_prompt(big.tokenizer, p)) for p in asked]
+    pair = checks.Pair(big, small, encoded, max_new_tokens, seed)
+    console.note_cache(pair.cache_size())
+    with console.progress() as progress:
+        results = checks.run_checks(pair, progress)
+    passed = all(result.passed for result in results)
+    screen = console.screen_for(as_json)
+    screen.print(tables.checks_table(results))
+    verdict = "lossless, as far as was checked" if passed else "NOT lossless"
+    chance = f"a check that looks at chance fails in fewer than 1 of {1 / checks.FALSE_ALARM:,.0f}"
+    console.print_lines(
+        screen, [*tables.difference_lines(results), f"{verdict}; {chance} sound runs"]
+    )
+    console.finish(as_json, {"passed": passed, "checks": [asdict(result) for result in results]})
+    if not passed:
+        raise typer.Exit(1)
+
+
+def compare(
+    cards: Annotated[
+        list[Path], typer.Argument(help="Scorecards, or folders with a scorecard.json.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="JSON file for the comparison.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Rank scorecards by measured speed; exit code 1 if they cannot be compared."""
+    from specdistill.scoring import compare as comparison
+    from specdistill.scoring.comparable import obstacles, read_cards
+    from specdistill.scoring.scorecard import write_json
+
+    if out is not None:
+        console.must_be_free(out, overwrite)
+    named = read_cards(cards)
+    screen = console.screen_for(as_json)
+    if reasons := obstacles(named):
+        lines = ["these scorecards cannot be compared:", *(f"- {reason}" for reason in reasons)]
+        console.print_lines(screen, lines)
+        console.finish(as_json, comparison.refusal(reasons))
+        raise typer.Exit(1)
+    found = comparison.compare(named)
+    for table in tables.leaderboard(found):
+        screen.print(table)
+    console.print_lines(screen, [f"{difference.sentence}." for difference in found.differences])
+    if out is not None:
+        write_json(found.document(), out)
+    console.finish(as_json, found.document())
+
+
+def plot(
+    sources: Annotated[
+        list[Path], typer.Argument(help="A run folder; or several, or scorecards, to compare.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the pictures; default: plots/ in a run folder.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the pictures of a run folder again, or several drafts in one picture."""
+    from specdistill.plots import plot_all, plot_together
+
+    alone = len(sources) == 1 and not sources[0].is_file()
+    if not alone and out is None:
+        raise InputError("pictures of scorecards or of several runs need --out, a folder for them")
+    drawn = plot_together(sources, out) if not alone and out else plot_all(sources[0], out)
+    files = [str(file) for file in drawn]
+    console.screen_for(as_json).print("\n".join(files), soft_wrap=True)
+    console.finish(as_json, {"files": files})
+
+
+def _load_pair(
+    target: str, draft: str, dtype: options.Dtype, device: str
+) -> tuple[LanguageModel, LanguageModel]:
+    """Both models, ready to decode together."""
+    from specdistill import models, packing
+
+    big = models.load(target, dtype=dtype, device=device)
+    small = models.load(draft, dtype=dtype, device=device)
+    models.check_pair(big, small)
+    for model in (big, small):
+        packing.pack(model, 8)
+    console.note_models(big, small)
+    return big, small
