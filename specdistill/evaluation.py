@@ -5,8 +5,10 @@ short real speculative decode with its weights of the moment.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from specdistill.batches import Batch, length_buckets, make_batch
 from specdistill.config import DistillConfig
@@ -111,5 +113,6 @@ def decoded(
 
 
 def _rows(target: Target, rows: slice) -> Target:
-    tensors = {n: v for n, v in target._asdict().items() if isinstance(v, torch.Tensor)}
-    return target._replace(**{name: value[rows] for name, value in tensors.items()})
+    parts = target._asdict().items()
+    cut: dict[str, Any] = {n: v[rows] if isinstance(v, Tensor) else v for n, v in parts}
+    return type(target)(**cut)
