@@ -4,16 +4,24 @@ accelerate lives here alone.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.tracking import get_available_trackers
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from specdistill.batches import Batch
 from specdistill.config import DistillConfig
 from specdistill.divergences import Objective, Positions, Target, objective, total_loss
+from specdistill.drafts import decoder_layers
+from specdistill.errors import InputError
 from specdistill.hints import HintLoss
 from specdistill.models import LanguageModel
 from specdistill_kernels import (
@@ -22,6 +30,8 @@ from specdistill_kernels import (
     TargetTopK,
     draft_columns,
 )
+
+TRACKERS = "trackers"  # in the run folder
 
 
 @dataclass
@@ -58,8 +68,12 @@ class Distiller:
         self.target, self.draft, self.config = target, draft, config
         self.objective = configured_objective(config)
         training, hints = config.training, config.hints
+        _check_launch(config)
         self.accelerator = Accelerator(
-            mixed_precision=training.precision, cpu=draft.device.type == "cpu"
+            mixed_precision=training.precision,
+            cpu=draft.device.type == "cpu",
+            log_with=config.trackers or None,
+            project_dir=Path(config.run_dir) / TRACKERS,
         )
         draft.model.requires_grad_(True)
         if not training.train_embeddings:
@@ -77,7 +91,7 @@ class Distiller:
             weight_decay=training.weight_decay,
             betas=(0.9, 0.95),
         )
-        draft.model, self.optimizer = self.accelerator.prepare(draft.model, self.optimizer)
+        self.loss, self.optimizer = self.accelerator.prepare(_Loss(self), self.optimizer)
         self.target_head = target.readout()
         own = torch.arange(draft.vocab_size, device=draft.device)
         ids = own if draft.vocab is None else draft.vocab
@@ -86,31 +100,50 @@ class Distiller:
         self.draft_vocab = None if same else self.vocab
 
     def step(self, batches: list[Batch], learning_rate: float) -> StepMetrics:
-        """One update from one or more micro-batches: the loss is a mean over all their response
-        tokens.
+        """One update from one or more micro-batches of each process: the loss is a mean over the
+        response tokens of them all.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        total = sum(len(batch.labels) for batch in batches)
-        loss_sum, missing = 0.0, 0
-        for batch in batches:
+        counts = zip(*(self.counts(batch) for batch in batches), strict=True)
+        total, missing, tokens = (int(n) for n in self.over_processes(*map(sum, counts)))
+        loss_sum = 0.0
+        for number, batch in enumerate(batches, 1):
             signal = self.signal(batch)
-            with self.accelerator.autocast():
-                states = self.states(batch)
-            positions = self.positions(batch, states["hidden"], signal)
-            loss = total_loss(positions, self.objective)
-            if self.hints is not None:
-                loss = loss + self.hints(*self.hinted(states, signal))
-            self.accelerator.backward(loss / total)
+            waits = nullcontext() if number == len(batches) else self.accelerator.no_sync(self.loss)
+            with waits:  # for the last one, whose backward pass shares the gradients
+                loss = self.loss(batch, signal)
+                # What shares gradients takes their mean over the processes.
+                self.accelerator.backward(loss * self.accelerator.num_processes / total)
             loss_sum += loss.item()
-            missing += int(
-                (draft_columns(batch.labels, len(self.vocab), self.draft_vocab) < 0).sum()
-            )
         self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.training.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        tokens = sum(batch.tokens.numel() for batch in batches)
+        (loss_sum,) = self.over_processes(loss_sum)
         return StepMetrics(loss_sum / total, total, missing, tokens)
+
+    def loss_of(self, batch: Batch, signal: dict[str, Tensor]) -> Tensor:
+        """The sum over a batch's response tokens, differentiable in all that is trained. Only the
+        draft's body runs in a lower precision where one is asked for.
+        """
+        checkpointing = self.config.training.activation_checkpointing
+        with recomputed(decoder_layers(self.draft)) if checkpointing else nullcontext():
+            states = self.states(batch)
+        with torch.autocast(self.draft.device.type, enabled=False):
+            loss = total_loss(self.positions(batch, states["hidden"], signal), self.objective)
+            if self.hints is not None:
+                loss = loss + self.hints(*self.hinted(states, signal))
+        return loss
+
+    def counts(self, batch: Batch) -> tuple[int, int, int]:
+        """Response tokens, those of them that the draft lacks, and all tokens with padding."""
+        columns = draft_columns(batch.labels, len(self.vocab), self.draft_vocab)
+        return len(batch.labels), int((columns < 0).sum()), batch.tokens.numel()
+
+    def over_processes(self, *values: float) -> list[float]:
+        """Sums over all processes."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.draft.device)
+        return self.accelerator.reduce(mine).tolist()
 
     def states(self, batch: Batch) -> dict[str, Tensor]:
         """The draft's states [N, d] at the response positions: "hidden", the final ones, and those
@@ -166,6 +199,54 @@ class Distiller:
         assert self.hints is not None
         ours = [states[_name(self.draft, layer)] for layer in self.hints.draft_layers]
         return ours, [signal[_name(self.target, layer)] for layer in self.hints.target_layers]
+
+
+@contextmanager
+def recomputed(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it the layers keep no activations for the backward pass, but are run again there
+    (1604.06174).
+    """
+    layers = list(layers)
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own again
+
+
+def _check_launch(config: DistillConfig) -> None:
+    """Raises `InputError` for what this machine lacks, or accelerate was told and we do not do."""
+    missing = set(config.trackers) - {str(t) for t in get_available_trackers()}
+    if missing:
+        raise InputError(
+            f"trackers: {', '.join(sorted(missing))} cannot be imported; install it or leave it out"
+        )
+    for variable in (
+        "ACCELERATE_USE_FSDP",
+        "ACCELERATE_USE_DEEPSPEED",
+        "ACCELERATE_USE_MEGATRON_LM",
+    ):
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise InputError(
+                f"{variable} is set, and a draft is not cut into shards here: every process holds "
+                "it whole; launch with configs/multi_gpu.yaml"
+            )
+
+
+class _Loss(nn.Module):
+    """All that is differentiated in one call: what runs a model in several processes must see it
+    whole.
+    """
+
+    def __init__(self, distiller: Distiller) -> None:
+        super().__init__()
+        self.draft, self.hints = distiller.draft.model, distiller.hints
+        self.compute = distiller.loss_of
+
+    def forward(self, batch: Batch, signal: dict[str, Tensor]) -> Tensor:
+        return self.compute(batch, signal)
 
 
 def _states(
