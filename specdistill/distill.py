@@ -118,7 +118,7 @@ def distill(
     if leads:
         forget_samples(run / SAMPLES, state["step"])
         keep_metrics(run, state["step"])
-        write_config(config, target)
+        write_config(config, target, processes)
     source = Source(training, target, draft, config.policy, config.seed)
 
     def sampled(step: int) -> list[Example]:
@@ -178,8 +178,9 @@ def distill(
     if leads:
         save_draft(draft, run / DRAFT)
     record(state["best"])
-    accelerator.end_training()
     accelerator.wait_for_everyone()  # the draft is there for all of them
+    for tracker in accelerator.trackers:
+        tracker.finish()
     progress("distil", 1.0, 1.0, f"{state['tokens']:,} tokens in {state['step']} steps")
     return run / DRAFT
 

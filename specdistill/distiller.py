@@ -37,10 +37,12 @@ TRACKERS = "trackers"  # in the run folder
 @dataclass
 class StepMetrics:
     """One update: loss is the mean over `response_tokens` positions, of which the draft lacks the
-    token in `missing`; `tokens` counts padding and prompts too.
+    token in `missing`; grad_norm is that of its gradient before clipping; `tokens` counts padding
+    and prompts too.
     """
 
     loss: float
+    grad_norm: float
     response_tokens: int
     missing: int
     tokens: int
@@ -116,11 +118,12 @@ class Distiller:
                 # What shares gradients takes their mean over the processes.
                 self.accelerator.backward(loss * self.accelerator.num_processes / total)
             loss_sum += loss.item()
-        self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.training.clip_norm)
+        clip = self.config.training.clip_norm
+        norm = self.accelerator.clip_grad_norm_(self.parameters.values(), clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         (loss_sum,) = self.over_processes(loss_sum)
-        return StepMetrics(loss_sum / total, total, missing, tokens)
+        return StepMetrics(loss_sum / total, norm.item(), total, missing, tokens)
 
     def loss_of(self, batch: Batch, signal: dict[str, Tensor]) -> Tensor:
         """The sum over a batch's response tokens, differentiable in all that is trained. Only the

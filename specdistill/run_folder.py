@@ -93,11 +93,12 @@ def write_whole(file: Path, text: str) -> None:
     new.replace(file)
 
 
-def write_config(config: DistillConfig, target: LanguageModel) -> None:
+def write_config(config: DistillConfig, target: LanguageModel, processes: int) -> None:
     """The resolved configuration, which `specdistill distill` reads again, and in comments what
     else decides a result."""
     facts = {
         "device": device_name(target.device),
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "git": git_commit(),
         "target_sha256": target.sha256(),

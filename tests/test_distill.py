@@ -45,6 +45,9 @@ def test_a_step_is_the_mean_over_response_tokens_of_the_plain_loss(world: dict[s
         mass = p.sum(-1, keepdim=True)
         total = total + (p * ((p / mass).log() - log_q)).sum()
         count += len(example.response_tokens)
+    trained = [p for name, p in twin.model.named_parameters() if "embed_tokens" not in name]
+    every = torch.autograd.grad(total / count, trained, retain_graph=True)
+    norm = sum(grad.square().sum() for grad in every).sqrt().item()
     expected = torch.autograd.grad(total / count, list(twin.model.model.layers.parameters()))
 
     grads: list[torch.Tensor] = []
@@ -55,6 +58,7 @@ def test_a_step_is_the_mean_over_response_tokens_of_the_plain_loss(world: dict[s
     )
     metrics = distiller.step([make_batch(g, 0, draft.device) for g in groups], 1e-3)
     assert metrics.response_tokens == count
+    assert metrics.grad_norm == pytest.approx(norm, rel=1e-4)
     assert metrics.loss == pytest.approx((total / count).item(), rel=1e-4)
     for got, wanted in zip(grads, expected, strict=True):
         assert torch.allclose(got, wanted, atol=1e-5)

@@ -86,6 +86,7 @@ def test_the_best_weights_are_kept_and_survive_an_interruption(
     kept = dict(models.load(str(tmp_path / "run" / "draft")).model.named_parameters())
     assert all(torch.equal(kept[name], value) for name, value in seen[5].items())
     assert not all(torch.equal(kept[name], value) for name, value in seen[10].items())
+    assert run(config, resume=True) == rows, "a finished run, resumed"
 
 
 def test_without_a_decode_expected_alpha_chooses(

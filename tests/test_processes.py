@@ -28,14 +28,15 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def launch(config: Path, *arguments: str, processes: int) -> None:
-    file = CONFIGS / "two_cpu_processes.yaml"
+    file = CONFIGS / "multi_gpu.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    command += ["--num_processes", str(processes), "--main_process_port", "0"]
-    command += ["--num_cpu_threads_per_process", "1", "-m", "specdistill", "distill", str(config)]
+    command += ["--main_process_port", "0", "-m", "specdistill", "distill", str(config)]
+    if processes == 1:
+        command = [sys.executable, "-m", "specdistill", "distill", str(config)]
     path = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run(
         [*command, *arguments, "--threads", "1"],
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=1200,
@@ -60,15 +61,16 @@ def test_two_processes_train_as_one_does(world: dict[str, str], tmp_path: Path, 
         file = tmp_path / f"{processes}.yaml"
         file.write_text(yaml.safe_dump(config.model_dump()))
         launch(file, processes=processes)
+        assert f"# processes: {processes}\n" in (run / "config.yaml").read_text()
         lines = (run / "metrics.jsonl").read_text().splitlines()
         rows.append([json.loads(line) for line in lines])
         drafts.append(models.load(str(run / "draft"), dtype="float32"))
     assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]] == [*range(13), 12]
     for one, two in zip(*rows, strict=True):
-        for name in ("loss", "response_tokens", "missing", "tokens", "expected_alpha"):
+        for name in ("loss", "grad_norm", "response_tokens", "missing", "tokens", "expected_alpha"):
             assert (name in one) == (name in two)
             if name in one:
-                assert two[name] == pytest.approx(one[name], rel=2e-4), (one["step"], name)
+                assert two[name] == pytest.approx(one[name], rel=1e-3), (one["step"], name)
     for ours, theirs in zip(*(d.model.parameters() for d in drafts), strict=True):
         assert torch.allclose(ours, theirs, atol=2e-3)
 
@@ -113,7 +115,7 @@ def test_accelerate_reads_the_configurations(file: Path) -> None:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
     read = load_config_from_file(str(file))
-    assert read.distributed_type.value in ("MULTI_GPU", "MULTI_CPU")
+    assert read.distributed_type.value == "MULTI_GPU"
     line = file.read_text().splitlines()[0].removeprefix("# accelerate launch ").split()
     line[line.index("--config_file") + 1] = str(file)
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(line))
