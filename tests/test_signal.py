@@ -155,7 +155,7 @@ def test_training_does_without_the_targets_body(
     assert all(p.is_meta for p in bare.model.base_model.layers.parameters())
     config = settings(world, target, tmp_path / "bare", kind, decode=None)
     got = metrics(config, bare)
-    assert got == metrics(settings(world, target, tmp_path / "whole", kind), target)
+    assert got == metrics(settings(world, target, tmp_path / "whole", kind, decode=None), target)
     assert got[-1]["expected_alpha"] > got[0]["expected_alpha"]
 
 
