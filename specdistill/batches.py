@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,19 @@ def make_batch(examples: list[Example], pad: int, device: torch.device) -> Batch
         {name: torch.cat([s[name] for s in signals]).to(device) for name in signals[0]}
         if len(signals) == len(examples)
         else None,
+    )
+
+
+def idle(batch: Batch) -> Batch:
+    """The batch without its answers: a pass over it adds nothing to a loss, in a process that has
+    no batch left while others have.
+    """
+    nothing = {name: kept[:0] for name, kept in (batch.signal or {}).items()}
+    return replace(
+        batch,
+        response=torch.zeros_like(batch.response),
+        labels=batch.labels[:0],
+        signal=None if batch.signal is None else nothing,
     )
 
 

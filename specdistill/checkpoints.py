@@ -15,13 +15,18 @@ from torch.optim import Optimizer
 
 from specdistill.errors import StorageError
 
-WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
+WEIGHTS, BEST, OPTIMIZER = "weights.safetensors", "best.safetensors", "optimizer.safetensors"
+STATE = "state.json"
+
+Weights = Mapping[str, Tensor]
 
 
 def save_checkpoint(
-    folder: Path, state: dict[str, Any], weights: Mapping[str, Tensor], optimizer: Optimizer
+    folder: Path, state: dict[str, Any], weights: Weights, best: Weights, optimizer: Optimizer
 ) -> None:
-    """Replace the checkpoint in `folder` by this one; the old one stays until then."""
+    """Replace the checkpoint in `folder` by this one; the old one stays until then. `best` are the
+    weights of the best evaluation so far.
+    """
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     moments = {
         f"{index}.{name}": value
@@ -31,13 +36,11 @@ def save_checkpoint(
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
-        save_file(
-            {name: value.detach().contiguous() for name, value in weights.items()}, new / WEIGHTS
-        )
-        save_file(moments, new / OPTIMIZER)
+        for tensors, name in ((weights, WEIGHTS), (best, BEST), (moments, OPTIMIZER)):
+            save_file({n: t.detach().contiguous() for n, t in tensors.items()}, new / name)
         (new / STATE).write_text(json.dumps(state), encoding="utf-8")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
+        if folder.exists():  # else the old one is all there is
+            shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         new.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
@@ -55,19 +58,25 @@ def find_checkpoint(folder: Path) -> Path | None:
     return next((found for found in candidates if (found / STATE).exists()), None)
 
 
+def copy_weights(source: Weights, into: Weights) -> None:
+    """Values by name, in place."""
+    for name, value in into.items():
+        value.data.copy_(source[name])
+
+
 def load_checkpoint(
-    folder: Path, weights: Mapping[str, Tensor], optimizer: Optimizer
+    folder: Path, weights: Weights, best: Weights, optimizer: Optimizer
 ) -> dict[str, Any]:
-    """Read a checkpoint into `weights` and `optimizer`; returns its state. Raises `StorageError`
-    where it does not fit.
+    """Read a checkpoint into `weights`, `best` and `optimizer`; returns its state. Raises
+    `StorageError` where it does not fit.
     """
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        saved = load_file(folder / WEIGHTS)
-        if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in weights.items()}:
-            raise ValueError("its weights have other names or shapes than the draft's")
-        for name, value in saved.items():
-            weights[name].data.copy_(value)
+        for tensors, file in ((weights, WEIGHTS), (best, BEST)):
+            saved = load_file(folder / file)
+            if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in tensors.items()}:
+                raise ValueError(f"{file} has other names or shapes than the draft's weights")
+            copy_weights(saved, tensors)
         entries: dict[int, dict[str, Tensor]] = {}
         for key, value in load_file(folder / OPTIMIZER).items():
             index, name = key.split(".", 1)

@@ -14,6 +14,10 @@ from specdistill.errors import InputError
 from specdistill.limits import MAX_DRAFT_TOKENS
 from specdistill.options import Dtype
 
+Tracker = Literal[
+    "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"
+]
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -27,7 +31,9 @@ class Training(_Section):
     max_steps: int | None = Field(None, ge=1)
     max_seconds: float | None = Field(None, gt=0)
     batch_tokens: int = Field(2048, ge=1, description="padded tokens in one forward pass")
-    accumulate: int = Field(1, ge=1, description="forward passes in one update")
+    accumulate: int = Field(
+        1, ge=1, description="forward passes in one update, of all processes together"
+    )
     learning_rate: float = Field(2e-3, gt=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the budget with a rising rate")
     weight_decay: float = Field(0.0, ge=0)
@@ -35,12 +41,26 @@ class Training(_Section):
     train_embeddings: bool = False
     precision: Literal["no", "bf16", "fp16"] = "no"
     chunk: int = Field(1024, ge=1, description="rows of logits held at a time")
+    activation_checkpointing: bool = Field(
+        False, description="keep no activations within layers, compute them again: slower, smaller"
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> Training:
         if (self.max_steps is None) == (self.max_seconds is None):
             raise ValueError("give exactly one of max_steps and max_seconds")
         return self
+
+
+class Decode(_Section):
+    """The short speculative decode of held-out prompts at each evaluation. It needs the whole
+    target, kept signal or not; null leaves it out.
+    """
+
+    prompts: int = Field(8, ge=1, description="of the held-out ones, at most")
+    max_new_tokens: int = Field(32, ge=2)
+    num_draft_tokens: int = Field(4, ge=1, le=MAX_DRAFT_TOKENS)
+    temperature: float = Field(0.0, ge=0)
 
 
 class Hints(_Section):
@@ -125,6 +145,8 @@ class DistillConfig(_Section):
         32, ge=1, description="answers of the data kept out of training for the metrics"
     )
     evaluate_every: int = Field(100, ge=1, description="steps")
+    decode: Decode | None = Decode()
+    trackers: list[Tracker] = Field([], description="what also gets the metrics, by accelerate")
     checkpoint_every: int = Field(200, ge=1, description="steps")
     seed: int = 0
     dtype: Dtype = "auto"
@@ -136,6 +158,13 @@ class DistillConfig(_Section):
     def _by_name(cls, loss: object) -> object:
         return {loss: 1.0} if isinstance(loss, str) else loss
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_decode_without_a_target(cls, raw: object) -> object:
+        if isinstance(raw, dict) and raw.get("signal") == "none":
+            return {"decode": None, **raw}
+        return raw
+
     @model_validator(mode="after")
     def _a_signal_for_its_tokens(self) -> DistillConfig:
         if self.signal == "kept" and self.policy.name != "target":
@@ -146,6 +175,7 @@ class DistillConfig(_Section):
         if self.signal == "none":
             needs = [f"loss {name!r}" for name in self.loss if name != "ce"]
             needs += [] if self.hints is None else ["hints"]
+            needs += [] if self.decode is None else ["decode"]
             if self.policy.name not in ("target", "fixed"):
                 needs.append(f"policy {self.policy.name!r}")
             if needs:
@@ -160,6 +190,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> DistillConfig:
     """Read a YAML file and apply `section.key=value` overrides. Raises `InputError` naming the key
     and the nearest known.
     """
+    return parse_config(read_yaml(path, overrides))
+
+
+def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping that a file holds, with `section.key=value` overrides. Raises `InputError`."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -175,17 +210,22 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> DistillConfig:
                 "an override is written key=value, for instance training.max_steps=500; got "
                 f"{override!r}"
             )
-        *sections, last = key.split(".")
-        place: Any = raw
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise InputError(f"{key!r}: {section!r} is a value, not a section")
         try:
-            place[last] = yaml.safe_load(value)
+            assign(raw, key, yaml.safe_load(value))
         except yaml.YAMLError as error:
             raise InputError(f"the value of {override!r} is not valid YAML: {error}") from error
-    return parse_config(raw)
+    return raw
+
+
+def assign(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Set `section.key` in nested mappings."""
+    *sections, last = key.split(".")
+    place: Any = raw
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise InputError(f"{key!r}: {section!r} is a value, not a section")
+    place[last] = value
 
 
 def parse_config(raw: dict[str, Any]) -> DistillConfig:
@@ -204,11 +244,12 @@ def _explain(problem: Any) -> str:
         known = {name: name for name in DistillConfig.model_fields}
         sections: dict[str, type[BaseModel]] = {
             "training": Training,
+            "decode": Decode,
             "hints": Hints,
             "policy": Policy,
         }
         for section, model in sections.items():
-            known |= {name: f"{section}.{name}" for name in model.model_fields}
+            known = {name: f"{section}.{name}" for name in model.model_fields} | known
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {known[near[0]]!r}?" if near else f"known are {', '.join(known)}"
         return f"the unknown key {where!r}: {hint}"

@@ -10,8 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from specdistill.batches import Batch, length_buckets, make_batch, updates
-from specdistill.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from specdistill.batches import Batch, idle, make_batch, updates
+from specdistill.checkpoints import (
+    copy_weights,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from specdistill.config import DistillConfig
 from specdistill.data.answers import holds_answers
 from specdistill.data.signal import NONE, kept_tokens
@@ -19,6 +24,7 @@ from specdistill.data.store import Example, read_manifest
 from specdistill.distiller import Distiller
 from specdistill.drafts import save_draft
 from specdistill.errors import InputError
+from specdistill.evaluation import Evaluation
 from specdistill.hints import map_layers
 from specdistill.models import LanguageModel
 from specdistill.policies import Source, examples_at, forget_samples, read_given
@@ -29,6 +35,7 @@ from specdistill.run_folder import (
     SAMPLES,
     append_metrics,
     check_run,
+    flat,
     keep_metrics,
     write_config,
 )
@@ -78,11 +85,13 @@ def distill(
     resume: bool = False,
     progress: Progress = silent,
 ) -> Path:
-    """Run to the end of the budget; returns the folder of the finished draft, RUN/draft. The target
-    is None exactly where `config.signal` is "none".
+    """Run to the end of the budget; returns the folder of the finished draft, RUN/draft: the
+    weights of the best evaluation, by `Evaluation.criterion`. The target is None exactly where
+    `config.signal` is "none".
 
-    Writes RUN/metrics.jsonl and RUN/checkpoints/. Raises `InputError` as `check_run`, and where
-    data and target do not belong together.
+    Writes RUN/metrics.jsonl and RUN/checkpoints/; the last row of the metrics names the step whose
+    weights were kept. Raises `InputError` as `check_run`, and where data and target do not belong
+    together.
     """
     check_run(config, resume)
     run = Path(config.run_dir)
@@ -99,56 +108,103 @@ def distill(
     heldout, training = examples[: config.heldout], examples[config.heldout :]
 
     distiller = Distiller(target, draft, config)
-    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0}
+    accelerator = distiller.accelerator
+    leads, processes = accelerator.is_main_process, accelerator.num_processes
+    _check_processes(config, processes)
+    evaluation = Evaluation(distiller, heldout, config)
+    weights, optimizer = distiller.parameters, distiller.optimizer
+    best = {name: value.detach().clone() for name, value in weights.items()}
+    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "best": None}
     if resume and (checkpoint := find_checkpoint(checkpoints)):
-        state = load_checkpoint(checkpoint, distiller.parameters, distiller.optimizer)
-    forget_samples(run / SAMPLES, state["step"])
-    keep_metrics(run, state["step"])
-    write_config(config, target, draft)
-    budget = config.training
+        state = load_checkpoint(checkpoint, weights, best, optimizer)
+    accelerator.wait_for_everyone()  # all have read what one of them now writes
+    if leads:
+        forget_samples(run / SAMPLES, state["step"])
+        keep_metrics(run, state["step"])
+        write_config(config, target, draft, processes)
 
-    def fresh(step: int) -> list[Example]:
+    def sampled(step: int) -> list[Example]:
         if target is None:
             return training
         source = Source(training, target, draft, config.policy, config.seed)
-        return examples_at(source, step, run / SAMPLES)
+        with accelerator.main_process_first():  # it writes them, and the others read
+            return examples_at(source, step, run / SAMPLES)
 
-    def batch(group: list[Example]) -> Batch:
-        return make_batch(group, 0, draft.device)
+    def own(groups: list[list[Example]]) -> list[Batch]:
+        """This process's share of an update, or where none is left a pass that adds nothing."""
+        mine = groups[accelerator.process_index :: processes]
+        batches = [make_batch(group, 0, draft.device) for group in mine or groups[:1]]
+        return batches if mine else [idle(batches[0])]
 
     def record(row: dict[str, Any]) -> None:
-        append_metrics(run, {**state, **row})
+        row = {name: state[name] for name in ("step", "tokens", "seconds")} | row
+        if leads:
+            append_metrics(run, row)
+        if "kept_step" not in row:
+            accelerator.log(row, step=state["step"])
 
-    groups_heldout = length_buckets(heldout, budget.batch_tokens, 0, 0)
-    evaluation = [distiller.heldout(batch(group)) for group in groups_heldout]
+    def measured() -> dict[str, float]:
+        """The row of an evaluation; the best one's weights are kept, the later of equals."""
+        row, criterion = evaluation.measure(), evaluation.criterion
+        if state["best"] is None or row[criterion] >= state["best"][criterion]:
+            state["best"] = {**row, "kept_step": state["step"]}
+            copy_weights(weights, best)
+        return row
+
+    named = {
+        k: v if isinstance(v, int | float | str) else str(v)
+        for k, v in flat(config.model_dump()).items()
+    }
+    accelerator.init_trackers("distill", named)
     if state["step"] == 0:
-        record(distiller.evaluate(evaluation))
-    stream = schedule(fresh, config, state["step"])
+        record(measured())
+    stream = schedule(sampled, config, state["step"])
     while (share := spent(state, config)) < 1:
         start = time.perf_counter()
         groups = next(stream)
-        metrics = distiller.step([batch(group) for group in groups], rate(share, config))
+        metrics = distiller.step(own(groups), rate(share, config))
         state["seconds"] += time.perf_counter() - start
         state["step"] += 1
         state["tokens"] += metrics.response_tokens
         row = {
             **asdict(metrics),
+            "tokens": state["tokens"],
             "tokens_per_second": state["tokens"] / state["seconds"],
             "learning_rate": rate(share, config),
         }
-        row["tokens"] = state["tokens"]
-        if state["step"] % config.evaluate_every == 0:
-            row |= distiller.evaluate(evaluation)
+        if state["step"] % config.evaluate_every == 0 or spent(state, config) >= 1:
+            row |= measured()
         record(row)
-        if state["step"] % config.checkpoint_every == 0:
-            save_checkpoint(checkpoints, state, distiller.parameters, distiller.optimizer)
+        if leads and state["step"] % config.checkpoint_every == 0:
+            save_checkpoint(checkpoints, state, weights, best, optimizer)
         progress("distil", min(share, 1.0), 1.0, f"step {state['step']}, loss {metrics.loss:.3f}")
-    record(distiller.evaluate(evaluation))
-    draft.model = distiller.accelerator.unwrap_model(draft.model)
+    copy_weights(best, weights)
     draft.model.requires_grad_(False)
-    save_draft(draft, run / DRAFT)
+    if leads:
+        save_draft(draft, run / DRAFT)
+    record(state["best"])
+    accelerator.wait_for_everyone()  # the draft is there for all of them
+    for tracker in accelerator.trackers:
+        tracker.finish()
     progress("distil", 1.0, 1.0, f"{state['tokens']:,} tokens in {state['step']} steps")
     return run / DRAFT
+
+
+def _check_processes(config: DistillConfig, processes: int) -> None:
+    """An update's micro-batches are dealt to the processes, so that it is the same with any number
+    of them; and they must all end at one step.
+    """
+    training = config.training
+    if training.accumulate % processes:
+        raise InputError(
+            f"training.accumulate is {training.accumulate}, the forward passes in one update, and "
+            f"{processes} processes share them: make it a multiple of {processes}"
+        )
+    if processes > 1 and training.max_steps is None:
+        raise InputError(
+            f"training.max_seconds would end {processes} processes at different steps; give "
+            "training.max_steps"
+        )
 
 
 def _check_signal(config: DistillConfig, draft: LanguageModel, target: LanguageModel) -> None:

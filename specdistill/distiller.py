@@ -4,33 +4,45 @@ accelerate lives here alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from accelerate.tracking import get_available_trackers
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from specdistill.batches import Batch
 from specdistill.config import DistillConfig
 from specdistill.divergences import Objective, Positions, Target, objective, total_loss
+from specdistill.drafts import decoder_layers
+from specdistill.errors import InputError
 from specdistill.hints import HintLoss
 from specdistill.models import LanguageModel
 from specdistill_kernels import (
     Head,
     TargetStates,
     TargetTopK,
-    divergence_rows,
     draft_columns,
 )
+
+TRACKERS = "trackers"  # in the run folder
 
 
 @dataclass
 class StepMetrics:
     """One update: loss is the mean over `response_tokens` positions, of which the draft lacks the
-    token in `missing`; `tokens` counts padding and prompts too.
+    token in `missing`; grad_norm is that of its gradient before clipping; `tokens` counts padding
+    and prompts too.
     """
 
     loss: float
+    grad_norm: float
     response_tokens: int
     missing: int
     tokens: int
@@ -60,8 +72,12 @@ class Distiller:
         self.target, self.draft, self.config = target, draft, config
         self.objective = configured_objective(config)
         training, hints = config.training, config.hints
+        _check_launch(config)
         self.accelerator = Accelerator(
-            mixed_precision=training.precision, cpu=draft.device.type == "cpu"
+            mixed_precision=training.precision,
+            cpu=draft.device.type == "cpu",
+            log_with=config.trackers or None,
+            project_dir=Path(config.run_dir) / TRACKERS,
         )
         draft.model.requires_grad_(True)
         if not training.train_embeddings:
@@ -80,7 +96,7 @@ class Distiller:
             weight_decay=training.weight_decay,
             betas=(0.9, 0.95),
         )
-        draft.model, self.optimizer = self.accelerator.prepare(draft.model, self.optimizer)
+        self.loss, self.optimizer = self.accelerator.prepare(_Loss(self), self.optimizer)
         self.target_head = None if target is None else target.readout()
         width = draft.full_vocab_size if target is None else target.vocab_size
         own = torch.arange(draft.vocab_size, device=draft.device)
@@ -90,31 +106,51 @@ class Distiller:
         self.draft_vocab = None if same else self.vocab
 
     def step(self, batches: list[Batch], learning_rate: float) -> StepMetrics:
-        """One update from one or more micro-batches: the loss is a mean over all their response
-        tokens.
+        """One update from one or more micro-batches of each process: the loss is a mean over the
+        response tokens of them all.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        total = sum(len(batch.labels) for batch in batches)
-        loss_sum, missing = 0.0, 0
-        for batch in batches:
+        counts = zip(*(self.counts(batch) for batch in batches), strict=True)
+        total, missing, tokens = (int(n) for n in self.over_processes(*map(sum, counts)))
+        loss_sum = 0.0
+        for number, batch in enumerate(batches, 1):
             signal = self.signal(batch)
-            with self.accelerator.autocast():
-                states = self.states(batch)
-            positions = self.positions(batch, states["hidden"], signal)
-            loss = total_loss(positions, self.objective)
-            if self.hints is not None:
-                loss = loss + self.hints(*self.hinted(states, signal))
-            self.accelerator.backward(loss / total)
+            waits = nullcontext() if number == len(batches) else self.accelerator.no_sync(self.loss)
+            with waits:  # for the last one, whose backward pass shares the gradients
+                loss = self.loss(batch, signal)
+                # What shares gradients takes their mean over the processes.
+                self.accelerator.backward(loss * self.accelerator.num_processes / total)
             loss_sum += loss.item()
-            missing += int(
-                (draft_columns(batch.labels, len(self.vocab), self.draft_vocab) < 0).sum()
-            )
-        self.accelerator.clip_grad_norm_(self.parameters.values(), self.config.training.clip_norm)
+        clip = self.config.training.clip_norm
+        norm = self.accelerator.clip_grad_norm_(self.parameters.values(), clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        tokens = sum(batch.tokens.numel() for batch in batches)
-        return StepMetrics(loss_sum / total, total, missing, tokens)
+        (loss_sum,) = self.over_processes(loss_sum)
+        return StepMetrics(loss_sum / total, norm.item(), total, missing, tokens)
+
+    def loss_of(self, batch: Batch, signal: dict[str, Tensor]) -> Tensor:
+        """The sum over a batch's response tokens, differentiable in all that is trained. Only the
+        draft's body runs in a lower precision where one is asked for.
+        """
+        checkpointing = self.config.training.activation_checkpointing
+        with recomputed(decoder_layers(self.draft)) if checkpointing else nullcontext():
+            states = self.states(batch)
+        with torch.autocast(self.draft.device.type, enabled=False):
+            loss = total_loss(self.positions(batch, states["hidden"], signal), self.objective)
+            if self.hints is not None:
+                loss = loss + self.hints(*self.hinted(states, signal))
+        return loss
+
+    def counts(self, batch: Batch) -> tuple[int, int, int]:
+        """Response tokens, those of them that the draft lacks, and all tokens with padding."""
+        columns = draft_columns(batch.labels, len(self.vocab), self.draft_vocab)
+        return len(batch.labels), int((columns < 0).sum()), batch.tokens.numel()
+
+    def over_processes(self, *values: float) -> list[float]:
+        """Sums over all processes."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.draft.device)
+        return self.accelerator.reduce(mine).tolist()
 
     def states(self, batch: Batch) -> dict[str, Tensor]:
         """The draft's states [N, d] at the response positions: "hidden", the final ones, and those
@@ -143,8 +179,10 @@ class Distiller:
             if "log_tail" in signal:
                 return TargetTopK(signal["tokens"].long(), signal["log_probs"], signal["log_tail"])
             kept = signal.get("logsumexp") if temperature == 1 else None  # it belongs to 1
+            cut = kept is not None and self.draft_vocab is not None
+            head = self.cut_target_head if cut else self.target_head
             states = signal["hidden"].to(self.target_head.weight.dtype)
-            return TargetStates(states, self.target_head, kept, temperature)
+            return TargetStates(states, head, kept, temperature, cut)
 
         return Positions(
             states.to(torch.promote_types(states.dtype, torch.float32)),
@@ -155,6 +193,12 @@ class Distiller:
             self.draft_vocab,
             self.config.training.chunk,
         )
+
+    @cached_property
+    def cut_target_head(self) -> Head:
+        """The target's head for the draft's tokens alone, in their order."""
+        assert self.target_head is not None
+        return self.target_head.of(self.vocab)
 
     def draft_head(self) -> Head:
         head, width = self.draft.readout(), len(self.vocab)
@@ -169,62 +213,53 @@ class Distiller:
         ours = [states[_name(self.draft, layer)] for layer in self.hints.draft_layers]
         return ours, [signal[_name(self.target, layer)] for layer in self.hints.target_layers]
 
-    @torch.no_grad()
-    def heldout(self, batch: Batch) -> Batch:
-        """The batch with all that `evaluate` asks of the target, which is then asked once."""
-        if self.target is None:
-            return batch
-        signal = dict(self.signal(batch))
-        if "log_tail" in signal:
-            return replace(batch, signal=signal | {"best": signal["tokens"][:, 0].long()})
-        chunks = signal["hidden"].split(self.config.training.chunk)
-        logits = [self.target.logits(rows) for rows in chunks]
-        signal["best"] = torch.cat([part.argmax(-1) for part in logits])
-        signal["logsumexp"] = torch.cat([part.logsumexp(-1) for part in logits])
-        return replace(batch, signal=signal)
 
-    @torch.no_grad()
-    def evaluate(self, batches: list[Batch]) -> dict[str, float]:
-        """On `heldout` batches: expected α = mean Σ min(p, q) at temperature 1 over the full
-        vocabulary (a token the draft lacks has q = 0), and the share of positions where both
-        models' most probable tokens agree. From the k most probable tokens alone, expected α is
-        too high by at most `tail_mass`, the mean mass of all others. Without a target, see
-        `_on_text`.
-        """
-        if self.target is None:
-            return self._on_text(batches)
-        sums = {"expected_alpha": 0.0, "greedy_match": 0.0}
-        head, count = self.draft_head(), 0
-        for batch in batches:
-            signal = self.signal(batch)
-            positions = self.positions(batch, self.states(batch)["hidden"], signal)
-            overlap = 1 - divergence_rows(**positions.arguments(1.0), loss="tvd")
-            chunks = positions.states.split(positions.chunk)
-            best = self.vocab[torch.cat([head.logits(rows).argmax(-1) for rows in chunks])]
-            sums["expected_alpha"] += overlap.sum().item()
-            sums["greedy_match"] += (best == signal["best"]).sum().item()
-            if "log_tail" in signal:
-                tail = signal["log_tail"].exp().sum().item()
-                sums["tail_mass"] = sums.get("tail_mass", 0.0) + tail
-            count += len(batch.labels)
-        return {name: value / count for name, value in sums.items()}
+@contextmanager
+def recomputed(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it the layers keep no activations for the backward pass, but are run again there
+    (1604.06174).
+    """
+    layers = list(layers)
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own again
 
-    def _on_text(self, batches: list[Batch]) -> dict[str, float]:
-        """ce: the mean of −log q of the tokens that the draft has. token_match: the share of all
-        tokens that are its most probable ones.
-        """
-        total, matches, known, count = 0.0, 0, 0, 0
-        head = self.draft_head()
-        for batch in batches:
-            positions = self.positions(batch, self.states(batch)["hidden"], {})
-            total += divergence_rows(**positions.arguments(1.0), loss="ce").sum().item()
-            chunks = positions.states.split(positions.chunk)
-            best = self.vocab[torch.cat([head.logits(rows).argmax(-1) for rows in chunks])]
-            matches += int((best == batch.labels).sum())
-            columns = draft_columns(batch.labels, len(self.vocab), self.draft_vocab)
-            known += int((columns >= 0).sum())
-            count += len(batch.labels)
-        return {"ce": total / max(known, 1), "token_match": matches / count}
+
+def _check_launch(config: DistillConfig) -> None:
+    """Raises `InputError` for what this machine lacks, or accelerate was told and we do not do."""
+    missing = set(config.trackers) - {str(t) for t in get_available_trackers()}
+    if missing:
+        raise InputError(
+            f"trackers: {', '.join(sorted(missing))} cannot be imported; install it or leave it out"
+        )
+    for variable in (
+        "ACCELERATE_USE_FSDP",
+        "ACCELERATE_USE_DEEPSPEED",
+        "ACCELERATE_USE_MEGATRON_LM",
+    ):
+        if os.environ.get(variable, "false").lower() in ("true", "1"):
+            raise InputError(
+                f"{variable} is set, and a draft is not cut into shards here: every process holds "
+                "it whole; launch with configs/multi_gpu.yaml"
+            )
+
+
+class _Loss(nn.Module):
+    """All that is differentiated in one call: what runs a model in several processes must see it
+    whole.
+    """
+
+    def __init__(self, distiller: Distiller) -> None:
+        super().__init__()
+        self.draft, self.hints = distiller.draft.model, distiller.hints
+        self.compute = distiller.loss_of
+
+    def forward(self, batch: Batch, signal: dict[str, Tensor]) -> Tensor:
+        return self.compute(batch, signal)
 
 
 def _states(

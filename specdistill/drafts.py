@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -96,7 +97,7 @@ def make_draft(
     if vocabulary is not None:
         text.tie_word_embeddings = config.tie_word_embeddings = False
     model = AutoModelForCausalLM.from_config(config, dtype=target.dtype)
-    prefix = _layers_prefix(target)
+    prefix = f"{_layers_name(target)}."
     source = target.model.state_dict()
     weights = {}
     for name, empty in model.state_dict().items():
@@ -172,9 +173,13 @@ def _select_rows(head: nn.Module, rows: Tensor) -> nn.Linear:
     return new
 
 
-def _layers_prefix(target: LanguageModel) -> str:
-    """The parameter prefix of the decoder layers, such as "model.layers."."""
+def decoder_layers(model: LanguageModel) -> nn.ModuleList:
+    return cast("nn.ModuleList", model.model.get_submodule(_layers_name(model)))
+
+
+def _layers_name(target: LanguageModel) -> str:
+    """Where the decoder layers are, such as "model.layers"."""
     for name, module in target.model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == target.num_layers:
-            return f"{name}."
+            return name
     raise ModelError(f"{target.name}: found no list of {target.num_layers} layers to keep some of")

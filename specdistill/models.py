@@ -287,9 +287,12 @@ def check_pair(target: LanguageModel, draft: LanguageModel) -> None:
 
 
 def choose_device(device: str) -> str:
-    """ "auto" is the first CUDA device where there is one, else the CPU."""
+    """ "auto" is the first CUDA device where there is one, else the CPU; of several processes on a
+    machine (`accelerate launch`) each takes its own.
+    """
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        own = f":{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else ""
+        return f"cuda{own}" if torch.cuda.is_available() else "cpu"
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
     if match is None:
         raise ModelError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}")

@@ -126,6 +126,7 @@ def quickstart(
             data=str(data),
             run_dir=str(run_dir),
             seed=plan.seed,
+            decode=None,  # it is scored before and after
             training=Training(max_seconds=plan.train_seconds, batch_tokens=512),
         )
         student = models.load(str(undistilled), dtype="float32")

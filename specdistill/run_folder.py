@@ -18,7 +18,7 @@ from specdistill.provenance import device_name, git_commit, versions
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
 SAMPLES, DRAFT = "samples", "draft"
-_MAY_DIFFER = {"run_dir", "device"}  # where it runs; a folder may have been moved
+_MAY_DIFFER = {"run_dir", "device", "trackers"}  # where it runs, and who watches
 
 
 def check_run(config: DistillConfig, resume: bool) -> None:
@@ -32,7 +32,7 @@ def check_run(config: DistillConfig, resume: bool) -> None:
         )
     if not resume or not (run / CONFIG).exists():
         return
-    first, now = _flat(load_config(run / CONFIG).model_dump()), _flat(config.model_dump())
+    first, now = flat(load_config(run / CONFIG).model_dump()), flat(config.model_dump())
     for key in sorted(first.keys() | now.keys()):
         if key not in _MAY_DIFFER and first.get(key) != now.get(key):
             raise InputError(
@@ -41,14 +41,15 @@ def check_run(config: DistillConfig, resume: bool) -> None:
             )
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def append_metrics(run: Path, row: dict[str, Any]) -> None:
@@ -62,28 +63,44 @@ def append_metrics(run: Path, row: dict[str, Any]) -> None:
 
 
 def keep_metrics(run: Path, step: int) -> None:
-    """Drop the rows after the checkpoint a run resumes from; they are written again."""
+    """Drop the rows after the checkpoint a run resumes from, and the one that ends a run; they are
+    written again.
+    """
     file = run / METRICS
     try:
         run.mkdir(parents=True, exist_ok=True)
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        rows = [
-            line
-            for line in lines
-            if step and line.endswith("}") and json.loads(line)["step"] <= step
-        ]
-        file.write_text("".join(f"{line}\n" for line in rows), encoding="utf-8")
+        rows = [line for line in lines if step and _is_kept(line, step)]
+        write_whole(file, "".join(f"{line}\n" for line in rows))
     except OSError as error:
         raise StorageError(
             f"cannot write to {file.parent}: {error.strerror}; choose another run_dir"
         ) from error
 
 
-def write_config(config: DistillConfig, target: LanguageModel | None, draft: LanguageModel) -> None:
+def _is_kept(line: str, step: int) -> bool:
+    try:
+        row = json.loads(line)
+    except ValueError:  # cut off when the run was killed
+        return False
+    return row["step"] <= step and "kept_step" not in row
+
+
+def write_whole(file: Path, text: str) -> None:
+    """The file holds the old text or the new, whenever the process is killed."""
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(text, encoding="utf-8")
+    new.replace(file)
+
+
+def write_config(
+    config: DistillConfig, target: LanguageModel | None, draft: LanguageModel, processes: int
+) -> None:
     """The resolved configuration, which `specdistill distill` reads again, and in comments what
     else decides a result."""
     facts = {
         "device": device_name(draft.device),
+        "processes": processes,
         "threads": torch.get_num_threads(),
         "git": git_commit(),
         **({} if target is None else {"target_sha256": target.sha256()}),
@@ -93,7 +110,7 @@ def write_config(config: DistillConfig, target: LanguageModel | None, draft: Lan
     text = yaml.safe_dump(config.model_dump(), sort_keys=False)
     text += "".join(f"# {name}: {value}\n" for name, value in facts.items())
     try:
-        file.write_text(text, encoding="utf-8")
+        write_whole(file, text)
     except OSError as error:
         raise StorageError(
             f"cannot write {file}: {error.strerror}; free space or choose another run_dir"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -81,6 +81,39 @@ def before_after_table(before: Scorecard, after: Scorecard) -> Table:
                 f"T={row.temperature:g} {name}",
                 str(row.num_draft_tokens),
                 _number(row.acceptance_rate_expected, 3),
+                f"{row.block_efficiency:.2f}",
+                _speedup(row),
+            )
+    return table
+
+
+def heldout_line(metrics: Mapping[str, float]) -> str:
+    """The last row of a run's metrics: what the kept weights are worth on held-out answers."""
+    names = {
+        "expected_alpha": "expected α",
+        "greedy_match": "greedy match",
+        "ce": "cross entropy",
+        "token_match": "tokens met",
+    }
+    parts = [f"{name} {metrics[key]:.3f}" for key, name in names.items() if key in metrics]
+    if "block_efficiency" in metrics:
+        num = f"{metrics['num_draft_tokens']:g}"
+        parts.append(f"measured τ {metrics['block_efficiency']:.2f} at γ = {num}")
+    kept, last = metrics["kept_step"], metrics["step"]
+    return f"held-out {', '.join(parts)} with the weights of step {kept:,} of {last:,}"
+
+
+def sweep_table(cards: Mapping[str, Scorecard]) -> Table:
+    """A row for every run and temperature, at its fastest γ."""
+    table = Table("run", "T", "γ", "α", "τ", "speedup [95%]", title="runs")
+    for name, card in cards.items():
+        for baseline in card.baseline:
+            row = card.best_row(baseline.temperature)
+            table.add_row(
+                name,
+                f"{row.temperature:g}",
+                str(row.num_draft_tokens),
+                _number(row.acceptance_rate, 3),
                 f"{row.block_efficiency:.2f}",
                 _speedup(row),
             )

@@ -203,12 +203,16 @@ def test_init_makes_a_draft_and_says_what_it_costs(world: World) -> None:
     assert f"{document['coverage']:.2%}" in world.said["init"].err
 
 
-@pytest.mark.parametrize(("signal", "whole"), [("kept", False), ("live", True)])
-def test_distill_reads_the_targets_body_for_a_live_signal_alone(
-    world: World, tmp_path: Path, signal: str, whole: bool
+@pytest.mark.parametrize(
+    ("changes", "whole"),
+    [(["decode=null"], False), (["decode=null", "signal=live"], True), ([], True)],
+    ids=["head", "live", "decode"],
+)
+def test_distill_reads_the_targets_body_where_it_is_needed(
+    world: World, tmp_path: Path, changes: list[str], whole: bool
 ) -> None:
     with mock.patch("specdistill.models.load", wraps=models.load) as load:
-        done = run("distill", world.places["config"], f"run_dir={tmp_path}", f"signal={signal}")
+        done = run("distill", world.places["config"], f"run_dir={tmp_path}", *changes)
     assert done.code == 0, done.err
     read = [call.args[0] for call in load.call_args_list]
     assert read == [str(world.target)] * whole + [str(world.places["undistilled"])]

@@ -1,68 +1,28 @@
 """Training: the step against a plain computation, kept and live signals, resumable to the bit."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from runs import make_world, run, settings
 
 from specdistill import models
 from specdistill.batches import length_buckets, make_batch, updates
-from specdistill.config import DistillConfig, parse_config
-from specdistill.data.generation import generate
-from specdistill.data.prompts import Prompt
 from specdistill.data.store import Example, read_examples
-from specdistill.decoding import Sampling
-from specdistill.distill import distill, rate
+from specdistill.distill import rate
 from specdistill.distiller import Distiller
 from specdistill.drafts import make_draft, save_draft
 from specdistill.errors import InputError, StorageError
+from specdistill.evaluation import overlap, with_answers
 from specdistill.models import LanguageModel
 
 Tiny = Callable[..., LanguageModel]
 
 
-def ask(count: int) -> list[Prompt]:
-    return [
-        Prompt(str(i), ({"role": "user", "content": f"w{5 + i % 50} w{7 + i % 31}"},))
-        for i in range(count)
-    ]
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[str, str]:
-    """A target, 40 of its answers with their signal, and a draft with a trimmed vocabulary."""
-    folder = tmp_path_factory.mktemp("world")
-    target = models.load(str(tiny_folder), dtype="float32")
-    generate(
-        target, ask(40), folder / "data", max_new_tokens=12, samplings=[Sampling(1.0)], batch_size=8
-    )
-    save_draft(make_draft(target, [0, 1], torch.arange(0, 64, 2)), folder / "draft")
-    return {
-        "target": str(tiny_folder),
-        "data": str(folder / "data"),
-        "draft": str(folder / "draft"),
-    }
-
-
-def settings(world: dict[str, str], run: Path, **more: object) -> DistillConfig:
-    training = {"max_steps": 12, "batch_tokens": 120, "learning_rate": 5e-3}
-    training |= more.pop("training", {})  # type: ignore[arg-type]
-    raw = {**world, "run_dir": str(run), "heldout": 8, "evaluate_every": 5, "checkpoint_every": 4}
-    return parse_config({**raw, **more, "training": training})
-
-
-def run(config: DistillConfig, resume: bool = False, stop_at: int | None = None) -> list[dict]:
-    def progress(stage: str, done: float, total: float, detail: str = "") -> None:
-        if stop_at is not None and detail.startswith(f"step {stop_at},"):
-            raise KeyboardInterrupt
-
-    target = models.load(config.target, dtype="float32")
-    draft = models.load(config.draft, dtype="float32")
-    distill(config, target, draft, resume=resume, progress=progress)
-    lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return make_world(tmp_path_factory.mktemp("world"), tiny_folder)
 
 
 def test_a_step_is_the_mean_over_response_tokens_of_the_plain_loss(world: dict[str, str]) -> None:
@@ -85,6 +45,9 @@ def test_a_step_is_the_mean_over_response_tokens_of_the_plain_loss(world: dict[s
         mass = p.sum(-1, keepdim=True)
         total = total + (p * ((p / mass).log() - log_q)).sum()
         count += len(example.response_tokens)
+    trained = [p for name, p in twin.model.named_parameters() if "embed_tokens" not in name]
+    every = torch.autograd.grad(total / count, trained, retain_graph=True)
+    norm = sum(grad.square().sum() for grad in every).sqrt().item()
     expected = torch.autograd.grad(total / count, list(twin.model.model.layers.parameters()))
 
     grads: list[torch.Tensor] = []
@@ -95,6 +58,7 @@ def test_a_step_is_the_mean_over_response_tokens_of_the_plain_loss(world: dict[s
     )
     metrics = distiller.step([make_batch(g, 0, draft.device) for g in groups], 1e-3)
     assert metrics.response_tokens == count
+    assert metrics.grad_norm == pytest.approx(norm, rel=1e-4)
     assert metrics.loss == pytest.approx((total / count).item(), rel=1e-4)
     for got, wanted in zip(grads, expected, strict=True):
         assert torch.allclose(got, wanted, atol=1e-5)
@@ -148,7 +112,7 @@ def test_evaluate_measures_the_full_overlap(world: dict[str, str]) -> None:
     draft = models.load(world["draft"], dtype="float32")
     distiller = Distiller(target, draft, settings(world, Path("unused")))
     examples = read_examples(Path(world["data"]), signal=True)[:5]
-    got = distiller.evaluate([distiller.heldout(make_batch(examples, 0, draft.device))])
+    got = overlap(distiller, [with_answers(distiller, make_batch(examples, 0, draft.device))])
     overlaps, matches = [], []
     for example in examples:
         tokens = torch.tensor([example.prompt_tokens + example.response_tokens])
@@ -337,3 +301,44 @@ def test_the_rate_warms_up_and_decays(world: dict[str, str]) -> None:
     assert rates.index(max(rates)) == 10
     assert rates[-1] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+@pytest.mark.parametrize("hints", [None, {"layers": {1: 2}}])
+def test_activation_checkpointing_changes_no_bit(
+    world: dict[str, str], monkeypatch: pytest.MonkeyPatch, hints: dict | None
+) -> None:
+    """The same weights after a step, and every layer run twice: again in the backward pass."""
+    passes, weights = [], []
+    for on in (False, True):
+        target, draft = (models.load(world[n], dtype="float32") for n in ("target", "draft"))
+        training = {"activation_checkpointing": on}
+        config = settings(world, Path("x"), signal="live", hints=hints, training=training)
+        distiller, count = Distiller(target, draft, config), []
+        for layer in draft.model.model.layers:
+            layer.input_layernorm.register_forward_hook(lambda *_, count=count: count.append(1))
+        examples = read_examples(Path(world["data"]), signal=False)[:5]
+        distiller.step([make_batch(examples, 0, draft.device)], 1e-3)
+        passes.append(len(count))
+        weights.append([p.detach().clone() for p in draft.model.parameters()])
+        assert not any("forward" in vars(layer) for layer in draft.model.model.layers)
+    assert passes == [2, 4]
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_the_trackers_get_the_metrics(world: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = run(settings(world, tmp_path / "run", trackers=["tensorboard"]))
+    events = EventAccumulator(str(tmp_path / "run" / "trackers" / "distill"))
+    events.Reload()
+    for name in ("loss", "expected_alpha", "block_efficiency"):
+        logged = {e.step: e.value for e in events.Scalars(name)}
+        expected = {r["step"]: r[name] for r in rows if name in r and "kept_step" not in r}
+        assert logged == pytest.approx(expected)
+
+
+def test_a_tracker_that_is_not_installed_is_named(world: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="trackers: clearml cannot be imported"):
+        run(settings(world, tmp_path / "run", trackers=["clearml"]))
+    assert not (tmp_path / "run").exists()

@@ -633,3 +633,16 @@ def test_a_stored_logsumexp_of_another_temperature_is_refused() -> None:
     arguments = case("states+lse", vocab=TRIMMED, temperature=2.0)
     with pytest.raises(ValueError, match="belongs to temperature 2"):
         fused_divergence(**{**arguments, "temperature": 1.0}, loss="fkl")
+
+
+def test_a_head_cut_beforehand_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = case("states+lse", vocab=TRIMMED)
+    target = arguments["target"]
+    cut = target._replace(head=target.head.of(arguments["draft_vocab"]), cut=True)
+    expected = fused_divergence(**arguments, loss="fkl")
+    monkeypatch.setattr(Head, "of", None)  # nothing is gathered again
+    found = fused_divergence(**{**arguments, "target": cut}, loss="fkl")
+    assert torch.equal(found, expected)
+    for wrong in ({"target": cut._replace(logsumexp=None)}, {"target": target._replace(cut=True)}):
+        with pytest.raises(ValueError, match="head is cut"):
+            fused_divergence(**{**arguments, **wrong}, loss="fkl")

@@ -154,6 +154,17 @@ def make_metrics() -> list[dict[str, Any]]:
     return rows
 
 
+def make_decoded() -> list[dict[str, Any]]:
+    """The same with a decode at each evaluation, and the row that ends a run."""
+    rows = make_metrics()
+    for row in rows:
+        row["step"] = row["tokens"] // 13400
+        if "expected_alpha" in row:
+            row |= {"block_efficiency": 3 - 0.1 * row["step"], "num_draft_tokens": 4}
+    last = {key: value for key, value in rows[5].items() if key != "loss"}
+    return [*rows, last | {"tokens": 134000, "step": 10, "kept_step": 5}]
+
+
 def unmeasured(row: Row) -> Row:
     """The row of a setting in which no token was emitted."""
     return replace(
@@ -227,6 +238,7 @@ FIGURES = {
     **{f"time, {name}": (figure_time, card) for name, card in CARDS.items()},
     "acceptance without before": (figure_acceptance, AFTER),
     "training": (figure_training, make_metrics()),
+    "training, decoded": (figure_training, make_decoded()),
     "training, one step": (figure_training, make_metrics()[:1]),
     "training, no step": (figure_training, []),
     **{
@@ -386,6 +398,14 @@ def test_runs_show_alpha_and_the_tokens_it_would_emit() -> None:
     assert markers["a"] != markers["b"]
 
 
+def test_runs_that_all_decoded_show_what_was_measured() -> None:
+    _, right = figure_runs({"a": make_decoded(), "b": make_decoded()}).axes
+    assert data(right, "a") == ([67000, 134000], [2.5, 2.0])
+    assert right.get_ylabel() == "measured τ at γ = 4"
+    _, mixed = figure_runs({"a": make_decoded(), "b": make_metrics()}).axes
+    assert "from α" in mixed.get_ylabel()
+
+
 def test_the_sweep_is_a_grid_with_its_numbers_and_the_best_framed() -> None:
     figure = figure_sweep(SWEEP, "expected α")
     axes = figure.axes[0]
@@ -454,6 +474,14 @@ def test_training_shows_the_metrics() -> None:
     tokens = [67000, 134000]
     assert data(right, "expected α") == (tokens, [0.057 * 5, 0.057 * 10])
     assert data(right, "greedy match") == (tokens, [0.063 * 5, 0.063 * 10])
+
+
+def test_training_shows_the_measured_tokens_a_call_and_what_was_kept() -> None:
+    _, shares, decoded = figure_training(make_decoded()).axes
+    assert data(decoded, "τ") == ([67000, 134000], [2.5, 2.0])
+    assert data(decoded, "kept") == ([67000], [2.5])
+    assert data(shares, "expected α") == ([67000, 134000], [0.057 * 5, 0.057 * 10])
+    assert "γ = 4" in decoded.get_ylabel()
 
 
 def test_an_unmeasured_temperature_says_so_and_leaves_the_other_alone() -> None:

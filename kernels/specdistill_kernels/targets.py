@@ -53,13 +53,15 @@ class TargetStates(NamedTuple):
     head. Exact.
 
     logsumexp: [N], if it was kept, of all logits / `temperature`. With it, a draft whose vocabulary
-    is trimmed costs the head's rows of its own tokens only; without trimming it is not read.
+    is trimmed costs the head's rows of its own tokens only; without trimming it is not read. Those
+    rows are gathered on every call, unless the head is `cut` to them: `head.of(draft_vocab)`.
     """
 
     hidden: Tensor
     head: Head
     logsumexp: Tensor | None = None
     temperature: float = 1.0
+    cut: bool = False
 
 
 class TargetTopK(NamedTuple):
@@ -205,7 +207,8 @@ def prepare(
             target = target._replace(tokens=draft_columns(target.tokens, width, draft_vocab))
         elif isinstance(target, TargetStates) and draft_vocab is not None:
             cut = target.logsumexp is not None
-            target = target._replace(head=target.head.of(draft_vocab)) if cut else target
+            if cut and not target.cut:
+                target = target._replace(head=target.head.of(draft_vocab))
     return Case(target, labels, parts, temperature, draft_vocab, cut, kernel)
 
 
@@ -219,6 +222,11 @@ def _check(
         rows, tokens = len(target.hidden), len(target.head.weight)
         if target.logsumexp is not None:
             kept_at = target.temperature
+        if target.cut and (draft_vocab is None or target.logsumexp is None or tokens != width):
+            raise ValueError(
+                f"the target's head is cut, to {tokens} tokens: give draft_vocab, those {width} of "
+                "the draft, and the logsumexp over all the target's"
+            )
     else:
         rows, tokens = target.shape
     if rows != num:

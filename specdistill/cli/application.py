@@ -9,7 +9,15 @@ from typing import Annotated
 import typer
 
 from specdistill import __version__
-from specdistill.cli import console, generating, quickstart, scoring, shipping, training
+from specdistill.cli import (
+    console,
+    generating,
+    quickstart,
+    scoring,
+    shipping,
+    sweeping,
+    training,
+)
 from specdistill.errors import SpecDistillError
 
 COMMANDS = (
@@ -17,6 +25,7 @@ COMMANDS = (
     training.init,
     generating.generate,
     training.distill,
+    sweeping.sweep,
     scoring.score,
     scoring.check,
     scoring.compare,
@@ -38,6 +47,7 @@ _AFTER_INTERRUPT = {
     "quickstart": "; the same command goes on where it stopped",
     "generate": "; the same command goes on where it stopped",
     "distill": "; with --resume the same command goes on from the last checkpoint",
+    "sweep": "; the same command goes on where it stopped",
 }
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
+from specdistill import tables
 from specdistill.cli import console
 from specdistill.cli.arguments import Dtype, Json, Target, Threads
 from specdistill.errors import InputError
@@ -93,25 +95,21 @@ def distill(
 
     target = None
     if settings.signal != "none":
-        read = models.load if settings.signal == "live" else heads.load_head
+        whole = settings.signal == "live" or settings.decode is not None
+        read = models.load if whole else heads.load_head
         target = read(settings.target, dtype=settings.dtype, device=settings.device)
     student = models.load(settings.draft, dtype="float32", device=settings.device)
-    if target is None:
-        console.note_models(student, decoding=False)
-    else:
+    if target is not None:
         models.check_pair(target, student)
-        console.note_models(target, student, decoding=False)
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+        distillation.distill(settings, target, student, resume=resume)
+        return
+    console.note_models(*filter(None, (target, student)), decoding=False)
     with console.progress() as progress:
         folder = distillation.distill(settings, target, student, resume=resume, progress=progress)
     last = (folder.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
     metrics = json.loads(last)
-    reached = (
-        f"cross entropy {metrics['ce']:.3f}, tokens met {metrics['token_match']:.3f}"
-        if target is None
-        else f"expected α {metrics['expected_alpha']:.3f}, greedy match "
-        f"{metrics['greedy_match']:.3f}"
-    )
     console.screen_for(as_json).print(
-        f"held-out {reached} after {metrics['step']} steps; draft in {folder}", soft_wrap=True
+        f"{tables.heldout_line(metrics)}; draft in {folder}", soft_wrap=True
     )
     console.finish(as_json, {"draft": str(folder), **metrics})

@@ -40,34 +40,54 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def figure_training(metrics: list[dict[str, Any]]) -> Figure:
     """By training tokens seen: the loss (left), and on held-out prompts expected α and greedy
-    match, or the share of the text's tokens met where text alone was learnt from (right). Rows
-    without the key "loss", or without any of those, are left out of that panel."""
-    figure, (left, right) = style.panels(2, style.PANEL_HEIGHT)
+    match, or the share of the text's tokens met where text alone was learnt from; and where they
+    were decoded, the measured τ (right). The evaluation whose weights were kept has a ring. Rows
+    without a panel's keys are left out of it.
+    """
     logged = [row for row in metrics if "loss" in row]
-    losses = [row["loss"] for row in logged]
-    point = "." if len(losses) == 1 else ""
-    left.plot(
-        [row["tokens"] for row in logged],
-        losses,
-        **style.mark(style.BLUE, point, "loss") | {"lw": 1.2},
-    )
-    left.set_ylabel("training loss per token")
-    shares: list[float] = []
-    for key, name, colour, marker in (
+    shares = (
         ("expected_alpha", "expected α", style.BLUE, "o"),
         ("greedy_match", "greedy match", style.VERMILLION, "s"),
         ("token_match", "tokens met", style.BLUE, "o"),
-    ):
-        if held_out := [row for row in metrics if key in row]:
-            values = [row[key] for row in held_out]
-            seen = [row["tokens"] for row in held_out]
-            right.plot(seen, values, **style.mark(colour, marker, name))
-            shares += values
-    right.set_ylabel("share of held-out tokens")
-    right.set_ylim(-0.03, 1.03)
-    if shares:
-        style.legend(right, right.get_lines())
-    for axes, values in ((left, losses), (right, shares)):
+    )
+    measured = {key for key, *_ in shares}
+    held_out = [row for row in metrics if measured & row.keys() and "kept_step" not in row]
+    kept = {row["kept_step"] for row in metrics if "kept_step" in row}
+    decoded = any("block_efficiency" in row for row in held_out)
+    figure, (left, *others) = style.panels(3 if decoded else 2, style.PANEL_HEIGHT)
+    losses = [row["loss"] for row in logged]
+    dot = "." if len(losses) == 1 else ""
+    left.plot(
+        [row["tokens"] for row in logged],
+        losses,
+        **style.mark(style.BLUE, dot, "loss") | {"lw": 1.2},
+    )
+    left.set_ylabel("training loss per token")
+    drawn = {left: losses}
+    tau = ("block_efficiency", "τ", style.GREEN, "D")
+    for axes, curves in zip(others, (shares, (tau,)), strict=False):
+        for key, name, colour, marker in curves:
+            having = [row for row in held_out if key in row]
+            points = [(row["tokens"], row[key]) for row in having]
+            if not points:
+                continue
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, **style.mark(colour, marker, name))
+            for point, row in zip(points, having, strict=True):
+                if row.get("step") in kept:
+                    ring = style.mark("none", "o", "kept")
+                    axes.plot(*point, **ring | {"ms": style.RING, "mec": style.BLACK})
+            drawn.setdefault(axes, []).extend(y)
+    others[0].set_ylabel("share of held-out tokens")
+    others[0].set_ylim(-0.03, 1.03)
+    if named := [line for line in others[0].get_lines() if line.get_label() != "kept"]:
+        style.legend(others[0], named)
+    if decoded:
+        num = next(row["num_draft_tokens"] for row in held_out if "num_draft_tokens" in row)
+        others[1].set_ylabel(f"tokens per target call τ, γ = {num}")
+        style.legend(others[1], [style.key("kept", style.BLACK, "", "o", mfc="none")])
+    for axes in (left, *others):
+        values = drawn.get(axes, [])
         axes.set_xlim(left=0)
         axes.set_xlabel("training tokens seen")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -79,23 +99,33 @@ def figure_runs(
     runs: Mapping[str, Sequence[Mapping[str, Any]]], num_draft_tokens: int = 4
 ) -> Figure:
     """By training tokens seen, a line per run: expected α on held-out prompts (left), and the
-    tokens a round of `num_draft_tokens` would then emit, Σ αⁱ (right). Rows are a metrics.jsonl's.
+    tokens of a round (right): measured where every run decoded with one γ, else what α would give
+    with `num_draft_tokens`, Σ αⁱ. Rows are a metrics.jsonl's.
     """
     figure, (left, right) = style.panels(2, style.PANEL_HEIGHT)
     looks = dict(zip(runs, style.styles(), strict=False))
+    held_out = {
+        name: [r for r in rows if "expected_alpha" in r and "kept_step" not in r]
+        for name, rows in runs.items()
+    }
+    gammas: set[Any] = {r.get("num_draft_tokens") for rows in held_out.values() for r in rows}
+    measured = len(gammas) == 1 and None not in gammas
+    num: int = gammas.pop() if measured else num_draft_tokens
     alphas: list[float] = []
-    for name, metrics in runs.items():
-        held_out = [row for row in metrics if "expected_alpha" in row]
-        tokens = [row["tokens"] for row in held_out]
-        mine = [row["expected_alpha"] for row in held_out]
-        emitted = [planned_tokens(alpha, num_draft_tokens) for alpha in mine]
+    for name, rows in held_out.items():
+        tokens = [row["tokens"] for row in rows]
+        mine = [row["expected_alpha"] for row in rows]
+        emitted = [
+            row["block_efficiency"] if measured else planned_tokens(row["expected_alpha"], num)
+            for row in rows
+        ]
         left.plot(tokens, mine, **style.mark(*looks[name], name))
         right.plot(tokens, emitted, **style.mark(*looks[name], name))
         alphas += mine
     left.set_ylabel("expected α on held-out prompts")
     left.set_ylim(-0.03, 1.03)
-    right.set_ylabel(f"expected τ at γ = {num_draft_tokens}, from α")
-    right.set_ylim(0.9, num_draft_tokens + 1.1)
+    right.set_ylabel(f"measured τ at γ = {num}" if measured else f"expected τ at γ = {num}, from α")
+    right.set_ylim(0.9, num + 1.1)
     for axes in (left, right):
         axes.set_xlim(left=0)
         axes.set_xlabel("training tokens seen")

@@ -1,0 +1,46 @@
+"""Many runs at once: `sweep`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from specdistill import tables
+from specdistill.cli import console
+from specdistill.cli.arguments import Json, Threads
+
+
+def sweep(
+    config: Annotated[
+        Path, typer.Argument(help="YAML file of `distill`, with the sections grid and score.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, section.key=value ...")
+    ] = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Distil and score a grid of runs, then compare them; exit code 1 if one of them failed."""
+    console.setup(threads)
+    from specdistill import sweep as sweeping
+    from specdistill.scoring.compare import Comparison
+
+    plan = sweeping.load_sweep(config, overrides or [])
+    console.note(f"{len(plan.configs)} runs in {plan.folder}")
+    with console.progress() as progress:
+        result = sweeping.run_sweep(plan, progress)
+    screen = console.screen_for(as_json)
+    screen.print(tables.sweep_table(result.cards))
+    console.print_lines(screen, [f"{name} failed: {why}" for name, why in result.failed.items()])
+    found = result.compared()
+    if isinstance(found, Comparison):
+        for table in tables.leaderboard(found):
+            screen.print(table)
+        console.print_lines(screen, [f"{difference.sentence}." for difference in found.differences])
+    else:
+        console.print_lines(screen, ["no comparison:", *(f"- {reason}" for reason in found)])
+    console.finish(as_json, sweeping.document(plan, result))
+    if result.failed:
+        raise typer.Exit(1)

@@ -1,0 +1,56 @@
+"""Small distillations for the tests: a target, its answers, a draft, a configuration, a run."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from specdistill import models
+from specdistill.config import DistillConfig, parse_config
+from specdistill.data.generation import generate
+from specdistill.data.prompts import Prompt
+from specdistill.decoding import Sampling
+from specdistill.distill import distill
+from specdistill.drafts import make_draft, save_draft
+
+
+def ask(count: int) -> list[Prompt]:
+    return [
+        Prompt(str(i), ({"role": "user", "content": f"w{5 + i % 50} w{7 + i % 31}"},))
+        for i in range(count)
+    ]
+
+
+def make_world(folder: Path, target_folder: Path) -> dict[str, str]:
+    """A target, 40 of its answers with their signal, and a draft with a trimmed vocabulary."""
+    target = models.load(str(target_folder), dtype="float32")
+    generate(
+        target, ask(40), folder / "data", max_new_tokens=12, samplings=[Sampling(1.0)], batch_size=8
+    )
+    save_draft(make_draft(target, [0, 1], torch.arange(0, 64, 2)), folder / "draft")
+    return {
+        "target": str(target_folder),
+        "data": str(folder / "data"),
+        "draft": str(folder / "draft"),
+    }
+
+
+def settings(world: dict[str, str], run: Path, **more: object) -> DistillConfig:
+    training = {"max_steps": 12, "batch_tokens": 120, "learning_rate": 5e-3}
+    training |= more.pop("training", {})  # type: ignore[arg-type]
+    raw = {**world, "run_dir": str(run), "heldout": 8, "evaluate_every": 5, "checkpoint_every": 4}
+    return parse_config({**raw, **more, "training": training})
+
+
+def run(config: DistillConfig, resume: bool = False, stop_at: int | None = None) -> list[dict]:
+    """The rows of metrics.jsonl."""
+
+    def progress(stage: str, done: float, total: float, detail: str = "") -> None:
+        if stop_at is not None and detail.startswith(f"step {stop_at},"):
+            raise KeyboardInterrupt
+
+    target = models.load(config.target, dtype="float32")
+    draft = models.load(config.draft, dtype="float32")
+    distill(config, target, draft, resume=resume, progress=progress)
+    lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]

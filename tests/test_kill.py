@@ -1,0 +1,134 @@
+"""kill -9 at every stage of the work: what is run again ends as if nothing had happened."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from specdistill import models
+from specdistill.data.store import read_examples, read_manifest
+from specdistill.drafts import make_draft, save_draft
+
+pytestmark = pytest.mark.slow
+
+SEED = 20261122
+TIMES = ("seconds", "tokens_per_second")
+
+
+def specdistill(folder: Path, place: str, number: float, *arguments: object) -> int:
+    """The exit code of a command that is killed below `folder` at a place, see `killed`."""
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), *filter(None, sys.path)])
+    command = [sys.executable, str(tests / "killed.py"), str(folder), place, str(number)]
+    done = subprocess.run(
+        [*command, *map(str, arguments), "--threads", "1"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode
+
+
+def test_no_answer_is_lost_or_doubled(tmp_path: Path, tiny_folder: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"w{5 + i % 40} w{9 + i // 40}\n" for i in range(200)))
+    asked = ["generate", "--target", tiny_folder, "--prompts", prompts, "--dtype", "float32"]
+    asked += ["--max-new-tokens", 12, "--temperature", "0,1", "--batch-size", 16, "--out"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert specdistill(whole, "", 0, *asked, whole) == 0
+    rng = random.Random(SEED)
+    kills = [
+        ("open manifest", 1),
+        ("open part.*parquet", 1),
+        ("rename manifest", 2),
+        ("seconds", rng.random()),
+        ("open manifest", 2),
+        ("open part.*parquet", 2),
+    ]
+    for place, number in kills:
+        code = specdistill(broken, place, number, *asked, broken)
+        assert code == -signal.SIGKILL or place == "seconds", (place, number)
+    assert specdistill(broken, "", 0, *asked, broken) == 0
+    ids = [id_ for part in read_manifest(broken).parts for id_ in part["ids"]]
+    assert sorted(ids) == sorted(set(ids))
+    found, expected = (
+        {e.id: e for e in read_examples(folder, signal=True)} for folder in (broken, whole)
+    )
+    assert found.keys() == expected.keys()
+    assert len(found) == 200
+    for id_, example in expected.items():
+        assert found[id_].response_tokens == example.response_tokens
+        for name, kept in example.signal.items():
+            assert torch.allclose(found[id_].signal[name], kept, atol=1e-5), (id_, name)
+
+
+def test_a_distillation_ends_with_the_same_bits(tmp_path: Path, tiny_folder: Path) -> None:
+    """On-policy, so that samples are made, too; at least ten kills, and one in every stage."""
+    target = models.load(str(tiny_folder), dtype="float32")
+    save_draft(make_draft(target, [0, 1], torch.arange(0, 64, 2)), tmp_path / "draft")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"w{5 + i % 40} w{9 + i // 40}\n" for i in range(40)))
+    asked = ["generate", "--target", tiny_folder, "--prompts", prompts, "--dtype", "float32"]
+    asked += ["--max-new-tokens", 12, "--signal", "none", "--out", tmp_path / "data"]
+    assert specdistill(tmp_path / "data", "", 0, *asked) == 0
+    config = {
+        "target": str(tiny_folder),
+        "draft": str(tmp_path / "draft"),
+        "data": str(tmp_path / "data"),
+        "signal": "live",
+        "policy": {"name": "draft", "refresh_every": 4, "prompts": 12, "max_new_tokens": 10},
+        "heldout": 8,
+        "decode": {"prompts": 3, "max_new_tokens": 8},
+        "evaluate_every": 3,
+        "checkpoint_every": 2,
+        "dtype": "float32",
+        "training": {"max_steps": 14, "batch_tokens": 100, "learning_rate": 5e-3, "accumulate": 2},
+    }
+    for name in ("whole", "broken"):
+        text = yaml.safe_dump({**config, "run_dir": str(tmp_path / name)})
+        (tmp_path / f"{name}.yaml").write_text(text)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert specdistill(whole, "", 0, "distill", tmp_path / "whole.yaml") == 0
+    rng = random.Random(SEED)
+    kills: list[tuple[str, float]] = [
+        ("open config.yaml", 1),
+        ("rename config.yaml", 1),
+        ("open metrics.jsonl$", rng.randint(2, 4)),
+        ("samples.*new", 1),
+        ("rename samples", 1),
+        ("checkpoints.new", rng.randint(1, 3)),
+        ("rename checkpoints$", 1),
+        ("rename checkpoints.new", 2),
+        ("remove checkpoints.old|rmdir checkpoints.old", rng.randint(1, 4)),
+        ("seconds", rng.uniform(0.1, 0.6)),
+        ("open metrics.jsonl.new", 1),
+        ("open metrics.jsonl$", rng.randint(2, 5)),
+        ("open draft.new", rng.randint(1, 3)),
+        ("rename draft.new", rng.randint(1, 4)),
+        ("rename draft.new.*config.json", 1),
+        ("rmdir draft.new", 1),
+    ]
+    for place, number in kills:
+        code = specdistill(broken, place, number, "distill", tmp_path / "broken.yaml", "--resume")
+        assert code == -signal.SIGKILL or place == "seconds", (place, number)
+    assert specdistill(broken, "", 0, "distill", tmp_path / "broken.yaml", "--resume") == 0
+    assert _rows(broken) == _rows(whole)
+    for name in ("model.safetensors", "draft_vocab.safetensors", "config.json"):
+        assert (broken / "draft" / name).read_bytes() == (whole / "draft" / name).read_bytes()
+    for file in (whole / "samples").iterdir():
+        assert (broken / "samples" / file.name).read_bytes() == file.read_bytes()
+    assert {f.name for f in broken.iterdir()} == {f.name for f in whole.iterdir()}
+
+
+def _rows(run: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]

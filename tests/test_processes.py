@@ -1,0 +1,133 @@
+"""Training in two processes: the same run as in one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from runs import make_world, settings
+
+from specdistill import models
+from specdistill.batches import idle, make_batch
+from specdistill.data.store import read_examples
+from specdistill.distill import distill
+from specdistill.distiller import Distiller
+from specdistill.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[str, str]:
+    return make_world(tmp_path_factory.mktemp("world"), tiny_folder)
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def launch(config: Path, *arguments: str, processes: int) -> None:
+    file = CONFIGS / "multi_gpu.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
+    command += ["--main_process_port", "0", "-m", "specdistill", "distill", str(config)]
+    if processes == 1:
+        command = [sys.executable, "-m", "specdistill", "distill", str(config)]
+    path = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run(
+        [*command, *arguments, "--threads", "1"],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["kept", "on-policy"])
+def test_two_processes_train_as_one_does(world: dict[str, str], tmp_path: Path, kind: str) -> None:
+    """The same micro-batches, dealt to two processes: the same losses but for rounding. The last
+    update of an epoch has no micro-batch for the second process.
+    """
+    more: dict[str, object] = {"hints": {"layers": {2: 4}}}
+    if kind == "on-policy":
+        policy = {"name": "draft", "refresh_every": 4, "prompts": 12, "max_new_tokens": 10}
+        more = {"signal": "live", "policy": policy}
+    rows, drafts = [], []
+    for processes in (1, 2):
+        run = tmp_path / str(processes)
+        config = settings(world, run, training={"accumulate": 2, "batch_tokens": 80}, **more)
+        file = tmp_path / f"{processes}.yaml"
+        file.write_text(yaml.safe_dump(config.model_dump()))
+        launch(file, processes=processes)
+        assert f"# processes: {processes}\n" in (run / "config.yaml").read_text()
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        rows.append([json.loads(line) for line in lines])
+        drafts.append(models.load(str(run / "draft"), dtype="float32"))
+    assert [r["step"] for r in rows[0]] == [r["step"] for r in rows[1]] == [*range(13), 12]
+    for one, two in zip(*rows, strict=True):
+        for name in ("loss", "grad_norm", "response_tokens", "missing", "tokens", "expected_alpha"):
+            assert (name in one) == (name in two)
+            if name in one:
+                assert two[name] == pytest.approx(one[name], rel=1e-3), (one["step"], name)
+    for ours, theirs in zip(*(d.model.parameters() for d in drafts), strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-3)
+
+
+def test_what_several_processes_cannot_share_is_refused(
+    world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
+    pair = [models.load(world[name], dtype="float32") for name in ("target", "draft")]
+    with pytest.raises(InputError, match=r"accumulate is 3, .* make it a multiple of 2"):
+        distill(settings(world, tmp_path / "run", training={"accumulate": 3}), *pair)
+    seconds = {"max_steps": None, "max_seconds": 9.0, "accumulate": 2}
+    with pytest.raises(InputError, match="max_seconds would end 2 processes"):
+        distill(settings(world, tmp_path / "run", training=seconds), *pair)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("loss", [{"fkl": 0.5, "ce": 0.5}, {"e2e_tv": 1.0}])
+@pytest.mark.parametrize("hints", [None, {"layers": {2: 4}}])
+def test_an_idle_batch_adds_nothing(
+    world: dict[str, str], loss: dict[str, float], hints: dict | None
+) -> None:
+    num = 3 if "e2e_tv" in loss else None
+    config = settings(world, Path("x"), loss=loss, num_draft_tokens=num, hints=hints)
+    examples = read_examples(Path(world["data"]), signal=True)[:6]
+    results = []
+    for pause in (False, True):
+        pair = [models.load(world[name], dtype="float32") for name in ("target", "draft")]
+        distiller = Distiller(*pair, config)
+        batch = make_batch(examples, 0, pair[1].device)
+        metrics = distiller.step([batch, idle(batch)] if pause else [batch], 1e-3)
+        results.append((metrics.loss, metrics.response_tokens, list(pair[1].model.parameters())))
+    assert results[0][:2] == results[1][:2]
+    for ours, theirs in zip(results[0][2], results[1][2], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.iterdir()), ids=lambda file: file.name)
+def test_accelerate_reads_the_configurations(file: Path) -> None:
+    """Its own reader refuses unknown keys; and the command each names at its top parses."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    read = load_config_from_file(str(file))
+    assert read.distributed_type.value == "MULTI_GPU"
+    line = file.read_text().splitlines()[0].removeprefix("# accelerate launch ").split()
+    line[line.index("--config_file") + 1] = str(file)
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(line))
+    assert arguments.num_processes == 2
+    assert arguments.module
+    assert [arguments.training_script, *arguments.training_script_args] == line[-3:]
+
+
+def test_sharding_is_refused(
+    world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    pair = [models.load(world[name], dtype="float32") for name in ("target", "draft")]
+    with pytest.raises(InputError, match=r"ACCELERATE_USE_FSDP is set.*configs/multi_gpu\.yaml"):
+        distill(settings(world, tmp_path / "run"), *pair)

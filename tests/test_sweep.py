@@ -1,0 +1,139 @@
+"""A grid of runs: what is asked for, what fails, what is gone on with, what is compared."""
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import yaml
+from runs import make_world
+from test_cli import run
+
+from specdistill.distill import distill
+from specdistill.errors import InputError
+from specdistill.sweep import heat_map, load_sweep, run_sweep
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[str, str]:
+    return make_world(tmp_path_factory.mktemp("world"), tiny_folder)
+
+
+@pytest.fixture
+def file(world: dict[str, str], tmp_path: Path) -> Path:
+    prompts = tmp_path / "heldout.txt"
+    prompts.write_text("".join(f"w{7 + i} w{9 + i}\n" for i in range(4)))
+    raw = {
+        **world,
+        "run_dir": str(tmp_path / "sweep"),
+        "signal": "live",
+        "heldout": 8,
+        "dtype": "float32",
+        "decode": {"prompts": 2, "max_new_tokens": 4},
+        "training": {"max_steps": 2, "batch_tokens": 120},
+        "grid": {
+            "loss": ["fkl", {"ce": 0.5, "tvd": 0.5}],
+            "policy": ["target", {"name": "draft", "prompts": 4, "max_new_tokens": 6}],
+        },
+        "score": {"prompts": str(prompts), "num_draft_tokens": [2], "max_new_tokens": 8},
+    }
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return path
+
+
+NAMES = [
+    "fkl_target",
+    "fkl_draft-prompts-4-max_new_tokens-6",
+    "ce-0.5-tvd-0.5_target",
+    "ce-0.5-tvd-0.5_draft-prompts-4-max_new_tokens-6",
+]
+
+
+def test_every_point_of_the_grid_is_a_run_of_its_own(file: Path, tmp_path: Path) -> None:
+    sweep = load_sweep(file, ["grid.training.learning_rate=[0.1,0.2]", "grid.seed=[3]"])
+    assert len(sweep.configs) == 8
+    config = sweep.configs["ce-0.5-tvd-0.5_target_0.2_3"]
+    assert config.loss == {"ce": 0.5, "tvd": 0.5}
+    assert (config.policy.name, config.training.learning_rate, config.seed) == ("target", 0.2, 3)
+    assert config.training.max_steps == 2
+    assert config.run_dir == str(tmp_path / "sweep" / "ce-0.5-tvd-0.5_target_0.2_3")
+    assert list(load_sweep(file).configs) == NAMES
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("grid={}", "grid must map keys of a run to lists"),
+        ("grid.loss=fkl", "grid must map keys of a run to lists"),
+        ("grid.loss=[fkl, nonsense]", "run nonsense_target: unknown loss 'nonsense'"),
+        ("grid.sede=[1]", "the unknown key 'sede': did you mean 'seed'"),
+        ("grid.seed=[1, 1]", "two runs of the grid would be called 'fkl_target_1'"),
+        ("grid.run_dir=[a]", "run_dir names the folder of all runs"),
+        ("signal=kept", "run fkl_draft.*nothing of the target is kept"),
+        ("score=null", "score must say how to score"),
+        ("score.prompt=x", r"section score: prompt: Extra inputs .* it has prompts, num_draft"),
+    ],
+)
+def test_a_grid_that_cannot_run_is_refused_whole(file: Path, override: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_sweep(file, [override])
+
+
+def test_a_failed_run_is_reported_and_done_again_alone(file: Path, tmp_path: Path) -> None:
+    """The third run fails; started again, the sweep trains it alone and compares them all."""
+
+    def broken(config, *arguments, **options):
+        trained.append(Path(config.run_dir).name)
+        if len(trained) == 3:
+            raise RuntimeError("no memory [left]")
+        return distill(config, *arguments, **options)
+
+    trained: list[str] = []
+    folder = tmp_path / "sweep"
+    with mock.patch("specdistill.sweep.distill", side_effect=broken):
+        first = run("sweep", file)
+    assert (first.code, trained) == (1, NAMES)
+    assert "no memory [left]" in first.out
+    document = json.loads((folder / "sweep.json").read_text())
+    failures = {name: r["failed"] for name, r in document["runs"].items() if r["failed"]}
+    assert failures == {NAMES[2]: "RuntimeError: no memory [left]"}
+    assert all(len(r["rows"]) == 1 for n, r in document["runs"].items() if n not in failures)
+
+    with mock.patch("specdistill.sweep.distill", side_effect=broken):
+        second = run("sweep", file, "--json")
+    assert trained == [*NAMES, NAMES[2]]
+    runs = second.document["runs"]
+    assert not any(r["failed"] for r in runs.values())
+    assert runs[NAMES[3]]["settings"]["loss"] == {"ce": 0.5, "tvd": 0.5}
+    for name in NAMES:
+        assert (folder / name / "draft" / "config.json").is_file()
+        assert (folder / name / "scorecard.json").is_file()
+    assert (folder / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    compared = second.document["comparison"]
+    assert compared["comparable"]
+    assert {s["card"] for s in compared["standings"]} == set(NAMES)
+
+    refused = run("sweep", file, "score.max_new_tokens=9")
+    assert refused.code == 2
+    assert "holds runs scored with" in refused.err
+    other = run("sweep", file, "training.batch_tokens=100", "--json")
+    assert other.code == 1, "runs of another configuration are not gone on with"
+
+
+def test_the_heat_map_is_the_mean_over_the_other_keys(file: Path) -> None:
+    sweep = load_sweep(file, ["grid.seed=[0, 1]", "grid.policy=[target]"])
+    with (
+        mock.patch("specdistill.sweep._run", side_effect=RuntimeError),
+        mock.patch("specdistill.sweep.models.load"),
+        mock.patch("specdistill.sweep.packing.pack"),
+    ):
+        result = run_sweep(sweep)
+    assert list(result.failed) == list(sweep.configs)
+    for number, name in enumerate(["fkl_target_0", "fkl_target_1", "ce-0.5-tvd-0.5_target_0"]):
+        row = mock.Mock(temperature=0.0, num_draft_tokens=2, block_efficiency=1.5 + number)
+        result.cards[name] = mock.Mock(rows=[row])
+    rows = heat_map(sweep, result)
+    assert rows[0] == ("fkl", "target", 2.0)
+    assert rows[1][:2] == ("ce-0.5-tvd-0.5", "target")
+    assert rows[1][2] != rows[1][2], "one of its runs is missing"
