@@ -1,0 +1,1 @@
+"""Outside engines that score a pair: Transformers' assisted generation, and vLLM."""
