@@ -15,7 +15,10 @@ from specdistill.cli.arguments import Column, Device, Draft, Dtype, Json, Split,
 from specdistill.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from specdistill.models import LanguageModel
+    from specdistill.scoring.scorecard import Scorecard
 
 
 def score(
@@ -76,8 +79,7 @@ def score(
     encoded = [
         measure.EncodedPrompt(p.id, encode_prompt(big.tokenizer, p), p.category) for p in asked
     ]
-    wanted = {"num_draft_tokens": gammas, "temperatures": temperatures, "seed": seed}
-    wanted |= {"max_new_tokens": max_new_tokens}
+    score_pair: Callable[..., Scorecard]
     if engine == "specdistill":
         console.note_cache(measure.cache_size(big, small, encoded, gammas, max_new_tokens))
         score_pair = partial(
@@ -95,7 +97,14 @@ def score(
         del big, small  # vLLM loads its own
         score_pair = partial(vllm.score, engine_python, pair, threads=threads)
     with console.progress() as progress:
-        card = score_pair(encoded, progress=progress, **wanted)
+        card = score_pair(
+            encoded,
+            num_draft_tokens=gammas,
+            temperatures=temperatures,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            progress=progress,
+        )
     card.write(out)
     screen = console.screen_for(as_json)
     screen.print(tables.rows_table(card))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.generation import BaseStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from specdistill.decoding.sampling import row_seed
 from specdistill.engines.measure import Answer, Setting, scorecard, take_turns
@@ -106,6 +106,7 @@ def _generate(
     seed: int,
 ) -> Answer:
     temperature, num = setting
+    model: Any = target.model
     tokens = torch.tensor([prompt.tokens], device=target.device)
     ends = sorted(target.eos_ids)
     settings: dict[str, Any] = {
@@ -128,7 +129,7 @@ def _generate(
     torch.manual_seed(row_seed(seed, f"{prompt.id}:{num}"))
     start = time.perf_counter()
     try:
-        out = target.model.generate(
+        out = model.generate(
             tokens, attention_mask=torch.ones_like(tokens), streamer=rounds, **settings
         )
     finally:

@@ -28,6 +28,7 @@ from specdistill.scoring.measure import EncodedPrompt
 from specdistill.scoring.provenance import model_card, provenance
 from specdistill.scoring.scorecard import ModelCard, Scorecard
 
+GRACE_SECONDS = 10
 MEMORY_SHARE = 0.9  # of an accelerator, for all engines together
 
 
@@ -133,7 +134,8 @@ def score(
     told = pair.facts | {"engine": "vllm", "turns": "prompt by prompt, in a process each"}
     told["versions"] = {"specdistill": told["versions"].get("specdistill"), **facts["versions"]}
     told["threads"] = threads or torch.get_num_threads()
-    told |= {name: facts[name] for name in ("device",) if facts.get(name)}
+    told["device"] = facts["device"] or told["device"]
+    told["compiled"] = facts["compiled"]
     return scorecard(pair.target, pair.draft, told, prompts, runs, [], seed)
 
 
@@ -175,8 +177,16 @@ def _started(python: Path, settings: dict[str, Any], threads: int | None) -> Ite
             worker.tell(settings)
             yield worker
         finally:
-            process.kill()
-            process.communicate()
+            _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Its input ends, so it does; one that is still loading is ended."""
+    try:
+        process.communicate(timeout=GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
 
 
 def _run(

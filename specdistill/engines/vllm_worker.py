@@ -1,8 +1,8 @@
 """What `--engine-python` runs: one vLLM engine that answers one prompt after the other.
 
 It imports vLLM and the standard library, nothing of this project. Standard input and output carry
-a JSON document a line: first the arguments of `LLM`, answered by the versions; then requests, each
-answered by its tokens, its seconds and the engine's counters so far.
+a JSON document a line: first the arguments of `LLM`, answered by versions and device; then
+requests, each answered by its tokens, its seconds and the engine's counters so far.
 """
 
 import json
@@ -48,9 +48,17 @@ def main() -> None:
         answers.flush()
 
     import vllm
+    from vllm.platforms import current_platform
 
-    engine = vllm.LLM(**json.loads(sys.stdin.readline()))
-    answer({"versions": {"vllm": vllm.__version__, **versions()}})
+    on_cpu = current_platform.is_cpu()  # where compiling takes minutes and gains little
+    engine = vllm.LLM(enforce_eager=on_cpu, **json.loads(sys.stdin.readline()))
+    answer(
+        {
+            "versions": {"vllm": vllm.__version__, **versions()},
+            "device": None if on_cpu else current_platform.get_device_name(),
+            "compiled": not on_cpu,
+        }
+    )
     for line in sys.stdin:
         request = json.loads(line)
         prompt = {"prompt_token_ids": request.pop("tokens")}
