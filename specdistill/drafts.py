@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from specdistill.errors import InputError, ModelError, StorageError
 from specdistill.models import VOCAB_FILE, LanguageModel
 
+FAR = 100.0  # how far below 0 the logits of tokens that a widened draft lacks should be
+LEAST_ALONG = 0.3  # of an average state's part along the mean, what the smallest must have
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -146,8 +149,11 @@ def save_draft(draft: LanguageModel, folder: Path) -> None:
 
 
 def widen(draft: LanguageModel) -> LanguageModel:
-    """The same draft at the target's full vocabulary, for engines that know nothing of trimming:
-    tokens it lacks get a zero row, hence logit 0, far below those it was trained on.
+    """The same draft at the target's full vocabulary, for engines that know nothing of trimming.
+
+    Tokens it lacks must be out of reach in a checkpoint that has no place for a bias: a zero row
+    has logit 0, and tens of thousands of those take a large part of the probability at temperature
+    1. Their row is therefore `_far_row`'s. A head that has a bias says it exactly.
     """
     if draft.vocab is None:
         return draft
@@ -155,10 +161,39 @@ def widen(draft: LanguageModel) -> LanguageModel:
     head = nn.Linear(draft.head.in_features, draft.full_vocab_size, draft.head.bias is not None)
     head = head.to(draft.device, draft.dtype)
     with torch.no_grad():
-        for new, old in zip(head.parameters(), draft.head.parameters(), strict=True):
-            new.zero_()[draft.vocab] = old
+        head.weight[:] = 0 if head.bias is not None else _far_row(draft)
+        head.weight[draft.vocab] = draft.head.weight
+        if head.bias is not None:
+            head.bias[:] = -FAR / draft.logit_scale
+            head.bias[draft.vocab] = draft.head.bias
     wide.set_output_embeddings(head)
     return LanguageModel(draft.name, draft.path, wide, draft.tokenizer)
+
+
+@torch.inference_mode()
+def _far_row(draft: LanguageModel) -> Tensor:
+    """A row [d] of the head whose logit is about -`FAR` at any final state.
+
+    The final states h of a language model share a direction, their mean m, along which all of them
+    lie: h·m / |m|² was 0.7 or more in whatever text of a distilled draft (`bench/LOG.md`). So the
+    row is -FAR m / |m|². Where random texts say that this does not hold, a row of zeros is the
+    least harm, and `export` tells what that costs.
+    """
+    states = draft.hidden(random_texts(draft, rows=32)).flatten(0, 1).double()
+    mean = states.mean(0)
+    along = states @ mean / mean.square().sum()
+    if along.min() < LEAST_ALONG:
+        return torch.zeros_like(draft.head.weight[0])
+    return (-FAR / draft.logit_scale * mean / mean.square().sum()).to(draft.dtype)
+
+
+def random_texts(draft: LanguageModel, rows: int) -> Tensor:
+    """Any tokens in any order, the same ones each time, [rows, 64] or as long as the model reads:
+    they take its states further afield than real text does.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = (rows, min(64, draft.max_length))
+    return torch.randint(draft.full_vocab_size, size, generator=generator).to(draft.device)
 
 
 def _select_rows(head: nn.Module, rows: Tensor) -> nn.Linear:

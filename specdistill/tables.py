@@ -39,9 +39,9 @@ def rows_table(card: Scorecard) -> Table:
             f"{row.block_efficiency:.2f}",
             f"{row.tokens_per_second:.1f}",
             _speedup(row),
-            f"{row.predicted_speedup:.2f}",
-            f"{row.cost_ratio:.3f}",
-            f"{row.verify_ratio:.2f}",
+            _number(row.predicted_speedup, 2),
+            _number(row.cost_ratio, 3),
+            _number(row.verify_ratio, 2),
         )
     return table
 
@@ -162,10 +162,13 @@ def evidence_line(card: Scorecard) -> str:
         return f"{card.verification.label}: the text does not follow the target's distribution"
     same, compared = proof.greedy_identical
     ties = sum(1 for tie in proof.ties if tie["within_rounding"])
+    greedy = f"greedy outputs token-identical: {same} of {compared}"
+    if same < compared:
+        greedy += f", {ties} explained as rounding ties"
+    if card.outside_engine:
+        return f"{greedy}; nothing else was checked of {card.outside_engine}"
     return (
-        f"greedy outputs token-identical: {same} of {compared}"
-        + (f", {ties} explained as rounding ties" if same < compared else "")
-        + f"; target as its own draft: α = {proof.identity_acceptance:.3f}; "
+        f"{greedy}; target as its own draft: α = {proof.identity_acceptance:.3f}; "
         f"distribution test p = {proof.distribution_p_value:.3f}"
     )
 
@@ -192,7 +195,7 @@ def difference_lines(checks: Sequence[Check]) -> list[str]:
 
 
 def _title(text: str, card: Scorecard) -> str:
-    label = card.verification.label
+    label = card.label
     return f"{text} ({label})" if label else text
 
 

@@ -403,6 +403,8 @@ def test_export_writes_what_transformers_loads(world: World) -> None:
     assert (document["out"], document["vocab_size"]) == (str(world.folder / "wide"), 64)
     assert document["out"] in document["serve"]
     assert document["serve"] in world.said["export"].err
+    assert document["scorecard"] == str(world.places["card"])
+    assert (world.folder / "wide" / "README.md").exists()
     draft = models.load(str(world.places["draft"]), dtype="float32")
     stock = AutoModelForCausalLM.from_pretrained(world.folder / "wide", dtype=torch.float32)
     tokens = torch.tensor([[7, 9, 30]])
@@ -661,6 +663,30 @@ BAD_INPUT: dict[str, tuple[str, tuple[str, ...]]] = {
     "finished draft": (
         "init --target {target} --out {draft}",
         ("exists and is not empty", "name another folder"),
+    ),
+    "an export with the card of another draft": (
+        "export --draft {undistilled} --out {tmp}/out --for vllm --scorecard {card}",
+        ("is of another draft", "score it again"),
+    ),
+    "an engine without its python": (
+        SCORE + "--engine vllm",
+        ("--engine vllm and --engine-python go together",),
+    ),
+    "a python without its engine": (
+        SCORE + "--engine transformers --engine-python {tmp}/python",
+        ("--engine vllm and --engine-python go together",),
+    ),
+    "an engine with rules that are ours": (
+        SCORE + "--engine transformers --verification block --keep-text",
+        ("leave out --verification and --keep-text",),
+    ),
+    "an engine on a device of ours": (
+        SCORE + "--engine vllm --engine-python p --device cpu",
+        ("--device cpu has no effect with --engine vllm", "leave it out"),
+    ),
+    "an engine and a trimmed draft": (
+        SCORE + "--engine transformers",
+        ("has a trimmed vocabulary", "specdistill export --for transformers"),
     ),
     "export onto a draft": (
         "export --draft {draft} --out {undistilled} --for vllm",

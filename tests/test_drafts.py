@@ -98,9 +98,40 @@ def test_a_trimmed_draft_loads_again_and_widens(tiny: Tiny, tmp_path: Path) -> N
     assert wide.shape[-1] == 64
     assert torch.allclose(wide[..., ids], logits, atol=1e-6)
     others = [i for i in range(64) if i not in ids.tolist()]
-    assert (wide[..., others] == 0).all()
+    assert (wide[..., others] == 0).all(), "these random states share no direction"
     with pytest.raises(ModelError, match="not a target"):
         models.check_pair(again, target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_widened_draft_never_gets_to_the_tokens_it_lacks(tiny: Tiny, dtype: torch.dtype) -> None:
+    target = tiny(2, layers=2, dtype=dtype)
+    with torch.no_grad():  # what real models have and random ones lack: a common direction
+        target.model.get_input_embeddings().weight.add_(torch.linspace(-2, 2, 32).to(dtype))
+    ids = torch.arange(0, 64, 3)
+    wide = widen(make_draft(target, [0, 1], ids))
+    others = torch.ones(64, dtype=torch.bool).index_fill(0, ids, False)
+    tokens = torch.randint(64, (8, 40), generator=torch.Generator().manual_seed(4))
+    logits = wide.logits(wide.hidden(tokens))
+    assert logits[..., others].max() < -30
+    assert logits.softmax(-1)[..., others].sum(-1).max() < 1e-9
+    assert logits[..., others].mean().item() == pytest.approx(-100, rel=0.2)
+
+
+def test_the_head_of_a_widened_draft_says_it_by_its_bias_where_it_has_one(tiny: Tiny) -> None:
+    from transformers import PhiConfig, PhiForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "vocab_size": 64, "max_position_embeddings": 128}
+    model = PhiForCausalLM(PhiConfig(**sizes, tie_word_embeddings=False)).eval()
+    target = LanguageModel("phi", Path(), model.requires_grad_(False), tiny(0).tokenizer)
+    ids = torch.arange(0, 64, 3)
+    draft = make_draft(target, [0, 1], ids)
+    tokens = torch.randint(64, (2, 9))
+    logits = widen(draft).logits(widen(draft).hidden(tokens))
+    assert torch.allclose(logits[..., ids], draft.logits(draft.hidden(tokens)), atol=1e-6)
+    others = torch.ones(64, dtype=torch.bool).index_fill(0, ids, False)
+    assert (logits[..., others].detach() == -100).all()
 
 
 def test_the_most_used_tokens_and_all_special_ones_are_kept(tiny: Tiny) -> None:

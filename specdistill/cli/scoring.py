@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,7 +15,10 @@ from specdistill.cli.arguments import Column, Device, Draft, Dtype, Json, Split,
 from specdistill.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from specdistill.models import LanguageModel
+    from specdistill.scoring.scorecard import Scorecard
 
 
 def score(
@@ -41,6 +45,13 @@ def score(
     keep_text: Annotated[
         bool, typer.Option(help="Keep one answer in the card, for the picture of its tokens.")
     ] = False,
+    engine: Annotated[
+        Literal["specdistill", "transformers", "vllm"],
+        typer.Option(help="Whose decoding to measure; the others want an exported draft."),
+    ] = "specdistill",
+    engine_python: Annotated[
+        Path | None, typer.Option(help="With --engine vllm: the python of vLLM's environment.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing scorecard.")] = False,
     split: Split = None,
     column: Column = None,
@@ -55,6 +66,7 @@ def score(
         options.temperatures(temperature),
     )
     rule = None if lenience is None else options.lenience(lenience)
+    _check_engine(engine, engine_python, device, verification, lenience, keep_text)
     console.must_be_free(out, overwrite)
     console.setup(threads)
     from specdistill.data.chat import encode_prompt
@@ -63,23 +75,34 @@ def score(
 
     measure.check_lenience(verification, rule, temperatures)
     asked = load_prompts(prompts, split=split, column=column, limit=limit)
-    big, small = _load_pair(target, draft, dtype, device)
+    big, small = _load_pair(target, draft, dtype, device, packed=engine == "specdistill")
     encoded = [
         measure.EncodedPrompt(p.id, encode_prompt(big.tokenizer, p), p.category) for p in asked
     ]
-    console.note_cache(measure.cache_size(big, small, encoded, gammas, max_new_tokens))
+    score_pair: Callable[..., Scorecard]
+    if engine == "specdistill":
+        console.note_cache(measure.cache_size(big, small, encoded, gammas, max_new_tokens))
+        score_pair = partial(
+            measure.score, big, small, mode=verification, lenience=rule, keep_text=keep_text
+        )
+    elif engine == "transformers":
+        from specdistill.engines import transformers
+
+        score_pair = partial(transformers.score, big, small)
+    else:
+        from specdistill.engines import vllm
+
+        assert engine_python is not None
+        pair = vllm.Pair.of(big, small, encoded, max_new_tokens, seed)
+        del big, small  # vLLM loads its own
+        score_pair = partial(vllm.score, engine_python, pair, threads=threads)
     with console.progress() as progress:
-        card = measure.score(
-            big,
-            small,
+        card = score_pair(
             encoded,
             num_draft_tokens=gammas,
             temperatures=temperatures,
             max_new_tokens=max_new_tokens,
             seed=seed,
-            mode=verification,
-            lenience=rule,
-            keep_text=keep_text,
             progress=progress,
         )
     card.write(out)
@@ -188,16 +211,47 @@ def plot(
     console.finish(as_json, {"files": files})
 
 
+def _check_engine(
+    engine: str,
+    engine_python: Path | None,
+    device: str,
+    verification: str,
+    lenience: str | None,
+    keep_text: bool,
+) -> None:
+    """Raises `InputError` for options that the engine would not heed."""
+    ours = {
+        "--verification": verification != "token",
+        "--lenience": lenience is not None,
+        "--keep-text": keep_text,
+    }
+    if engine != "specdistill" and (given := [name for name, on in ours.items() if on]):
+        raise InputError(
+            f"--engine {engine} has its own rules and keeps no rounds: leave out "
+            f"{' and '.join(given)}"
+        )
+    if engine == "vllm" and device != "auto":
+        raise InputError(
+            f"--device {device} has no effect with --engine vllm, which runs on the device it was "
+            "built for; leave it out"
+        )
+    if (engine == "vllm") != (engine_python is not None):
+        raise InputError(
+            "--engine vllm and --engine-python go together: name the python of an environment that "
+            "has vLLM"
+        )
+
+
 def _load_pair(
-    target: str, draft: str, dtype: options.Dtype, device: str
+    target: str, draft: str, dtype: options.Dtype, device: str, packed: bool = True
 ) -> tuple[LanguageModel, LanguageModel]:
-    """Both models, ready to decode together."""
+    """Both models, ready to decode together; not packed they are as the library made them."""
     from specdistill import models, packing
 
     big = models.load(target, dtype=dtype, device=device)
     small = models.load(draft, dtype=dtype, device=device)
     models.check_pair(big, small)
-    for model in (big, small):
+    for model in (big, small) if packed else ():
         packing.pack(model, 8)
     console.note_models(big, small)
     return big, small

@@ -1,1 +1,1 @@
-"""Programs outside of this one that generate or score."""
+"""Programs outside of this one that score a pair, or answer for a target."""

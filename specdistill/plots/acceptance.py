@@ -54,7 +54,7 @@ def figure_acceptance(card: Scorecard, before: Scorecard | None = None) -> Figur
     style.legend(right, [conditional, style.key("over all rounds", style.BLACK, "--")], columns=1)
     for axes in (left, right):
         axes.set_ylim(-0.03, 1.03)  # marks at 0 and at 1 stay whole
-    if title := style.verification(card, *([before] if before else [])):
+    if title := style.label(card, *([before] if before else [])):
         figure.suptitle(title, fontsize=style.POINTS, fontweight="bold")
     style.finish(left, [row.acceptance_rate for row in [*before_rows, *card.rows]])
     style.finish(right, shares)
@@ -118,7 +118,7 @@ def figure_survival(cards: Mapping[str, Scorecard]) -> Figure:
     panels[0].set_ylabel("share of rounds")
     keys = [style.key(name, colour, "-", marker) for name, (colour, marker) in looks.items()]
     keys.append(style.key("αⁱ, if acceptance were independent", style.BLACK, ":", lw=1.2))
-    style.legend(figure, keys, title=style.verification(*cards.values()))
+    style.legend(figure, keys, title=style.label(*cards.values()))
     return figure
 
 

@@ -56,7 +56,7 @@ def figure_speedup(card: Scorecard) -> Figure:
         style.key("predicted from measured times", style.BLACK, "--", "x", lw=1),
         style.key("planned (closed form)", style.BLACK, ":", "+", lw=1),
     ]
-    style.legend(figure, keys, title=style.verification(card))
+    style.legend(figure, keys, title=style.label(card))
     return figure
 
 
@@ -102,7 +102,7 @@ def figure_time(card: Scorecard) -> Figure:
         Patch(facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0, label=name)
         for name, colour, hatch in looks.values()
     ]
-    style.legend(figure, keys, title=style.verification(card))
+    style.legend(figure, keys, title=style.label(card))
     return figure
 
 

@@ -73,9 +73,9 @@ def styles() -> Iterable[tuple[str, str]]:
     return cycle(STYLES)
 
 
-def verification(*cards: Scorecard) -> str:
-    """The title of what is not the usual: block verification, or a LOSSY one."""
-    return "; ".join(dict.fromkeys(c.verification.label for c in cards if c.verification.label))
+def label(*cards: Scorecard) -> str:
+    """The title of what is not the usual: an outside engine, block verification, a LOSSY one."""
+    return "; ".join(dict.fromkeys(card.label for card in cards if card.label))
 
 
 def mark(colour: str, marker: str, label: str) -> dict[str, Any]:

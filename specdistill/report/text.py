@@ -218,9 +218,8 @@ def _all_settings(card: Scorecard) -> str:
 
 
 def _labelled(text: str, card: Scorecard) -> str:
-    """With what is unusual about the card's verification."""
-    label = card.verification.label
-    return f"{text} ({label})" if label else text
+    """With what is unusual about the card."""
+    return f"{text} ({card.label})" if card.label else text
 
 
 def _lossless(card: Scorecard) -> str:
@@ -247,16 +246,24 @@ def _lossless(card: Scorecard) -> str:
         )
     if faults:
         greedy += f" **Nothing explains {faults}: do not serve this before the fault is found.**"
-    lines = [
-        "## Does the output stay the same?\n",
-        "The draft proposes, the target decides: the output follows the target's distribution "
-        "whatever the draft is. That was checked on this pair:\n",
+    evidence = [
         f"- Greedy decoding (T = 0): {greedy}",
         "- The target as its own draft: of the tokens tested, it accepted "
         f"{number(100 * proof.identity_acceptance, 2)}% (100% but for rounding).",
         "- Sampling: a chi-square test of the tokens drawn against the target's probabilities "
         f"gives p = {number(proof.distribution_p_value, 3)}; only a p near 0 speaks against it.\n",
         f"In sum, the output is {'' if proof.holds else '**not shown to be** '}lossless.",
+    ]
+    if card.outside_engine:
+        evidence[1:] = [
+            f"\nNothing else was checked of {card.outside_engine}; `specdistill check` tests the "
+            "pair in SpecDistill's own engine."
+        ]
+    lines = [
+        "## Does the output stay the same?\n",
+        "The draft proposes, the target decides: the output follows the target's distribution "
+        "whatever the draft is. That was checked on this pair:\n",
+        *evidence,
     ]
     if proof.ties:
         columns = list(dict.fromkeys(key for tie in proof.ties for key in tie))
@@ -299,12 +306,13 @@ def _limits(card: Scorecard, best: Row) -> str:
 def _how_measured(card: Scorecard) -> str:
     facts = dict(card.provenance)
     versions = facts.pop("versions", {})
+    turns = facts.pop("turns", "prompt by prompt, in one process")
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     facts["target weights"] = f"sha256 {card.target.sha256}"
     facts["draft weights"] = f"sha256 {card.draft.sha256}"
     return (
-        "## How it was measured\n\nRuns with and without the draft took turns, prompt by prompt, "
-        "in one process, so that drift of the machine cancels. scorecard.json holds every figure."
+        f"## How it was measured\n\nRuns with and without the draft took turns, {turns}, "
+        "so that drift of the machine cancels. scorecard.json holds every figure."
         "\n\n" + "\n".join(f"- {name}: {_cell(value)}" for name, value in facts.items())
     )
 

@@ -140,7 +140,7 @@ def _standing(name: str, card: Scorecard, row: Row) -> Standing:
         plain_tokens_per_second=row.tokens_per_second / row.speedup,
         speedup=row.speedup,
         speedup_ci95=row.speedup_ci95,
-        label=card.verification.label,
+        label=card.label,
     )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from specdistill.models import LanguageModel
 from specdistill.provenance import device_name, git_commit, versions
-from specdistill.scoring.scorecard import ModelCard
+from specdistill.scoring.scorecard import OWN_ENGINE, ModelCard
 
 if TYPE_CHECKING:
     from specdistill.scoring.measure import EncodedPrompt
@@ -41,7 +41,7 @@ def provenance(
         "git": git_commit(),
         "seed": seed,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "engine": "specdistill",
+        "engine": OWN_ENGINE,
         "max_new_tokens": max_new_tokens,
         "prompts_sha256": hashlib.sha256(
             json.dumps([[p.id, p.tokens] for p in prompts]).encode()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from specdistill_kernels import Lenience, Mode
 
 SCHEMA = "specdistill.scorecard/1"
+OWN_ENGINE = "specdistill"  # `provenance["engine"]` of our own decoder
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ class Example:
 class Lossless:
     """Evidence that the draft changes nothing: greedy texts equal to plain decoding [equal,
     compared], differences that are rounding ties (top-two gap within rounding), acceptance of the
-    target as its own draft, chi-square p-value (NaN with lenience, where it is not to be had).
+    target as its own draft, chi-square p-value (NaN with lenience, where it is not to be had). An
+    outside engine's card has neither of the last two.
     """
 
     greedy_identical: tuple[int, int]
@@ -224,6 +226,24 @@ class Scorecard:
     by_category: list[CategoryRow] = field(default_factory=list)
     example: Example | None = None
     schema: str = SCHEMA
+
+    @property
+    def outside_engine(self) -> str:
+        """The engine of another project that was measured, such as "vllm 0.32.0"; empty for ours.
+        Its card holds what it tells and no more: the rest is NaN.
+        """
+        engine = self.provenance.get("engine", OWN_ENGINE)
+        if engine == OWN_ENGINE:
+            return ""
+        return f"{engine} {self.provenance.get('versions', {}).get(engine, '')}".strip()
+
+    @property
+    def label(self) -> str:
+        """What every table, picture and report made from the card says: the engine where it is not
+        ours, and what is unusual about the verification.
+        """
+        engine = f"measured in {self.outside_engine}" if self.outside_engine else ""
+        return ", ".join(filter(None, [engine, self.verification.label]))
 
     def best_row(self, temperature: float) -> Row:
         """The fastest row measured at `temperature`."""

@@ -30,11 +30,12 @@ def verdict(
         f"{best.num_draft_tokens}, "
         f"temperature {best.temperature:g}"
     )
-    why = (
-        f"acceptance rate {best.acceptance_rate:.2f} against a break-even of {needed:.2f}, a "
-        "draft step costs "
-        f"{best.cost_ratio:.2f} and a verify pass {best.verify_ratio:.2f} of a plain step"
-    )
+    why = f"acceptance rate {best.acceptance_rate:.2f} against a break-even of {needed:.2f}"
+    if math.isfinite(best.cost_ratio):  # outside engines do not tell
+        why += (
+            f", a draft step costs {best.cost_ratio:.2f} and a verify pass "
+            f"{best.verify_ratio:.2f} of a plain step"
+        )
     if doubts:
         reason = f"These figures cannot be trusted: {'; '.join(doubts)}. They say {measured}."
     elif pays:
@@ -62,6 +63,8 @@ def _remedy(row: Row, needed: float, affordable: float) -> str:
     if needed < 1 and affordable > 0:
         times = row.cost_ratio / affordable
         return f"It would pay with {higher}, or with {cheaper} ({times:.1f} times cheaper)."
+    if math.isnan(affordable):
+        return f"It would pay with {higher}." if needed < 1 else "No acceptance rate would do."
     if needed < 1:
         return f"It would pay with {higher}; no cheaper draft alone would do."
     if affordable > 0:

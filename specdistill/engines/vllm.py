@@ -1,0 +1,254 @@
+"""vLLM as an engine, in an environment of its own that the user names.
+
+One process for plain decoding and one for each γ, since an engine's γ is fixed; they take turns
+prompt by prompt. `vllm_worker.py` is what they run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from specdistill.decoding.sampling import row_seed
+from specdistill.engines import vllm_worker
+from specdistill.engines.measure import Answer, Setting, scorecard, take_turns
+from specdistill.errors import DecodingError, InputError
+from specdistill.models import LanguageModel
+from specdistill.progress import Progress, silent
+from specdistill.scoring.measure import EncodedPrompt
+from specdistill.scoring.provenance import model_card, provenance
+from specdistill.scoring.scorecard import ModelCard, Scorecard
+
+GRACE_SECONDS = 10
+MEMORY_SHARE = 0.9  # of an accelerator, for all engines together
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is left of the models once vLLM is to load them itself."""
+
+    target: ModelCard
+    target_path: Path
+    draft: ModelCard
+    draft_path: Path
+    eos_ids: list[int]
+    facts: dict[str, Any]  # the provenance
+
+    @classmethod
+    def of(
+        cls,
+        target: LanguageModel,
+        draft: LanguageModel,
+        prompts: Sequence[EncodedPrompt],
+        max_new_tokens: int,
+        seed: int,
+    ) -> Pair:
+        """Raises `InputError` for a draft with a trimmed vocabulary."""
+        if draft.vocab is not None:
+            raise InputError(
+                f"{draft.name} has a trimmed vocabulary, which vLLM cannot read; write it at full "
+                "vocabulary with `specdistill export --for vllm`, and score that"
+            )
+        return cls(
+            model_card(target),
+            target.path,
+            model_card(draft),
+            draft.path,
+            sorted(target.eos_ids),
+            provenance(target, seed, max_new_tokens, prompts),
+        )
+
+
+class _Worker:
+    """One engine in a process of its own; a JSON document a line goes in and comes out."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+        self.process, self.log = process, log
+        self.counted: dict[str, Any] = {}
+
+    def tell(self, document: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(json.dumps(document) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:  # it has ended; `hear` says why
+            return
+
+    def hear(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
+            said = [line for line in lines if line.strip()][-1:] or ["it said nothing"]
+            raise DecodingError(
+                f"the vLLM process ended with exit code {self.process.wait()}: {said[0].strip()}"
+            )
+        return dict(json.loads(line))
+
+
+def score(
+    python: Path,
+    pair: Pair,
+    prompts: Sequence[EncodedPrompt],
+    *,
+    num_draft_tokens: Sequence[int],
+    temperatures: Sequence[float],
+    max_new_tokens: int,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Scorecard:
+    """Decode every prompt with vLLM, plainly and with the draft as its `draft_model`, by the
+    interpreter `python`, which must have vLLM. Its own defaults decide how the draft proposes:
+    greedily, at any temperature.
+
+    Raises `InputError` where `python` cannot be run, `DecodingError` where vLLM ends early or its
+    counters do not tell enough.
+    """
+    if not python.is_file():
+        raise InputError(f"there is no interpreter {python}; name the python of an environment")
+    longest = max(len(prompt.tokens) for prompt in prompts) + max_new_tokens
+    gammas = [0, *num_draft_tokens]
+    with ExitStack() as stack:
+        workers = {}
+        for done, num in enumerate(gammas):  # one after the other: each measures free memory
+            progress("start", done, len(gammas), f"γ = {num}" if num else "plain")
+            settings = _engine_settings(pair, num, longest, len(gammas))
+            workers[num] = stack.enter_context(_started(python, settings, threads))
+            facts = workers[num].hear()
+        progress("start", len(gammas), len(gammas))
+
+        def ask(setting: Setting, prompt: EncodedPrompt, count: int) -> Answer:
+            return _ask(workers[setting[1]], setting, prompt, count, pair.eos_ids, seed)
+
+        runs = take_turns(ask, prompts, temperatures, num_draft_tokens, max_new_tokens, progress)
+    told = pair.facts | {"engine": "vllm", "turns": "prompt by prompt, in a process each"}
+    told["versions"] = {"specdistill": told["versions"].get("specdistill"), **facts["versions"]}
+    told["threads"] = threads or torch.get_num_threads()
+    told["device"] = facts["device"] or told["device"]
+    told["compiled"] = facts["compiled"]
+    return scorecard(pair.target, pair.draft, told, prompts, runs, [], seed)
+
+
+def _engine_settings(pair: Pair, num: int, longest: int, engines: int) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "model": str(pair.target_path),
+        "dtype": pair.target.dtype,
+        "max_model_len": longest + num + 1,  # room for the last round's proposals
+        "max_num_seqs": 1,
+        "gpu_memory_utilization": MEMORY_SHARE / engines,
+        "enable_prefix_caching": False,  # prompts come again, and must cost the same again
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    if num:
+        settings["speculative_config"] = {
+            "method": "draft_model",
+            "model": str(pair.draft_path),
+            "num_speculative_tokens": num,
+        }
+    return settings
+
+
+@contextmanager
+def _started(python: Path, settings: dict[str, Any], threads: int | None) -> Iterator[_Worker]:
+    """A process that loads the engine; ended with the context, whatever happens."""
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    environment.pop("PYTHONPATH", None)  # it is another environment
+    if threads is not None:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{threads - 1}"
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        source = Path(vllm_worker.__file__).read_text(encoding="utf-8")
+        with log.open("w", encoding="utf-8") as errors:
+            process = _run(python, source, errors, folder, environment)
+        try:
+            worker = _Worker(process, log)
+            worker.tell(settings)
+            yield worker
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Its input ends, so it does; one that is still loading is ended."""
+    try:
+        process.communicate(timeout=GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+
+
+def _run(
+    python: Path, source: str, errors: IO[str], folder: str, environment: dict[str, str]
+) -> subprocess.Popen[str]:
+    """By its source, not its path: beside it lie modules called as vLLM and Transformers are."""
+    try:
+        return subprocess.Popen(
+            [str(python), "-c", source],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            cwd=folder,
+            env=environment,
+        )
+    except OSError as error:
+        raise InputError(f"cannot run {python}: {error.strerror}") from error
+
+
+def _ask(
+    worker: _Worker,
+    setting: Setting,
+    prompt: EncodedPrompt,
+    count: int,
+    eos_ids: Sequence[int],
+    seed: int,
+) -> Answer:
+    temperature, num = setting
+    worker.tell(
+        {
+            "tokens": prompt.tokens,
+            "temperature": temperature,
+            "max_tokens": count,
+            "stop_token_ids": list(eos_ids),
+            "seed": row_seed(seed, prompt.id) % 2**31,
+            "detokenize": False,
+        }
+    )
+    heard = worker.hear()
+    tokens = heard["tokens"]
+    if not num:
+        return Answer(tokens, heard["seconds"], len(tokens), [], [], [])
+    before, worker.counted = worker.counted, heard["counters"]
+    rounds, proposed = (_since(worker.counted, before, name) for name in ("rounds", "proposed"))
+    by_position = worker.counted["accepted_by_position"][:num]
+    old = before.get("accepted_by_position", [0] * num)
+    accepted = [now - then for now, then in zip(by_position, old, strict=False)]
+    if proposed != num * rounds:
+        raise DecodingError(
+            f"prompt {prompt.id}: vLLM proposed {proposed} tokens in {rounds} rounds of {num}; its "
+            "counters do not tell in which rounds there were fewer"
+        )
+    return Answer(
+        tokens,
+        heard["seconds"],
+        rounds=rounds + 1,  # the prompt's own pass emits the first token, without a proposal
+        offered=[rounds] * num,
+        tested=[rounds, *accepted[:-1]],
+        accepted=accepted,
+    )
+
+
+def _since(now: dict[str, Any], before: dict[str, Any], name: str) -> int:
+    return int(now[name] - before.get(name, 0))

@@ -1,0 +1,190 @@
+"""A draft as other programs load it: an ordinary checkpoint at full vocabulary, with a model card,
+loaded and compared after it was written.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from specdistill import drafts, models
+from specdistill.errors import InputError, ModelError, StorageError
+from specdistill.models import LanguageModel
+from specdistill.scoring.scorecard import Row, Scorecard
+from specdistill.scoring.trust import swapped_draft
+from specdistill.serving import Engine, command, fenced, name_elsewhere
+
+LICENCES = {models.DEMO: "Apache-2.0"}  # of targets that SpecDistill itself offers
+DEFAULT_NUM_DRAFT_TOKENS = 4  # for an unscored draft
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and what the check after it saw: the largest difference of a logit from the
+    draft's own, and the share of probability that tokens a trimmed draft lacks take at temperature
+    1 (mean over random texts, 0 for an untrimmed one).
+    """
+
+    out: str
+    vocab_size: int
+    serve: str
+    largest_difference: float
+    leaked: float
+    scorecard: str | None
+    notes: list[str]
+
+
+def export(draft: str, out: Path, engine: Engine, scorecard: Path | None = None) -> Exported:
+    """Write `draft` into the new folder `out` for `engine`. Figures come from `scorecard`, or from
+    the scorecard.json beside the draft's folder where that is of this draft.
+
+    Raises `InputError` for a scorecard of another draft, `ModelError` where the written checkpoint
+    does not compute what the draft does.
+    """
+    model = models.load(draft, dtype="auto", device="cpu")
+    card, notes = _card(model, scorecard)
+    drafts.save_draft(drafts.widen(model), out)
+    difference, leaked = check_written(model, out)
+    target = card.target.name if card else _named_target(model.path)
+    gamma = card.verdict.best.num_draft_tokens if card else DEFAULT_NUM_DRAFT_TOKENS
+    serve = command(engine, name_elsewhere(target), str(out), gamma)
+    text = model_card(model, target, card, engine, serve, leaked)
+    try:
+        (out / "README.md").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"cannot write {out / 'README.md'}: {error.strerror}") from error
+    found = None if card is None else str(scorecard or _beside(model.path))
+    return Exported(str(out), model.full_vocab_size, serve, difference, leaked, found, notes)
+
+
+@torch.inference_mode()
+def check_written(draft: LanguageModel, folder: Path) -> tuple[float, float]:
+    """Load the checkpoint as any program would and compare every logit of random texts with the
+    draft's. Returns `Exported`'s largest difference and leaked share; raises `ModelError`.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=draft.dtype).eval()
+    tokens = drafts.random_texts(draft, rows=8)
+    ours = draft.logits(draft.hidden(tokens))
+    theirs = stock(input_ids=tokens).logits.to(ours.dtype)
+    kept = torch.arange(theirs.shape[-1]) if draft.vocab is None else draft.vocab
+    difference = (theirs[..., kept] - ours).abs().max().item()
+    largest = ours.abs().max().item()
+    # Stock logits of a model in half precision are rounded to it, ours are not.
+    rounding = 1e-3 if draft.dtype in (torch.float32, torch.float64) else 0.03
+    if not difference <= rounding * largest:
+        raise ModelError(
+            f"{folder} was written, but does not compute what {draft.name} does: a logit "
+            f"differs by {difference:.3g} where the largest is {largest:.3g}; do not serve it"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if (
+        tokenizer.get_vocab() != draft.tokenizer.get_vocab()
+        or tokenizer.chat_template != draft.tokenizer.chat_template
+    ):
+        raise ModelError(f"{folder} was written, but its tokenizer is not that of {draft.name}")
+    share = theirs.double().softmax(-1)[..., kept].sum(-1)
+    return difference, max(0.0, 1 - share.mean().item()) if draft.vocab is not None else 0.0
+
+
+def _beside(folder: Path) -> Path:
+    return folder.resolve().parent / "scorecard.json"
+
+
+def _card(draft: LanguageModel, named: Path | None) -> tuple[Scorecard | None, list[str]]:
+    """The draft's scorecard, or why there is none."""
+    if named is not None:
+        card = Scorecard.read(named)
+        if doubts := swapped_draft(card.draft, draft.path):
+            raise InputError(f"{named} is of another draft: {'; '.join(doubts)}")
+        return card, []
+    found = _beside(draft.path)
+    if not found.exists():
+        return None, ["the model card has no figures: name a scorecard with --scorecard"]
+    card = Scorecard.read(found)
+    if doubts := swapped_draft(card.draft, draft.path):
+        return None, [f"the model card has no figures: {'; '.join(doubts)}"]
+    return card, []
+
+
+def _named_target(folder: Path) -> str:
+    """What the run's configuration calls the target; "TARGET" where there is none."""
+    config = folder.resolve().parent / "config.yaml"
+    try:
+        read = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return "TARGET"
+    return str(read.get("target", "TARGET")) if isinstance(read, dict) else "TARGET"
+
+
+def model_card(
+    draft: LanguageModel,
+    target: str,
+    card: Scorecard | None,
+    engine: Engine,
+    serve: str,
+    leaked: float,
+) -> str:
+    """README.md of the exported folder, in the form that model hubs read."""
+    outside = name_elsewhere(target)
+    licence = LICENCES.get(target)
+    head = ["---", "library_name: transformers", "tags: [speculative-decoding, draft-model]"]
+    head += [f"base_model: {outside}"] if outside != "TARGET" else []
+    head += [f"license: {licence.lower()}"] if licence else []
+    vocabulary = f"{draft.full_vocab_size:,} tokens"
+    if draft.vocab is not None:
+        vocabulary += (
+            f", of which it proposes {draft.vocab_size:,}; all others together take "
+            f"{leaked:.1e} of its probability"
+        )
+    licensed = (
+        f"{licence}, the licence of its target"
+        if licence
+        else "that of its target, whose weights "
+        "and answers it is made of; put the target's licence beside this file before you pass it on"
+    )
+    parts = [
+        "\n".join([*head, "---"]),
+        f"# A draft for {outside}",
+        "A small model that proposes tokens for speculative decoding; the target decides, so the "
+        "output stays the target's. It is no model to talk to. Made with SpecDistill.",
+        f"- Parameters: {draft.model.num_parameters():,} as trained, {draft.num_layers} layers\n"
+        f"- Vocabulary: {vocabulary}\n"
+        f"- Licence: {licensed}",
+        f"## Serve it\n\n{fenced(engine, serve)}",
+        _figures(card) if card else "It has not been scored.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _figures(card: Scorecard) -> str:
+    """The fastest setting at each temperature, and where it was measured."""
+    head = "| T | γ | acceptance rate α | tokens per target call τ | speedup [95% interval] |"
+    temperatures = sorted({row.temperature for row in card.rows})
+    lines = [head, "|---|---|---|---|---|", *(_line(card.best_row(t)) for t in temperatures)]
+    device, threads = (card.provenance.get(name, "unknown") for name in ("device", "threads"))
+    where = card.outside_engine or f"SpecDistill {card.provenance['versions'].get('specdistill')}"
+    same, compared = card.lossless.greedy_identical
+    label = f" ({card.verification.label})" if card.verification.label else ""
+    return (
+        f"## Measured{label}\n\n" + "\n".join(lines) + "\n\n"
+        f"By {where} with {card.rows[0].prompts} prompts on {device}, {threads} threads, "
+        f"{card.target.dtype}, {card.provenance.get('date', 'date unknown')}; {same} of {compared} "
+        "greedy texts were identical to plain decoding. Other engines and machines have other "
+        "speeds, and on another kind of prompts a draft accepts less.\n\n"
+        f"Target weights sha256 {card.target.sha256}, draft weights as scored {card.draft.sha256}."
+    )
+
+
+def _line(row: Row) -> str:
+    low, high = row.speedup_ci95
+    interval = f" [{low:.2f}, {high:.2f}]" if math.isfinite(low) else ""
+    return (
+        f"| {row.temperature:g} | {row.num_draft_tokens} | {row.acceptance_rate:.3f} | "
+        f"{row.block_efficiency:.2f} | {row.speedup:.2f}{interval} |"
+    )

@@ -1,0 +1,134 @@
+"""What leaves for other programs: whole, checked, with a model card of its own figures."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cards import simulate
+from conftest import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from specdistill import drafts, models
+from specdistill.drafts import make_draft, save_draft
+from specdistill.errors import InputError, ModelError
+from specdistill.export import check_written, export
+from specdistill.scoring.scorecard import ModelCard, Scorecard
+
+IDS = torch.arange(0, 64, 3)
+
+
+def leaning(seed: int = 2) -> models.LanguageModel:
+    """A target whose states share a direction, as real ones do."""
+    target = tiny_model(seed, layers=3)
+    with torch.no_grad():
+        target.model.get_input_embeddings().weight.add_(torch.linspace(-2, 2, 32))
+    return target
+
+
+def scored(folder: Path, file: Path) -> None:
+    card = simulate({(0.0, 2): 0.8, (0.0, 5): 0.7, (1.0, 2): 0.6}, prompts=6)
+    sha256 = models.load(str(folder)).sha256()
+    mine = ModelCard(str(folder), 1, 400_000, "float32", len(IDS), sha256)
+    replace(card, draft=mine).write(file)
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    save_draft(make_draft(leaning(), [0, 1], IDS), tmp_path / "run" / "draft")
+    scored(tmp_path / "run" / "draft", tmp_path / "run" / "scorecard.json")
+    return tmp_path / "run"
+
+
+def front_matter(text: str) -> dict[str, object]:
+    _, head, _ = text.split("---", 2)
+    return yaml.safe_load(head)
+
+
+def test_the_checkpoint_is_the_draft_logit_by_logit(run_dir: Path, tmp_path: Path) -> None:
+    done = export(str(run_dir / "draft"), tmp_path / "out", "vllm")
+    assert done.largest_difference < 1e-4
+    assert 0 <= done.leaked < 1e-9
+    draft = models.load(str(run_dir / "draft"))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens = torch.randint(64, (2, 9))
+    expected = draft.logits(draft.hidden(tokens))
+    assert torch.allclose(stock(tokens).logits[..., IDS], expected, atol=1e-5)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == draft.tokenizer.chat_template
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 0
+    assert not (tmp_path / "out" / models.VOCAB_FILE).exists()
+
+
+def test_the_card_has_the_figures_of_this_draft(run_dir: Path, tmp_path: Path) -> None:
+    done = export(str(run_dir / "draft"), tmp_path / "out", "vllm")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert done.scorecard == str(run_dir / "scorecard.json")
+    assert done.notes == []
+    card = Scorecard.read(run_dir / "scorecard.json")
+    for temperature in (0.0, 1.0):
+        row = card.best_row(temperature)
+        line = f"| {temperature:g} | {row.num_draft_tokens} | {row.acceptance_rate:.3f} | "
+        assert f"{line}{row.block_efficiency:.2f} | {row.speedup:.2f} [" in text
+    assert f'"num_speculative_tokens": {card.verdict.best.num_draft_tokens}' in done.serve
+    assert front_matter(text)["base_model"] == "my/target"
+    assert "license" not in front_matter(text)
+    assert "put the target's licence beside this file" in text
+    assert f"```sh\n{done.serve}\n```" in text
+    assert done.serve.startswith("vllm serve my/target --speculative-config ")
+    assert "of which it proposes 22" in text
+
+
+def test_a_card_of_another_draft_is_refused_or_left_out(run_dir: Path, tmp_path: Path) -> None:
+    save_draft(make_draft(leaning(3), [0, 1], IDS), tmp_path / "other")
+    with pytest.raises(InputError, match="is of another draft"):
+        export(str(tmp_path / "other"), tmp_path / "out", "vllm", run_dir / "scorecard.json")
+    assert not (tmp_path / "out").exists()
+    save_draft(make_draft(leaning(3), [0, 1], IDS), run_dir / "draft")
+    done = export(str(run_dir / "draft"), tmp_path / "out", "sglang")
+    assert done.scorecard is None
+    assert "holds another draft" in done.notes[0]
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "It has not been scored" in text
+    assert "--speculative-num-steps 4 --speculative-eagle-topk 1" in done.serve
+    assert "--speculative-num-draft-tokens 5" in done.serve
+
+
+def test_the_embedded_target_has_a_licence_and_a_name_elsewhere(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    (run_dir / "scorecard.json").unlink()
+    (run_dir / "config.yaml").write_text("target: demo:smollm2\n", encoding="utf-8")
+    done = export(str(run_dir / "draft"), tmp_path / "out", "transformers")
+    head = front_matter((tmp_path / "out" / "README.md").read_text(encoding="utf-8"))
+    assert head["license"] == "apache-2.0"
+    assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert 'from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct"' in done.serve
+    assert "name a scorecard" in done.notes[0]
+
+
+@pytest.mark.parametrize("damage", ["head", "body", "template"])
+def test_a_checkpoint_that_is_not_the_draft_is_found(
+    run_dir: Path, tmp_path: Path, damage: str
+) -> None:
+    draft = models.load(str(run_dir / "draft"))
+    wide = drafts.widen(draft)
+    if damage == "template":
+        wide.tokenizer.chat_template = "{{ messages }}"
+        draft = models.load(str(run_dir / "draft"))
+    else:
+        weight = wide.head.weight if damage == "head" else wide.model.model.layers[0].mlp.up_proj
+        with torch.no_grad():
+            (weight if damage == "head" else weight.weight)[3] += 0.1
+    save_draft(wide, tmp_path / "out")
+    with pytest.raises(ModelError, match=r"was written, but"):
+        check_written(draft, tmp_path / "out")
+
+
+def test_what_leaks_to_lacking_tokens_is_told(tmp_path: Path) -> None:
+    """Random states share no direction, so the rows are zeros and take their part."""
+    save_draft(make_draft(tiny_model(2, layers=3), [0, 1], IDS), tmp_path / "draft")
+    done = export(str(tmp_path / "draft"), tmp_path / "out", "vllm")
+    assert 0.001 < done.leaked < 1
+    assert f"take {done.leaked:.1e}" in (tmp_path / "out" / "README.md").read_text("utf-8")
