@@ -12,7 +12,7 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: quickstart test install lint clean
+.PHONY: quickstart test install lint reference clean
 
 quickstart: install
 	@$(BIN)/specdistill quickstart $(if $(RUN_DIR),--run-dir $(RUN_DIR))
@@ -27,6 +27,9 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+reference: install
+	$(BIN)/typer specdistill.cli.application utils docs --name specdistill > docs/commands.md
 
 # runs/ is the user's work and stays.
 clean:

