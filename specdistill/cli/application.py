@@ -23,6 +23,7 @@ from specdistill.errors import SpecDistillError
 COMMANDS = (
     quickstart.quickstart,
     training.init,
+    generating.widen,
     generating.generate,
     training.distill,
     sweeping.sweep,
@@ -45,6 +46,7 @@ for command in COMMANDS:
 
 _AFTER_INTERRUPT = {
     "quickstart": "; the same command goes on where it stopped",
+    "widen": "; the same command goes on where it stopped",
     "generate": "; the same command goes on where it stopped",
     "distill": "; with --resume the same command goes on from the last checkpoint",
     "sweep": "; the same command goes on where it stopped",

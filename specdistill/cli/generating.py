@@ -1,4 +1,4 @@
-"""The answers a draft learns from: `generate`, by this project's engine or by a server."""
+"""What a draft learns from: `generate`, by this project's engine or by a server, and `widen`."""
 
 from __future__ import annotations
 
@@ -224,6 +224,54 @@ def generate(
         console.print_lines(screen, [line])
         document |= {"draft_gain": gain.ratio, "seconds": seconds, "seconds_saved": saved}
     console.finish(as_json, {**document, **store.filtered(), **(store.tail() or {})})
+
+
+def widen(
+    target: Target,
+    prompts: Annotated[
+        str, typer.Option(help="The prompts there are: .jsonl, .txt, datasets id or demo:train.")
+    ],
+    out: Annotated[Path, typer.Option(help=".jsonl to write; an unfinished one is continued.")],
+    count: Annotated[int, typer.Option(help="How many more prompts are wanted.", min=1)],
+    shots: Annotated[int, typer.Option(help="Prompts shown as examples each time.", min=1)] = 6,
+    max_similarity: Annotated[
+        float, typer.Option(help="Remove what is more like a known prompt (ROUGE-L, 0 to 1).")
+    ] = 0.7,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest prompt.", min=1)] = 96,
+    temperature: Annotated[float, typer.Option()] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    batch_size: Annotated[int, typer.Option(help="Rows decoded together.", min=1)] = 32,
+    split: Split = None,
+    column: Column = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Have the target write more prompts like those there are, without near duplicates."""
+    from specdistill.data.prompts import load_prompts
+    from specdistill.data.widening import Widening
+    from specdistill.data.widening import widen as write
+
+    plan = Widening(count, shots, max_similarity, max_new_tokens, temperature, seed)
+    console.setup(threads)
+    from specdistill import models, packing
+
+    known = load_prompts(prompts, split=split, column=column)
+    model = packing.pack(models.load(target, dtype=dtype, device=device), batch_size)
+    console.note_models(model)
+    with console.progress() as progress:
+        found = write(model, known, out, plan, batch_size=batch_size, progress=progress)
+    lines = [f"{len(found.prompts)} prompts in {out}"]
+    if found.removed:
+        kinds = ", ".join(f"{number} {name}" for name, number in found.removed.items())
+        lines.append(f"removed: {kinds}")
+    if len(found.prompts) < count:
+        lines.append(f"too few of the drafts were new; {count} were wanted")
+    console.print_lines(console.screen_for(as_json), lines)
+    console.finish(
+        as_json, {"out": str(out), "prompts": len(found.prompts), "removed": dict(found.removed)}
+    )
 
 
 def _refuse_given(context: typer.Context, beside: str, names: Sequence[str]) -> None:

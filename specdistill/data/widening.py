@@ -1,0 +1,217 @@
+"""More prompts, written by the target itself from examples of those there are (Self-Instruct,
+2212.10560), without near duplicates.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rapidfuzz.distance import Indel
+
+from specdistill.data.chat import encode_prompt
+from specdistill.data.prompts import Prompt, prompts_sha256
+from specdistill.decoding import Request, Sampling, SpeculativeDecoder
+from specdistill.errors import InputError, StorageError
+from specdistill.models import LanguageModel
+from specdistill.progress import Progress, silent
+
+SCHEMA = "specdistill.widening/1"
+WRITTEN = "written-"  # before the number of the draft, in a prompt's id
+SHORTEST, LONGEST = 3, 150  # words of an instruction, as in the paper
+TRIES = 10  # drafts of an instruction, at most, for each that is wanted
+ASK = "Above are requests that people made. Write one more, of the same kind but about something \
+else. Write the request alone."
+
+
+@dataclass(frozen=True)
+class Widening:
+    """`count` new instructions, each asked for with `shots` of the known ones, none of them more
+    like another than `max_similarity` (ROUGE-L, the F1 of the longest common subsequence of words).
+    """
+
+    count: int
+    shots: int = 6
+    max_similarity: float = 0.7
+    max_new_tokens: int = 96
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.count, self.shots, self.max_new_tokens) < 1:
+            raise InputError(
+                f"count, shots and max_new_tokens must be at least 1; got {self.count}, "
+                f"{self.shots} and {self.max_new_tokens}"
+            )
+        if not 0 < self.max_similarity <= 1 or self.temperature <= 0:
+            raise InputError(
+                f"max_similarity must be above 0 and at most 1, temperature above 0; got "
+                f"{self.max_similarity} and {self.temperature}"
+            )
+
+
+@dataclass
+class Widened:
+    """What was written, and how many drafts fell away by reason."""
+
+    prompts: list[Prompt]
+    removed: Counter[str]
+
+
+def widen(
+    target: LanguageModel,
+    prompts: Sequence[Prompt],
+    file: Path,
+    plan: Widening,
+    *,
+    batch_size: int = 32,
+    progress: Progress = silent,
+) -> Widened:
+    """Have the target write instructions until `file` (.jsonl) holds `plan.count` of them, or
+    `TRIES` times as many were drafted. They are drafted `batch_size` at a time, and examples are
+    drawn from the prompts and what was written before. The same call again goes on where an
+    interrupted one stopped, and ends with the same file.
+
+    Raises `InputError` where there are fewer prompts than shots, `StorageError` where the file
+    holds something else or cannot be written.
+    """
+    if len(prompts) < plan.shots:
+        raise InputError(
+            f"{plan.shots} examples are to be shown, and there are {len(prompts)} prompts; show "
+            "fewer"
+        )
+    kept = _Progress(
+        file,
+        {
+            "schema": SCHEMA,
+            "target_sha256": target.sha256(),
+            "prompts_sha256": prompts_sha256(prompts),
+            "settings": asdict(plan) | {"batch_size": batch_size},
+        },
+    )
+    found, start = kept.read()
+    known = [_instruction(prompt) for prompt in [*prompts, *found.prompts]]
+    decoder = SpeculativeDecoder(target, batch_size=batch_size)
+    for first in range(start, TRIES * plan.count, batch_size):
+        if len(found.prompts) >= plan.count:
+            break
+        numbers = range(first, min(first + batch_size, TRIES * plan.count))
+        for number, (text, whole) in zip(
+            numbers, _drafted(decoder, target, known, numbers, plan), strict=True
+        ):
+            reason = _fault(text, whole, known, plan.max_similarity)
+            if reason is None and len(found.prompts) < plan.count:
+                known.append(text)
+                found.prompts.append(Prompt(f"{WRITTEN}{number}", (_user(text),)))
+            elif reason is not None:
+                found.removed[reason] += 1
+        kept.write(found, numbers.stop)
+        progress("widen", len(found.prompts), plan.count, f"{found.removed.total()} removed")
+    return found
+
+
+class _Progress:
+    """The file of prompts, and beside it FILE.json with what was asked and how far it came. The
+    prompts are written first: those beyond the point reached are forgotten.
+    """
+
+    def __init__(self, file: Path, facts: dict[str, Any]) -> None:
+        self.file, self.state, self.facts = file, file.with_name(f"{file.name}.json"), facts
+
+    def read(self) -> tuple[Widened, int]:
+        """What there is, and the number of the next draft."""
+        if not self.state.exists():
+            if self.file.exists():
+                raise StorageError(f"{self.file} exists and is not of `widen`; name another file")
+            return Widened([], Counter()), 0
+        try:
+            state = json.loads(self.state.read_text(encoding="utf-8"))
+            rows = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+            prompts = [Prompt(row["id"], (_user(row["prompt"]),)) for row in rows]
+            start, removed = int(state["next"]), Counter(state["removed"])
+            kept = [p for p in prompts if int(p.id.removeprefix(WRITTEN)) < start]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(
+                f"{self.state} or {self.file} is damaged ({error}); remove both and begin again"
+            ) from error
+        for name, now in self.facts.items():
+            if state.get(name) != now:
+                raise StorageError(
+                    f"{self.file} was written with another {name} ({state.get(name)}, now {now}); "
+                    "name another file"
+                )
+        return Widened(kept, removed), start
+
+    def write(self, found: Widened, following: int) -> None:
+        rows = [{"id": p.id, "prompt": _instruction(p)} for p in found.prompts]
+        state = self.facts | {"next": following, "removed": dict(found.removed)}
+        texts = {
+            self.file: "".join(json.dumps(row) + "\n" for row in rows),
+            self.state: json.dumps(state, indent=1) + "\n",
+        }
+        try:
+            for path, text in texts.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                new = path.with_name(f"{path.name}.new")
+                new.write_text(text, encoding="utf-8")
+                new.replace(path)
+        except OSError as error:
+            raise StorageError(
+                f"cannot write {self.file}: {error.strerror}; free space and run again to go on"
+            ) from error
+
+
+def _drafted(
+    decoder: SpeculativeDecoder,
+    target: LanguageModel,
+    known: Sequence[str],
+    numbers: Iterable[int],
+    plan: Widening,
+) -> list[tuple[str, bool]]:
+    """A text for each number, and whether it came to its own end."""
+    requests = []
+    for number in numbers:
+        shown = random.Random(f"{plan.seed}:{number}").sample(list(known), plan.shots)
+        listed = "\n\n".join(f"Request: {text}" for text in shown)
+        asked = Prompt(str(number), (_user(f"{listed}\n\n{ASK}"),))
+        tokens = encode_prompt(target.tokenizer, asked)
+        sampling = Sampling(plan.temperature)
+        requests.append(Request(asked.id, tokens, plan.max_new_tokens, sampling, plan.seed))
+    outputs = decoder.run(requests).outputs
+    texts = [target.tokenizer.decode(o.tokens, skip_special_tokens=True) for o in outputs]
+    ended = [o.tokens[-1] in target.eos_ids for o in outputs]
+    return [(_cleaned(str(text)), whole) for text, whole in zip(texts, ended, strict=True)]
+
+
+def _cleaned(text: str) -> str:
+    """Without the label that examples have and quotation marks around the whole."""
+    return text.strip().removeprefix("Request:").strip().strip('"').strip()
+
+
+def _fault(text: str, whole: bool, known: Sequence[str], max_similarity: float) -> str | None:
+    """Why an instruction is not kept; None where it is."""
+    words = text.split()
+    if not whole:
+        return "truncated"
+    if not SHORTEST <= len(words) <= LONGEST:
+        return "length"
+    lowered = text.lower().split()
+    if any(
+        Indel.normalized_similarity(lowered, other.lower().split()) > max_similarity
+        for other in known
+    ):
+        return "similar"
+    return None
+
+
+def _instruction(prompt: Prompt) -> str:
+    return prompt.messages[-1]["content"]
+
+
+def _user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
