@@ -43,6 +43,17 @@ def temperatures(text: str) -> list[float]:
     return sorted(set(values))
 
 
+def match(text: str) -> float | None:
+    """ "cost:9.5" to the ratio of prices; None for "compute"."""
+    found = re.fullmatch(r"cost:(\d+(?:\.\d+)?)", text)
+    if text != "compute" and found is None:
+        raise InputError(
+            "--match must be compute, or cost:X where an answer of the target costs X of the "
+            f"generator's; got {text!r}"
+        )
+    return None if found is None else float(found[1])
+
+
 def lenience(text: str) -> Lenience:
     """ "lin:0.5" to the rule."""
     from specdistill_kernels import Lenience

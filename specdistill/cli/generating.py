@@ -26,7 +26,7 @@ _SERVERS = ("base_url", "concurrency")
 _OURS = (
     *("batch_size", "signal", "dtype", "device", "threads"),
     *("min_tokens", "max_repetition", "drop_truncated", "drop_duplicates", "retries"),
-    *("best_of", "scorer", "draft", "num_draft_tokens"),
+    *("best_of", "scorer", "generator", "match", "draft", "num_draft_tokens"),
 )
 
 
@@ -92,6 +92,17 @@ def generate(
             help="log-probability, exact-match, majority, or a function, module:function."
         ),
     ] = None,
+    generator: Annotated[
+        str | None,
+        typer.Option(help="A cheaper model of the target's tokens that answers in its place."),
+    ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option(
+            help="How many answers of --generator for the --best-of of the target: as many as cost "
+            "the same compute, or cost:X, where one of the target's costs X of its own."
+        ),
+    ] = None,
     draft: Annotated[
         str | None, typer.Option(help="Decode speculatively with this draft: lossless, and timed.")
     ] = None,
@@ -111,7 +122,7 @@ def generate(
         _refuse_given(context, f"--style {style}", ("shots",))
     from specdistill.data.filters import Filters
     from specdistill.data.prompts import load_prompts
-    from specdistill.data.scorers import BestOf
+    from specdistill.data.scorers import BestOf, matched_number
     from specdistill.data.styles import styled
     from specdistill.decoding import Sampling
 
@@ -123,7 +134,15 @@ def generate(
         raise InputError(
             "--best-of and --scorer go together: how many answers, and what says which is best"
         )
-    choice = None if best_of is None or scorer is None else BestOf(best_of, scorer)
+    if (generator is None) != (match is None) or (generator and best_of is None):
+        raise InputError(
+            "--generator, --match and --best-of go together: who answers, what its answers may "
+            "cost, and how many of the target's that is"
+        )
+    price = None if match is None else options.match(match)
+    choice = None
+    if best_of is not None and scorer is not None and generator is None:
+        choice = BestOf(best_of, scorer)
     console.setup(threads)
     asked = styled(
         load_prompts(prompts, split=split, column=column, limit=limit),
@@ -171,14 +190,22 @@ def generate(
     from specdistill.decoding import ModelDrafter, Request, SpeculativeDecoder
 
     model = packing.pack(models.load(target, dtype=dtype, device=device), batch_size)
+    author, writer = model, None
+    if generator is not None and best_of is not None and scorer is not None:
+        writer = models.load(generator, dtype=dtype, device=device)
+        models.check_pair(model, writer)
+        ratio = price or model.parameters() / writer.parameters()
+        choice = BestOf(matched_number(best_of, ratio), scorer)
+        author = packing.pack(writer, batch_size)
+        console.note(f"{choice.number} answers of {generator} for {best_of} of the target's")
     gamma, small, drafter = 0, None, None
     if draft is not None:
         gamma = num_draft_tokens
         small = packing.pack(models.load(draft, dtype=dtype, device=device), batch_size)
-        models.check_pair(model, small)
-        drafter = ModelDrafter(small, model.vocab_size)
-    console.note_models(model, *([] if small is None else [small]))
-    decoder = SpeculativeDecoder(model, drafter, num_draft_tokens=gamma, batch_size=batch_size)
+        models.check_pair(author, small)
+        drafter = ModelDrafter(small, author.vocab_size)
+    console.note_models(*filter(None, (model, writer, small)))
+    decoder = SpeculativeDecoder(author, drafter, num_draft_tokens=gamma, batch_size=batch_size)
     requests = [
         Request(
             p.id, encode_prompt(model.tokenizer, p), max_new_tokens, samplings[i % len(samplings)]
@@ -190,7 +217,7 @@ def generate(
         console.note(f"the signal of {len(asked)} answers takes at most {size:,} bytes in {out}")
     gain = None
     if small is not None:
-        gain = measure_gain(model, small, gamma, requests, batch_size)
+        gain = measure_gain(author, small, gamma, requests, batch_size)
         console.note(_gain_line(gain))
     start = time.perf_counter()
     with console.progress() as progress:
@@ -205,6 +232,7 @@ def generate(
             signal=signal,
             filters=filters,
             best_of=choice,
+            writer=writer,
             draft=small,
             num_draft_tokens=gamma,
             progress=progress,

@@ -29,6 +29,7 @@ from specdistill.data.signal import (
     bytes_per_token,
     keep,
     kept_tokens,
+    read_states,
     token_log_probs,
 )
 from specdistill.data.store import Example, Manifest, Store, tokenizer_sha256
@@ -60,6 +61,7 @@ def generate(
     signal: str = STATES,
     filters: Filters = NO_FILTER,
     best_of: BestOf | None = None,
+    writer: LanguageModel | None = None,
     draft: LanguageModel | None = None,
     num_draft_tokens: int = 0,
     max_seconds: float | None = None,
@@ -71,14 +73,22 @@ def generate(
     `max_seconds` what is finished is kept and the rest left unanswered. Of `best_of` answers that
     `filters` leave, the best is kept; a prompt none of whose answers is left is asked again, see
     `Filters`, and the store counts it. A `draft` that proposes `num_draft_tokens` a round saves
-    time, see `gain.py`, and changes nothing of what the target may say.
+    time, see `gain.py`, and changes nothing of what the target may say. Where a cheaper `writer` of
+    the target's tokens answers in its place, the target only reads what is kept, for its signal.
 
-    Raises `StorageError` before any work where the disk cannot hold the signal, or `folder` holds
+    Raises `InputError` for a writer with a trimmed vocabulary, and `StorageError` before any work
+    where the disk cannot hold the signal, or `folder` holds
     other generations.
     """
     if not prompts or not samplings:
         raise InputError("there are no prompts to answer, or no sampling to answer with")
     kept_tokens(signal)  # a kind there is
+    if writer is not None and writer.vocab is not None:
+        raise InputError(
+            f"{writer.name} has a trimmed vocabulary, so it cannot write all that {target.name} "
+            "can; let a model with the whole vocabulary answer"
+        )
+    author = target if writer is None else writer
     scorer = _checked(best_of, prompts, samplings, filters)
     number = 1 if best_of is None else best_of.number
     scored = best_of is not None and best_of.scorer == LOG_PROBABILITY
@@ -89,6 +99,7 @@ def generate(
         "samplings": [asdict(sampling) for sampling in samplings],
         "filters": asdict(filters),
         **({} if best_of is None else {"best_of": asdict(best_of)}),
+        **({} if writer is None else {"writer": [writer.name, writer.sha256()]}),
         **({} if draft is None else {"draft": [draft.sha256(), num_draft_tokens]}),
     }
     store = Store(folder, _manifest(target, prompts, settings, signal))
@@ -118,11 +129,11 @@ def generate(
             "shorten the answers or choose another disk"
         )
     decoder = SpeculativeDecoder(
-        target,
-        None if draft is None else ModelDrafter(draft, target.vocab_size),
+        author,
+        None if draft is None else ModelDrafter(draft, author.vocab_size),
         num_draft_tokens=num_draft_tokens,
         batch_size=batch_size,
-        keep_hidden=signal != NONE or scored,
+        keep_hidden=scored or (signal != NONE and writer is None),
     )
     sieve = Sieve(filters, target.eos_ids, store.texts() if filters.duplicates else [])
     finished: list[Example] = []
@@ -143,7 +154,7 @@ def generate(
             return str(reasons[0])
         if scorer is None:
             return left[0]
-        place = best(prompt, [_candidate(target, a, scored) for a in left], scorer)
+        place = best(prompt, [_candidate(author, a, scored) for a in left], scorer)
         return "scorer" if place is None else left[place]
 
     tokens = settled = 0  # emitted in all, and by finished rows
@@ -168,7 +179,9 @@ def generate(
                         continue
                     sieve.keep(kept.response_tokens)
                     raw, kept.signal = kept.signal, None
-                    if raw is not None and signal != NONE:
+                    if signal != NONE:
+                        if raw is None or writer is not None:
+                            raw = read_states(target, kept.prompt_tokens, kept.response_tokens)
                         kept.signal = keep(target, **raw, signal=signal)
                     finished.append(kept)
                     answered += 1
@@ -208,12 +221,12 @@ def _checked(
     return scorer
 
 
-def _candidate(target: LanguageModel, answer: Example, scored: bool) -> Candidate:
-    text = str(target.tokenizer.decode(answer.response_tokens, skip_special_tokens=True))
+def _candidate(author: LanguageModel, answer: Example, scored: bool) -> Candidate:
+    text = str(author.tokenizer.decode(answer.response_tokens, skip_special_tokens=True))
     if not scored:
         return Candidate(text)
     assert answer.signal is not None
-    log_probs = token_log_probs(target, **answer.signal, tokens=answer.response_tokens)
+    log_probs = token_log_probs(author, **answer.signal, tokens=answer.response_tokens)
     return Candidate(text, log_probs.mean().item())
 
 

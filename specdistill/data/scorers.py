@@ -52,6 +52,19 @@ class BestOf:
             )
 
 
+def matched_number(number: int, cost_ratio: float) -> int:
+    """How many answers a cheaper writer may give for what `number` of the target's cost, where one
+    of the target's costs as much as `cost_ratio` of its own; rounded down. At equal compute that is
+    the ratio of parameters (2408.16737). Raises `InputError` where the writer is not cheaper.
+    """
+    if cost_ratio <= 1:
+        raise InputError(
+            f"an answer of the target costs {cost_ratio:.3g} of the generator's: it is no cheaper, "
+            "so let the target answer itself"
+        )
+    return int(number * cost_ratio)
+
+
 def log_probability(prompt: Prompt, candidates: Sequence[Candidate]) -> list[float]:
     """The mean per token, so that length does not decide."""
     return [candidate.log_probability for candidate in candidates]

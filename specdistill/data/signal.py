@@ -75,6 +75,16 @@ def token_log_probs(
     return model.scale_logits(logits) - logsumexp
 
 
+@torch.inference_mode()
+def read_states(target: LanguageModel, prompt: list[int], response: list[int]) -> dict[str, Tensor]:
+    """The target's final hidden states [n, d] and logsumexp [n] over n response tokens that another
+    model wrote, by one pass.
+    """
+    tokens = torch.tensor([prompt + response], device=target.device)
+    hidden = target.hidden(tokens)[0, len(prompt) - 1 : -1].clone()
+    return {"hidden": hidden, "logsumexp": target.logits(hidden).logsumexp(-1)}
+
+
 def alpha_cost(logits: Tensor, tokens: Tensor) -> Tensor:
     """What acceptance a draft loses, [n], that agrees with all that was kept, the k tokens' and
     the tail's probability, and shares the tail evenly, as nothing kept tells it better:
