@@ -54,7 +54,7 @@ class QuickstartPlan:
     score_tokens: int = 48
     num_draft_tokens: tuple[int, ...] = (2, 3, 5)
     temperatures: tuple[float, ...] = (0.0, 1.0)
-    before_prompts: int = 2
+    before_prompts: int = 4
     before_num_draft_tokens: tuple[int, ...] = (3,)
     seed: int = 0
 

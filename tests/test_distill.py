@@ -112,7 +112,9 @@ def test_evaluate_measures_the_full_overlap(world: dict[str, str]) -> None:
     draft = models.load(world["draft"], dtype="float32")
     distiller = Distiller(target, draft, settings(world, Path("unused")))
     examples = read_examples(Path(world["data"]), signal=True)[:5]
-    got = overlap(distiller, [with_answers(distiller, make_batch(examples, 0, draft.device))])
+    got = overlap(
+        distiller, [with_answers(distiller, target, make_batch(examples, 0, draft.device))]
+    )
     overlaps, matches = [], []
     for example in examples:
         tokens = torch.tensor([example.prompt_tokens + example.response_tokens])

@@ -22,6 +22,7 @@ from specdistill.distill import distill
 from specdistill.distiller import Distiller
 from specdistill.drafts import make_draft, save_draft
 from specdistill.errors import InputError
+from specdistill.evaluation import on_text
 from specdistill.models import LanguageModel
 from specdistill.plots.training import figure_training, read_metrics
 from specdistill.policies import read_given
@@ -100,7 +101,7 @@ def test_a_step_is_the_plain_cross_entropy(world: dict[str, str], draft: str) ->
                 total -= row.log_softmax(-1)[columns.index(token)]
     distiller = Distiller(None, ours, config)
     batches = [make_batch(examples[:4], 0, ours.device), make_batch(examples[4:], 0, ours.device)]
-    found = distiller.evaluate([distiller.heldout(batch) for batch in batches])
+    found = on_text(distiller, batches)
     assert found == {"ce": pytest.approx((total / known).item()), "token_match": matches / count}
     metrics = distiller.step(batches, 1e-3)
     assert metrics.loss == pytest.approx((total / count).item(), rel=1e-5)
@@ -134,7 +135,7 @@ def test_the_command_needs_no_target_and_the_picture_shows_what_was_met(
     assert done.document["ce"] > 0
     assert "held-out cross entropy" in done.err
     figure = figure_training(read_metrics(tmp_path / "run" / "metrics.jsonl"))
-    assert [line.get_label() for line in figure.axes[1].get_lines()] == ["tokens met"]
+    assert [line.get_label() for line in figure.axes[1].get_lines()] == ["tokens met", "kept"]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +145,7 @@ def test_the_command_needs_no_target_and_the_picture_shows_what_was_met(
         ({"loss": {"ce": 0.5, "tvd": 0.5}}, "loss 'tvd'"),
         ({"hints": {"kind": "mse"}}, "hints"),
         ({"policy": "skd"}, "policy 'skd'"),
+        ({"decode": {"prompts": 2}}, "decode"),
         ({"policy": "draft", "loss": "rkl"}, "loss 'rkl', policy 'draft'"),
     ],
 )
