@@ -41,7 +41,8 @@ def specdistill(folder: Path, place: str, number: float, *arguments: object) -> 
 def test_no_answer_is_lost_or_doubled(tmp_path: Path, tiny_folder: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"w{5 + i % 40} w{9 + i // 40}\n" for i in range(200)))
-    asked = ["generate", "--target", tiny_folder, "--prompts", prompts, "--dtype", "float32"]
+    # What a batch rounds differently in float32 may decide a near tie, and a kill parts batches.
+    asked = ["generate", "--target", tiny_folder, "--prompts", prompts, "--dtype", "float64"]
     asked += ["--max-new-tokens", 12, "--temperature", "0,1", "--batch-size", 16, "--out"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert specdistill(whole, "", 0, *asked, whole) == 0
@@ -50,9 +51,9 @@ def test_no_answer_is_lost_or_doubled(tmp_path: Path, tiny_folder: Path) -> None
         ("open manifest", 1),
         ("open part.*parquet", 1),
         ("rename manifest", 2),
-        ("seconds", rng.random()),
         ("open manifest", 2),
         ("open part.*parquet", 2),
+        ("seconds", rng.random()),  # last: how much it leaves to do depends on the machine
     ]
     for place, number in kills:
         code = specdistill(broken, place, number, *asked, broken)
@@ -109,9 +110,9 @@ def test_a_distillation_ends_with_the_same_bits(tmp_path: Path, tiny_folder: Pat
         ("rename checkpoints$", 1),
         ("rename checkpoints.new", 2),
         ("remove checkpoints.old|rmdir checkpoints.old", rng.randint(1, 4)),
-        ("seconds", rng.uniform(0.1, 0.6)),
         ("open metrics.jsonl.new", 1),
         ("open metrics.jsonl$", rng.randint(2, 5)),
+        ("seconds", rng.uniform(0.1, 0.6)),  # what comes after it comes in every run
         ("open draft.new", rng.randint(1, 3)),
         ("rename draft.new", rng.randint(1, 4)),
         ("rename draft.new.*config.json", 1),
