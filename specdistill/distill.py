@@ -102,8 +102,9 @@ def distill(
     examples = read_given(config, target or draft)
     if len(examples) <= config.heldout:
         raise InputError(
-            f"{config.data} has {len(examples)} answers; heldout: {config.heldout} leaves none "
-            "to train on"
+            f"{config.data} has {len(examples)} answers; heldout: {config.heldout}, kept out for "
+            f"the metrics, leaves none to train on; set heldout={max(len(examples) // 5, 1)}, or "
+            "generate more"
         )
     heldout, training = examples[: config.heldout], examples[config.heldout :]
 

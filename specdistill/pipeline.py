@@ -19,7 +19,7 @@ from specdistill.config import DistillConfig, Training
 from specdistill.data.chat import encode_prompt
 from specdistill.data.generation import generate, signal_bytes
 from specdistill.data.prompts import load_prompts
-from specdistill.data.store import Example, read_examples
+from specdistill.data.store import Example, read_examples, read_manifest
 from specdistill.decoding import Sampling
 from specdistill.distill import distill
 from specdistill.drafts import choose_vocabulary, expected_usage, make_draft, save_draft
@@ -120,12 +120,14 @@ def quickstart(
         plan.before_num_draft_tokens,
     )
     if not (run_dir / "draft" / "config.json").exists():
+        answers = sum(len(part["ids"]) for part in read_manifest(data).parts)
         config = DistillConfig(
             target=plan.target,
             draft=str(undistilled),
             data=str(data),
             run_dir=str(run_dir),
             seed=plan.seed,
+            heldout=max(1, min(32, answers // 4)),
             decode=None,  # it is scored before and after
             training=Training(max_seconds=plan.train_seconds, batch_tokens=512),
         )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ def rows_table(card: Scorecard) -> Table:
 
 def environment_table(found: Environment) -> Table:
     """What `env` shows."""
-    table = Table("", "", show_header=False, title="environment")
+    table = Table(show_header=False, title="environment")
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, version in found.versions.items():
         table.add_row(name, version)
     if found.git:
@@ -60,7 +63,7 @@ def environment_table(found: Environment) -> Table:
     table.add_row("memory", f"{found.memory_bytes / 1e9:.1f} GB")
     for part in found.optional:
         said = part.version or f"missing: {part.remedy}"
-        table.add_row(part.purpose, f"{part.package} {said}")
+        table.add_row(escape(part.purpose), escape(f"{part.package} {said}"))
     return table
 
 

@@ -178,6 +178,14 @@ def test_a_finished_folder_is_left_as_it_is(
 # Interruptions
 
 
+def test_out_of_time_there_is_still_something(
+    target: LanguageModel, tmp_path: Path, whole: dict[str, Example]
+) -> None:
+    some = answer(target, tmp_path, max_seconds=0.0)
+    assert 0 < len(some) < len(whole)
+    assert_same(answer(target, tmp_path), whole)
+
+
 def stop_at(call: int) -> Callable[..., None]:
     calls = 0
 

@@ -70,11 +70,12 @@ def generate(
     """Answer every prompt not yet answered in `folder`. The same call again goes on where an
     interrupted one stopped. With several samplings each prompt gets one of them, by its id and
     the seed: a draft that will decode at two temperatures should see texts of both. After
-    `max_seconds` what is finished is kept and the rest left unanswered. Of `best_of` answers that
-    `filters` leave, the best is kept; a prompt none of whose answers is left is asked again, see
-    `Filters`, and the store counts it. A `draft` that proposes `num_draft_tokens` a round saves
-    time, see `gain.py`, and changes nothing of what the target may say. Where a cheaper `writer` of
-    the target's tokens answers in its place, the target only reads what is kept, for its signal.
+    `max_seconds`, once there is an answer, what is finished is kept and the rest left unanswered.
+    Of `best_of` answers that `filters` leave, the best is kept; a prompt none of whose answers is
+    left is asked again, see `Filters`, and the store counts it. A `draft` that proposes
+    `num_draft_tokens` a round saves time, see `gain.py`, and changes nothing of what the target may
+    say. Where a cheaper `writer` of the target's tokens answers in its place, the target only reads
+    what is kept, for its signal.
 
     Raises `InputError` for a writer with a trimmed vocabulary, and `StorageError` before any work
     where the disk cannot hold the signal, or `folder` holds
@@ -162,7 +163,10 @@ def generate(
     start = time.perf_counter()
 
     def late() -> bool:
-        return max_seconds is not None and time.perf_counter() - start > max_seconds
+        """Out of time, with something to show for it."""
+        if max_seconds is None or not answered:
+            return False
+        return time.perf_counter() - start > max_seconds
 
     try:
         while questions and not late():

@@ -86,6 +86,7 @@ def score(
             progress("score", len(prompts), len(prompts), "out of time; the rest is left out")
             break
 
+    progress("evidence", 0, 1, "expected acceptance, losslessness")
     target_card, draft_card = model_card(target), model_card(draft)
     weight_ratio = draft_card.weight_bytes / target_card.weight_bytes
     verification = Verification.of(mode, lenience)
@@ -107,7 +108,7 @@ def score(
     ]
     judged = verdict(rows, verification, doubts(baseline, rows, per_prompt))
     fastest = (judged.best.temperature, judged.best.num_draft_tokens)
-    return Scorecard(
+    card = Scorecard(
         target=target_card,
         draft=draft_card,
         provenance=provenance(target, seed, max_new_tokens, prompts),
@@ -135,6 +136,8 @@ def score(
         if keep_text
         else None,
     )
+    progress("evidence", 1, 1)
+    return card
 
 
 def _decoders(
