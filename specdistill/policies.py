@@ -30,6 +30,7 @@ from specdistill.data.store import (
 )
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.errors import InputError, StorageError
+from specdistill.files import write_whole
 from specdistill.models import LanguageModel
 from specdistill_kernels import Verdict, sample
 
@@ -148,11 +149,9 @@ def examples_at(source: Source, step: int, folder: Path) -> list[Example]:
             return [Example(**json.loads(line)) for line in lines]
         examples = policy(source, step)
         folder.mkdir(parents=True, exist_ok=True)
-        new = file.with_suffix(".new")
         names = ("id", "prompt_tokens", "response_tokens")
         rows = [json.dumps({n: getattr(e, n) for n in names}) for e in examples]
-        new.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-        new.replace(file)
+        write_whole(file, "".join(f"{row}\n" for row in rows))
     except OSError as error:
         raise StorageError(f"cannot use {file}: {error.strerror}; free space, resume") from error
     except (ValueError, TypeError) as error:

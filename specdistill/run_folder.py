@@ -13,6 +13,7 @@ import yaml
 
 from specdistill.config import DistillConfig, load_config
 from specdistill.errors import InputError, StorageError
+from specdistill.files import write_whole
 from specdistill.models import LanguageModel
 from specdistill.provenance import device_name, git_commit, versions
 
@@ -84,13 +85,6 @@ def _is_kept(line: str, step: int) -> bool:
     except ValueError:  # cut off when the run was killed
         return False
     return row["step"] <= step and "kept_step" not in row
-
-
-def write_whole(file: Path, text: str) -> None:
-    """The file holds the old text or the new, whenever the process is killed."""
-    new = file.with_name(f"{file.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(file)
 
 
 def write_config(

@@ -14,6 +14,7 @@ from typing import Any
 from specdistill.data.prompts import Prompt
 from specdistill.data.store import MANIFEST
 from specdistill.errors import InputError, StorageError
+from specdistill.files import write_whole
 
 ANSWERS = "answers.jsonl"
 SCHEMA = "specdistill.answers/1"
@@ -45,9 +46,7 @@ class AnswerStore:
             if (folder / MANIFEST).exists():
                 self._check(facts)
             self._drop_half_a_line()
-            new = folder / f"{MANIFEST}.new"
-            new.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-            new.replace(folder / MANIFEST)
+            write_whole(folder / MANIFEST, json.dumps(facts, indent=1) + "\n")
         except OSError as error:
             raise StorageError(
                 f"cannot write to {folder}: {error.strerror}; choose another folder"

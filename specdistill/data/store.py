@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specdistill.data.signal import ALPHA_COST, NONE
 from specdistill.errors import InputError, StorageError
+from specdistill.files import write_whole
 from specdistill.hashes import file_sha256
 from specdistill.models import LanguageModel
 
@@ -171,9 +172,7 @@ class Store:
             ) from error
 
     def _write(self, manifest: Manifest) -> None:
-        new = self.folder / f"{MANIFEST}.new"
-        new.write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
-        new.replace(self.folder / MANIFEST)
+        write_whole(self.folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
         self.manifest = manifest
 
 

@@ -18,6 +18,7 @@ from specdistill.data.chat import encode_prompt
 from specdistill.data.prompts import Prompt, prompts_sha256
 from specdistill.decoding import Request, Sampling, SpeculativeDecoder
 from specdistill.errors import InputError, StorageError
+from specdistill.files import write_whole
 from specdistill.models import LanguageModel
 from specdistill.progress import Progress, silent
 
@@ -150,16 +151,10 @@ class _Progress:
     def write(self, found: Widened, following: int) -> None:
         rows = [{"id": p.id, "prompt": _instruction(p)} for p in found.prompts]
         state = self.facts | {"next": following, "removed": dict(found.removed)}
-        texts = {
-            self.file: "".join(json.dumps(row) + "\n" for row in rows),
-            self.state: json.dumps(state, indent=1) + "\n",
-        }
         try:
-            for path, text in texts.items():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                new = path.with_name(f"{path.name}.new")
-                new.write_text(text, encoding="utf-8")
-                new.replace(path)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+            write_whole(self.state, json.dumps(state, indent=1) + "\n")
         except OSError as error:
             raise StorageError(
                 f"cannot write {self.file}: {error.strerror}; free space and run again to go on"

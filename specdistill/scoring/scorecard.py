@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from specdistill.errors import InputError, StorageError
+from specdistill.files import write_whole
 
 if TYPE_CHECKING:
     from specdistill_kernels import Lenience, Mode
@@ -320,11 +321,9 @@ def nullable(document: dict[str, Any]) -> dict[str, Any]:
 
 def write_json(document: dict[str, Any], path: Path) -> None:
     """Raises `StorageError` where the file cannot be written; an older one then stays."""
-    new = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        new.replace(path)
+        write_whole(path, json.dumps(document, indent=2) + "\n")
     except OSError as error:
         raise StorageError(
             f"cannot write {path}: {error.strerror}; free space or choose another folder"
