@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter
@@ -52,9 +53,9 @@ def figure_training(metrics: list[dict[str, Any]]) -> Figure:
     )
     measured = {key for key, *_ in shares}
     held_out = [row for row in metrics if measured & row.keys() and "kept_step" not in row]
-    kept = {row["kept_step"] for row in metrics if "kept_step" in row}
+    kept = next((row["kept_step"] for row in metrics if "kept_step" in row), None)
     decoded = any("block_efficiency" in row for row in held_out)
-    figure, (left, *others) = style.panels(3 if decoded else 2, style.PANEL_HEIGHT)
+    figure, (left, right, *third) = style.panels(3 if decoded else 2, style.PANEL_HEIGHT)
     losses = [row["loss"] for row in logged]
     dot = "." if len(losses) == 1 else ""
     left.plot(
@@ -63,36 +64,47 @@ def figure_training(metrics: list[dict[str, Any]]) -> Figure:
         **style.mark(style.BLUE, dot, "loss") | {"lw": 1.2},
     )
     left.set_ylabel("training loss per token")
-    drawn = {left: losses}
-    tau = ("block_efficiency", "τ", style.GREEN, "D")
-    for axes, curves in zip(others, (shares, (tau,)), strict=False):
-        for key, name, colour, marker in curves:
-            having = [row for row in held_out if key in row]
-            points = [(row["tokens"], row[key]) for row in having]
-            if not points:
-                continue
-            x, y = zip(*points, strict=True)
-            axes.plot(x, y, **style.mark(colour, marker, name))
-            for point, row in zip(points, having, strict=True):
-                if row.get("step") in kept:
-                    ring = style.mark("none", "o", "kept")
-                    axes.plot(*point, **ring | {"ms": style.RING, "mec": style.BLACK})
-            drawn.setdefault(axes, []).extend(y)
-    others[0].set_ylabel("share of held-out tokens")
-    others[0].set_ylim(-0.03, 1.03)
-    if named := [line for line in others[0].get_lines() if line.get_label() != "kept"]:
-        style.legend(others[0], named)
-    if decoded:
+    drawn = [(left, losses)]
+    shown = [_held_out(right, held_out, kept, *share) for share in shares]
+    drawn.append((right, [value for values in shown for value in values]))
+    right.set_ylabel("share of held-out tokens")
+    right.set_ylim(-0.03, 1.03)
+    if named := [line for line in right.get_lines() if line.get_label() != "kept"]:
+        style.legend(right, named)
+    for axes in third:
+        tau = ("block_efficiency", "τ", style.GREEN, "D")
+        drawn.append((axes, _held_out(axes, held_out, kept, *tau)))
         num = next(row["num_draft_tokens"] for row in held_out if "num_draft_tokens" in row)
-        others[1].set_ylabel(f"tokens per target call τ, γ = {num}")
-        style.legend(others[1], [style.key("kept", style.BLACK, "", "o", mfc="none")])
-    for axes in (left, *others):
-        values = drawn.get(axes, [])
+        axes.set_ylabel(f"tokens per target call τ, γ = {num}")
+        style.legend(axes, [style.key("kept", style.BLACK, "", "o", mfc="none")])
+    for axes, values in drawn:
         axes.set_xlim(left=0)
         axes.set_xlabel("training tokens seen")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         style.finish(axes, values)
     return figure
+
+
+def _held_out(
+    axes: Axes,
+    rows: Sequence[Mapping[str, Any]],
+    kept: int | None,
+    key: str,
+    name: str,
+    colour: str,
+    marker: str,
+) -> list[float]:
+    """Draw what the rows have of a key, a ring at the step that was kept; returns the values."""
+    having = [row for row in rows if key in row]
+    if not having:
+        return []
+    tokens, values = ([row[each] for row in having] for each in ("tokens", key))
+    axes.plot(tokens, values, **style.mark(colour, marker, name))
+    for row in having:
+        if kept is not None and row.get("step") == kept:
+            ring = style.mark("none", "o", "kept") | {"ms": style.RING, "mec": style.BLACK}
+            axes.plot(row["tokens"], row[key], **ring)
+    return values
 
 
 def figure_runs(
