@@ -12,6 +12,7 @@ from specdistill.data import widening
 from specdistill.data.prompts import Prompt, load_prompts
 from specdistill.data.widening import TRIES, Widening, widen
 from specdistill.errors import InputError, StorageError
+from specdistill.files import write_whole
 from specdistill.models import LanguageModel
 
 SEEDS = [
@@ -109,6 +110,34 @@ def test_a_stopped_run_goes_on_and_ends_the_same(
     assert file.read_text() == (tmp_path / "whole.jsonl").read_text()
     again = widen(target, SEEDS, file, plan, batch_size=4)
     assert again == whole
+
+
+@pytest.mark.parametrize("writes", [1, 2, 3])
+def test_a_run_killed_after_any_of_its_first_writes_goes_on(
+    tiny: Callable[..., LanguageModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    writes: int,
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    left = writes
+
+    def write(path: Path, text: str) -> None:
+        nonlocal left
+        if not left:
+            raise Killed
+        left -= 1
+        write_whole(path, text)
+
+    target, file = tiny(3), tmp_path / "more.jsonl"
+    with monkeypatch.context() as patched:
+        patched.setattr(widening, "write_whole", write)
+        with pytest.raises(Killed):
+            widen(target, SEEDS, file, asked(), batch_size=4)
+    found = widen(target, SEEDS, file, asked(), batch_size=4)
+    assert found == widen(target, SEEDS, tmp_path / "whole.jsonl", asked(), batch_size=4)
 
 
 @pytest.mark.parametrize(

@@ -117,8 +117,9 @@ def widen(
 
 
 class _Progress:
-    """The file of prompts, and beside it FILE.json with what was asked and how far it came. The
-    prompts are written first: those beyond the point reached are forgotten.
+    """The file of prompts, and beside it FILE.json with what was asked and how far it came. That
+    one is there first, so that what is begun is known as such, and afterwards follows the prompts:
+    those beyond the point reached are forgotten.
     """
 
     def __init__(self, file: Path, facts: dict[str, Any]) -> None:
@@ -129,10 +130,11 @@ class _Progress:
         if not self.state.exists():
             if self.file.exists():
                 raise StorageError(f"{self.file} exists and is not of `widen`; name another file")
-            return Widened([], Counter()), 0
+            self.write(Widened([], Counter()), 0)
         try:
             state = json.loads(self.state.read_text(encoding="utf-8"))
-            rows = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+            written = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
+            rows = [json.loads(line) for line in written.splitlines()]
             prompts = [Prompt(row["id"], (_user(row["prompt"]),)) for row in rows]
             start, removed = int(state["next"]), Counter(state["removed"])
             kept = [p for p in prompts if int(p.id.removeprefix(WRITTEN)) < start]
@@ -153,7 +155,8 @@ class _Progress:
         state = self.facts | {"next": following, "removed": dict(found.removed)}
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+            if following:
+                write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
             write_whole(self.state, json.dumps(state, indent=1) + "\n")
         except OSError as error:
             raise StorageError(
