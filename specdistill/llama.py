@@ -83,6 +83,7 @@ class LlamaBody:
         kinds = getattr(base.config, "layer_types", None) or ["full_attention"] * len(layers)
         self.embed, self.rotary, self.norm = base.embed_tokens, base.rotary_emb, _Norm(base.norm)
         self.layers = [_Layer.of(layer, kind) for layer, kind in zip(layers, kinds, strict=True)]
+        self.kinds = set(kinds)
         heads, kv_heads = self.layers[0].heads
         self.sharing = heads // kv_heads  # so many heads' queries see the same keys
 
@@ -102,9 +103,8 @@ class LlamaBody:
         cos, sin = self.rotary(x, positions)
         half = cos.shape[-1] // 2
         turn = cos[:, :, None], torch.cat((-sin[..., :half], sin[..., half:]), -1)[:, :, None]
-        kinds = {layer.kind for layer in self.layers}
-        by_kind = dict.fromkeys(kinds, masks) if isinstance(masks, Tensor) else masks
-        by_kind = {kind: by_kind[kind].repeat(1, 1, self.sharing, 1) for kind in kinds}
+        by_kind = dict.fromkeys(self.kinds, masks) if isinstance(masks, Tensor) else masks
+        by_kind = {kind: by_kind[kind].repeat(1, 1, self.sharing, 1) for kind in self.kinds}
         for layer, kept in zip(self.layers, slots, strict=True):
             x = x + layer.out(
                 _attend(layer, layer.qkv(layer.before(x)), turn, by_kind[layer.kind], kept)

@@ -169,18 +169,20 @@ class CachedModel:
                     layer.copy(sources, rows, most)
         for row, prompt in zip(rows.tolist(), prompts, strict=True):
             self.prompts[row] = prompt
-        last = torch.tensor([max(len(p) - 1, 0) for p in prompts], device=device)[:, None]
-        first = torch.tensor(known, device=device)[:, None]
         missing = max(len(p) - k for p, k in zip(prompts, known, strict=True))
         for start in range(0, missing, chunk):
-            offsets = torch.arange(start, min(start + chunk, missing), device=device)
-            positions = torch.minimum(first + offsets, last)
-            tokens = [
-                [p[i] if p else 0 for i in place]
-                for p, place in zip(prompts, positions.tolist(), strict=True)
+            width = range(start, min(start + chunk, missing))
+            places = [
+                [min(k + i, max(len(p) - 1, 0)) for i in width]
+                for p, k in zip(prompts, known, strict=True)
             ]
-            stop = int(positions.max()) + 1
-            self.run(torch.tensor(tokens, device=device), positions, stop, rows)
+            tokens = [
+                [p[i] if p else 0 for i in row] for p, row in zip(prompts, places, strict=True)
+            ]
+            stop = max(row[-1] for row in places) + 1
+            self.run(
+                torch.tensor(tokens, device=device), torch.tensor(places, device=device), stop, rows
+            )
 
     def _longest_held(self, prompt: list[int]) -> tuple[int, int]:
         """The row that holds the longest beginning of a prompt, and how long it is."""
