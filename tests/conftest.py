@@ -82,3 +82,19 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "target"
     save_draft(tiny_model(layers=4), folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def target(tiny_folder: Path) -> LanguageModel:
+    """The tiny target in float64, so that no batch rounds otherwise than another."""
+    from specdistill import models
+
+    return models.load(str(tiny_folder), dtype="float64")
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are stored four at a time, so that a few make several parts."""
+    from specdistill.data import generation
+
+    monkeypatch.setattr(generation, "PART", 4)

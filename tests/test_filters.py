@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from specdistill import models
-from specdistill.data import generation
 from specdistill.data.filters import FILTERS, Filters, Sieve, repetition
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
@@ -14,19 +12,10 @@ from specdistill.decoding import GREEDY, Sampling
 from specdistill.errors import InputError, StorageError
 from specdistill.models import LanguageModel
 
+pytestmark = pytest.mark.usefixtures("small_parts")
 LENGTH = 8
 WARM = Sampling(1.0)
 PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": f"w{5 + i} w9"},)) for i in range(24)]
-
-
-@pytest.fixture(scope="module")
-def target(tiny_folder: Path) -> LanguageModel:
-    return models.load(str(tiny_folder), dtype="float64")
-
-
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "PART", 4)
 
 
 def answer(

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from specdistill import models
-from specdistill.data import generation, store
+from specdistill.data import store
 from specdistill.data.chat import encode_prompt
 from specdistill.data.generation import generate, signal_bytes
 from specdistill.data.prompts import Prompt
@@ -28,6 +28,7 @@ from specdistill.drafts import save_draft
 from specdistill.errors import InputError, SpecDistillError, StorageError
 from specdistill.models import LanguageModel
 
+pytestmark = pytest.mark.usefixtures("small_parts")
 Tiny = Callable[..., LanguageModel]
 LENGTH = 12
 SAMPLED = Sampling(1.0, top_k=20)
@@ -46,17 +47,6 @@ def ask(count: int) -> list[Prompt]:
 
 
 PROMPTS = ask(21)
-
-
-@pytest.fixture(scope="module")
-def target(tiny_folder: Path) -> LanguageModel:
-    """Float64, so that no batch rounds otherwise than another."""
-    return models.load(str(tiny_folder), dtype="float64")
-
-
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "PART", 4)
 
 
 def answer(

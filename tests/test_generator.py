@@ -16,11 +16,6 @@ from specdistill.models import LanguageModel
 
 
 @pytest.fixture(scope="module")
-def target(tiny_folder: Path) -> LanguageModel:
-    return models.load(str(tiny_folder), dtype="float64")
-
-
-@pytest.fixture(scope="module")
 def small(target: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of the target's first layer."""
     folder = tmp_path_factory.mktemp("writer") / "small"

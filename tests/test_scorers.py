@@ -7,8 +7,6 @@ import pytest
 import torch
 from test_cli import run
 
-from specdistill import models
-from specdistill.data import generation
 from specdistill.data.filters import NO_FILTER, Filters
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
@@ -18,6 +16,7 @@ from specdistill.decoding import GREEDY, Sampling
 from specdistill.errors import InputError, StorageError
 from specdistill.models import LanguageModel
 
+pytestmark = pytest.mark.usefixtures("small_parts")
 LENGTH = 6
 WARM = Sampling(1.0)
 PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": f"w{5 + i} w9"},)) for i in range(14)]
@@ -156,16 +155,6 @@ def test_the_command_takes_the_users_function(mine: str, tiny_folder: Path) -> N
 
 
 # What the engine keeps
-
-
-@pytest.fixture(scope="module")
-def target(tiny_folder: Path) -> LanguageModel:
-    return models.load(str(tiny_folder), dtype="float64")
-
-
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generation, "PART", 4)
 
 
 def answer(
