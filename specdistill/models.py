@@ -352,11 +352,18 @@ def locate(name: str) -> Path:
                 f"{name} is a folder without config.json: not a Hugging Face checkpoint"
             )
         return path
-    if path.exists() or name.startswith((".", "/", "~")):
+    if path.exists() or name.startswith((".", "/", "~")) or _is_local(path):
         raise ModelError(
             f"there is no checkpoint at {name}; give a folder, a .gguf file, a hub id or {DEMO!r}"
         )
     return _download(name)
+
+
+def _is_local(path: Path) -> bool:
+    """Whether a name that is no folder can mean nothing else: its first part is one, or it has more
+    parts than a hub id.
+    """
+    return len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
 
 
 def cache_folder() -> Path:

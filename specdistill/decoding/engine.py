@@ -202,7 +202,8 @@ class SpeculativeDecoder:
             raise InputError(
                 f"request {request.id}: {len(request.tokens)} prompt tokens + "
                 f"{request.max_new_tokens} new ones exceed "
-                f"the {self.target.max_length} positions of {self.target.name}"
+                f"the {self.target.max_length} positions of {self.target.name}; shorten the prompt "
+                "or ask for fewer new tokens"
             )
 
     def _admit(self, waiting: deque[Request]) -> None:
