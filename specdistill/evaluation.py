@@ -4,6 +4,7 @@ short real speculative decode with its weights of the moment.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from specdistill.config import DistillConfig
 from specdistill.data.store import Example
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.distiller import Distiller
-from specdistill.divergences import Target
+from specdistill.divergences import Positions, Target
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
 from specdistill_kernels import divergence, draft_columns
@@ -81,9 +82,7 @@ def overlap(distiller: Distiller, batches: list[Batch]) -> dict[str, float]:
     for batch in batches:
         signal = distiller.signal(batch)
         at = distiller.positions(batch, distiller.states(batch)["hidden"], signal)
-        for start in range(0, len(batch.labels), at.chunk):
-            rows = slice(start, start + at.chunk)
-            logits = at.head.logits(at.states[rows])
+        for rows, logits in _logits(at):
             target = at.target(1.0)
             assert target is not None
             lost = divergence(logits, _rows(target, rows), loss="tvd", draft_vocab=at.draft_vocab)
@@ -106,9 +105,8 @@ def on_text(distiller: Distiller, batches: list[Batch]) -> dict[str, float]:
     for batch in batches:
         at = distiller.positions(batch, distiller.states(batch)["hidden"], {})
         columns = draft_columns(batch.labels, len(distiller.vocab), distiller.draft_vocab)
-        for start in range(0, len(batch.labels), at.chunk):
-            rows = slice(start, start + at.chunk)
-            log_q, column = at.head.logits(at.states[rows]).log_softmax(-1), columns[rows]
+        for rows, logits in _logits(at):
+            log_q, column = logits.log_softmax(-1), columns[rows]
             total -= log_q[column >= 0].gather(-1, column[column >= 0, None]).sum().item()
             matches += int((log_q.argmax(-1) == column).sum())
         known += int((columns >= 0).sum())
@@ -138,6 +136,13 @@ def decoded(
         "acceptance_rate": sum(r.accepted for r in rounds) / max(tested, 1),
         "num_draft_tokens": num,
     }
+
+
+def _logits(at: Positions) -> Iterator[tuple[slice, Tensor]]:
+    """The draft's, `at.chunk` rows at a time."""
+    for start in range(0, len(at.labels), at.chunk):
+        rows = slice(start, start + at.chunk)
+        yield rows, at.head.logits(at.states[rows])
 
 
 def _rows(target: Target, rows: slice) -> Target:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from specdistill import models, packing
 from specdistill.config import DistillConfig, Training
-from specdistill.data.chat import encode_prompt
 from specdistill.data.generation import generate, signal_bytes
 from specdistill.data.prompts import load_prompts
 from specdistill.data.store import Example, read_examples, read_manifest
@@ -28,7 +27,7 @@ from specdistill.models import LanguageModel
 from specdistill.plots import plot_all
 from specdistill.progress import Progress, silent
 from specdistill.report import write_report
-from specdistill.scoring.measure import EncodedPrompt, score
+from specdistill.scoring.measure import EncodedPrompt, encoded, score
 from specdistill.scoring.scorecard import Scorecard
 
 Note = Callable[[str], None]
@@ -87,10 +86,9 @@ def quickstart(
 
     data = _answers(run_dir / "data", target, plan, progress, note)
     undistilled = _undistilled(run_dir / "undistilled", target, data, plan, note)
-    heldout = [
-        EncodedPrompt(p.id, encode_prompt(target.tokenizer, p), p.category)
-        for p in load_prompts(plan.heldout_prompts, limit=plan.score_prompts)
-    ]
+    heldout = encoded(
+        target.tokenizer, load_prompts(plan.heldout_prompts, limit=plan.score_prompts)
+    )
     packing.pack(target, 8)
 
     def scored(
@@ -120,14 +118,13 @@ def quickstart(
         plan.before_num_draft_tokens,
     )
     if not (run_dir / "draft" / "config.json").exists():
-        answers = sum(len(part["ids"]) for part in read_manifest(data).parts)
         config = DistillConfig(
             target=plan.target,
             draft=str(undistilled),
             data=str(data),
             run_dir=str(run_dir),
             seed=plan.seed,
-            heldout=max(1, min(32, answers // 4)),
+            heldout=max(1, min(32, len(read_manifest(data).ids) // 4)),
             decode=None,  # it is scored before and after
             training=Training(max_seconds=plan.train_seconds, batch_tokens=512),
         )

@@ -21,7 +21,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from specdistill import models, packing
 from specdistill.config import DistillConfig, assign, parse_config, read_yaml
-from specdistill.data.chat import encode_prompt
 from specdistill.data.prompts import load_prompts
 from specdistill.distill import distill
 from specdistill.distiller import configured_objective
@@ -32,7 +31,7 @@ from specdistill.progress import Progress, silent
 from specdistill.run_folder import DRAFT, check_run, flat
 from specdistill.scoring.comparable import obstacles
 from specdistill.scoring.compare import Comparison, compare, refusal
-from specdistill.scoring.measure import EncodedPrompt, score
+from specdistill.scoring.measure import encoded, score
 from specdistill.scoring.scorecard import Scorecard, nullable, write_json
 
 SCHEMA = "specdistill.sweep/1"
@@ -161,11 +160,10 @@ def _run(config: DistillConfig, how: Score, target: LanguageModel, progress: Pro
     models.check_pair(target, draft)
     distill(config, target, draft, resume=True, progress=progress)
     trained = str(Path(config.run_dir) / DRAFT)
-    prompts = load_prompts(how.prompts, limit=how.limit)
     return score(
         target,
         packing.pack(models.load(trained, dtype=config.dtype, device=config.device), 8),
-        [EncodedPrompt(p.id, encode_prompt(target.tokenizer, p), p.category) for p in prompts],
+        encoded(target.tokenizer, load_prompts(how.prompts, limit=how.limit)),
         num_draft_tokens=how.num_draft_tokens,
         temperatures=how.temperatures,
         max_new_tokens=how.max_new_tokens,

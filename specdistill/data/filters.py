@@ -41,7 +41,7 @@ class Filters:
     @property
     def remove(self) -> bool:
         """Whether there is a filter at all."""
-        return replace(self, retries=0) != Filters()
+        return replace(self, retries=0) != NO_FILTER
 
     def retries_of(self, sampling: Sampling) -> int:
         return self.retries if sampling.temperature > 0 else 0

@@ -34,7 +34,7 @@ from specdistill.data.signal import (
 )
 from specdistill.data.store import Example, Manifest, Store, tokenizer_sha256
 from specdistill.decoding import GREEDY, ModelDrafter, Sampling, SpeculativeDecoder
-from specdistill.decoding.sampling import row_seed
+from specdistill.decoding.sampling import own_sampling, row_seed
 from specdistill.errors import InputError, StorageError
 from specdistill.models import LanguageModel
 from specdistill.progress import Progress, silent
@@ -111,7 +111,7 @@ def generate(
         done = store.done()
         found = []
         for prompt in prompts:
-            sampling = samplings[row_seed(seed, prompt.id) % len(samplings)]
+            sampling = own_sampling(samplings, seed, prompt.id)
             tries = removals[prompt.id]
             if prompt.id not in done and tries <= filters.retries_of(sampling):
                 tokens = encode_prompt(target.tokenizer, prompt)

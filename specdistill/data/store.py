@@ -57,6 +57,11 @@ class Manifest:
     removed: list[list[str]] = field(default_factory=list)  # [id, filter] of each answer that went
     schema: str = SCHEMA
 
+    @property
+    def ids(self) -> set[str]:
+        """Of the prompts answered so far."""
+        return {id_ for part in self.parts for id_ in part["ids"]}
+
 
 def tokenizer_sha256(model: LanguageModel) -> str:
     """Hash of the vocabulary and the chat template: what decides which tokens a prompt becomes."""
@@ -101,7 +106,7 @@ class Store:
 
     def done(self) -> set[str]:
         """Ids of the prompts answered so far."""
-        return {id_ for part in self.manifest.parts for id_ in part["ids"]}
+        return self.manifest.ids
 
     def texts(self) -> list[list[int]]:
         """The answers so far."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +144,11 @@ class SamplingBatch:
     def arguments(self) -> dict[str, Any]:
         """As the keyword arguments of `sample` and `verify`: both must see the same settings."""
         return vars(self)
+
+
+def own_sampling(samplings: Sequence[Sampling], seed: int, request_id: str) -> Sampling:
+    """The one of several settings that a request gets, by its id and the run's seed."""
+    return samplings[row_seed(seed, request_id) % len(samplings)]
 
 
 def row_seed(seed: int, request_id: str) -> int:

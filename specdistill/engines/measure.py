@@ -13,7 +13,8 @@ from typing import Any
 
 from specdistill.progress import Progress
 from specdistill.scoring.categories import by_category
-from specdistill.scoring.measure import EncodedPrompt
+from specdistill.scoring.measure import EncodedPrompt, Setting, in_turn
+from specdistill.scoring.rows import shares
 from specdistill.scoring.scorecard import (
     Baseline,
     Lossless,
@@ -26,7 +27,6 @@ from specdistill.scoring.statistics import speedup_interval
 from specdistill.scoring.trust import doubts
 from specdistill.scoring.verdict import verdict
 
-Setting = tuple[float, int]  # temperature and γ, which is 0 for plain decoding
 WARM_UP_TOKENS = 8
 
 
@@ -57,16 +57,15 @@ def take_turns(
     max_new_tokens: int,
     progress: Progress,
 ) -> dict[Setting, list[Answer]]:
-    """Every prompt in every setting, plain decoding included, the settings in turns on each prompt
-    and starting from another one each time, after a short run of each that does not count.
+    """Every prompt in every setting, plain decoding included, the settings `in_turn` on each
+    prompt, after a short run of each that does not count.
     """
     settings = [(t, g) for t in temperatures for g in (0, *num_draft_tokens)]
     for setting in settings:
         ask(setting, prompts[0], WARM_UP_TOKENS)
     runs: dict[Setting, list[Answer]] = {setting: [] for setting in settings}
     for i, prompt in enumerate(prompts):
-        turn = i % len(settings)
-        for setting in settings[turn:] + settings[:turn]:
+        for setting in in_turn(settings, i):
             runs[setting].append(ask(setting, prompt, max_new_tokens))
         progress("score", i + 1, len(prompts), f"{len(settings)} settings a prompt")
     return runs
@@ -132,8 +131,8 @@ def _row(setting: Setting, runs: Runs, weight_ratio: float, seed: int) -> Row:
         acceptance_rate=sum(accepted) / sum(tested) if sum(tested) else math.nan,
         acceptance_rate_expected=math.nan,
         acceptance_per_proposal=sum(accepted) / sum(offered) if sum(offered) else math.nan,
-        acceptance_by_position=_shares(accepted, tested),
-        survival_by_position=_shares(accepted, offered),
+        acceptance_by_position=shares(accepted, tested),
+        survival_by_position=shares(accepted, offered),
         block_efficiency=block_efficiency,
         tokens_per_second=speed,
         speedup=speed / (sum(plain_emitted) / sum(plain_seconds)),
@@ -144,10 +143,6 @@ def _row(setting: Setting, runs: Runs, weight_ratio: float, seed: int) -> Row:
         planned_speedup=math.nan,
         mbsu=block_efficiency / (weight_ratio * num + 1),
     )
-
-
-def _shares(counted: Sequence[int], of: Sequence[int]) -> list[float]:
-    return [a / b for a, b in zip(counted, of, strict=True) if b]
 
 
 def _baseline(temperature: float, plain: Sequence[Answer]) -> Baseline:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from specdistill.data.answers import Answer, AnswerStore
 from specdistill.data.prompts import Prompt, prompts_sha256
-from specdistill.decoding.sampling import Sampling, row_seed
+from specdistill.decoding.sampling import Sampling, own_sampling, row_seed
 from specdistill.errors import InputError, ServerError
 from specdistill.progress import Progress, silent
 from specdistill.provenance import versions
@@ -113,15 +113,14 @@ def answer(
 
     async def settle(prompt: Prompt) -> None:
         nonlocal in_a_row
-        own = row_seed(seed, prompt.id)
-        sampling = samplings[own % len(samplings)]
+        sampling = own_sampling(samplings, seed, prompt.id)
         question = {
             "model": server.model,
             "messages": list(prompt.messages),
             "max_tokens": max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "seed": own >> 32,  # 31 bits: what every server takes
+            "seed": row_seed(seed, prompt.id) >> 32,  # 31 bits: what every server takes
         }
         try:
             store.append(await _ask(client, server, prompt, question))

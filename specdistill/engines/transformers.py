@@ -14,12 +14,12 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from specdistill.decoding.sampling import row_seed
-from specdistill.engines.measure import Answer, Setting, scorecard, take_turns
+from specdistill.engines.measure import Answer, scorecard, take_turns
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
 from specdistill.progress import Progress, silent
 from specdistill.scoring.lossless import explain_difference
-from specdistill.scoring.measure import EncodedPrompt
+from specdistill.scoring.measure import EncodedPrompt, Setting
 from specdistill.scoring.provenance import model_card, provenance
 from specdistill.scoring.scorecard import Scorecard
 

@@ -20,11 +20,11 @@ import torch
 
 from specdistill.decoding.sampling import row_seed
 from specdistill.engines import vllm_worker
-from specdistill.engines.measure import Answer, Setting, scorecard, take_turns
+from specdistill.engines.measure import Answer, scorecard, take_turns
 from specdistill.errors import DecodingError, InputError
 from specdistill.models import LanguageModel
 from specdistill.progress import Progress, silent
-from specdistill.scoring.measure import EncodedPrompt
+from specdistill.scoring.measure import EncodedPrompt, Setting
 from specdistill.scoring.provenance import model_card, provenance
 from specdistill.scoring.scorecard import ModelCard, Scorecard
 

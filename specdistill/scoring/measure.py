@@ -5,9 +5,12 @@ one process.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from specdistill.data.chat import encode_prompt
+from specdistill.data.prompts import Prompt
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.decoding.records import CacheSize
 from specdistill.errors import InputError
@@ -19,12 +22,16 @@ from specdistill.scoring.acceptance import expected_acceptance
 from specdistill.scoring.categories import by_category
 from specdistill.scoring.provenance import model_card, provenance
 from specdistill.scoring.rows import Runs
-from specdistill.scoring.scorecard import Scorecard, Verification
+from specdistill.scoring.scorecard import Row, Scorecard, Verification
 from specdistill.scoring.trust import doubts
 from specdistill.scoring.verdict import verdict
 from specdistill_kernels import Lenience, Mode
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 MIN_PROMPTS = 4
+Setting = tuple[float, int]  # temperature and γ, which is 0 for plain decoding
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,19 @@ class EncodedPrompt:
     id: str
     tokens: list[int]
     category: str | None = None
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> list[EncodedPrompt]:
+    """The prompts behind the tokenizer's chat template."""
+    return [EncodedPrompt(p.id, encode_prompt(tokenizer, p), p.category) for p in prompts]
+
+
+def in_turn(settings: Sequence[Setting], number: int) -> list[Setting]:
+    """The settings in their order, starting from another one with each `number`, so that a drift
+    of the machine's speed falls on all of them alike.
+    """
+    first = number % len(settings)
+    return [*settings[first:], *settings[:first]]
 
 
 def score(
@@ -54,8 +74,7 @@ def score(
     """Decode every prompt plainly and with every γ at every temperature, and measure. `mode` and
     `lenience` are `SpeculativeDecoder`'s: a card with lenience is LOSSY and says so.
 
-    The settings take turns on each prompt, starting from another one each time, so that a drift of
-    the machine's speed falls on all of them alike. A short untimed run of each comes first. After
+    The settings take turns on each prompt, see `in_turn`, after a short untimed run of each. After
     `max_seconds` no further prompt is begun, once there are four. `keep_text` keeps the first
     prompt's answer in the fastest setting in the card, token by token.
     """
@@ -66,32 +85,34 @@ def score(
     check_lenience(mode, lenience, temperatures)
     decoders = _decoders(target, draft, num_draft_tokens, mode, lenience)
     settings = [(t, g) for t in temperatures for g in decoders]
+    progress("score", 0, len(prompts), "a short run of each setting first")
     for t, g in settings:
         decoders[g].generate([prompts[0].tokens], max_new_tokens=8, sampling=Sampling(t), seed=seed)
     runs = {setting: Runs() for setting in settings}
+    words = f"{len(settings)} settings a prompt"
     begin = time.perf_counter()
     for i, prompt in enumerate(prompts):
-        turn = i % len(settings)
-        for t, g in settings[turn:] + settings[:turn]:
+        for turn, (t, g) in enumerate(in_turn(settings, i)):
+            progress("score", i + turn / len(settings), len(prompts), words)
             start = time.perf_counter()
             generation = decoders[g].run(
                 [Request(prompt.id, prompt.tokens, max_new_tokens, Sampling(t), seed)]
             )
             runs[t, g].seconds.append(time.perf_counter() - start)
             runs[t, g].generations.append(generation)
-        progress("score", i + 1, len(prompts), f"{len(settings)} settings a prompt")
         late = max_seconds is not None and time.perf_counter() - begin > max_seconds
         if late and i + 1 >= MIN_PROMPTS:
             prompts = prompts[: i + 1]
-            progress("score", len(prompts), len(prompts), "out of time; the rest is left out")
+            words = "out of time; the rest is left out"
             break
+    progress("score", len(prompts), len(prompts), words)
 
-    progress("evidence", 0, 1, "expected acceptance, losslessness")
     target_card, draft_card = model_card(target), model_card(draft)
     weight_ratio = draft_card.weight_bytes / target_card.weight_bytes
     verification = Verification.of(mode, lenience)
-    rows = []
+    rows: list[Row] = []
     for t, g in settings:
+        progress("evidence", len(rows), len(settings), "expected acceptance")
         if g:
             expected = [
                 expected_acceptance(target, draft, p.tokens, o, t, lenience)
@@ -99,6 +120,7 @@ def score(
                 if mode == "token"  # a block's acceptance is not that of its tokens
             ]
             rows.append(rows_of.row(t, g, runs[t, g], runs[t, 0], expected, weight_ratio, seed))
+    progress("evidence", len(rows), len(settings), "losslessness")
     baseline = [rows_of.baseline(t, runs[t, 0]) for t in dict.fromkeys(t for t, _ in settings)]
     per_prompt = [
         row

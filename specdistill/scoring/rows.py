@@ -117,6 +117,11 @@ def example(
     return Example(prompt_id, temperature, num, pieces)
 
 
+def shares(counted: Sequence[int], of: Sequence[int]) -> list[float]:
+    """By position, as far as there is anything to count."""
+    return [a / b for a, b in zip(counted, of, strict=True) if b]
+
+
 def row(
     temperature: float,
     num: int,
@@ -132,9 +137,6 @@ def row(
         sum(getattr(r, name) for r in rounds) for name in ("proposed", "tested", "accepted")
     )
     emitted = sum(runs.emitted)
-
-    def share(counted: list[int], of: list[int]) -> list[float]:
-        return [a / b for a, b in zip(counted, of, strict=True) if b]
 
     kept = [sum(r.accepted > i for r in rounds) for i in range(num)]
     reached = [sum(r.tested > i for r in rounds) for i in range(num)]
@@ -160,8 +162,8 @@ def row(
         if positions
         else float("nan"),
         acceptance_per_proposal=accepted / proposed if proposed else float("nan"),
-        acceptance_by_position=share(kept, reached),
-        survival_by_position=share(kept, offered),
+        acceptance_by_position=shares(kept, reached),
+        survival_by_position=shares(kept, offered),
         block_efficiency=block_efficiency,
         tokens_per_second=runs.tokens_per_second,
         speedup=runs.tokens_per_second / plain.tokens_per_second,
