@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from specdistill.models import choose_dtype
-from specdistill.provenance import device_name, git_commit, versions
+from specdistill.provenance import device_name, git_commit, installed, versions
 
 # What an optional part is for, its package, and how to get it.
 OPTIONAL = (
@@ -63,14 +62,7 @@ def environment() -> Environment:
         threads=torch.get_num_threads(),
         memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         optional=[
-            Part(purpose, package, _installed(package), remedy)
+            Part(purpose, package, installed(package), remedy)
             for purpose, package, remedy in OPTIONAL
         ],
     )
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -21,11 +21,17 @@ def versions() -> dict[str, str]:
         "numpy",
         "triton",
     ):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+        if has := installed(name):
+            found[name] = has
     return found
+
+
+def installed(package: str) -> str | None:
+    """The version of a package, None where there is none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def device_name(device: torch.device) -> str:

@@ -44,13 +44,9 @@ app = typer.Typer(
 for command in COMMANDS:
     app.command()(command)
 
-_AFTER_INTERRUPT = {
-    "quickstart": "; the same command goes on where it stopped",
-    "widen": "; the same command goes on where it stopped",
-    "generate": "; the same command goes on where it stopped",
-    "distill": "; with --resume the same command goes on from the last checkpoint",
-    "sweep": "; the same command goes on where it stopped",
-}
+_AFTER_INTERRUPT = dict.fromkeys(
+    ("quickstart", "widen", "generate", "sweep"), "; the same command goes on where it stopped"
+) | {"distill": "; with --resume the same command goes on from the last checkpoint"}
 
 
 def main() -> None:
@@ -65,7 +61,7 @@ def main() -> None:
     except SpecDistillError as error:
         if debug:
             raise
-        console.err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        console.note(f"error: {error}")
         sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != 130:  # what typer makes of an interrupt

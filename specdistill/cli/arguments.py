@@ -22,3 +22,9 @@ Threads = Annotated[
 ]
 Split = Annotated[str | None, typer.Option(help="Split of a `datasets` id.")]
 Column = Annotated[str | None, typer.Option(help="Column of a `datasets` id.")]
+Prompts = Annotated[
+    str, typer.Option(help=".jsonl, .txt, datasets id, demo:train or demo:heldout.")
+]
+Limit = Annotated[int | None, typer.Option(help="Use only the first so many prompts.")]
+LongestAnswer = Annotated[int, typer.Option(help="Tokens of the longest answer.", min=1)]
+BatchSize = Annotated[int, typer.Option(help="Rows decoded together.", min=1)]

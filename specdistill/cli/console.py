@@ -87,8 +87,7 @@ def progress() -> Iterator[Progress]:
         now = time.perf_counter()
         if done >= total or now - shown.get(stage, 0) >= 10:
             shown[stage] = now
-            line = f"[{now - begin:5.0f} s] {stage} {100 * done / max(total, 1e-9):.0f}% {detail}"
-            err.print(line, markup=False, highlight=False, soft_wrap=True)
+            note(f"[{now - begin:5.0f} s] {stage} {100 * done / max(total, 1e-9):.0f}% {detail}")
 
     yield write
 

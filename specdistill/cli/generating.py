@@ -10,12 +10,24 @@ import typer
 
 from specdistill import options
 from specdistill.cli import console
-from specdistill.cli.arguments import Column, Device, Dtype, Json, Split, Target, Threads
+from specdistill.cli.arguments import (
+    BatchSize,
+    Column,
+    Device,
+    Dtype,
+    Json,
+    Limit,
+    LongestAnswer,
+    Prompts,
+    Split,
+    Target,
+    Threads,
+)
 from specdistill.errors import InputError
 from specdistill.limits import MAX_DRAFT_TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from specdistill.data.gain import Gain
     from specdistill.data.store import Store
@@ -33,9 +45,7 @@ _OURS = (
 def generate(
     context: typer.Context,
     target: Target,
-    prompts: Annotated[
-        str, typer.Option(help=".jsonl, .txt, datasets id, demo:train or demo:heldout.")
-    ],
+    prompts: Prompts,
     out: Annotated[
         Path, typer.Option(help="Folder of the answers; an unfinished one is continued.")
     ],
@@ -53,7 +63,7 @@ def generate(
         str | None, typer.Option(help="Prompts with responses, for --style in-context.")
     ] = None,
     shots: Annotated[int, typer.Option(help="Examples shown with each prompt.", min=1)] = 4,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
+    max_new_tokens: LongestAnswer = 256,
     temperature: Annotated[
         str, typer.Option(help="0 is greedy; with 0,1 each prompt gets one of the two.")
     ] = "0",
@@ -61,8 +71,8 @@ def generate(
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
     seed: Annotated[int, typer.Option()] = 0,
-    batch_size: Annotated[int, typer.Option(help="Rows decoded together.", min=1)] = 32,
-    limit: Annotated[int | None, typer.Option(help="Use only the first so many prompts.")] = None,
+    batch_size: BatchSize = 32,
+    limit: Limit = None,
     signal: Annotated[
         str,
         typer.Option(
@@ -188,6 +198,7 @@ def generate(
     from specdistill.data.chat import encode_prompt
     from specdistill.data.gain import measure_gain
     from specdistill.decoding import ModelDrafter, Request, SpeculativeDecoder
+    from specdistill.decoding.sampling import own_sampling
 
     model = packing.pack(models.load(target, dtype=dtype, device=device), batch_size)
     author, writer = model, None
@@ -208,9 +219,13 @@ def generate(
     decoder = SpeculativeDecoder(author, drafter, num_draft_tokens=gamma, batch_size=batch_size)
     requests = [
         Request(
-            p.id, encode_prompt(model.tokenizer, p), max_new_tokens, samplings[i % len(samplings)]
+            p.id,
+            encode_prompt(model.tokenizer, p),
+            max_new_tokens,
+            own_sampling(samplings, seed, p.id),
+            seed,
         )
-        for i, p in enumerate(asked)
+        for p in asked
     ]
     console.note_cache(decoder.cache_size(requests))
     if size := generation.signal_bytes(model, len(asked), max_new_tokens, signal):
@@ -268,7 +283,7 @@ def widen(
     max_new_tokens: Annotated[int, typer.Option(help="Longest prompt.", min=1)] = 96,
     temperature: Annotated[float, typer.Option()] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
-    batch_size: Annotated[int, typer.Option(help="Rows decoded together.", min=1)] = 32,
+    batch_size: BatchSize = 32,
     split: Split = None,
     column: Column = None,
     dtype: Dtype = "auto",
@@ -292,8 +307,7 @@ def widen(
         found = write(model, known, out, plan, batch_size=batch_size, progress=progress)
     lines = [f"{len(found.prompts)} prompts in {out}"]
     if found.removed:
-        kinds = ", ".join(f"{number} {name}" for name, number in found.removed.items())
-        lines.append(f"removed: {kinds}")
+        lines.append(f"removed: {_by_kind(found.removed)}")
     if len(found.prompts) < count:
         lines.append(f"too few of the drafts were new; {count} were wanted")
     console.print_lines(console.screen_for(as_json), lines)
@@ -342,9 +356,12 @@ def _store_lines(store: Store, filtered: bool) -> list[str]:
         )
     if filtered:
         counts = store.filtered()
-        kinds = ", ".join(f"{number} {name}" for name, number in counts["removed"].items())
         lines.append(
-            f"removed: {kinds or 'none'}; {counts['regenerated']} prompts answered in another way, "
-            f"{counts['dropped']} without an answer"
+            f"removed: {_by_kind(counts['removed']) or 'none'}; {counts['regenerated']} prompts "
+            f"answered in another way, {counts['dropped']} without an answer"
         )
     return lines
+
+
+def _by_kind(removed: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in removed.items())

@@ -11,7 +11,19 @@ import typer
 
 from specdistill import options, tables
 from specdistill.cli import console
-from specdistill.cli.arguments import Column, Device, Draft, Dtype, Json, Split, Target, Threads
+from specdistill.cli.arguments import (
+    Column,
+    Device,
+    Draft,
+    Dtype,
+    Json,
+    Limit,
+    LongestAnswer,
+    Prompts,
+    Split,
+    Target,
+    Threads,
+)
 from specdistill.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,14 +36,12 @@ if TYPE_CHECKING:
 def score(
     target: Target,
     draft: Draft,
-    prompts: Annotated[
-        str, typer.Option(help=".jsonl, .txt, datasets id, demo:train or demo:heldout.")
-    ],
+    prompts: Prompts,
     out: Annotated[Path, typer.Option(help="scorecard.json to write.")],
     num_draft_tokens: Annotated[str, typer.Option(help="γ: 4, 1-8 or 2,4,6.")] = "1-8",
     temperature: Annotated[str, typer.Option(help="0, 1 or 0,1.")] = "0,1",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 128,
-    limit: Annotated[int | None, typer.Option(help="Use only the first so many prompts.")] = None,
+    max_new_tokens: LongestAnswer = 128,
+    limit: Limit = None,
     seed: Annotated[int, typer.Option()] = 0,
     verification: Annotated[
         Literal["token", "block"], typer.Option(help="Verify proposals singly, or as a whole.")
@@ -69,16 +79,13 @@ def score(
     _check_engine(engine, engine_python, device, verification, lenience, keep_text)
     console.must_be_free(out, overwrite)
     console.setup(threads)
-    from specdistill.data.chat import encode_prompt
     from specdistill.data.prompts import load_prompts
     from specdistill.scoring import measure
 
     measure.check_lenience(verification, rule, temperatures)
     asked = load_prompts(prompts, split=split, column=column, limit=limit)
     big, small = _load_pair(target, draft, dtype, device, packed=engine == "specdistill")
-    encoded = [
-        measure.EncodedPrompt(p.id, encode_prompt(big.tokenizer, p), p.category) for p in asked
-    ]
+    encoded = measure.encoded(big.tokenizer, asked)
     score_pair: Callable[..., Scorecard]
     if engine == "specdistill":
         console.note_cache(measure.cache_size(big, small, encoded, gammas, max_new_tokens))
@@ -132,17 +139,15 @@ def check(
     if prompts is None and (split or column):
         raise InputError("--split and --column choose from a `datasets` id: name it in --prompts")
     console.setup(threads)
-    from specdistill.data.chat import encode_prompt
     from specdistill.data.prompts import load_prompts
     from specdistill.scoring import check as checks
-    from specdistill.scoring.measure import EncodedPrompt
+    from specdistill.scoring.measure import encoded
 
     asked = checks.built_in_prompts(limit)
     if prompts is not None:
         asked = load_prompts(prompts, split=split, column=column, limit=limit)
     big, small = _load_pair(target, draft, dtype, device)
-    encoded = [EncodedPrompt(p.id, encode_prompt(big.tokenizer, p)) for p in asked]
-    pair = checks.Pair(big, small, encoded, max_new_tokens, seed)
+    pair = checks.Pair(big, small, encoded(big.tokenizer, asked), max_new_tokens, seed)
     console.note_cache(pair.cache_size())
     with console.progress() as progress:
         results = checks.run_checks(pair, progress)
