@@ -700,7 +700,7 @@ BAD_INPUT: dict[str, tuple[str, tuple[str, ...]]] = {
         "generate --target {target} --prompts {prompts} --out {data} --seed 9",
         ("holds generations with another settings", "choose another folder"),
     ),
-    "run folder without a card": ("plot {tmp}", ("cannot read scorecard",)),
+    "run folder without a card": ("plot {tmp}", ("there is no scorecard",)),
     "unwritable answers": (
         "generate --target {target} --prompts {prompts} --out {tmp}/file/out",
         ("cannot write to", "file/out", "choose another folder"),

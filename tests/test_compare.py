@@ -330,8 +330,8 @@ def test_the_command_refuses_what_it_cannot_read(good: Scorecard, tmp_path: Path
     for arguments, words in (
         ([tmp_path / "a.json"], "at least two"),
         ([tmp_path / "a.json", tmp_path / "a.json"], "named twice"),
-        ([tmp_path / "a.json", tmp_path / "none.json"], "cannot read scorecard"),
-        ([tmp_path / "a.json", tmp_path], "cannot read scorecard"),
+        ([tmp_path / "a.json", tmp_path / "none.json"], "there is no scorecard"),
+        ([tmp_path / "a.json", tmp_path], "there is no scorecard"),
     ):
         done = run("compare", *arguments)
         assert done.code == 2

@@ -267,6 +267,10 @@ class Scorecard:
         """Raises `InputError` for a missing file, another schema, or fields that do not fit."""
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(
+                f"there is no scorecard {path}; `specdistill score ... --out {path}` writes one"
+            ) from None
         except OSError as error:
             raise InputError(f"cannot read scorecard {path}: {error.strerror}") from error
         except ValueError as error:
