@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from specdistill.errors import InputError, StorageError
+from specdistill.files import write_whole
 from specdistill.plots import read_metrics
 from specdistill.report.page import page
 from specdistill.report.text import document
@@ -29,15 +30,15 @@ def write_report(run_dir: Path) -> Path:
     metrics = read_metrics(metrics_path) if metrics_path.exists() else []
     config, target = _read_config(run_dir / "config.yaml")
     text = document(card, before, metrics, config, target or card.target.name, run_dir)
-    path = run_dir / "report.md"
-    _write(path, text)
     _write(run_dir / "report.html", page(text, card, run_dir))
+    path = run_dir / "report.md"  # last: a run that has it is finished
+    _write(path, text)
     return path
 
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}; is there room?") from error
 
