@@ -5,6 +5,7 @@ loaded and compared after it was written.
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,24 +40,29 @@ class Exported:
 
 
 def export(draft: str, out: Path, engine: Engine, scorecard: Path | None = None) -> Exported:
-    """Write `draft` into the new folder `out` for `engine`. Figures come from `scorecard`, or from
-    the scorecard.json beside the draft's folder where that is of this draft.
+    """Write `draft` into the new folder `out` for `engine`, whole or not at all. Figures come from
+    `scorecard`, or from the scorecard.json beside the draft's folder where that is of this draft.
 
     Raises `InputError` for a scorecard of another draft, `ModelError` where the written checkpoint
     does not compute what the draft does.
     """
     model = models.load(draft, dtype="auto", device="cpu")
     card, notes = _card(model, scorecard)
-    drafts.save_draft(drafts.widen(model), out)
-    difference, leaked = check_written(model, out)
     target = card.target.name if card else _named_target(model.path)
     gamma = card.verdict.best.num_draft_tokens if card else DEFAULT_NUM_DRAFT_TOKENS
     serve = command(engine, name_elsewhere(target), str(out), gamma)
-    text = model_card(model, target, card, engine, serve, leaked)
+    part = out.with_name(f"{out.name}.part")
     try:
-        (out / "README.md").write_text(text, encoding="utf-8")
+        shutil.rmtree(part, ignore_errors=True)
+        drafts.save_draft(drafts.widen(model), part)
+        difference, leaked = check_written(model, part)
+        text = model_card(model, target, card, engine, serve, leaked)
+        (part / "README.md").write_text(text, encoding="utf-8")
+        part.replace(out)
     except OSError as error:
-        raise StorageError(f"cannot write {out / 'README.md'}: {error.strerror}") from error
+        raise StorageError(f"cannot write {out}: {error.strerror}; is there room?") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     found = None if card is None else str(scorecard or _beside(model.path))
     return Exported(str(out), model.full_vocab_size, serve, difference, leaked, found, notes)
 
@@ -79,15 +85,17 @@ def check_written(draft: LanguageModel, folder: Path) -> tuple[float, float]:
     rounding = 1e-3 if draft.dtype in (torch.float32, torch.float64) else 0.03
     if not difference <= rounding * largest:
         raise ModelError(
-            f"{folder} was written, but does not compute what {draft.name} does: a logit "
-            f"differs by {difference:.3g} where the largest is {largest:.3g}; do not serve it"
+            f"a checkpoint for other engines would not compute what {draft.name} does: a logit "
+            f"differs by {difference:.3g} where the largest is {largest:.3g}; nothing was exported"
         )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if (
         tokenizer.get_vocab() != draft.tokenizer.get_vocab()
         or tokenizer.chat_template != draft.tokenizer.chat_template
     ):
-        raise ModelError(f"{folder} was written, but its tokenizer is not that of {draft.name}")
+        raise ModelError(
+            f"a checkpoint's tokenizer would not be that of {draft.name}; nothing was exported"
+        )
     share = theirs.double().softmax(-1)[..., kept].sum(-1)
     return difference, max(0.0, 1 - share.mean().item()) if draft.vocab is not None else 0.0
 

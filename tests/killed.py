@@ -1,14 +1,17 @@
 """`python killed.py FOLDER PLACE NUMBER ARGUMENTS` runs `specdistill ARGUMENTS` and kills it by
 SIGKILL at the NUMBERth change of a file below FOLDER that matches PLACE, a regular expression; with
 PLACE "seconds" so long after the first change. A file about to be written is left torn: cut to
-nothing, or with half a line more. NUMBER 0 lets it live.
+nothing, or with half a line more. NUMBER 0 lets it live. With the ARGUMENTS `plan JSON` it runs
+the pipeline of `quickstart` with such a plan in FOLDER.
 """
 
+import json
 import os
 import re
 import signal
 import sys
 import threading
+from pathlib import Path
 
 FOLDER, PLACE, NUMBER = sys.argv[1] + os.sep, sys.argv[2], float(sys.argv[3])
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
@@ -56,6 +59,11 @@ def hook(event: str, arguments: tuple) -> None:
 if __name__ == "__main__":
     sys.addaudithook(hook)
     sys.argv = ["specdistill", *sys.argv[4:]]
-    from specdistill.cli import main
+    if sys.argv[1] == "plan":
+        from specdistill.pipeline import QuickstartPlan, quickstart
 
-    main()
+        quickstart(Path(FOLDER), QuickstartPlan(**json.loads(sys.argv[2])))
+    else:
+        from specdistill.cli import main
+
+        main()

@@ -122,7 +122,7 @@ def test_a_checkpoint_that_is_not_the_draft_is_found(
         with torch.no_grad():
             (weight if damage == "head" else weight.weight)[3] += 0.1
     save_draft(wide, tmp_path / "out")
-    with pytest.raises(ModelError, match=r"was written, but"):
+    with pytest.raises(ModelError, match=r"would not (compute|be)"):
         check_written(draft, tmp_path / "out")
 
 

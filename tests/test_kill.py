@@ -28,8 +28,8 @@ def specdistill(folder: Path, place: str, number: float, *arguments: object) -> 
     path = os.pathsep.join([str(tests), *filter(None, sys.path)])
     command = [sys.executable, str(tests / "killed.py"), str(folder), place, str(number)]
     done = subprocess.run(
-        [*command, *map(str, arguments), "--threads", "1"],
-        env={**os.environ, "PYTHONPATH": path},
+        [*command, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=1200,
@@ -128,6 +128,70 @@ def test_a_distillation_ends_with_the_same_bits(tmp_path: Path, tiny_folder: Pat
     for file in (whole / "samples").iterdir():
         assert (broken / "samples" / file.name).read_bytes() == file.read_bytes()
     assert {f.name for f in broken.iterdir()} == {f.name for f in whole.iterdir()}
+
+
+def test_a_quickstart_goes_on_after_every_stage(tmp_path: Path, tiny_folder: Path) -> None:
+    """Nothing that was finished is made again, and the run ends with all of its files."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"w{5 + i % 40} w{9 + i // 40}\n" for i in range(24)))
+    plan = {
+        **dict.fromkeys(("train_prompts", "heldout_prompts"), str(prompts)),
+        **{"target": str(tiny_folder), "answers": 24, "batch_size": 8, "vocab_size": 32},
+        **{"max_new_tokens": 8, "score_tokens": 8, "score_prompts": 2, "before_prompts": 2},
+        **{"num_draft_tokens": [2], "before_num_draft_tokens": [2], "train_seconds": 0.3},
+    }
+    asked = ("plan", json.dumps(plan))
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert specdistill(whole, "", 0, *asked) == 0
+    kills = [
+        ("open data/part.*parquet", 1),
+        ("rename data/manifest", 2),
+        ("open undistilled.new", 2),
+        ("rename undistilled.new.*config.json", 1),
+        ("open scorecard_before.json.new", 1),
+        ("rename scorecard_before.json.new", 1),
+        ("open metrics.jsonl", 1),
+        ("open draft.new", 2),
+        ("rename draft.new.*config.json", 1),
+        ("open scorecard.json.new", 1),
+        ("open plots/", 1),
+        ("open report.html", 1),
+        ("open report.md", 1),
+    ]
+    finished: dict[str, int] = {}
+    for place, number in kills:
+        assert specdistill(broken, place, number, *asked) == -signal.SIGKILL, place
+        for name in ("scorecard_before.json", "undistilled/config.json", "draft/config.json"):
+            if (file := broken / name).exists():
+                assert finished.setdefault(name, file.stat().st_mtime_ns) == file.stat().st_mtime_ns
+    assert specdistill(broken, "", 0, *asked) == 0
+    assert _files(broken) == _files(whole)
+    found, expected = (read_examples(run / "data", signal=True) for run in (broken, whole))
+    assert sorted(e.id for e in found) == sorted(e.id for e in expected)
+    models.load(str(broken / "draft"))
+
+
+def test_an_export_is_there_whole_or_not_at_all(tmp_path: Path, tiny_folder: Path) -> None:
+    target = models.load(str(tiny_folder), dtype="float32")
+    save_draft(make_draft(target, [0, 1], torch.arange(0, 64, 2)), tmp_path / "draft")
+    out = tmp_path / "served"
+    asked = ["export", "--draft", tmp_path / "draft", "--for", "vllm", "--out", out]
+    kills = (
+        "open .*tokenizer_config",
+        "rename .*config.json",
+        "open .*README.md",
+        "rename served.part$",
+    )
+    for place in kills:
+        assert specdistill(tmp_path, place, 1, *asked) == -signal.SIGKILL, place
+        assert not out.exists(), place
+    assert specdistill(tmp_path, "", 0, *asked) == 0
+    assert {"config.json", "README.md", "model.safetensors"} <= {f.name for f in out.iterdir()}
+    assert {f.name for f in tmp_path.iterdir()} == {"draft", "served"}
+
+
+def _files(run: Path) -> set[str]:
+    return {str(f.relative_to(run)) for f in run.rglob("*") if "checkpoints" not in f.parts}
 
 
 def _rows(run: Path) -> list[dict]:
