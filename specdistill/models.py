@@ -262,8 +262,9 @@ def load(
 
 
 def check_pair(target: LanguageModel, draft: LanguageModel) -> None:
-    """Refuse a pair whose tokens mean different things. Rows that only pad an embedding are
-    understood: what must agree is the tokenizer's vocabulary. Raises `ModelError` with both sizes.
+    """Refuse a pair whose tokens mean different things, or whose draft is the larger of the two.
+    Rows that only pad an embedding are understood: what must agree is the tokenizer's vocabulary.
+    Raises `ModelError` with both sizes.
     """
     if target.vocab is not None:
         raise ModelError(
@@ -283,6 +284,12 @@ def check_pair(target: LanguageModel, draft: LanguageModel) -> None:
         raise ModelError(
             f"{draft.name} embeds {draft.full_vocab_size} ids, but its tokenizer has "
             f"{len(ours)}: the checkpoint is damaged"
+        )
+    large, small = (model.weight_bytes() // model.dtype.itemsize for model in (target, draft))
+    if small > large:
+        raise ModelError(
+            f"the draft {draft.name} reads {small:,} weights for a token and the target "
+            f"{target.name} {large:,}: a draft is the smaller of the two; were they swapped?"
         )
 
 

@@ -370,6 +370,12 @@ def test_the_same_size_with_other_ids_is_refused(tiny: Tiny) -> None:
         check_pair(target, draft)
 
 
+def test_a_draft_larger_than_its_target_is_refused(tiny: Tiny) -> None:
+    check_pair(tiny(0), tiny(1))  # the target as its own draft, say
+    with pytest.raises(ModelError, match=r"smaller of the two; were they swapped\?"):
+        check_pair(tiny(0, layers=1), tiny(1, layers=2))
+
+
 def test_a_draft_that_embeds_too_few_ids_is_refused(tiny: Tiny) -> None:
     target = tiny(0)
     draft = replace(tiny(1, vocab=48), tokenizer=target.tokenizer)
