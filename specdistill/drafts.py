@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from specdistill.errors import InputError, ModelError, StorageError
 from specdistill.models import VOCAB_FILE, LanguageModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FAR = 100.0  # how far below 0 the logits of tokens that a widened draft lacks should be
 LEAST_ALONG = 0.3  # of an average state's part along the mean, what the smallest must have
@@ -82,10 +85,14 @@ def parse_layers(text: str, available: int) -> list[int]:
 
 
 def make_draft(
-    target: LanguageModel, layers: list[int], vocabulary: Tensor | None = None
+    target: LanguageModel,
+    layers: list[int],
+    vocabulary: Tensor | None = None,
+    *,
+    random_seed: int | None = None,
 ) -> LanguageModel:
     """A new model with the given layers of the target, its embedding and its head (or the head's
-    rows `vocabulary`).
+    rows `vocabulary`). With a seed it has the shape alone, and random weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -99,7 +106,20 @@ def make_draft(
     text.num_hidden_layers = len(layers)
     if vocabulary is not None:
         text.tie_word_embeddings = config.tie_word_embeddings = False
+    if random_seed is not None:
+        torch.manual_seed(random_seed)
     model = AutoModelForCausalLM.from_config(config, dtype=target.dtype)
+    model.generation_config = copy.deepcopy(target.model.generation_config)
+    if random_seed is None:
+        _copy_weights(target, layers, model)
+    if vocabulary is not None:
+        head = target.head if random_seed is None else model.get_output_embeddings()
+        model.set_output_embeddings(_select_rows(head, vocabulary))
+    model.to(target.device).eval()
+    return LanguageModel("draft", Path(), model, target.tokenizer, vocabulary)
+
+
+def _copy_weights(target: LanguageModel, layers: list[int], model: PreTrainedModel) -> None:
     prefix = f"{_layers_name(target)}."
     source = target.model.state_dict()
     weights = {}
@@ -115,11 +135,6 @@ def make_draft(
             )
         weights[name] = source[origin]
     model.load_state_dict(weights)
-    model.generation_config = copy.deepcopy(target.model.generation_config)
-    if vocabulary is not None:
-        model.set_output_embeddings(_select_rows(target.head, vocabulary))
-    model.to(target.device).eval()
-    return LanguageModel("draft", Path(), model, target.tokenizer, vocabulary)
 
 
 def save_draft(draft: LanguageModel, folder: Path) -> None:

@@ -40,6 +40,24 @@ def test_the_listed_layers_are_kept_in_order(tiny: Tiny) -> None:
     assert torch.equal(same.logits(same.hidden(tokens)), target.logits(target.hidden(tokens)))
 
 
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_a_draft_from_scratch_has_the_shape_and_nothing_of_the_weights(
+    tiny: Tiny, tmp_path: Path, trimmed: bool
+) -> None:
+    target, ids = tiny(0, layers=4), torch.arange(0, 64, 2) if trimmed else None
+    taken = make_draft(target, [0, 2], ids)
+    first, again, other = (make_draft(target, [0, 2], ids, random_seed=s) for s in (1, 1, 2))
+    weights = [draft.model.state_dict() for draft in (taken, first, again, other)]
+    for name, value in weights[0].items():
+        assert [w[name].shape for w in weights] == [value.shape] * 4
+        assert torch.equal(weights[1][name], weights[2][name])
+        if "norm" not in name:
+            assert not torch.isclose(weights[1][name], value).all(-1)[1:].any(), name
+            assert not torch.isclose(weights[1][name], weights[3][name]).all(-1)[1:].any(), name
+    save_draft(first, tmp_path / "scratch")
+    assert models.load(str(tmp_path / "scratch")).vocab_size == (32 if trimmed else 64)
+
+
 def test_settings_by_layer_are_cut_with_the_layers(tiny: Tiny) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 

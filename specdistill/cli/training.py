@@ -27,6 +27,10 @@ def init(
         str | None,
         typer.Option(help="Data to count tokens in: a folder of `generate`, .jsonl or .txt."),
     ] = None,
+    random_seed: Annotated[
+        int | None,
+        typer.Option(help="Take the shape alone, with random weights: training from scratch."),
+    ] = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
@@ -47,7 +51,8 @@ def init(
     if vocab_size is not None and vocab_from is not None:
         usage = drafts.count_tokens(model, token_lists(vocab_from, model.tokenizer))
         vocabulary = drafts.choose_vocabulary(model, usage, vocab_size)
-    draft = drafts.make_draft(model, kept, None if vocabulary is None else vocabulary.ids)
+    ids = None if vocabulary is None else vocabulary.ids
+    draft = drafts.make_draft(model, kept, ids, random_seed=random_seed)
     drafts.save_draft(draft, out)
     ratio = draft.weight_bytes() / model.weight_bytes()
     table = Table("", "target", "draft", title=f"{out}")
