@@ -200,18 +200,19 @@ def generate(
     from specdistill.decoding import ModelDrafter, Request, SpeculativeDecoder
     from specdistill.decoding.sampling import own_sampling
 
-    model = packing.pack(models.load(target, dtype=dtype, device=device), batch_size)
+    gamma = 0 if draft is None else num_draft_tokens
+    rows = batch_size * (gamma + 1)  # of a verify pass
+    model = packing.pack(models.load(target, dtype=dtype, device=device), rows)
     author, writer = model, None
     if generator is not None and best_of is not None and scorer is not None:
         writer = models.load(generator, dtype=dtype, device=device)
         models.check_pair(model, writer)
         ratio = price or model.parameters() / writer.parameters()
         choice = BestOf(matched_number(best_of, ratio), scorer)
-        author = packing.pack(writer, batch_size)
+        author = packing.pack(writer, rows)
         console.note(f"{choice.number} answers of {generator} for {best_of} of the target's")
-    gamma, small, drafter = 0, None, None
+    small, drafter = None, None
     if draft is not None:
-        gamma = num_draft_tokens
         small = packing.pack(models.load(draft, dtype=dtype, device=device), batch_size)
         models.check_pair(author, small)
         drafter = ModelDrafter(small, author.vocab_size)
