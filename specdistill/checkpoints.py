@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim import Optimizer
 
 from specdistill.errors import StorageError
 
@@ -22,17 +21,12 @@ Weights = Mapping[str, Tensor]
 
 
 def save_checkpoint(
-    folder: Path, state: dict[str, Any], weights: Weights, best: Weights, optimizer: Optimizer
+    folder: Path, state: dict[str, Any], weights: Weights, best: Weights, moments: Weights
 ) -> None:
     """Replace the checkpoint in `folder` by this one; the old one stays until then. `best` are the
-    weights of the best evaluation so far.
+    weights of the best evaluation so far, `moments` what the optimiser keeps.
     """
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    moments = {
-        f"{index}.{name}": value
-        for index, entry in optimizer.state_dict()["state"].items()
-        for name, value in entry.items()
-    }
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
@@ -65,10 +59,13 @@ def copy_weights(source: Weights, into: Weights) -> None:
 
 
 def load_checkpoint(
-    folder: Path, weights: Weights, best: Weights, optimizer: Optimizer
+    folder: Path,
+    weights: Weights,
+    best: Weights,
+    restore: Callable[[dict[str, Tensor]], None],
 ) -> dict[str, Any]:
-    """Read a checkpoint into `weights`, `best` and `optimizer`; returns its state. Raises
-    `StorageError` where it does not fit.
+    """Read a checkpoint into `weights` and `best`, and `restore` the moments; returns its state.
+    Raises `StorageError` where it does not fit.
     """
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -77,13 +74,7 @@ def load_checkpoint(
             if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in tensors.items()}:
                 raise ValueError(f"{file} has other names or shapes than the draft's weights")
             copy_weights(saved, tensors)
-        entries: dict[int, dict[str, Tensor]] = {}
-        for key, value in load_file(folder / OPTIMIZER).items():
-            index, name = key.split(".", 1)
-            entries.setdefault(int(index), {})[name] = value
-        optimizer.load_state_dict(
-            {"state": entries, "param_groups": optimizer.state_dict()["param_groups"]}
-        )
+        restore(load_file(folder / OPTIMIZER))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise StorageError(
             f"the checkpoint in {folder} cannot be used: {error}; remove it to start over"

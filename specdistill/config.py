@@ -23,6 +23,13 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Lora(_Section):
+    """What is trained of the layers' linear maps W: the factors of W + (alpha / rank) B A."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+
+
 class Training(_Section):
     """The optimiser and its budget. One of max_steps and max_seconds is given; with seconds, the
     learning rate follows the training time instead of the step.
@@ -40,10 +47,21 @@ class Training(_Section):
     clip_norm: float = Field(1.0, gt=0)
     train_embeddings: bool = False
     precision: Literal["no", "bf16", "fp16"] = "no"
-    chunk: int = Field(1024, ge=1, description="rows of logits held at a time")
+    chunk: int = Field(128, ge=1, description="rows of logits held at a time")
     activation_checkpointing: bool = Field(
         False, description="keep no activations within layers, compute them again: slower, smaller"
     )
+
+    shard: bool = Field(
+        False, description="cut weights, gradients and optimiser state over the processes (FSDP)"
+    )
+    lora: Lora | None = None
+
+    @model_validator(mode="after")
+    def _one_thing_to_train(self) -> Training:
+        if self.lora is not None and self.train_embeddings:
+            raise ValueError("lora trains its factors alone; leave train_embeddings out")
+        return self
 
     @model_validator(mode="after")
     def _one_budget(self) -> Training:
@@ -123,7 +141,8 @@ class Policy(_Section):
 class DistillConfig(_Section):
     """`specdistill distill`. draft is a checkpoint folder (see `specdistill init`), data a folder
     of `specdistill generate`. signal: what of the target is learnt from, as kept with the data, of
-    a live pass, or none: its text alone, in the draft's own tokens; target is then but a name.
+    a live pass, or none: its text alone, in the draft's own tokens; target is then but a name. Left
+    out it is kept for policy target, and live for the others.
     """
 
     schema_version: Literal[1] = 1
@@ -160,10 +179,14 @@ class DistillConfig(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_decode_without_a_target(cls, raw: object) -> object:
-        if isinstance(raw, dict) and raw.get("signal") == "none":
-            return {"decode": None, **raw}
-        return raw
+    def _what_follows_from_the_rest(cls, raw: object) -> object:
+        """No decode without a target; a live signal for tokens of which none is kept."""
+        if not isinstance(raw, dict):
+            return raw
+        policy = raw.get("policy", "target")
+        name = policy.get("name", "target") if isinstance(policy, dict) else policy
+        raw = {"signal": "kept" if name == "target" else "live", **raw}
+        return {"decode": None, **raw} if raw["signal"] == "none" else raw
 
     @model_validator(mode="after")
     def _a_signal_for_its_tokens(self) -> DistillConfig:
@@ -244,6 +267,7 @@ def _explain(problem: Any) -> str:
         known = {name: name for name in DistillConfig.model_fields}
         sections: dict[str, type[BaseModel]] = {
             "training": Training,
+            "training.lora": Lora,
             "decode": Decode,
             "hints": Hints,
             "policy": Policy,

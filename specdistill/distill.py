@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from specdistill.checkpoints import (
 )
 from specdistill.config import DistillConfig
 from specdistill.data.answers import holds_answers
-from specdistill.data.signal import NONE, kept_tokens
+from specdistill.data.signal import NONE, kept_tokens, read_states
 from specdistill.data.store import Example, read_manifest
 from specdistill.distiller import Distiller
 from specdistill.drafts import save_draft
@@ -113,11 +113,11 @@ def distill(
     leads, processes = accelerator.is_main_process, accelerator.num_processes
     _check_processes(config, processes)
     evaluation = Evaluation(distiller, heldout, config)
-    weights, optimizer = distiller.parameters, distiller.optimizer
+    weights = distiller.parameters
     best = {name: value.detach().clone() for name, value in weights.items()}
     state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "best": None}
     if resume and (checkpoint := find_checkpoint(checkpoints)):
-        state = load_checkpoint(checkpoint, weights, best, optimizer)
+        state = load_checkpoint(checkpoint, weights, best, distiller.restore)
     accelerator.wait_for_everyone()  # all have read what one of them now writes
     if leads:
         forget_samples(run / SAMPLES, state["step"])
@@ -127,9 +127,17 @@ def distill(
     def sampled(step: int) -> list[Example]:
         if target is None:
             return training
+        distiller.gather()
         source = Source(training, target, draft, config.policy, config.seed)
         with accelerator.main_process_first():  # it writes them, and the others read
-            return examples_at(source, step, run / SAMPLES)
+            found = examples_at(source, step, run / SAMPLES)
+        if config.policy.refresh_every is None or config.hints is not None:
+            return found
+        # They are trained on more than once, and the target need read them only once.
+        return [
+            replace(e, signal=read_states(target, e.prompt_tokens, e.response_tokens))
+            for e in found
+        ]
 
     def own(groups: list[list[Example]]) -> list[Batch]:
         """This process's share of an update, or where none is left a pass that adds nothing."""
@@ -146,6 +154,7 @@ def distill(
 
     def measured() -> dict[str, float]:
         """The row of an evaluation; the best one's weights are kept, the later of equals."""
+        distiller.gather()
         row, criterion = evaluation.measure(), evaluation.criterion
         if state["best"] is None or row[criterion] >= state["best"][criterion]:
             state["best"] = {**row, "kept_step": state["step"]}
@@ -176,11 +185,14 @@ def distill(
         if state["step"] % config.evaluate_every == 0 or spent(state, config) >= 1:
             row |= measured()
         record(row)
-        if leads and state["step"] % config.checkpoint_every == 0:
-            save_checkpoint(checkpoints, state, weights, best, optimizer)
+        if state["step"] % config.checkpoint_every == 0:
+            distiller.gather()
+            moments = distiller.moments()
+            if leads:
+                save_checkpoint(checkpoints, state, weights, best, moments)
         progress("distil", min(share, 1.0), 1.0, f"step {state['step']}, loss {metrics.loss:.3f}")
     copy_weights(best, weights)
-    draft.model.requires_grad_(False)
+    distiller.finish()
     if leads:
         save_draft(draft, run / DRAFT)
     record(state["best"])

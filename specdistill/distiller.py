@@ -4,10 +4,11 @@ accelerate lives here alone.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from specdistill.adapters import adapt, merge
 from specdistill.batches import Batch
 from specdistill.config import DistillConfig
 from specdistill.divergences import Objective, Positions, Target, objective, total_loss
@@ -24,6 +26,7 @@ from specdistill.drafts import decoder_layers
 from specdistill.errors import InputError
 from specdistill.hints import HintLoss
 from specdistill.models import LanguageModel
+from specdistill.shards import cut, shard, whole
 from specdistill_kernels import (
     Head,
     TargetStates,
@@ -79,24 +82,20 @@ class Distiller:
             log_with=config.trackers or None,
             project_dir=Path(config.run_dir) / TRACKERS,
         )
+        self.adapted = None
         draft.model.requires_grad_(True)
-        if not training.train_embeddings:
+        if training.lora is not None:
+            self.adapted = adapt(draft, training.lora, config.seed)
+        elif not training.train_embeddings:
             embedding = draft.model.get_input_embeddings().weight
             embedding.requires_grad_(embedding is draft.head.weight)
-        self.parameters = {n: p for n, p in draft.model.named_parameters() if p.requires_grad}
+        self.parameters: dict[str, Tensor] = dict(self._trainable())
         self.hints: HintLoss | None = None
         if hints is not None:
             assert target is not None
             torch.manual_seed(config.seed)  # of the learned maps
             self.hints = HintLoss(hints.kind, hints.layers, hints.weight, draft, target)
             self.parameters |= {f"hints.{n}": p for n, p in self.hints.named_parameters()}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=training.learning_rate,
-            weight_decay=training.weight_decay,
-            betas=(0.9, 0.95),
-        )
-        self.loss, self.optimizer = self.accelerator.prepare(_Loss(self), self.optimizer)
         self.target_head = None if target is None else target.readout()
         width = draft.full_vocab_size if target is None else target.vocab_size
         own = torch.arange(draft.vocab_size, device=draft.device)
@@ -104,6 +103,62 @@ class Distiller:
         self.vocab = ids[ids < width]  # without rows that pad the draft's embedding
         same = draft.vocab is None and len(ids) >= width
         self.draft_vocab = None if same else self.vocab
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make the loss and the optimiser, over all processes where there are several. Where each
+        of them trains a part of every weight, `draft` and `parameters` are copies, see `gather`.
+        """
+        training, accelerator, trained = self.config.training, self.accelerator, self
+        if training.shard and accelerator.num_processes > 1:
+            trained = copy.copy(self)
+            trained.draft = replace(self.draft, model=copy.deepcopy(self.draft.model))
+            self.parameters = {n: p.detach().clone() for n, p in self.parameters.items()}
+            self.parameters |= self._trainable()
+        loss = _Loss(trained)
+        if trained is not self:
+            shard(loss, decoder_layers(trained.draft), self.draft.device)
+        named = {n.removeprefix("draft."): p for n, p in loss.named_parameters()}
+        self.trained = {name: named[name] for name in self.parameters}
+        optimizer = torch.optim.AdamW(
+            self.trained.values(),
+            lr=training.learning_rate,
+            weight_decay=training.weight_decay,
+            betas=(0.9, 0.95),
+        )
+        self.optimizer = accelerator.prepare(optimizer)
+        self.loss = loss if trained is not self else accelerator.prepare(loss)
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self.draft.model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Bring `draft` and `parameters` up to date, in all processes together."""
+        for name, value in self.trained.items():
+            if value is not self.parameters[name]:
+                self.parameters[name].data.copy_(whole(value))
+
+    def moments(self) -> dict[str, Tensor]:
+        """What the optimiser keeps, by the number of a parameter and its own name for it; called in
+        all processes together.
+        """
+        state = self.optimizer.state_dict()["state"].items()
+        return {f"{i}.{name}": whole(v) for i, entry in state for name, v in entry.items()}
+
+    @torch.no_grad()
+    def restore(self, moments: dict[str, Tensor]) -> None:
+        """Go on from `parameters` as they are now, and these moments."""
+        trained = list(self.trained.values())
+        for value, now in zip(trained, self.parameters.values(), strict=True):
+            if value is not now:
+                value.copy_(cut(now, value))
+        entries: dict[int, dict[str, Tensor]] = {}
+        for key, moment in moments.items():
+            index, name = key.split(".", 1)
+            entries.setdefault(int(index), {})[name] = cut(moment, trained[int(index)])
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
     def step(self, batches: list[Batch], learning_rate: float) -> StepMetrics:
         """One update from one or more micro-batches of each process: the loss is a mean over the
@@ -123,7 +178,7 @@ class Distiller:
                 self.accelerator.backward(loss * self.accelerator.num_processes / total)
             loss_sum += loss.item()
         clip = self.config.training.clip_norm
-        norm = self.accelerator.clip_grad_norm_(self.parameters.values(), clip)
+        norm = whole(self.accelerator.clip_grad_norm_(self.trained.values(), clip))
         self.optimizer.step()
         self.optimizer.zero_grad()
         (loss_sum,) = self.over_processes(loss_sum)
@@ -146,6 +201,12 @@ class Distiller:
         """Response tokens, those of them that the draft lacks, and all tokens with padding."""
         columns = draft_columns(batch.labels, len(self.vocab), self.draft_vocab)
         return len(batch.labels), int((columns < 0).sum()), batch.tokens.numel()
+
+    def finish(self) -> None:
+        """Make the draft an ordinary model that nobody trains."""
+        if self.adapted is not None:
+            merge(self.draft, self.adapted)
+        self.draft.model.requires_grad_(False)
 
     def over_processes(self, *values: float) -> list[float]:
         """Sums over all processes."""
@@ -243,8 +304,8 @@ def _check_launch(config: DistillConfig) -> None:
     ):
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             raise InputError(
-                f"{variable} is set, and a draft is not cut into shards here: every process holds "
-                "it whole; launch with configs/multi_gpu.yaml"
+                f"{variable} is set, and a draft is cut over processes by training.shard: true; "
+                "launch with configs/multi_gpu.yaml"
             )
 
 

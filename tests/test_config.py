@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from specdistill.config import DistillConfig, Hints, Policy, Training, load_config
+from specdistill.config import DistillConfig, Hints, Lora, Policy, Training, load_config
 from specdistill.errors import InputError
 
 GOOD = """\
@@ -75,12 +75,12 @@ def test_an_unknown_key_is_answered_with_the_nearest(
 def test_an_unknown_key_like_no_other_is_answered_with_all(tmp_path: Path) -> None:
     message = refusal(tmp_path, GOOD + "zzz: 1")
     assert "'zzz': known are" in message
-    for section in (DistillConfig, Training, Hints, Policy):
+    for section in (DistillConfig, Training, Lora, Hints, Policy):
         assert all(name in message for name in section.model_fields)
 
 
 def test_no_two_sections_share_a_key() -> None:
-    names = [n for m in (DistillConfig, Training, Hints, Policy) for n in m.model_fields]
+    names = [n for m in (DistillConfig, Training, Lora, Hints, Policy) for n in m.model_fields]
     assert len(set(names)) == len(names)
 
 
@@ -91,6 +91,14 @@ def test_a_policy_is_a_name_or_a_section_and_has_its_own_defaults(tmp_path: Path
     assert again == config, "what a run folder holds is read again"
     given = read(tmp_path, GOOD, "policy={name: mixed, share: 0.2}", "signal=live").policy
     assert (given.share, given.refresh_every, given.top_k) == (0.2, 100, None)
+
+
+def test_the_signal_follows_the_policy_where_it_is_left_out(tmp_path: Path) -> None:
+    assert read(tmp_path, GOOD).signal == "kept"
+    for policy in ("mixed", "fixed", "{name: skd, block: 2}"):
+        assert read(tmp_path, GOOD, f"policy={policy}").signal == "live"
+    message = refusal(tmp_path, GOOD, "policy=mixed", "signal=kept")
+    assert "policy 'mixed'; set signal: live" in message
 
 
 def test_a_loss_is_a_name_or_weights_by_name(tmp_path: Path) -> None:
@@ -131,7 +139,6 @@ def test_one_budget_is_given(tmp_path: Path, budgets: list[str]) -> None:
         ("training=5", ("training", "5")),
         ("training=null", ("training", "None")),
         ("loss=[fkl]", ("loss", "dictionary", "['fkl']")),
-        ("policy=mixed", ("policy 'mixed'", "signal: live")),
         ("policy={name: draft, share: 0.5}", ("policy", "'draft' has no share; it has refresh_")),
         ("policy={name: mixed, share: 2}", ("policy.share", "less than or equal to 1")),
         ("policy={refresh_every: 5}", ("policy", "'target' has no refresh_every")),

@@ -1,5 +1,7 @@
 """Training: the step against a plain computation, kept and live signals, resumable to the bit."""
 
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +12,11 @@ from runs import make_world, run, settings
 from specdistill import models
 from specdistill.batches import length_buckets, make_batch, updates
 from specdistill.data.store import Example, read_examples
-from specdistill.distill import rate
+from specdistill.distill import distill, rate
 from specdistill.distiller import Distiller
 from specdistill.drafts import make_draft, save_draft
 from specdistill.errors import InputError, StorageError
-from specdistill.evaluation import overlap, with_answers
+from specdistill.evaluation import Evaluation, overlap, with_answers
 from specdistill.models import LanguageModel
 
 Tiny = Callable[..., LanguageModel]
@@ -325,6 +327,64 @@ def test_activation_checkpointing_changes_no_bit(
         assert not any("forward" in vars(layer) for layer in draft.model.model.layers)
     assert passes == [2, 4]
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+LORA = {"rank": 4, "alpha": 8}
+
+
+def test_lora_trains_its_factors_alone_and_leaves_an_ordinary_draft(
+    world: dict[str, str], tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    config = settings(world, tmp_path / "run", training={"max_steps": 60, "lora": LORA})
+    target, draft = (models.load(world[n], dtype="float32") for n in ("target", "draft"))
+    before = models.load(world["draft"], dtype="float32")
+    names = before.model.state_dict().keys()
+    distill(config, target, draft)
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in metrics]
+    assert rows[-1]["expected_alpha"] > rows[0]["expected_alpha"] + 0.005
+
+    saved = models.load(str(tmp_path / "run" / "draft"), dtype="float32")
+    assert saved.model.state_dict().keys() == names
+    for name, value in saved.model.state_dict().items():
+        difference = value - before.model.state_dict()[name]
+        linear = value.ndim == 2 and "embed" not in name and "lm_head" not in name
+        assert (
+            (torch.linalg.matrix_rank(difference, rtol=1e-4) == 4)
+            if linear
+            else not (difference.any())
+        ), name
+
+    for one in (draft, saved):  # what was measured with the factors is there without them
+        distiller = Distiller(target, one, settings(world, tmp_path / "again"))
+        heldout = read_examples(Path(world["data"]), signal=True)[: config.heldout]
+        again = Evaluation(distiller, heldout, config).measure()
+        for name in ("expected_alpha", "block_efficiency"):
+            assert again[name] == pytest.approx(rows[-1][name], abs=1e-4)
+
+
+def test_a_run_with_lora_resumes_to_the_bit(world: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    for name, stop_at in (("whole", None), ("broken", 7)):
+        config = settings(world, tmp_path / name, training={"lora": LORA})
+        if stop_at:
+            with pytest.raises(KeyboardInterrupt):
+                run(config, stop_at=stop_at)
+        run(config, resume=stop_at is not None)
+    a, b = (models.load(str(tmp_path / name / "draft")) for name in ("whole", "broken"))
+    for ours, theirs in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_lora_without_peft_or_beside_what_it_leaves_alone(
+    world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="leave train_embeddings out"):
+        settings(world, tmp_path / "run", training={"lora": LORA, "train_embeddings": True})
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(InputError, match=r'pip install "specdistill\[lora\]"'):
+        run(settings(world, tmp_path / "run", training={"lora": LORA}))
 
 
 def test_the_trackers_get_the_metrics(world: dict[str, str], tmp_path: Path) -> None:

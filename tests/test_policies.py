@@ -12,12 +12,14 @@ import torch
 from chains import ALPHA, TABLE, WARM, V, chain, draft_chain, p_value, transitions, warped
 
 from specdistill import models
+from specdistill.batches import Batch
 from specdistill.config import DistillConfig, Policy, parse_config
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
 from specdistill.data.store import Example
 from specdistill.decoding import ModelDrafter, SpeculativeDecoder
 from specdistill.distill import distill, schedule
+from specdistill.distiller import Distiller
 from specdistill.drafts import make_draft, save_draft
 from specdistill.errors import InputError, StorageError
 from specdistill.models import LanguageModel
@@ -306,6 +308,28 @@ def test_a_run_under_each_policy_learns_and_resumes_to_the_bit(
     a, b = (models.load(str(tmp_path / n / "draft")) for n in ("whole", "broken"))
     for ours, theirs in zip(a.model.parameters(), b.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["draft", "mixed", "skd", "induced"])
+def test_the_target_reads_samples_once_and_no_loss_is_another(
+    world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Against a live pass at every step, which is what an example without a signal takes."""
+    policy, real = {"name": name, **SHORT}, Distiller.signal
+    live: list[bool] = []
+
+    def counted(distiller: Distiller, batch: Batch) -> dict[str, torch.Tensor]:
+        live.append(batch.signal is None)
+        return real(distiller, batch)
+
+    monkeypatch.setattr(Distiller, "signal", counted)
+    once = run(settings(world, tmp_path / "once", policy, decode=None))
+    assert sum(live[-10:]) == 0
+    monkeypatch.setattr("specdistill.distill.read_states", lambda *_: None)
+    always = run(settings(world, tmp_path / "live", policy, decode=None))
+    losses = [[row["loss"] for row in rows if "loss" in row] for rows in (once, always)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert sum(live) >= len(losses[1])
 
 
 def test_samples_of_weights_that_were_lost_are_forgotten(tmp_path: Path) -> None:

@@ -28,14 +28,24 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def launch(config: Path, *arguments: str, processes: int) -> None:
+    command = ["-m", "specdistill", "distill", str(config), *arguments, "--threads", "1"]
+    if processes == 2:
+        run_with_accelerate(*command)
+    else:
+        run_alone(*command)
+
+
+def run_with_accelerate(*command: str) -> None:
+    """In two processes."""
     file = CONFIGS / "multi_gpu.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    command += ["--main_process_port", "0", "-m", "specdistill", "distill", str(config)]
-    if processes == 1:
-        command = [sys.executable, "-m", "specdistill", "distill", str(config)]
-    path = os.pathsep.join(filter(None, sys.path))
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(file)]
+    run_alone(*launcher, "--main_process_port", "0", *command)
+
+
+def run_alone(*command: str) -> None:
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), *sys.path)))
     done = subprocess.run(
-        [*command, *arguments, "--threads", "1"],
+        [sys.executable, *command],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -45,19 +55,23 @@ def launch(config: Path, *arguments: str, processes: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "cut"])
 @pytest.mark.parametrize("kind", ["kept", "on-policy"])
-def test_two_processes_train_as_one_does(world: dict[str, str], tmp_path: Path, kind: str) -> None:
-    """The same micro-batches, dealt to two processes: the same losses but for rounding. The last
-    update of an epoch has no micro-batch for the second process.
+def test_two_processes_train_as_one_does(
+    world: dict[str, str], tmp_path: Path, kind: str, shard: bool
+) -> None:
+    """The same micro-batches, dealt to two processes that hold the draft whole or cut: the same
+    losses but for rounding. The last update of an epoch has no micro-batch for the second process.
     """
     more: dict[str, object] = {"hints": {"layers": {2: 4}}}
     if kind == "on-policy":
         policy = {"name": "draft", "refresh_every": 4, "prompts": 12, "max_new_tokens": 10}
         more = {"signal": "live", "policy": policy}
+    training = {"accumulate": 2, "batch_tokens": 80, "shard": shard}
     rows, drafts = [], []
     for processes in (1, 2):
         run = tmp_path / str(processes)
-        config = settings(world, run, training={"accumulate": 2, "batch_tokens": 80}, **more)
+        config = settings(world, run, training=training, **more)
         file = tmp_path / f"{processes}.yaml"
         file.write_text(yaml.safe_dump(config.model_dump()))
         launch(file, processes=processes)
@@ -73,6 +87,48 @@ def test_two_processes_train_as_one_does(world: dict[str, str], tmp_path: Path, 
                 assert two[name] == pytest.approx(one[name], rel=1e-3), (one["step"], name)
     for ours, theirs in zip(*(d.model.parameters() for d in drafts), strict=True):
         assert torch.allclose(ours, theirs, atol=2e-3)
+
+
+CUT = """
+import sys
+from pathlib import Path
+from runs import settings
+from specdistill import models
+from specdistill.distiller import Distiller
+world = dict(zip(("target", "data", "draft"), sys.argv[1:]))
+pair = [models.load(world[name], dtype="float32", device="cpu") for name in ("target", "draft")]
+distiller = Distiller(*pair, settings(world, Path("x"), training={"accumulate": 2, "shard": True}))
+for name, value in distiller.trained.items():
+    whole = distiller.parameters[name]
+    assert value.shape == whole.shape
+    assert value.to_local().numel() == whole.numel() // 2, name  # their first sizes are even
+    whole.data.zero_()
+distiller.gather()
+assert all(value.any() for value in distiller.parameters.values())
+"""
+
+
+@pytest.mark.slow
+def test_each_process_holds_its_part_of_every_weight(world: dict[str, str], tmp_path: Path) -> None:
+    script = tmp_path / "cut.py"
+    script.write_text(CUT)
+    run_with_accelerate(str(script), *(world[n] for n in ("target", "data", "draft")))
+
+
+@pytest.mark.slow
+def test_a_cut_run_resumes_to_the_bit(world: dict[str, str], tmp_path: Path) -> None:
+    """From its checkpoint at step 8, which holds whole weights and moments."""
+    pytest.importorskip("peft")
+    run, file = tmp_path / "run", tmp_path / "run.yaml"
+    training = {"accumulate": 2, "shard": True, "lora": {"rank": 4, "alpha": 8}}
+    config = settings(world, run, checkpoint_every=8, training=training)
+    file.write_text(yaml.safe_dump(config.model_dump()))
+    launch(file, processes=2)
+    first = (run / "draft" / "model.safetensors").read_bytes()
+    (run / "draft" / "model.safetensors").unlink()
+    assert json.loads((run / "checkpoints" / "state.json").read_text())["step"] == 8
+    launch(file, "--resume", processes=2)
+    assert (run / "draft" / "model.safetensors").read_bytes() == first
 
 
 def test_what_several_processes_cannot_share_is_refused(
@@ -129,5 +185,5 @@ def test_sharding_is_refused(
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     pair = [models.load(world[name], dtype="float32") for name in ("target", "draft")]
-    with pytest.raises(InputError, match=r"ACCELERATE_USE_FSDP is set.*configs/multi_gpu\.yaml"):
+    with pytest.raises(InputError, match=r"ACCELERATE_USE_FSDP is set.*training\.shard: true"):
         distill(settings(world, tmp_path / "run"), *pair)
