@@ -65,6 +65,14 @@ def test_the_verdict_comes_first(run_dir: Path) -> None:
     )
 
 
+def test_what_few_prompts_cannot_show_is_not_called_a_loss(run_dir: Path) -> None:
+    card = make_after()
+    rows = [replace(row, speedup_ci95=(0.9, 4.5)) for row in card.rows]
+    unsure = replace(card, rows=rows, verdict=replace(card.verdict, pays=False))
+    second = report(run_dir, unsure).split("\n\n")[1]
+    assert second.startswith("**Whether the draft pays cannot be shown: with it, `my/target` deco")
+
+
 def test_a_draft_that_does_not_pay_or_is_not_lossless_is_called_so(run_dir: Path) -> None:
     card = make_before()
     second = report(run_dir, card).split("\n\n")[1]

@@ -178,6 +178,9 @@ def test_prompts_without_a_category_are_in_none() -> None:
     (only,) = by_category([*unnamed, *rows[1::2]], seed=0)
     assert (only.category, only.prompts) == ("steps", 12)
     assert by_category(unnamed, seed=0) == []
+    for few, shown in ((2, False), (3, True)):
+        (row,) = by_category(rows[1::2][:few], seed=0)
+        assert (row.speedup_ci95[0] > 0) == shown
 
 
 def test_a_card_with_categories_survives_the_file(card: Scorecard, tmp_path: Path) -> None:

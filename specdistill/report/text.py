@@ -10,6 +10,7 @@ from typing import Any
 from specdistill.errors import InputError
 from specdistill.report.serving import serving
 from specdistill.scoring.scorecard import CategoryRow, ModelCard, Row, Scorecard
+from specdistill.scoring.verdict import judgement
 
 CAPTIONS = {
     "speedup.png": "Speedup over plain decoding by number of draft tokens γ, with 95% intervals. "
@@ -83,7 +84,6 @@ def _verdict(card: Scorecard, best: Row, target: str) -> str:
         f"`{target}` decodes {number(best.speedup, 2)} times as fast as without it "
         f"(T = {best.temperature:g}, γ = {best.num_draft_tokens}; 95% interval {low} to {high})"
     )
-    pays = "The draft pays" if card.verdict.pays else "The draft does not pay"
     proof = "and the output does not change"
     if card.verification.lossy:
         proof = f"but the output is not the target's ({card.verification.label})"
@@ -91,7 +91,7 @@ def _verdict(card: Scorecard, best: Row, target: str) -> str:
         proof = "but that the output does not change was NOT shown"
     return (
         f"# {_labelled(f'A draft for {target}', card)}\n\n"
-        f"**{pays}: with it, {speed}, {proof}.**\n\n"
+        f"**{judgement(best, card.verdict.pays)}: with it, {speed}, {proof}.**\n\n"
         f"Why: {card.verdict.reason}"
     )
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import nan
 
 from specdistill.scoring.scorecard import CategoryRow, PromptRow
 from specdistill.scoring.statistics import ratio_of_sums
+
+MIN_PROMPTS = 3  # the interval of two spans orders of magnitude
 
 
 def by_category(per_prompt: Sequence[PromptRow], seed: int) -> list[CategoryRow]:
@@ -38,8 +41,8 @@ def _category_row(
         prompts=len(rows),
         tested=tested,
         accepted=accepted,
-        acceptance_rate=accepted / tested if tested else float("nan"),
+        acceptance_rate=accepted / tested if tested else nan,
         block_efficiency=sum(row.emitted for row in rows) / sum(row.rounds for row in rows),
         speedup=speedup.value,
-        speedup_ci95=(speedup.low, speedup.high),
+        speedup_ci95=(speedup.low, speedup.high) if len(rows) >= MIN_PROMPTS else (nan, nan),
     )

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from specdistill.scoring.scorecard import Best, Row, Verdict, Verification
 from specdistill.scoring.statistics import Ratio, break_even, prompts_needed
 
+UNKNOWN = "Whether the draft pays cannot be shown"
+
 
 def verdict(
     rows: Sequence[Row],
@@ -38,17 +40,23 @@ def verdict(
         )
     if doubts:
         reason = f"These figures cannot be trusted: {'; '.join(doubts)}. They say {measured}."
-    elif pays:
-        reason = f"The draft pays: {measured}; {why}."
-    elif high < 1 or best.speedup < 1:
-        reason = f"The draft does not pay: {measured}; {why}. {_remedy(best, needed, affordable)}"
+    elif (judged := judgement(best, pays)) == UNKNOWN:
+        judged = f"{judged} with {prompts(best.prompts)}"
+        reason = f"{judged}: {measured}; {why}.{_more_prompts(best)}"
     else:
-        unknown = f"Whether the draft pays cannot be shown with {prompts(best.prompts)}"
-        reason = f"{unknown}: {measured}; {why}.{_more_prompts(best)}"
+        remedy = "" if pays else f" {_remedy(best, needed, affordable)}"
+        reason = f"{judged}: {measured}; {why}.{remedy}"
     if verification is not None and verification.lossy:
         reason = f"{verification.label}: the text is not the target's. {reason}"
     found = Best(best.temperature, best.num_draft_tokens, best.speedup)
     return Verdict(pays, found, needed, reason, affordable)
+
+
+def judgement(best: Row, pays: bool) -> str:
+    """The verdict on the fastest row in a few words."""
+    if pays:
+        return "The draft pays"
+    return "The draft does not pay" if min(best.speedup, best.speedup_ci95[1]) < 1 else UNKNOWN
 
 
 def _break_even_cost_ratio(row: Row) -> float:
