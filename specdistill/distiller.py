@@ -113,8 +113,8 @@ class Distiller:
         if training.shard and accelerator.num_processes > 1:
             trained = copy.copy(self)
             trained.draft = replace(self.draft, model=copy.deepcopy(self.draft.model))
-            self.parameters = {n: p.detach().clone() for n, p in self.parameters.items()}
-            self.parameters |= self._trainable()
+            hints = {n: p for n, p in self.parameters.items() if n.startswith("hints.")}
+            self.parameters |= {n: p.detach().clone() for n, p in hints.items()}
         loss = _Loss(trained)
         if trained is not self:
             shard(loss, decoder_layers(trained.draft), self.draft.device)

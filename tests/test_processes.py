@@ -67,7 +67,12 @@ def test_two_processes_train_as_one_does(
     if kind == "on-policy":
         policy = {"name": "draft", "refresh_every": 4, "prompts": 12, "max_new_tokens": 10}
         more = {"signal": "live", "policy": policy}
-    training = {"accumulate": 2, "batch_tokens": 80, "shard": shard}
+    training = {
+        "accumulate": 2,
+        "batch_tokens": 80,
+        "shard": shard,
+        "activation_checkpointing": shard,
+    }
     rows, drafts = [], []
     for processes in (1, 2):
         run = tmp_path / str(processes)
