@@ -226,6 +226,13 @@ def test_a_block_is_scored_as_exact_and_says_so(pair, tmp_path: Path, monkeypatc
     assert Scorecard.read(tmp_path / "card.json").verification == card.verification
 
 
+def test_a_prompt_too_long_is_named_before_any_work(pair) -> None:
+    long = measure.EncodedPrompt("the long one", [5] * 500)
+    settings = {"num_draft_tokens": [3], "temperatures": [0.0], "max_new_tokens": 24}
+    with pytest.raises(InputError, match=r"the long one: 500 prompt tokens \+ 24 new"):
+        measure.score(*pair, [*PROMPTS, long], **settings, progress=None)
+
+
 def test_a_lenient_score_is_lossy_everywhere(pair, card: Scorecard, tmp_path: Path) -> None:
     strict, exact = card.rows[3], card
     rule = Lenience("lin", 0.4)

@@ -14,7 +14,7 @@ from typing import Any
 from specdistill.progress import Progress
 from specdistill.scoring.categories import by_category
 from specdistill.scoring.measure import EncodedPrompt, Setting, in_turn
-from specdistill.scoring.rows import shares
+from specdistill.scoring.rows import shares, survival
 from specdistill.scoring.scorecard import (
     Baseline,
     Lossless,
@@ -131,8 +131,8 @@ def _row(setting: Setting, runs: Runs, weight_ratio: float, seed: int) -> Row:
         acceptance_rate=sum(accepted) / sum(tested) if sum(tested) else math.nan,
         acceptance_rate_expected=math.nan,
         acceptance_per_proposal=sum(accepted) / sum(offered) if sum(offered) else math.nan,
-        acceptance_by_position=shares(accepted, tested),
-        survival_by_position=shares(accepted, offered),
+        acceptance_by_position=(conditional := shares(accepted, tested)),
+        survival_by_position=survival(conditional),
         block_efficiency=block_efficiency,
         tokens_per_second=speed,
         speedup=speed / (sum(plain_emitted) / sum(plain_seconds)),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
 from typing import TYPE_CHECKING
 
 from specdistill.decoding import Generation
@@ -122,6 +124,14 @@ def shares(counted: Sequence[int], of: Sequence[int]) -> list[float]:
     return [a / b for a, b in zip(counted, of, strict=True) if b]
 
 
+def survival(conditional: Sequence[float]) -> list[float]:
+    """The share of rounds accepted up to each position, from the rates given that all earlier ones
+    were: their products, since a round cut short by its answer's end tells nothing of what it did
+    not propose (Kaplan and Meier 1958).
+    """
+    return list(accumulate(conditional, mul))
+
+
 def row(
     temperature: float,
     num: int,
@@ -140,7 +150,6 @@ def row(
 
     kept = [sum(r.accepted > i for r in rounds) for i in range(num)]
     reached = [sum(r.tested > i for r in rounds) for i in range(num)]
-    offered = [sum(r.proposed > i for r in rounds) for i in range(num)]
     alpha = accepted / tested if tested else float("nan")
     positions = sum(n for _, n in expected)
     block_efficiency = emitted / len(rounds)
@@ -162,8 +171,8 @@ def row(
         if positions
         else float("nan"),
         acceptance_per_proposal=accepted / proposed if proposed else float("nan"),
-        acceptance_by_position=shares(kept, reached),
-        survival_by_position=shares(kept, offered),
+        acceptance_by_position=(conditional := shares(kept, reached)),
+        survival_by_position=survival(conditional),
         block_efficiency=block_efficiency,
         tokens_per_second=runs.tokens_per_second,
         speedup=runs.tokens_per_second / plain.tokens_per_second,

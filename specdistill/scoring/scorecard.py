@@ -58,7 +58,7 @@ class Row:
     README.
 
     Lists are indexed by draft position: `acceptance_by_position[i]` given that all earlier
-    positions were accepted, `survival_by_position[i]` over all rounds that proposed position i.
+    positions were accepted, `survival_by_position[i]` of all rounds, see `rows.survival`.
     `seconds` splits the measured time into the prompts' prefill, draft steps, verify passes (the
     target's forward), the verify function and the rest of a round, and the loop around it.
     """

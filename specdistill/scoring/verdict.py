@@ -27,9 +27,9 @@ def verdict(
     affordable = _break_even_cost_ratio(best)
     low, high = best.speedup_ci95
     pays = low > 1 and not doubts
+    interval = "" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]"
     measured = (
-        f"{best.speedup:.2f} times plain decoding [{low:.2f}, {high:.2f}] at γ = "
-        f"{best.num_draft_tokens}, "
+        f"{best.speedup:.2f} times plain decoding{interval} at γ = {best.num_draft_tokens}, "
         f"temperature {best.temperature:g}"
     )
     why = f"acceptance rate {best.acceptance_rate:.2f} against a break-even of {needed:.2f}"
