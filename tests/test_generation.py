@@ -243,6 +243,24 @@ def test_an_interrupt_while_a_part_is_written_neither_loses_nor_doubles(
     assert_same(answer(target, tmp_path / "data"), whole)
 
 
+def test_a_folder_of_something_else_is_not_written_into(
+    target: LanguageModel, tmp_path: Path
+) -> None:
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft" / "config.json").write_text("{}")
+    before = sorted((tmp_path / "draft").iterdir())
+    with pytest.raises(StorageError, match="holds no answers of `generate`"):
+        answer(target, tmp_path / "draft")
+    assert sorted((tmp_path / "draft").iterdir()) == before
+
+
+def test_settings_that_differ_are_told_alone(target: LanguageModel, tmp_path: Path) -> None:
+    answer(target, tmp_path / "data", prompts=PROMPTS[:4])
+    with pytest.raises(StorageError) as refused:
+        answer(target, tmp_path / "data", prompts=PROMPTS[:4], seed=4)
+    assert "another settings ({'seed': 3}, now {'seed': 4})" in str(refused.value)
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -46,7 +46,10 @@ for command in COMMANDS:
 
 _AFTER_INTERRUPT = dict.fromkeys(
     ("quickstart", "widen", "generate", "sweep"), "; the same command goes on where it stopped"
-) | {"distill": "; with --resume the same command goes on from the last checkpoint"}
+) | {
+    "distill": "; with --resume the same command goes on from the last checkpoint (there is one "
+    "every checkpoint_every steps)"
+}
 
 
 def main() -> None:

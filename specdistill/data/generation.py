@@ -168,6 +168,8 @@ def generate(
             return False
         return time.perf_counter() - start > max_seconds
 
+    if answered:
+        progress("generate", answered, len(prompts), f"{answered} were answered before")
     try:
         while questions and not late():
             for ended, emitted in rounds(decoder, questions, number, max_new_tokens):
@@ -197,6 +199,8 @@ def generate(
                     break
             flush()
             questions = pending()
+        if questions:
+            progress("generate", len(prompts), len(prompts), f"out of time, {answered} answers")
     finally:  # on an interrupt, too, nothing finished is lost
         flush()
     return store

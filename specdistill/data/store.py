@@ -89,13 +89,21 @@ class Store:
             ):
                 ours, theirs = getattr(manifest, name), getattr(found, name)
                 if ours != theirs:
+                    if isinstance(ours, dict):
+                        keys = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
+                        theirs, ours = ({k: d.get(k) for k in keys} for d in (theirs, ours))
                     raise StorageError(
                         f"{folder} holds generations with another {name} ({theirs}, now "
-                        f"{ours}); choose another folder "
-                        "or remove it"
+                        f"{ours}); choose another folder or remove it"
                     )
             self.manifest = found
             return
+        others = folder.is_dir() and any(not f.name.startswith(MANIFEST) for f in folder.iterdir())
+        if others and not (folder / MANIFEST).exists():
+            raise StorageError(
+                f"{folder} exists and holds no answers of `generate`; name another folder or "
+                "remove it"
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._write(manifest)

@@ -84,7 +84,7 @@ def widen(
     if len(prompts) < plan.shots:
         raise InputError(
             f"{plan.shots} examples are to be shown, and there are {len(prompts)} prompts; show "
-            "fewer"
+            f"fewer (--shots {max(len(prompts), 1)})"
         )
     kept = _Progress(
         file,
