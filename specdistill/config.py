@@ -166,7 +166,7 @@ class DistillConfig(_Section):
     evaluate_every: int = Field(100, ge=1, description="steps")
     decode: Decode | None = Decode()
     trackers: list[Tracker] = Field([], description="what also gets the metrics, by accelerate")
-    checkpoint_every: int = Field(200, ge=1, description="steps")
+    checkpoint_every: int = Field(100, ge=1, description="steps")
     seed: int = 0
     dtype: Dtype = "auto"
     device: str = "auto"
@@ -256,9 +256,7 @@ def parse_config(raw: dict[str, Any]) -> DistillConfig:
     try:
         return DistillConfig.model_validate(raw)
     except ValidationError as error:
-        raise InputError(
-            "the configuration has " + "; ".join(map(_explain, error.errors()))
-        ) from None
+        raise InputError("the configuration: " + "; ".join(map(_explain, error.errors()))) from None
 
 
 def _explain(problem: Any) -> str:
@@ -279,4 +277,6 @@ def _explain(problem: Any) -> str:
         return f"the unknown key {where!r}: {hint}"
     if problem["type"] == "missing":
         return f"no value for {where!r}"
+    if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # our own words
+        return f"{where}: {problem['ctx']['error']}" if where else str(problem["ctx"]["error"])
     return f"{where or 'a section'}: {problem['msg']} (got {problem['input']!r})"

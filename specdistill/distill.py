@@ -166,6 +166,9 @@ def distill(
         for k, v in flat(config.model_dump()).items()
     }
     accelerator.init_trackers("distill", named)
+    words = f"{len(training)} answers to train on, {len(heldout)} held out"
+    words += f"; going on from step {state['step']}" if state["step"] else ""
+    progress("distil", spent(state, config), 1.0, words)
     if state["step"] == 0:
         record(measured())
     stream = schedule(sampled, config, state["step"])

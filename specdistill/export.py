@@ -113,7 +113,10 @@ def _card(draft: LanguageModel, named: Path | None) -> tuple[Scorecard | None, l
         return card, []
     found = _beside(draft.path)
     if not found.exists():
-        return None, ["the model card has no figures: name a scorecard with --scorecard"]
+        return None, [
+            f"the model card has no figures: score the draft first ({found} is found by itself), "
+            "or name a scorecard with --scorecard"
+        ]
     card = Scorecard.read(found)
     if doubts := swapped_draft(card.draft, draft.path):
         return None, [f"the model card has no figures: {'; '.join(doubts)}"]

@@ -450,8 +450,8 @@ def _download(name: str) -> Path:
         Exception
     ) as error:  # the hub client raises many kinds: not found, gated, offline, bad name
         raise ModelError(
-            f"{name!r} is neither a local folder nor a model the hub would give: "
-            f"{_first_line(error)}"
+            f"{name!r} is neither a local folder nor a model the hub would give (it said: "
+            f"{_first_line(error)})"
         ) from error
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from specdistill.environment import Environment
     from specdistill.scoring.check import Check
     from specdistill.scoring.compare import Comparison, Standing
     from specdistill.scoring.scorecard import Row, Scorecard
+
+NARROW: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 0)}  # ten columns in 80 characters
 
 
 def rows_table(card: Scorecard) -> Table:
@@ -22,14 +25,15 @@ def rows_table(card: Scorecard) -> Table:
         "T",
         "γ",
         "α",
-        "expected α",
+        "exp. α",
         "τ",
-        "tokens/s",
-        "speedup [95%]",
-        "predicted",
+        "tok/s",
+        Column("speedup [95%]", no_wrap=True),
+        "pred.",
         "c",
         "v",
         title=_title("speculative decoding", card),
+        **NARROW,
     )
     for row in card.rows:
         table.add_row(
@@ -108,7 +112,8 @@ def heldout_line(metrics: Mapping[str, float]) -> str:
 
 def sweep_table(cards: Mapping[str, Scorecard]) -> Table:
     """A row for every run and temperature, at its fastest γ."""
-    table = Table("run", "T", "γ", "α", "τ", "speedup [95%]", title="runs")
+    interval = Column("speedup [95%]", no_wrap=True)
+    table = Table("run", "T", "γ", "α", "τ", interval, **NARROW, title="runs")
     for name, card in cards.items():
         for baseline in card.baseline:
             row = card.best_row(baseline.temperature)
@@ -137,16 +142,17 @@ def leaderboard(comparison: Comparison) -> list[Table]:
             "γ",
             "α",
             "τ",
-            "tokens/s",
+            "tok/s",
             "plain",
-            "speedup [95%]",
+            Column("speedup [95%]", no_wrap=True),
+            **NARROW,
             title=f"by measured speed at T = {temperature:g}, {standings[0].prompts} prompts",
         )
         for place, standing in enumerate(standings, 1):
             table.add_row(
                 str(place),
                 f"{standing.card} ({standing.label})" if standing.label else standing.card,
-                f"{standing.draft} ({standing.draft_sha256[:8]})",
+                f"{standing.draft} {standing.draft_sha256[:8]}",
                 str(standing.num_draft_tokens),
                 _number(standing.acceptance_rate, 3),
                 f"{standing.block_efficiency:.2f}",

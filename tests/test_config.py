@@ -99,6 +99,8 @@ def test_the_signal_follows_the_policy_where_it_is_left_out(tmp_path: Path) -> N
         assert read(tmp_path, GOOD, f"policy={policy}").signal == "live"
     message = refusal(tmp_path, GOOD, "policy=mixed", "signal=kept")
     assert "policy 'mixed'; set signal: live" in message
+    assert "Value error" not in message
+    assert "{" not in message
 
 
 def test_a_loss_is_a_name_or_weights_by_name(tmp_path: Path) -> None:

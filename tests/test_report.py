@@ -102,7 +102,7 @@ def test_before_and_after(run_dir: Path) -> None:
     assert lines[-1]["τ"] == f"{best.block_efficiency:.2f}"
     assert lines[-1]["speedup [95% interval]"] == "1.31 [1.25, 1.38]"
     assert lines[4]["speedup [95% interval]"] == "0.90 [0.84, 0.97]"
-    assert lines[3]["tokens/s"] == "23.8"
+    assert "tokens/s" not in lines[3], "of two scorings, on a machine that may have drifted"
     assert "took expected α from 0.02 to 0.63 at T = 0, γ = 1;" in text
 
 

@@ -25,7 +25,8 @@ def quickstart(
 
     console.setup(threads)
     folder = run_dir or _new_run(Path("runs"))
-    console.note(f"{'going on with' if folder.exists() else 'run folder'} {folder}")
+    known = "going on with" if folder.exists() else "about eight minutes on two quiet cores, in"
+    console.note(f"{known} {folder}")
     start = time.perf_counter()
     with console.progress() as progress:
         before, after = pipeline.quickstart(folder, progress=progress, note=console.note)

@@ -163,7 +163,11 @@ class SpeculativeDecoder:
                 )
 
     def cache_size(self, requests: Sequence[Request]) -> CacheSize:
-        """What `stream` will allocate for these requests, before it does."""
+        """What `stream` will allocate for these requests, before it does. Raises `InputError` for a
+        request that cannot be served.
+        """
+        for request in requests:
+            self._check_size(request)
         rows, slots = self._width(requests), self._capacity(requests)
         total = cache_bytes(self.target, rows, slots)
         if self.drafter is not None:
@@ -178,6 +182,14 @@ class SpeculativeDecoder:
         return max(len(r.tokens) + r.max_new_tokens for r in requests) + self.num_draft_tokens + 1
 
     def _check(self, request: Request) -> None:
+        self._check_size(request)
+        if self.lenience is not None and request.sampling.temperature == 0:
+            raise InputError(
+                f"request {request.id}: lenience has no effect at temperature 0, where the target "
+                "gives its own token probability 1; raise the temperature or drop the lenience"
+            )
+
+    def _check_size(self, request: Request) -> None:
         if not request.tokens:
             raise InputError(f"request {request.id}: the prompt has no tokens")
         ids = self.target.full_vocab_size
@@ -191,11 +203,6 @@ class SpeculativeDecoder:
             raise InputError(
                 f"request {request.id}: max_new_tokens must be at least 1; got "
                 f"{request.max_new_tokens}"
-            )
-        if self.lenience is not None and request.sampling.temperature == 0:
-            raise InputError(
-                f"request {request.id}: lenience has no effect at temperature 0, where the target "
-                "gives its own token probability 1; raise the temperature or drop the lenience"
             )
         total = len(request.tokens) + request.max_new_tokens
         if total > self.target.max_length:

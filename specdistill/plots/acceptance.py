@@ -116,7 +116,11 @@ def figure_survival(cards: Mapping[str, Scorecard]) -> Figure:
         axes.set_ylim(-0.03, 1.03)
         style.finish(axes, shown[index])
     panels[0].set_ylabel("share of rounds")
-    keys = [style.key(name, colour, "-", marker) for name, (colour, marker) in looks.items()]
+    keys = []
+    for name, (colour, marker) in looks.items():
+        gammas = [row.num_draft_tokens for row in cards[name].rows]
+        words = f"{name}, γ = {max(gammas)}" if gammas else name
+        keys.append(style.key(words, colour, "-", marker))
     keys.append(style.key("αⁱ, if acceptance were independent", style.BLACK, ":", lw=1.2))
     style.legend(figure, keys, title=style.label(*cards.values()))
     return figure

@@ -70,13 +70,13 @@ def figure_training(metrics: list[dict[str, Any]]) -> Figure:
     right.set_ylabel("share of held-out tokens")
     right.set_ylim(-0.03, 1.03)
     if named := [line for line in right.get_lines() if line.get_label() != "kept"]:
-        style.legend(right, named)
+        ring = [style.key("kept", style.BLACK, "", "o", mfc="none")] if kept is not None else []
+        style.legend(right, [*named, *ring])
     for axes in third:
         tau = ("block_efficiency", "τ", style.GREEN, "D")
         drawn.append((axes, _held_out(axes, held_out, kept, *tau)))
         num = next(row["num_draft_tokens"] for row in held_out if "num_draft_tokens" in row)
         axes.set_ylabel(f"tokens per target call τ, γ = {num}")
-        style.legend(axes, [style.key("kept", style.BLACK, "", "o", mfc="none")])
     for axes, values in drawn:
         axes.set_xlim(left=0)
         axes.set_xlabel("training tokens seen")

@@ -123,15 +123,13 @@ def _size(model: ModelCard) -> str:
 
 
 def _before_after(card: Scorecard, before: Scorecard | None) -> str:
-    head = ["T", "draft", "γ", "expected α", "α", "τ", "tokens/s", "speedup [95% interval]"]
+    # No tokens/s here: the machine may have been slower in one of the two scorings.
+    head = ["T", "draft", "γ", "expected α", "α", "τ", "speedup [95% interval]"]
     lines = []
     gains = []
     for temperature in sorted({row.temperature for row in card.rows}):
         t = f"{temperature:g}"
-        for base in card.baseline:
-            if base.temperature == temperature:
-                rate = number(base.tokens_per_second, 1)
-                lines.append([t, "none", "–", "–", "–", "1.00", rate, "1.00"])
+        lines.append([t, "none", "–", "–", "–", "1.00", "1.00"])
         old_rows = [row for row in before.rows if row.temperature == temperature] if before else []
         if before and old_rows:
             name = _labelled("before distillation", before)
@@ -158,7 +156,6 @@ def _headline(row: Row) -> list[str]:
         number(row.acceptance_rate_expected, 3),
         number(row.acceptance_rate, 3),
         number(row.block_efficiency, 2),
-        number(row.tokens_per_second, 1),
         _speedup(row),
     ]
 
@@ -190,7 +187,9 @@ def _all_settings(card: Scorecard) -> str:
     lines = [
         [
             f"{row.temperature:g}",
-            *_headline(row),
+            *_headline(row)[:-1],
+            number(row.tokens_per_second, 1),
+            _speedup(row),
             number(row.predicted_speedup, 2),
             number(row.planned_speedup, 2),
             number(row.mbsu, 2),
