@@ -326,11 +326,14 @@ class _Loss(nn.Module):
 def _states(
     model: LanguageModel, tokens: Tensor, batch: Batch, layers: list[int]
 ) -> dict[str, Tensor]:
-    """[N, d] by name: "hidden", and one for each other layer of `layers`."""
+    """[N, d] by name: "hidden", and one for each other layer of `layers`. Without a cache, to which
+    a layer that is run again would add its keys again.
+    """
+    how = {"attention_mask": batch.mask, "use_cache": False}
     if not layers:
-        return {"hidden": model.hidden(tokens, attention_mask=batch.mask)[batch.response]}
+        return {"hidden": model.hidden(tokens, **how)[batch.response]}
     wanted = [*layers, model.num_layers]
-    found = model.hidden_after(tokens, wanted, attention_mask=batch.mask)
+    found = model.hidden_after(tokens, wanted, **how)
     names = [_name(model, layer) for layer in wanted]
     return {n: states[batch.response] for n, states in zip(names, found, strict=True)}
 
