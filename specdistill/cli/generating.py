@@ -285,6 +285,7 @@ def widen(
     temperature: Annotated[float, typer.Option()] = 1.0,
     seed: Annotated[int, typer.Option()] = 0,
     batch_size: BatchSize = 32,
+    limit: Limit = None,
     split: Split = None,
     column: Column = None,
     dtype: Dtype = "auto",
@@ -301,7 +302,7 @@ def widen(
     console.setup(threads)
     from specdistill import models, packing
 
-    known = load_prompts(prompts, split=split, column=column)
+    known = load_prompts(prompts, split=split, column=column, limit=limit)
     model = packing.pack(models.load(target, dtype=dtype, device=device), batch_size)
     console.note_models(model)
     with console.progress() as progress:

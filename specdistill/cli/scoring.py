@@ -212,6 +212,9 @@ def plot(
         raise InputError("pictures of scorecards or of several runs need --out, a folder for them")
     drawn = plot_together(sources, out) if not alone and out else plot_all(sources[0], out)
     files = [str(file) for file in drawn]
+    for source in () if alone else sources:
+        if not (source / "metrics.jsonl").exists():
+            console.note(f"{source} is no run with a metrics.jsonl: no training curve of it")
     console.screen_for(as_json).print("\n".join(files), soft_wrap=True)
     console.finish(as_json, {"files": files})
 
