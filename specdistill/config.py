@@ -51,7 +51,6 @@ class Training(_Section):
     activation_checkpointing: bool = Field(
         False, description="keep no activations within layers, compute them again: slower, smaller"
     )
-
     shard: bool = Field(
         False, description="cut weights, gradients and optimiser state over the processes (FSDP)"
     )

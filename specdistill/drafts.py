@@ -76,15 +76,11 @@ def parse_layers(text: str, available: int) -> list[int]:
         raise InputError(
             f"layers must be a number such as 4 or a list such as 0,1,29; got {text!r}"
         ) from None
-    if "," not in text and numbers[0] > available:
-        raise InputError(
-            f"layers must be a number of first layers, at most {available}, or a list among the "
-            f"target's 0 to {available - 1}; got {text!r}"
-        )
-    layers = numbers if "," in text else list(range(numbers[0]))
+    layers = numbers if "," in text else list(range(min(numbers[0], available + 1)))
     if not layers or min(layers) < 0 or max(layers) >= available or len(set(layers)) != len(layers):
         raise InputError(
-            f"layers must be distinct and among the target's 0 to {available - 1}; got {text!r}"
+            f"layers must be a number of first layers, 1 to {available}, or a list of distinct "
+            f"ones among the target's 0 to {available - 1}; got {text!r}"
         )
     return layers
 

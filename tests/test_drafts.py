@@ -177,6 +177,7 @@ def test_the_most_used_tokens_and_all_special_ones_are_kept(tiny: Tiny) -> None:
         ("0,3", [0, 3]),
         ("3,", None),
         ("9", None),
+        ("99999999999999", None),
         ("-1,2", None),
         ("1,1", None),
         ("x", None),

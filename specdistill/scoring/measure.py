@@ -85,9 +85,8 @@ def score(
     check_lenience(mode, lenience, temperatures)
     decoders = _decoders(target, draft, num_draft_tokens, mode, lenience)
     settings = [(t, g) for t in temperatures for g in decoders]
-    requests = [Request(p.id, p.tokens, max_new_tokens) for p in prompts]
-    for decoder in decoders.values():
-        decoder.cache_size(requests)  # refuses what cannot be served, before any work
+    # Refuses what cannot be served, before any work; with a draft the same.
+    decoders[0].cache_size([Request(p.id, p.tokens, max_new_tokens) for p in prompts])
     progress("score", 0, len(prompts), "a short run of each setting first")
     for t, g in settings:
         decoders[g].generate([prompts[0].tokens], max_new_tokens=8, sampling=Sampling(t), seed=seed)
