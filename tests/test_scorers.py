@@ -37,6 +37,7 @@ def said(*texts: str) -> list[Candidate]:
         ("Answer: 41? No.\nAnswer: 42", "42"),
         ("The final answer is 1,234,567.", "1234567"),
         (r"thus \boxed{x^2}", "x^2"),
+        (r"thus \boxed{\frac{x^{2}}{3}}.", r"\frac{x^{2}}{3}"),
         ("**Answer:** Paris.", "paris"),
         ("answer: $1,200.50", "1200.50"),
         ("  New   York ", "new york"),

@@ -18,8 +18,10 @@ from specdistill.data.prompts import Prompt
 from specdistill.errors import InputError
 
 LOG_PROBABILITY, EXACT_MATCH, MAJORITY = "log-probability", "exact-match", "majority"
+_BRACED = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # as deep as \boxed{\frac{x^{2}}{3}}
 _MARKED = re.compile(
-    r"####(?P<hash>.+)|\\boxed\{(?P<boxed>[^{}]*)\}|\banswer(?: is:?|:)(?P<said>.+)", re.IGNORECASE
+    rf"####(?P<hash>.+)|\\boxed\{{(?P<boxed>{_BRACED})\}}|\banswer(?: is:?|:)(?P<said>.+)",
+    re.IGNORECASE,
 )
 
 
