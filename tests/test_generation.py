@@ -176,6 +176,19 @@ def test_out_of_time_there_is_still_something(
     assert_same(answer(target, tmp_path), whole)
 
 
+def test_out_of_time_every_task_has_some_answers(target: LanguageModel, tmp_path: Path) -> None:
+    """Three tasks, each with its own beginning: sorted, the first alone would be answered."""
+    prompts = [
+        Prompt(f"{task}{i}", ({"role": "user", "content": f"w{first} w{9 + i}"},), task)
+        for task, first in (("a", 5), ("b", 25), ("c", 45))
+        for i in range(20)
+    ]
+    limits = {"max_seconds": 0.0, "max_new_tokens": 1, "batch_size": 4}
+    some = answer(target, tmp_path, prompts, **limits, signal="none")
+    assert len(some) == 4
+    assert {example.category for example in some} == {"a", "b", "c"}
+
+
 def stop_at(call: int) -> Callable[..., None]:
     calls = 0
 

@@ -118,7 +118,10 @@ def generate(
                 own = seed if tries == 0 else row_seed(seed, f"retry {tries}")
                 found.append(Question(prompt, tokens, sampling, own))
         # Neighbours share what they begin with; ids seed the draws.
-        return sorted(found, key=lambda question: question.tokens)
+        found.sort(key=lambda question: question.tokens)
+        # What there may be no time for is every n-th of them, not one task.
+        turns = 1 if max_seconds is None else max(len(found) // batch_size, 1)
+        return [question for first in range(turns) for question in found[first::turns]]
 
     questions = pending()
     needed = signal_bytes(target, len(questions), max_new_tokens, signal)
