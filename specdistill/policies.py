@@ -179,11 +179,12 @@ def read_given(config: DistillConfig, reader: LanguageModel) -> list[Example]:
         raise InputError(f"policy {name!r}: {config.data} holds {here}; take policy {other!r}")
     if generated and not holds_answers(config.data):
         made_by = read_manifest(Path(config.data))
-        if config.signal == "none" and made_by.tokenizer_sha256 != tokenizer_sha256(reader):
+        if made_by.tokenizer_sha256 != tokenizer_sha256(reader):
             raise InputError(
                 f"{config.data} holds tokens of {made_by.target}, whose tokenizer or chat template "
-                f"differs from {reader.name}'s; across tokenizers only text can be learnt from: "
-                "generate with --engine openai, or give .jsonl with prompts and responses"
+                f"differs from {reader.name}'s; generate answers of this target, or learn across "
+                "tokenizers from text: generate with --engine openai, or give .jsonl with prompts "
+                "and responses"
             )
         answers = read_examples(Path(config.data), signal=config.signal == "kept")
         return [e for e in answers if e.response_tokens]

@@ -174,10 +174,11 @@ def test_another_models_tokens_are_refused(
     asked = [Prompt(str(i), ({"role": "user", "content": f"w{5 + i}"},)) for i in range(12)]
     generate(target, asked, tmp_path / "data", max_new_tokens=4, signal="none")
     draft = models.load(world["draft"], dtype="float32")
-    config = settings({**world, "data": str(tmp_path / "data")}, Path("unused"))
-    with pytest.raises(InputError, match="whose tokenizer or chat template differs from"):
-        read_given(config, draft)
-    assert all(isinstance(e, Example) for e in read_given(config, target)), "its own are not"
+    for more in ({}, {"signal": "live", "loss": "fkl"}):
+        config = settings({**world, "data": str(tmp_path / "data")}, Path("unused"), **more)
+        with pytest.raises(InputError, match="whose tokenizer or chat template differs from"):
+            read_given(config, draft)
+        assert all(isinstance(e, Example) for e in read_given(config, target)), "its own are not"
 
 
 def test_a_vocabulary_is_counted_in_text_too(world: dict[str, str]) -> None:
