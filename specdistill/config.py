@@ -46,7 +46,7 @@ class Training(_Section):
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)
     train_embeddings: bool = False
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["fp32", "bf16"] = "fp32"
     chunk: int = Field(128, ge=1, description="rows of logits held at a time")
     activation_checkpointing: bool = Field(
         False, description="keep no activations within layers, compute them again: slower, smaller"

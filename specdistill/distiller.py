@@ -77,7 +77,7 @@ class Distiller:
         training, hints = config.training, config.hints
         _check_launch(config)
         self.accelerator = Accelerator(
-            mixed_precision=training.precision,
+            mixed_precision="no",  # `loss_of` decides
             cpu=draft.device.type == "cpu",
             log_with=config.trackers or None,
             project_dir=Path(config.run_dir) / TRACKERS,
@@ -188,13 +188,16 @@ class Distiller:
         """The sum over a batch's response tokens, differentiable in all that is trained. Only the
         draft's body runs in a lower precision where one is asked for.
         """
-        checkpointing = self.config.training.activation_checkpointing
-        with recomputed(decoder_layers(self.draft)) if checkpointing else nullcontext():
+        training, device = self.config.training, self.draft.device.type
+        checkpointing = training.activation_checkpointing
+        with (
+            recomputed(decoder_layers(self.draft)) if checkpointing else nullcontext(),
+            torch.autocast(device, torch.bfloat16, enabled=training.precision == "bf16"),
+        ):
             states = self.states(batch)
-        with torch.autocast(self.draft.device.type, enabled=False):
-            loss = total_loss(self.positions(batch, states["hidden"], signal), self.objective)
-            if self.hints is not None:
-                loss = loss + self.hints(*self.hinted(states, signal))
+        loss = total_loss(self.positions(batch, states["hidden"], signal), self.objective)
+        if self.hints is not None:
+            loss = loss + self.hints(*self.hinted(states, signal))
         return loss
 
     def counts(self, batch: Batch) -> tuple[int, int, int]:
