@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,14 @@ def schedule(
             step += 1
 
 
+def split(examples: list[Example], heldout: int) -> tuple[list[Example], list[Example]]:
+    """The answers that are held out and those trained on, in an order by lot that is the same in
+    every run: in a folder they come a task at a time, and otherwise after an interrupt.
+    """
+    lots = sorted(examples, key=lambda example: sha256(example.id.encode()).digest())
+    return lots[:heldout], lots[heldout:]
+
+
 def distill(
     config: DistillConfig,
     target: LanguageModel | None,
@@ -106,7 +115,7 @@ def distill(
             f"the metrics, leaves none to train on; set heldout={max(len(examples) // 5, 1)}, or "
             "generate more"
         )
-    heldout, training = examples[: config.heldout], examples[config.heldout :]
+    heldout, training = split(examples, config.heldout)
 
     distiller = Distiller(target, draft, config)
     accelerator = distiller.accelerator
@@ -114,10 +123,17 @@ def distill(
     _check_processes(config, processes)
     evaluation = Evaluation(distiller, heldout, config)
     weights = distiller.parameters
-    best = {name: value.detach().clone() for name, value in weights.items()}
+    best = {name: value.detach().to("cpu", copy=True) for name, value in weights.items()}
     state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "best": None}
+    state["origins"] = origins = _origins(target, draft, [*heldout, *training])
     if resume and (checkpoint := find_checkpoint(checkpoints)):
         state = load_checkpoint(checkpoint, weights, best, distiller.restore)
+        for name, now in origins.items():
+            if state["origins"][name] != now:
+                raise InputError(
+                    f"{run} holds a run with another {name}: {getattr(config, name)} was changed "
+                    "since it began; put back what was there, or choose another run_dir"
+                )
     accelerator.wait_for_everyone()  # all have read what one of them now writes
     if leads:
         forget_samples(run / SAMPLES, state["step"])
@@ -204,6 +220,17 @@ def distill(
         tracker.finish()
     progress("distil", 1.0, 1.0, f"{state['tokens']:,} tokens in {state['step']} steps")
     return run / DRAFT
+
+
+def _origins(
+    target: LanguageModel | None, draft: LanguageModel, examples: list[Example]
+) -> dict[str, str]:
+    """Hashes of what a run starts from, by the key of the configuration that names it."""
+    answers = sha256()
+    for e in examples:
+        answers.update(repr((e.id, e.prompt_tokens, e.response_tokens)).encode())
+    loaded = {} if target is None else {"target": target.sha256()}
+    return {**loaded, "draft": draft.sha256(), "data": answers.hexdigest()}
 
 
 def _check_processes(config: DistillConfig, processes: int) -> None:

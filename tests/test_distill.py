@@ -1,23 +1,30 @@
 """Training: the step against a plain computation, kept and live signals, resumable to the bit."""
 
 import json
+import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from runs import make_world, run, settings
+from runs import ask, make_world, run, settings
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from specdistill import models
 from specdistill.batches import length_buckets, make_batch, updates
+from specdistill.data.generation import generate
 from specdistill.data.store import Example, read_examples
-from specdistill.distill import distill, rate
+from specdistill.decoding import Sampling
+from specdistill.distill import distill, rate, split
 from specdistill.distiller import Distiller
 from specdistill.drafts import make_draft, save_draft
 from specdistill.errors import InputError, StorageError
 from specdistill.evaluation import Evaluation, overlap, with_answers
 from specdistill.models import LanguageModel
+from specdistill.policies import read_given
 
 Tiny = Callable[..., LanguageModel]
 
@@ -66,6 +73,71 @@ def test_a_step_is_the_mean_over_response_tokens_of_the_plain_loss(world: dict[s
         assert torch.allclose(got, wanted, atol=1e-5)
     assert all(p.grad is None for p in target.model.parameters())
     assert draft.model.get_input_embeddings().weight.grad is None
+
+
+def one_step(world: dict[str, str], learning_rate: float, **training: object) -> Distiller:
+    target = models.load(world["target"], dtype="float32")
+    draft = models.load(world["draft"], dtype="float32")
+    distiller = Distiller(target, draft, settings(world, Path("unused"), training=training))
+    examples = read_examples(Path(world["data"]), signal=True)[:4]
+    distiller.step([make_batch(examples, 0, draft.device)], learning_rate)
+    return distiller
+
+
+def test_the_gradient_is_clipped(world: dict[str, str]) -> None:
+    norms = []
+
+    def seen(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(sum(g.square().sum() for g in grads).sqrt().item())
+
+    handle = register_optimizer_step_pre_hook(seen)
+    try:
+        one_step(world, 0.0, clip_norm=0.01)
+        one_step(world, 0.0, clip_norm=1e9)
+    finally:
+        handle.remove()
+    assert norms[0] == pytest.approx(0.01, rel=1e-3)
+    assert norms[1] > 0.05
+
+
+def test_weights_decay_beside_the_gradients_update(world: dict[str, str]) -> None:
+    first = models.load(world["draft"], dtype="float32")
+    plain = one_step(world, 1e-2).parameters
+    decayed = one_step(world, 1e-2, weight_decay=0.5).parameters
+    for name, value in first.model.named_parameters():
+        if name in plain:
+            lost = plain[name] - decayed[name]
+            assert torch.allclose(lost, 1e-2 * 0.5 * value, atol=1e-6), name  # AdamW, 1711.05101
+
+
+def test_embeddings_are_trained_where_asked_for(world: dict[str, str]) -> None:
+    first = models.load(world["draft"], dtype="float32").model.get_input_embeddings().weight
+    for asked in (False, True):
+        draft = one_step(world, 1e-2, train_embeddings=asked).draft
+        assert torch.equal(draft.model.get_input_embeddings().weight, first) != asked
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_bf16_is_the_drafts_body_alone(world: dict[str, str], recomputed: bool) -> None:
+    losses = {}
+    for precision, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        training = {"precision": precision, "activation_checkpointing": recomputed}
+        target = models.load(world["target"], dtype="float32")
+        draft = models.load(world["draft"], dtype="float32")
+        distiller = Distiller(target, draft, settings(world, Path("unused"), training=training))
+        batch = make_batch(read_examples(Path(world["data"]), signal=True)[:4], 0, draft.device)
+        kinds = set()
+        draft.model.model.layers[0].mlp.down_proj.register_forward_hook(
+            lambda module, inputs, out, kinds=kinds: kinds.add(out.dtype)
+        )
+        loss = distiller.loss(batch, distiller.signal(batch))
+        assert (kinds, loss.dtype) == ({kind}, torch.float32)
+        losses[precision] = distiller.step([batch], 1e-3).loss
+        assert kinds == {kind}, "in the backward pass too"
+        assert all(p.dtype == torch.float32 for p in draft.model.parameters())
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["bf16"] != losses["fp32"]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -186,6 +258,50 @@ def test_foreign_data_is_refused(world: dict[str, str], tmp_path: Path, tiny: Ti
     config = settings(world | {"target": str(tmp_path / "other")}, tmp_path / "run")
     with pytest.raises(InputError, match="another model"):
         run(config)
+
+
+@pytest.mark.parametrize("name", ["draft", "data"])
+def test_a_run_is_not_gone_on_with_from_something_else(
+    world: dict[str, str], tmp_path: Path, tiny_folder: Path, name: str
+) -> None:
+    """The paths are those of the first run, and what they hold is not."""
+    own = {**world, name: str(tmp_path / name)}
+    shutil.copytree(world[name], own[name])
+    config = settings(own, tmp_path / "run", signal="live")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, stop_at=6)
+    shutil.rmtree(own[name])
+    target = models.load(str(tiny_folder), dtype="float32")
+    if name == "draft":
+        save_draft(make_draft(target, [0, 2], torch.arange(0, 64, 2)), Path(own[name]))
+    else:
+        generate(target, ask(40), Path(own[name]), max_new_tokens=12, samplings=[Sampling(0.5)])
+    with pytest.raises(InputError, match=f"a run with another {name}: .*was changed since"):
+        run(config, resume=True)
+
+
+def test_the_order_of_the_answers_is_nothing_to_a_run(
+    world: dict[str, str], tmp_path: Path
+) -> None:
+    """An interrupted `generate` leaves them in another order than one that was not."""
+    run(settings(world, tmp_path / "one"))
+    backwards = mock.Mock(side_effect=lambda *read: read_given(*read)[::-1])
+    with mock.patch("specdistill.distill.read_given", backwards):
+        run(settings(world, tmp_path / "other"))
+    backwards.assert_called_once()
+    a, b = (models.load(str(tmp_path / name / "draft")) for name in ("one", "other"))
+    for ours, theirs in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_held_out_answers_are_of_all_tasks() -> None:
+    """A folder has its answers a task at a time."""
+    tasks = [Example(f"{task}-{i}", [5], [6], task) for task in "abcd" for i in range(30)]
+    heldout, training = split(tasks, 32)
+    assert Counter(e.category for e in heldout).keys() == set("abcd")
+    assert max(Counter(e.category for e in heldout).values()) < 16
+    assert {e.id for e in heldout} | {e.id for e in training} == {e.id for e in tasks}
+    assert split(tasks[::-1], 32) == (heldout, training)
 
 
 def test_hints_on_inner_layers_need_a_live_target(world: dict[str, str], tmp_path: Path) -> None:
@@ -358,7 +474,7 @@ def test_lora_trains_its_factors_alone_and_leaves_an_ordinary_draft(
 
     for one in (draft, saved):  # what was measured with the factors is there without them
         distiller = Distiller(target, one, settings(world, tmp_path / "again"))
-        heldout = read_examples(Path(world["data"]), signal=True)[: config.heldout]
+        heldout, _ = split(read_examples(Path(world["data"]), signal=True), config.heldout)
         again = Evaluation(distiller, heldout, config).measure()
         for name in ("expected_alpha", "block_efficiency"):
             assert again[name] == pytest.approx(rows[-1][name], abs=1e-4)
