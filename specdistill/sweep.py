@@ -24,7 +24,7 @@ from specdistill.config import DistillConfig, assign, parse_config, read_yaml
 from specdistill.data.prompts import load_prompts
 from specdistill.distill import distill
 from specdistill.distiller import configured_objective
-from specdistill.errors import InputError, SpecDistillError
+from specdistill.errors import InputError
 from specdistill.models import LanguageModel
 from specdistill.plots import figure_sweep, save
 from specdistill.progress import Progress, silent
@@ -99,12 +99,14 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     configs: dict[str, DistillConfig] = {}
     for values in itertools.product(*grid.values()):
         point = dict(zip(grid, values, strict=True))
-        name = "_".join(label(value) for value in values)
+        name = "_".join(label(key, value) for key, value in point.items())
         if name in points:
             raise InputError(f"{path}: two runs of the grid would be called {name!r}")
         own = copy.deepcopy(raw) | {"run_dir": str(folder / name)}
         for key, value in point.items():
-            assign(own, key, copy.deepcopy(value))
+            several = isinstance(value, dict) and key in value
+            for name_, own_value in (value if several else {key: value}).items():
+                assign(own, name_, copy.deepcopy(own_value))
         try:
             configs[name] = parse_config(own)
             configured_objective(configs[name])
@@ -114,10 +116,10 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     return Sweep(folder, settings, points, configs)
 
 
-def label(value: Any) -> str:
+def label(key: str, value: Any) -> str:
     """A value of the grid as part of a folder's name: {name: skd, top_k: 9} is skd-top_k-9."""
     if isinstance(value, dict):
-        value = [part for item in value.items() for part in item if part != "name"]
+        value = [part for item in value.items() for part in item if part not in ("name", key)]
     parts = value if isinstance(value, list) else [value]
     return "-".join(re.sub(r"[^\w.+]+", "-", str(part)).strip("-") for part in parts)
 
@@ -148,7 +150,7 @@ def run_sweep(sweep: Sweep, progress: Progress = silent) -> Result:
                     packing.pack(target, 8)
                 _run(config, sweep.score, target, within).write(card)
             result.cards[name] = Scorecard.read(card)
-        except (SpecDistillError, RuntimeError) as error:  # torch's: no memory left, for one
+        except Exception as error:  # of whatever kind, the other runs go on
             result.failed[name] = f"{type(error).__name__}: {error}"
     write_json(document(sweep, result), sweep.folder / "sweep.json")
     _draw(sweep, result)
@@ -184,7 +186,7 @@ def heat_map(sweep: Sweep, result: Result) -> list[tuple[str, str, float]]:
             for row in (result.cards[name].rows if name in result.cards else ())
             if (row.temperature, row.num_draft_tokens) == setting
         ]
-        pair = label(point["loss"]), label(point["policy"])
+        pair = label("loss", point["loss"]), label("policy", point["policy"])
         cells.setdefault(pair, []).extend(taus or [math.nan])
     return [(loss, policy, fmean(values)) for (loss, policy), values in cells.items()]
 

@@ -80,6 +80,35 @@ def test_a_grid_that_cannot_run_is_refused_whole(file: Path, override: str, mess
         load_sweep(file, [override])
 
 
+def test_a_value_may_set_several_keys(file: Path) -> None:
+    """Some losses need a setting that others refuse."""
+    values = "[fkl, {loss: e2e_tv, num_draft_tokens: 3}, {loss: jsd, beta: 0.9}, {tvd: 1}]"
+    sweep = load_sweep(file, [f"grid.loss={values}", "grid.policy=[target]"])
+    found = {n: (c.loss, c.num_draft_tokens, c.beta) for n, c in sweep.configs.items()}
+    assert found == {
+        "fkl_target": ({"fkl": 1.0}, None, None),
+        "e2e_tv-num_draft_tokens-3_target": ({"e2e_tv": 1.0}, 3, None),
+        "jsd-beta-0.9_target": ({"jsd": 1.0}, None, 0.9),
+        "tvd-1_target": ({"tvd": 1.0}, None, None),
+    }
+
+
+def test_precisions_are_compared_and_no_kind_of_failure_ends_a_sweep(file: Path) -> None:
+    def broken(config, *arguments, **options):
+        if config.seed == 1:
+            raise OSError("no file")
+        return distill(config, *arguments, **options)
+
+    sweep = load_sweep(
+        file,
+        ["grid={training.precision: [fp32, bf16], seed: [0, 1]}", "loss=fkl"],
+    )
+    with mock.patch("specdistill.sweep.distill", side_effect=broken):
+        result = run_sweep(sweep)
+    assert list(result.cards) == ["fp32_0", "bf16_0"]
+    assert result.failed == {"fp32_1": "OSError: no file", "bf16_1": "OSError: no file"}
+
+
 def test_a_failed_run_is_reported_and_done_again_alone(file: Path, tmp_path: Path) -> None:
     """The third run fails; started again, the sweep trains it alone and compares them all."""
 
