@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from runs import run, settings
 
 from specdistill import models
 from specdistill.data.store import read_examples, read_manifest
@@ -70,6 +71,14 @@ def test_no_answer_is_lost_or_doubled(tmp_path: Path, tiny_folder: Path) -> None
         assert found[id_].response_tokens == example.response_tokens
         for name, kept in example.signal.items():
             assert torch.allclose(found[id_].signal[name], kept, atol=1e-5), (id_, name)
+
+    target = models.load(str(tiny_folder), dtype="float32")
+    save_draft(make_draft(target, [0, 1], torch.arange(0, 64, 2)), tmp_path / "draft")
+    for data in (whole, broken):  # what is learnt from both is the same, to the bit
+        world = {"target": str(tiny_folder), "draft": str(tmp_path / "draft"), "data": str(data)}
+        run(settings(world, tmp_path / f"{data.name}-run", signal="live"))
+    a, b = (tmp_path / f"{data.name}-run/draft/model.safetensors" for data in (whole, broken))
+    assert a.read_bytes() == b.read_bytes()
 
 
 def test_a_distillation_ends_with_the_same_bits(tmp_path: Path, tiny_folder: Path) -> None:
