@@ -107,12 +107,13 @@ target: {target}
 draft: {undistilled}
 data: {data}
 run_dir: {run}
-heldout: 6
+heldout: 10
 evaluate_every: 4
 dtype: float32
 training:
   max_steps: 9
   batch_tokens: 200
+  learning_rate: 0.001
 """
 
 

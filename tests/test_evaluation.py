@@ -11,7 +11,7 @@ from runs import make_world, run, settings
 from specdistill import models
 from specdistill.data.store import read_examples
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
-from specdistill.distill import distill
+from specdistill.distill import distill, split
 from specdistill.errors import InputError
 from specdistill.evaluation import Evaluation
 from specdistill.heads import load_head
@@ -34,15 +34,15 @@ def test_the_rows_hold_what_the_engine_measures(
     decode = DECODE | {"temperature": temperature}
     rows = run(settings(world, tmp_path / "run", decode=decode, training={"max_steps": 40}))
     target = models.load(world["target"], dtype="float32")
-    prompts = [e.prompt_tokens for e in read_examples(Path(world["data"]), signal=False)[:5]]
-    ids = [e.id for e in read_examples(Path(world["data"]), signal=False)[:5]]
+    answers = read_examples(Path(world["data"]), signal=False)
+    heldout, _ = split(answers, 5)
     for row, folder in ((rows[0], world["draft"]), (rows[-1], tmp_path / "run" / "draft")):
         draft = models.load(str(folder), dtype="float32")
         emitted = rounds = accepted = tested = 0
-        for id_, prompt in zip(ids, prompts, strict=True):
+        for example in heldout:
             drafter = ModelDrafter(draft, target.vocab_size)
             decoder = SpeculativeDecoder(target, drafter, num_draft_tokens=3)
-            request = Request(id_, prompt, 9, Sampling(temperature))
+            request = Request(example.id, example.prompt_tokens, 9, Sampling(temperature))
             (output,) = decoder.run([request]).outputs
             emitted += len(output.tokens)
             rounds += len(output.rounds)

@@ -51,7 +51,7 @@ def settings(
     world: dict[str, Path], target: LanguageModel, run: Path, kind: str, **more: object
 ) -> DistillConfig:
     raw = {"target": str(target.path), "draft": str(world["draft"]), "data": str(world[kind])}
-    training = {"max_steps": 8, "batch_tokens": 120, "learning_rate": 5e-3}
+    training = {"max_steps": 8, "batch_tokens": 120, "learning_rate": 2e-3}
     raw |= {"run_dir": str(run), "heldout": 8, "evaluate_every": 4, "training": training}
     return parse_config({**raw, **more})
 
