@@ -108,6 +108,18 @@ def test_what_is_asked(tmp_path: Path) -> None:
     assert {h["authorization"] for h in fake.headers} == {f"Bearer {KEY}"}
 
 
+def test_a_model_that_wants_the_limit_by_another_name(tmp_path: Path) -> None:
+    def newer(body: dict[str, Any], before: int) -> Reply:
+        if "max_tokens" in body:
+            return failure(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens'.")
+        assert body["max_completion_tokens"] == 32
+        return echo(body, before)
+
+    with serving(newer) as (url, _):
+        ask(url, tmp_path / "data")
+    assert texts(tmp_path / "data") == EVERYTHING
+
+
 @pytest.mark.parametrize("most", [1, 3])
 def test_no_more_at_once_than_allowed(tmp_path: Path, most: int) -> None:
     def slow(body: dict[str, Any], before: int) -> Reply:

@@ -201,6 +201,10 @@ async def _ask(
                     f"{server.public} does not serve {server.model!r}: {words}; check --target and "
                     f"--base-url, and the key in the environment variable {KEY}"
                 ) from None
+            if status == 400 and "max_tokens" in question and "max_completion_tokens" in words:
+                # OpenAI's newer models know the limit by this name alone.
+                question["max_completion_tokens"] = question.pop("max_tokens")
+                continue
             if status != 429 and status < 500:
                 raise _Refused(words) from None
             wait = error.response.headers.get("retry-after")
