@@ -124,6 +124,16 @@ def label(key: str, value: Any) -> str:
     return "-".join(re.sub(r"[^\w.+]+", "-", str(part)).strip("-") for part in parts)
 
 
+def short_labels(key: str, values: Sequence[Any]) -> list[str]:
+    """One for each value, without its settings where the names alone tell all of them apart."""
+    whole = [label(key, value) for value in values]
+    bare = [
+        label(key, value.get(key, value.get("name", value)) if isinstance(value, dict) else value)
+        for value in values
+    ]
+    return bare if len(set(bare)) == len(set(whole)) else whole
+
+
 def run_sweep(sweep: Sweep, progress: Progress = silent) -> Result:
     """Distil and score every run that is not done, then write sweep.json and, where the grid has
     losses and policies, sweep.png. Raises `InputError` where the folder holds runs scored in
@@ -179,14 +189,17 @@ def heat_map(sweep: Sweep, result: Result) -> list[tuple[str, str, float]]:
     the grid; a pair of which a run failed has NaN.
     """
     setting = sweep.score.temperatures[0], sweep.score.num_draft_tokens[0]
+    points = sweep.points.values()
+    losses, policies = (
+        short_labels(key, [point[key] for point in points]) for key in ("loss", "policy")
+    )
     cells: dict[tuple[str, str], list[float]] = {}
-    for name, point in sweep.points.items():
+    for name, pair in zip(sweep.points, zip(losses, policies, strict=True), strict=True):
         taus = [
             row.block_efficiency
             for row in (result.cards[name].rows if name in result.cards else ())
             if (row.temperature, row.num_draft_tokens) == setting
         ]
-        pair = label("loss", point["loss"]), label("policy", point["policy"])
         cells.setdefault(pair, []).extend(taus or [math.nan])
     return [(loss, policy, fmean(values)) for (loss, policy), values in cells.items()]
 

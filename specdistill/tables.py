@@ -113,12 +113,13 @@ def heldout_line(metrics: Mapping[str, float]) -> str:
 def sweep_table(cards: Mapping[str, Scorecard]) -> Table:
     """A row for every run and temperature, at its fastest γ."""
     interval = Column("speedup [95%]", no_wrap=True)
-    table = Table("run", "T", "γ", "α", "τ", interval, **NARROW, title="runs")
+    run = Column("run", overflow="fold")
+    table = Table(run, "T", "γ", "α", "τ", interval, **NARROW, title="runs")
     for name, card in cards.items():
-        for baseline in card.baseline:
+        for number, baseline in enumerate(card.baseline):
             row = card.best_row(baseline.temperature)
             table.add_row(
-                name,
+                "" if number else name,
                 f"{row.temperature:g}",
                 str(row.num_draft_tokens),
                 _number(row.acceptance_rate, 3),

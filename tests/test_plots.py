@@ -406,6 +406,16 @@ def test_runs_that_all_decoded_show_what_was_measured() -> None:
     assert "from α" in mixed.get_ylabel()
 
 
+def test_long_names_of_policies_in_a_sweep_do_not_run_into_each_other() -> None:
+    names = ["skd-top_k-9-refresh_every-25", "skd-top_k-3-refresh_every-25"]
+    figure = figure_sweep([("fkl", name, 1.0) for name in names], "τ")
+    axes = figure.axes[0]
+    figure.canvas.draw()
+    left, right = (label.get_window_extent() for label in axes.get_xticklabels())
+    assert left.x1 < right.x0
+    assert [label.get_text().replace("\n", "") for label in axes.get_xticklabels()] == names
+
+
 def test_the_sweep_is_a_grid_with_its_numbers_and_the_best_framed() -> None:
     figure = figure_sweep(SWEEP, "expected α")
     axes = figure.axes[0]

@@ -1,17 +1,22 @@
 """A grid of runs: what is asked for, what fails, what is gone on with, what is compared."""
 
 import json
+from io import StringIO
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import yaml
+from cards import simulate
+from rich.console import Console
 from runs import make_world
 from test_cli import run
 
 from specdistill.distill import distill
 from specdistill.errors import InputError
-from specdistill.sweep import heat_map, load_sweep, run_sweep
+from specdistill.scoring.measure import score
+from specdistill.sweep import heat_map, load_sweep, run_sweep, short_labels
+from specdistill.tables import sweep_table
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +138,7 @@ def test_a_failed_run_is_reported_and_done_again_alone(file: Path, tmp_path: Pat
     with (
         mock.patch("specdistill.sweep.distill", side_effect=broken),
         mock.patch("specdistill.sweep.obstacles", return_value=[]),
+        mock.patch("specdistill.scoring.compare.obstacles", return_value=[]),
     ):
         second = run("sweep", file, "--json")
     assert trained == [*NAMES, NAMES[2]]
@@ -170,3 +176,35 @@ def test_the_heat_map_is_the_mean_over_the_other_keys(file: Path) -> None:
     assert rows[0] == ("fkl", "target", 2.0)
     assert rows[1][:2] == ("ce-0.5-tvd-0.5", "target")
     assert rows[1][2] != rows[1][2], "one of its runs is missing"
+
+
+def test_settings_are_left_out_of_a_picture_where_names_suffice() -> None:
+    jsd, skd = {"loss": "jsd", "beta": 0.9}, {"name": "skd", "top_k": 9}
+    assert short_labels("loss", ["fkl", jsd, "fkl"]) == ["fkl", "jsd", "fkl"]
+    assert short_labels("loss", ["jsd", jsd]) == ["jsd", "jsd-beta-0.9"]
+    assert short_labels("policy", ["target", skd]) == ["target", "skd"]
+    assert short_labels("policy", [skd, {**skd, "top_k": 3}]) == ["skd-top_k-9", "skd-top_k-3"]
+
+
+def test_what_hinders_a_comparison_comes_with_what_to_do(file: Path, tmp_path: Path) -> None:
+    only = ["grid.policy=[target]", "--json"]
+    reasons = ["the plain steps of fkl_target were slowed down"]
+    with mock.patch("specdistill.sweep.obstacles", return_value=reasons):
+        first = run("sweep", file, *only)
+    assert (first.code, first.document["comparison"]["reasons"]) == (0, reasons)
+    assert "to score a run again, delete its scorecard.json" in first.err
+    card = tmp_path / "sweep" / "fkl_target" / "scorecard.json"
+    before = card.read_text()
+    card.unlink()
+    with mock.patch("specdistill.sweep.score", wraps=score) as scored:
+        run("sweep", file, *only)
+    assert scored.call_count == 1
+    assert json.loads(card.read_text())["draft"] == json.loads(before)["draft"]
+
+
+def test_a_long_name_is_shown_whole_and_once() -> None:
+    name = "draft-refresh_every-25-prompts-24-max_new_tokens-48_lk_hybrid_0"
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(sweep_table({name: simulate({(0.0, 2): 0.5, (1.0, 2): 0.4})}))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert "".join(line[0] for line in lines if line).count(name) == 1

@@ -40,7 +40,8 @@ def sweep(
             screen.print(table)
         console.print_lines(screen, [f"{difference.sentence}." for difference in found.differences])
     else:
-        console.print_lines(screen, ["no comparison:", *(f"- {reason}" for reason in found)])
+        again = f"to score a run again, delete its {sweeping.CARD} and give the same command"
+        console.print_lines(screen, ["no comparison:", *(f"- {why}" for why in found), again])
     console.finish(as_json, sweeping.document(plan, result))
     if result.failed:
         raise typer.Exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,8 @@ def figure_sweep(rows: Sequence[tuple[str, str, float]], label: str) -> Figure:
                 words.set_fontweight("bold")
                 corner = (j - 0.46, i - 0.44)
                 axes.add_patch(Rectangle(corner, 0.92, 0.88, fill=False, ec=style.VERMILLION, lw=2))
-    axes.set_xticks(range(len(policies)), policies, fontsize=style.POINTS)
+    ticks = [textwrap.fill(policy, 16) for policy in policies]
+    axes.set_xticks(range(len(policies)), ticks, fontsize=style.POINTS)
     axes.set_yticks(range(len(losses)), losses, fontsize=style.POINTS)
     axes.set_xlabel("data policy", fontsize=style.POINTS)
     axes.set_ylabel("loss", fontsize=style.POINTS)
