@@ -138,8 +138,8 @@ def leaderboard(comparison: Comparison) -> list[Table]:
     for temperature, standings in groups.items():
         table = Table(
             "",
-            "scorecard",
-            "draft",
+            Column("scorecard", overflow="fold"),
+            Column("draft", overflow="fold"),
             "γ",
             "α",
             "τ",
