@@ -104,13 +104,14 @@ POLICY_SETTINGS: dict[str, dict[str, Any]] = {
     "mixed": _SAMPLED | {"share": 0.5},
     "skd": _SAMPLED | {"top_k": 25, "block": 4},
     "induced": _SAMPLED | {"block": 4},
+    "fresh_target": _SAMPLED | {"block": 4},
 }
 
 
 class Policy(_Section):
     """Where the training tokens come from, see `policies.py`. A plain name takes its defaults."""
 
-    name: Literal["target", "fixed", "draft", "mixed", "skd", "induced"] = "target"
+    name: Literal["target", "fixed", "draft", "mixed", "skd", "induced", "fresh_target"] = "target"
     refresh_every: int | None = Field(None, ge=1, description="steps between new samples")
     prompts: int | None = Field(None, ge=1, description="of the data, sampled at each refresh")
     max_new_tokens: int | None = Field(None, ge=1)

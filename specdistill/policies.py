@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from specdistill.config import DistillConfig, Policy
 from specdistill.data.answers import Answer, holds_answers, read_answers
 from specdistill.data.chat import encode_example
+from specdistill.data.gain import decode_timed
 from specdistill.data.prompts import load_prompts
 from specdistill.data.store import (
     MANIFEST,
@@ -28,7 +29,7 @@ from specdistill.data.store import (
     read_manifest,
     tokenizer_sha256,
 )
-from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
+from specdistill.decoding import Generation, ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
 from specdistill.models import LanguageModel
@@ -39,13 +40,16 @@ BATCH = 64  # rows decoded together
 
 @dataclass(frozen=True)
 class Source:
-    """What a policy draws on. `given` are the answers of the data, with their prompts."""
+    """What a policy draws on. `given` are the answers of the data, with their prompts; `report`
+    takes figures of its work, for the metrics.
+    """
 
     given: Sequence[Example]
     target: LanguageModel
     draft: LanguageModel
     policy: Policy
     seed: int
+    report: Callable[[dict[str, float]], object] = dict  # forgets them
 
     def chosen(self, step: int) -> list[Example]:
         """The examples whose prompts are sampled at a step."""
@@ -91,7 +95,8 @@ def skd(source: Source, step: int) -> list[Example]:
         rule=within_top_k(p["top_k"]),
     )
     # The engine proposes nothing for an answer's last token, so one more is asked for than taken.
-    return _answers(decoder, source.requests(step, more=1), source, p["max_new_tokens"])
+    requests = source.requests(step, more=1)
+    return _answers(decoder.run(requests), requests, source, p["max_new_tokens"])
 
 
 def induced(source: Source, step: int) -> list[Example]:
@@ -125,6 +130,29 @@ def induced(source: Source, step: int) -> list[Example]:
     return found
 
 
+def fresh_target(source: Source, step: int) -> list[Example]:
+    """New answers of the target, decoded speculatively with the draft in training: losslessly, so
+    that it saves time and nothing else. Reports how much.
+    """
+    decoder = SpeculativeDecoder(
+        source.target,
+        ModelDrafter(source.draft, source.target.vocab_size),
+        num_draft_tokens=source.policy.own()["block"],
+        batch_size=BATCH,
+    )
+    requests = source.requests(step)
+    found = decode_timed(decoder, requests)
+    source.report(
+        {
+            "answer_tokens": found.tokens,
+            "answer_tokens_per_call": found.tokens_per_call,
+            "answer_seconds": found.seconds,
+            "answer_seconds_plain": found.plain_seconds,
+        }
+    )
+    return _answers(found.generation, requests, source)
+
+
 POLICIES: dict[str, Callable[[Source, int], list[Example]]] = {
     "fixed": given,
     "target": given,
@@ -132,7 +160,14 @@ POLICIES: dict[str, Callable[[Source, int], list[Example]]] = {
     "mixed": mixed,
     "skd": skd,
     "induced": induced,
+    "fresh_target": fresh_target,
 }
+
+
+def verified_rows(policy: Policy) -> int:
+    """Tokens in a pass of the target while a policy decodes with it; 0 where none does."""
+    p = policy.own()
+    return min(p["prompts"], BATCH) * (p["block"] + 1) if "block" in p else 0
 
 
 def examples_at(source: Source, step: int, folder: Path) -> list[Example]:
@@ -274,11 +309,12 @@ def within_top_k(top_k: int) -> Callable[..., Verdict]:
 
 def _drafted(source: Source, requests: list[Request]) -> list[Example]:
     alone = standalone(source.draft, source.target)
-    return _answers(SpeculativeDecoder(alone, batch_size=BATCH), requests, source)
+    generation = SpeculativeDecoder(alone, batch_size=BATCH).run(requests)
+    return _answers(generation, requests, source)
 
 
 def _answers(
-    decoder: SpeculativeDecoder,
+    generation: Generation,
     requests: list[Request],
     source: Source,
     longest: int | None = None,
@@ -286,5 +322,5 @@ def _answers(
     kinds = {e.id: e.category for e in source.given}
     return [
         Example(r.id, list(r.tokens), output.tokens[:longest], kinds[r.id])
-        for r, output in zip(requests, decoder.run(requests).outputs, strict=True)
+        for r, output in zip(requests, generation.outputs, strict=True)
     ]

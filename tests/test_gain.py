@@ -1,6 +1,7 @@
 """Answers that are decoded with a draft: the same ones, and what it saves is measured."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,19 @@ from test_cli import run
 
 from specdistill import models
 from specdistill.data import gain
-from specdistill.data.gain import measure_gain
+from specdistill.data.gain import decode_timed, measure_gain
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
 from specdistill.data.scorers import BestOf
 from specdistill.data.store import read_examples
-from specdistill.decoding import GREEDY, ModelDrafter, Request, Sampling, SpeculativeDecoder
+from specdistill.decoding import (
+    GREEDY,
+    Generation,
+    ModelDrafter,
+    Request,
+    Sampling,
+    SpeculativeDecoder,
+)
 from specdistill.drafts import make_draft, save_draft
 from specdistill.errors import StorageError
 from specdistill.models import LanguageModel
@@ -105,6 +113,38 @@ def test_the_gain_is_that_of_the_clock(
     assert found.tokens_per_call == pytest.approx(emitted / sum(len(o.rounds) for o in outputs))
     assert found.tokens_per_call > 1
     assert found.plain == pytest.approx(2 * emitted / 6)
+
+
+def test_what_plain_decoding_would_have_taken(
+    target: LanguageModel, draft: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain rounds of 4 rows take 2 s and prompts 3 s; drafted runs 1 s a round."""
+    run = SpeculativeDecoder.run
+
+    def clocked(self: SpeculativeDecoder, asked: list[Request]) -> Generation:
+        found = run(self, asked)
+        assert self.drafter or [r.max_new_tokens for r in asked] == [gain.PLAIN_TOKENS] * 4
+        prompts, rounds = (0.0, found.rounds) if self.drafter else (3.0, 2.0 * found.rounds)
+        return replace(found, seconds={"prefill": prompts, "target": rounds})
+
+    monkeypatch.setattr(SpeculativeDecoder, "run", clocked)
+    decoder = SpeculativeDecoder(
+        target, ModelDrafter(draft, target.vocab_size), num_draft_tokens=3, batch_size=4
+    )
+    requests = [Request(str(i), [5 + i, 9], 50) for i in range(8)]
+    found = decode_timed(decoder, requests)
+    emitted = sum(len(output.tokens) for output in found.generation.outputs)
+    probe = run(
+        SpeculativeDecoder(target, batch_size=4),
+        [replace(r, max_new_tokens=gain.PLAIN_TOKENS) for r in requests[:4]],
+    )
+    probed = sum(len(output.tokens) for output in probe.outputs)
+    assert found.tokens == emitted
+    assert found.seconds == found.generation.rounds
+    assert found.plain_seconds == pytest.approx(3 * 2 + 2 * probe.rounds / probed * emitted)
+    assert found.tokens_per_call == pytest.approx(
+        emitted / sum(len(output.rounds) for output in found.generation.outputs)
+    )
 
 
 def test_the_command_tells_what_the_draft_gains(

@@ -227,6 +227,39 @@ def test_induced_states_are_the_drafts_proposals_in_rejected_rounds(
         assert example.response_tokens == wanted
 
 
+def test_fresh_answers_are_the_targets_own(tiny: Tiny) -> None:
+    """Whatever the draft proposes; and its weights of the moment are what proposes."""
+    target = tiny(layers=4)
+    draft = make_draft(target, [0, 1, 2, 3], HALF)
+    told: dict[str, float] = {}
+    ours = source(target, draft, "fresh_target", block=3, sample_temperature=0.0)
+    ours = replace(ours, report=told.update)
+    calls = []
+    for _ in range(2):
+        found = POLICIES["fresh_target"](ours, 0)
+        assert [e.id for e in found] == [e.id for e in ours.chosen(0)]
+        for example in found:
+            assert example.response_tokens == greedy(target, example.prompt_tokens, 8)
+        assert told["answer_tokens"] == sum(len(e.response_tokens) for e in found)
+        calls.append(told["answer_tokens_per_call"])
+        with torch.no_grad():
+            draft.head.weight.neg_()
+    assert calls[0] > 1.2
+    assert calls[1] < calls[0]
+
+
+def test_fresh_answers_are_sampled_from_the_targets_distribution() -> None:
+    draft = draft_chain("near")
+    p, q = warped(TABLE, WARM), warped(draft.model.table.weight.reshape(V, V, V), WARM)
+    examples = [Example(f"e{i}", [3, 5], [1]) for i in range(64)]
+    settings = {"max_new_tokens": 300, "prompts": 64, "block": 3}
+    ours = Source(examples, chain(TABLE), draft, Policy(name="fresh_target", **settings), seed=1)
+    found = POLICIES["fresh_target"](ours, 0)
+    texts = np.array([e.prompt_tokens + e.response_tokens for e in found])
+    assert transitions(texts, p) > ALPHA
+    assert transitions(texts, q) < ALPHA
+
+
 def test_a_draft_that_is_never_rejected_has_no_induced_states(tiny: Tiny) -> None:
     target = tiny(layers=2)
     with pytest.raises(InputError, match="found no rejection at step 40"):
@@ -288,10 +321,11 @@ def run(config: DistillConfig, resume: bool = False, stop_at: int | None = None)
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
 
 
+SAMPLED = [name for name in POLICIES if name not in ("target", "fixed")]
 SHORT = {"refresh_every": 3, "prompts": 6, "max_new_tokens": 6}
 
 
-@pytest.mark.parametrize("name", ["draft", "mixed", "skd", "induced"])
+@pytest.mark.parametrize("name", SAMPLED)
 def test_a_run_under_each_policy_learns_and_resumes_to_the_bit(
     world: dict[str, str], tmp_path: Path, name: str
 ) -> None:
@@ -310,7 +344,7 @@ def test_a_run_under_each_policy_learns_and_resumes_to_the_bit(
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["draft", "mixed", "skd", "induced"])
+@pytest.mark.parametrize("name", SAMPLED)
 def test_the_target_reads_samples_once_and_no_loss_is_another(
     world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -93,8 +93,9 @@ def distill(
     settings = load_config(config, overrides or [])
     console.setup(threads)
     from specdistill import distill as distillation
-    from specdistill import heads, models
+    from specdistill import heads, models, packing, policies
     from specdistill.distiller import configured_objective
+    from specdistill.run_folder import METRICS
 
     configured_objective(settings)  # before the models are read
 
@@ -103,6 +104,8 @@ def distill(
         whole = settings.signal == "live" or settings.decode is not None
         read = models.load if whole else heads.load_head
         target = read(settings.target, dtype=settings.dtype, device=settings.device)
+        if rows := policies.verified_rows(settings.policy):
+            packing.pack(target, rows)
     student = models.load(settings.draft, dtype="float32", device=settings.device)
     if target is not None:
         models.check_pair(target, student)
@@ -112,9 +115,11 @@ def distill(
     console.note_models(*filter(None, (target, student)), decoding=False)
     with console.progress() as progress:
         folder = distillation.distill(settings, target, student, resume=resume, progress=progress)
-    last = (folder.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-    metrics = json.loads(last)
-    console.screen_for(as_json).print(
-        f"{tables.heldout_line(metrics)}; draft in {folder}", soft_wrap=True
-    )
-    console.finish(as_json, {"draft": str(folder), **metrics})
+    lines = (folder.parent / METRICS).read_text(encoding="utf-8").splitlines()
+    metrics = [json.loads(line) for line in lines]
+    answers = tables.drafted_answers(metrics)
+    screen = console.screen_for(as_json)
+    if answers:
+        screen.print(tables.drafted_line(answers), soft_wrap=True)
+    screen.print(f"{tables.heldout_line(metrics[-1])}; draft in {folder}", soft_wrap=True)
+    console.finish(as_json, {"draft": str(folder), **metrics[-1], **answers})
