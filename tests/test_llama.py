@@ -31,6 +31,13 @@ def test_the_lean_pass_is_taken(name: str) -> None:
     assert family_model(name).body is not None
 
 
+@pytest.mark.filterwarnings("error")
+def test_rounding_is_not_taken_for_another_computation() -> None:
+    """In bfloat16 it adds up over the layers, to a tenth of the largest state here."""
+    model = tiny_model(5, layers=200, dtype=torch.bfloat16, initializer_range=0.05)
+    assert llama_body(model.model) is not None
+
+
 @pytest.mark.parametrize("name", ["gemma", "gpt2", "olmo2", "qwen3_moe", "smollm3", "granite"])
 @pytest.mark.filterwarnings("error")
 def test_other_families_keep_their_own(name: str) -> None:
