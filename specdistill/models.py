@@ -72,7 +72,8 @@ class LanguageModel:
     def __post_init__(self) -> None:
         self.config = self.model.config.get_text_config()
         self.head = cast("nn.Linear", self.model.get_output_embeddings())
-        self._wide_head: Tensor | None = None
+        self.wide_head: nn.Linear | None = None  # in float32, where `pack` made one
+        self._wide_weight: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -158,11 +159,13 @@ class LanguageModel:
         """
         if self.dtype in (torch.float32, torch.float64):
             out = self.head(hidden)
+        elif self.wide_head is not None:
+            out = self.wide_head(hidden.float())
         else:
-            if self._wide_head is None or self.head.weight.requires_grad:
-                self._wide_head = self.head.weight.float()
+            if self._wide_weight is None or self.head.weight.requires_grad:
+                self._wide_weight = self.head.weight.float()
             bias = None if self.head.bias is None else self.head.bias.float()
-            out = nn.functional.linear(hidden.float(), self._wide_head, bias)
+            out = nn.functional.linear(hidden.float(), self._wide_weight, bias)
         return self.scale_logits(out)
 
     def scale_logits(self, logits: Tensor) -> Tensor:

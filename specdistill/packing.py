@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from specdistill.models import LanguageModel
-from specdistill.products import Joined
+from specdistill.products import Joined, packs
 
 
 class PackedLinear(nn.Linear):
@@ -26,20 +27,23 @@ class PackedLinear(nn.Linear):
 
 
 def pack(language_model: LanguageModel, rows: int) -> LanguageModel:
-    """Pack the linear layers of a float32 CPU model for `rows` tokens a call, and return it; other
-    devices and dtypes stay as they are. Doubles the memory of the weights. For inference: the
-    weights must not change afterwards.
+    """Pack the linear layers of a float32 or bfloat16 CPU model for `rows` tokens a call, and
+    return it; other devices and dtypes stay as they are, and bfloat16 where the CPU does not
+    multiply it. Doubles the memory of the weights. For inference: the weights must not change
+    afterwards.
     """
-    where, kind = language_model.device.type, language_model.dtype
-    if where != "cpu" or kind != torch.float32 or not torch.backends.mkl.is_available():
+    if language_model.device.type != "cpu" or not packs(language_model.dtype):
         return language_model
-    model = language_model.model
+    model, kind = language_model.model, language_model.dtype
+    if kind == torch.bfloat16:  # logits are made in float32
+        wide = language_model.wide_head or copy.deepcopy(language_model.head).float()
+        language_model.wide_head = _packed(wide, rows)
     if language_model.body is None:
         _pack_layers(model, rows)
     else:
         language_model.body.pack(rows)
         head = model.get_output_embeddings()
-        if isinstance(head, nn.Linear):
+        if isinstance(head, nn.Linear) and kind == torch.float32:
             model.set_output_embeddings(_packed(head, rows))
     language_model.head = cast("nn.Linear", model.get_output_embeddings())
     return language_model

@@ -10,15 +10,16 @@ from conftest import tiny_model
 from test_architectures import family_model
 from torch import nn
 
+from specdistill import products
 from specdistill.decoding.cache import CachedModel, attention_mask
 from specdistill.llama import FAMILIES, LlamaBody, llama_body
 from specdistill.models import LanguageModel
 from specdistill.packing import pack
-from specdistill.products import Joined
+from specdistill.products import Joined, packs
 
 Tiny = Callable[..., LanguageModel]
 LEAN = ["llama", "llama:dynamic", "mistral", "qwen2", "qwen2:sliding", "qwen3"]
-needs_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="packing is MKL's")
+needs_packing = pytest.mark.skipif(not packs(torch.float32), reason="nothing here packs float32")
 
 
 def test_the_listed_families_are_the_tested_ones() -> None:
@@ -94,20 +95,23 @@ def test_the_lean_pass_in_every_dtype(tiny: Tiny, dtype: torch.dtype) -> None:
     assert (states(model, 3).float() - expected).abs().max() < 8 * tolerance
 
 
-@needs_mkl
+@needs_packing
 def test_packed_passes_are_the_same_passes() -> None:
     for name in ("llama", "qwen2", "qwen3"):  # without biases, with some, with norms of heads
         model = family_model(name)
         model.model.float()
         expected = {count: states(model, count) for count in (1, 3, 9)}
         pack(model, 2)
-        assert all(p.packed is not None for layer in model.body.layers for p in layer.products())
+        assert all(p.max_rows > 0 for layer in model.body.layers for p in layer.products())
         for count, hidden in expected.items():
             assert torch.allclose(states(model, count), hidden, atol=1e-4), (name, count)
 
 
-@needs_mkl
-def test_a_packed_product_takes_the_stock_one_beyond_its_rows() -> None:
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch was built without MKL")
+def test_a_product_packed_by_mkl_takes_the_stock_one_beyond_its_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(products, "_library", lambda dtype: "MKL")
     torch.manual_seed(0)
     linears = [nn.Linear(6, n).requires_grad_(False) for n in (5, 3)]
     joined = Joined(*linears)

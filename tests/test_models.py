@@ -23,21 +23,20 @@ from transformers import (
     T5Config,
 )
 
-from specdistill import models
+from specdistill import models, products
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
 from specdistill.drafts import make_draft, save_draft
 from specdistill.errors import ModelError, StorageError
 from specdistill.hashes import file_sha256
 from specdistill.models import LanguageModel, check_pair, load
 from specdistill.packing import PackedLinear, pack
+from specdistill.products import packs
 from specdistill_kernels import probabilities
 
 Tiny = Callable[..., LanguageModel]
 TOKENS = torch.tensor([[7, 9, 30, 41, 12, 8]])
 
-needs_mkl = pytest.mark.skipif(
-    not torch.backends.mkl.is_available(), reason="PackedLinear is MKL's"
-)
+needs_packing = pytest.mark.skipif(not packs(torch.float32), reason="no library here packs float32")
 
 
 def refusal(name: str, **options: str) -> str:
@@ -542,9 +541,20 @@ def test_the_generation_config_is_loaded_with_whole_and_trimmed_models(
 # Packed linear layers
 
 
-@needs_mkl
+LIBRARIES = {"MKL": torch.backends.mkl, "oneDNN": torch.backends.mkldnn}
+
+
+@pytest.fixture(params=LIBRARIES)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each that this machine has, whichever it would choose."""
+    if not LIBRARIES[request.param].is_available():
+        pytest.skip(f"torch was built without {request.param}")
+    monkeypatch.setattr(products, "_library", lambda dtype: request.param)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_packed_layer_equals_the_stock_one(bias: bool) -> None:
+def test_a_packed_layer_equals_the_stock_one(library: str, bias: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(96, 160, bias=bias).requires_grad_(False)
     packed = PackedLinear(linear, rows=8)
@@ -556,19 +566,22 @@ def test_a_packed_layer_equals_the_stock_one(bias: bool) -> None:
         assert torch.allclose(packed(x), linear(x), atol=1e-5)
 
 
-@needs_mkl
-def test_a_row_is_bitwise_the_same_alone_and_among_others() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_is_bitwise_the_same_alone_and_among_others(dtype: torch.dtype) -> None:
+    """By the library that is taken here: MKL does not hold it on other makers' CPUs."""
+    if not packs(dtype):
+        pytest.skip(f"no library here packs {dtype}")
     torch.manual_seed(1)
     for width, height in ((576, 3072), (1536, 576), (576, 960), (576, 576), (576, 3000)):
-        packed = PackedLinear(nn.Linear(width, height).requires_grad_(False), rows=8)
-        x = torch.randn(8, width)
+        packed = PackedLinear(nn.Linear(width, height, dtype=dtype).requires_grad_(False), rows=8)
+        x = torch.randn(8, width, dtype=dtype)
         together = packed(x)
         for row in range(8):
             assert torch.equal(packed(x[row : row + 1])[0], together[row])
         assert torch.equal(packed(x[:3]), together[:3])
 
 
-@needs_mkl
+@needs_packing
 @pytest.mark.parametrize("lean", [True, False])
 def test_packing_changes_neither_the_text_nor_the_figures(tiny: Tiny, lean: bool) -> None:
     plain, packed = (tiny(2, layers=3, tie_word_embeddings=True) for _ in range(2))
@@ -589,7 +602,49 @@ def test_packing_changes_neither_the_text_nor_the_figures(tiny: Tiny, lean: bool
     assert texts[0] == texts[1] == texts[2]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_other_dtypes_are_left_as_they_are(tiny: Tiny, dtype: torch.dtype) -> None:
-    model = pack(tiny(0, dtype=dtype), 8)
-    assert not any(isinstance(m, PackedLinear) for m in model.model.modules())
+@pytest.mark.skipif(not packs(torch.bfloat16), reason="this CPU does not multiply bfloat16")
+@pytest.mark.parametrize("lean", [True, False])
+def test_packed_bfloat16_has_the_same_logits_in_float32(tiny: Tiny, lean: bool) -> None:
+    plain, packed = (tiny(2, layers=3, dtype=torch.bfloat16) for _ in range(2))
+    if not lean:
+        packed.body = None
+    pack(pack(packed, 8), 2)
+    hidden = [m.hidden(TOKENS) for m in (plain, packed)]
+    assert torch.allclose(hidden[0], hidden[1], atol=0.02 * hidden[0].abs().max())
+    logits = [m.logits(hidden[0]) for m in (plain, packed)]
+    assert logits[1].dtype == torch.float32
+    assert torch.allclose(logits[0], logits[1], atol=1e-4)
+    greedy = SpeculativeDecoder(packed), SpeculativeDecoder(packed, batch_size=3)
+    prompts = [TOKENS[0].tolist(), [11, 12, 13], [50]]
+    texts = [[o.tokens for o in d.generate(prompts, max_new_tokens=20).outputs] for d in greedy]
+    assert texts[0] == texts[1], "its products round a row alike alone and among others"
+
+
+def test_other_dtypes_are_left_as_they_are(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def packed(dtype: torch.dtype) -> bool:
+        model = pack(tiny(0, dtype=dtype), 8)
+        return model.wide_head is not None or any(
+            isinstance(m, PackedLinear) for m in model.model.modules()
+        )
+
+    assert not packed(torch.float64)
+    assert not packed(torch.float16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert not packed(torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "dtype", "library"),
+    [
+        ("Intel(R) Xeon(R) Processor", torch.float32, "MKL"),
+        ("AMD EPYC", torch.float32, "oneDNN"),
+        ("Intel(R) Xeon(R) Processor", torch.float64, None),
+    ],
+)
+def test_mkl_is_for_its_makers_cpus(
+    monkeypatch: pytest.MonkeyPatch, cpu: str, dtype: torch.dtype, library: str | None
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu})
+    for backend in LIBRARIES.values():
+        monkeypatch.setattr(backend, "is_available", lambda: True)
+    assert products._library(dtype) == library
