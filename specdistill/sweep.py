@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,8 +30,7 @@ from specdistill.models import LanguageModel
 from specdistill.plots import figure_sweep, save
 from specdistill.progress import Progress, silent
 from specdistill.run_folder import DRAFT, check_run, flat
-from specdistill.scoring.comparable import obstacles
-from specdistill.scoring.compare import Comparison, compare, refusal
+from specdistill.scoring.compare import Comparison, Incomparable, compare, refusal
 from specdistill.scoring.measure import encoded, score
 from specdistill.scoring.scorecard import Scorecard, nullable, write_json
 
@@ -67,11 +67,13 @@ class Result:
     cards: dict[str, Scorecard] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
-    def compared(self) -> Comparison | list[str]:
-        """The comparison of `specdistill compare`, or why there is none."""
-        if len(self.cards) < 2:
-            return [f"a comparison takes at least two scorecards; got {len(self.cards)}"]
-        return obstacles(self.cards) or compare(self.cards)
+    @cached_property
+    def comparison(self) -> Comparison | list[str]:
+        """That of `specdistill compare`, or why there is none."""
+        try:
+            return compare(self.cards)
+        except Incomparable as error:
+            return error.reasons
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
@@ -217,7 +219,7 @@ def _check_score(sweep: Sweep) -> None:
 
 def document(sweep: Sweep, result: Result) -> dict[str, Any]:
     """sweep.json: every run with its settings and rows, or why it failed, and the comparison."""
-    found = result.compared()
+    found = result.comparison
     runs = {
         name: {
             "settings": dict(point),
@@ -233,9 +235,10 @@ def document(sweep: Sweep, result: Result) -> dict[str, Any]:
 
 
 def _draw(sweep: Sweep, result: Result) -> None:
-    keys = list(next(iter(sweep.points.values())))
-    if {"loss", "policy"} <= set(keys):
-        how, others = sweep.score, [key for key in keys if key not in ("loss", "policy")]
+    first, *more = sweep.points.values()
+    if {"loss", "policy"} <= first.keys():
+        varied = [key for key in first if any(point[key] != first[key] for point in more)]
+        how, others = sweep.score, [key for key in varied if key not in ("loss", "policy")]
         mean = f", mean over {', '.join(others)}" if others else ""
         words = f"τ at T = {how.temperatures[0]:g}, γ = {how.num_draft_tokens[0]}{mean}"
         save(figure_sweep(heat_map(sweep, result), words), sweep.folder / "sweep.png")

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from runs import ask, make_world, run, settings
+from small_runs import ask, make_world, run, settings
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from specdistill import models

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from runs import make_world, run, settings
+from small_runs import make_world, run, settings
 
 from specdistill import models
 from specdistill.data.store import read_examples

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import run, settings
+from small_runs import run, settings
 
 from specdistill import models
 from specdistill.data.store import read_examples, read_manifest

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import make_world, settings
+from small_runs import make_world, settings
 
 from specdistill import models
 from specdistill.batches import idle, make_batch
@@ -97,7 +97,7 @@ def test_two_processes_train_as_one_does(
 CUT = """
 import sys
 from pathlib import Path
-from runs import settings
+from small_runs import settings
 from specdistill import models
 from specdistill.distiller import Distiller
 world = dict(zip(("target", "data", "draft"), sys.argv[1:]))

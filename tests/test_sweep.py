@@ -9,13 +9,13 @@ import pytest
 import yaml
 from cards import simulate
 from rich.console import Console
-from runs import make_world
+from small_runs import make_world
 from test_cli import run
 
 from specdistill.distill import distill
 from specdistill.errors import InputError
 from specdistill.scoring.measure import score
-from specdistill.sweep import heat_map, load_sweep, run_sweep, short_labels
+from specdistill.sweep import Result, _draw, heat_map, load_sweep, run_sweep, short_labels
 from specdistill.tables import sweep_table
 
 
@@ -137,8 +137,7 @@ def test_a_failed_run_is_reported_and_done_again_alone(file: Path, tmp_path: Pat
     # Not what the clock makes of such short runs on a busy machine: test_trust has that.
     with (
         mock.patch("specdistill.sweep.distill", side_effect=broken),
-        mock.patch("specdistill.sweep.obstacles", return_value=[]),
-        mock.patch("specdistill.scoring.compare.obstacles", return_value=[]),
+        mock.patch("specdistill.scoring.compare.obstacles", return_value=[]) as checked,
     ):
         second = run("sweep", file, "--json")
     assert trained == [*NAMES, NAMES[2]]
@@ -151,6 +150,7 @@ def test_a_failed_run_is_reported_and_done_again_alone(file: Path, tmp_path: Pat
     assert (folder / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     compared = second.document["comparison"]
     assert compared["comparable"]
+    assert checked.call_count == 1
     assert {s["card"] for s in compared["standings"]} == set(NAMES)
 
     refused = run("sweep", file, "score.max_new_tokens=9")
@@ -178,6 +178,17 @@ def test_the_heat_map_is_the_mean_over_the_other_keys(file: Path) -> None:
     assert rows[1][2] != rows[1][2], "one of its runs is missing"
 
 
+def test_the_picture_names_only_what_it_is_a_mean_over(file: Path) -> None:
+    for seeds, words in (([0], "τ at T = 0, γ = 2"), ([0, 1], "τ at T = 0, γ = 2, mean over seed")):
+        sweep = load_sweep(file, [f"grid.seed={seeds}"])
+        with (
+            mock.patch("specdistill.sweep.figure_sweep") as drawn,
+            mock.patch("specdistill.sweep.save"),
+        ):
+            _draw(sweep, Result())
+        assert drawn.call_args.args[1] == words
+
+
 def test_settings_are_left_out_of_a_picture_where_names_suffice() -> None:
     jsd, skd = {"loss": "jsd", "beta": 0.9}, {"name": "skd", "top_k": 9}
     assert short_labels("loss", ["fkl", jsd, "fkl"]) == ["fkl", "jsd", "fkl"]
@@ -189,7 +200,7 @@ def test_settings_are_left_out_of_a_picture_where_names_suffice() -> None:
 def test_what_hinders_a_comparison_comes_with_what_to_do(file: Path, tmp_path: Path) -> None:
     only = ["grid.policy=[target]", "--json"]
     reasons = ["the plain steps of fkl_target were slowed down"]
-    with mock.patch("specdistill.sweep.obstacles", return_value=reasons):
+    with mock.patch("specdistill.scoring.compare.obstacles", return_value=reasons):
         first = run("sweep", file, *only)
     assert (first.code, first.document["comparison"]["reasons"]) == (0, reasons)
     assert "to score a run again, delete its scorecard.json" in first.err

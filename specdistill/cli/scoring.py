@@ -174,19 +174,20 @@ def compare(
 ) -> None:
     """Rank scorecards by measured speed; exit code 1 if they cannot be compared."""
     from specdistill.scoring import compare as comparison
-    from specdistill.scoring.comparable import obstacles, read_cards
+    from specdistill.scoring.comparable import read_cards
     from specdistill.scoring.scorecard import write_json
 
     if out is not None:
         console.must_be_free(out, overwrite)
     named = read_cards(cards)
     screen = console.screen_for(as_json)
-    if reasons := obstacles(named):
-        lines = ["these scorecards cannot be compared:", *(f"- {reason}" for reason in reasons)]
+    try:
+        found = comparison.compare(named)
+    except comparison.Incomparable as error:
+        lines = ["these scorecards cannot be compared:", *(f"- {why}" for why in error.reasons)]
         console.print_lines(screen, lines)
-        console.finish(as_json, comparison.refusal(reasons))
-        raise typer.Exit(1)
-    found = comparison.compare(named)
+        console.finish(as_json, comparison.refusal(error.reasons))
+        raise typer.Exit(1) from None
     for table in tables.leaderboard(found):
         screen.print(table)
     console.print_lines(screen, [f"{difference.sentence}." for difference in found.differences])

@@ -34,7 +34,7 @@ def sweep(
     screen = console.screen_for(as_json)
     screen.print(tables.sweep_table(result.cards))
     console.print_lines(screen, [f"{name} failed: {why}" for name, why in result.failed.items()])
-    found = result.compared()
+    found = result.comparison
     if isinstance(found, Comparison):
         for table in tables.leaderboard(found):
             screen.print(table)

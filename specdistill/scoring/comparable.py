@@ -38,6 +38,8 @@ def obstacles(cards: Cards) -> list[str]:
     """Why these cards cannot be compared, a sentence each, with the field and both values; none
     where they can.
     """
+    if len(cards) < 2:
+        return [f"a comparison takes at least two scorecards; got {len(cards)}"]
     found = []
     for name, card in cards.items():
         found += [f"{name}: {doubt}" for doubt in doubts(card.baseline, card.rows, card.per_prompt)]

@@ -103,16 +103,24 @@ def refusal(reasons: Sequence[str]) -> dict[str, Any]:
     return {"schema": SCHEMA, "comparable": False, "reasons": list(reasons)}
 
 
+class Incomparable(InputError):
+    """Scorecards of which nothing can be said together, for these `reasons`."""
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        super().__init__("these scorecards cannot be compared: " + "; ".join(reasons))
+        self.reasons = list(reasons)
+
+
 def compare(cards: Cards, seed: int = 0) -> Comparison:
     """Rank the cards at every temperature that all have, each by its fastest γ.
 
     Speed is the speedup over plain decoding that was measured in turns with it: the plain decoding
     of comparable cards is the same work, so this is the ratio of tokens per second with the
     machine's drift between the scorings taken out. Differences are bootstrapped over prompts, each
-    resampled with all four of its runs. Raises `InputError` where there are `obstacles`.
+    resampled with all four of its runs. Raises `Incomparable` where there are `obstacles`.
     """
     if reasons := obstacles(cards):
-        raise InputError("these scorecards cannot be compared: " + "; ".join(reasons))
+        raise Incomparable(reasons)
     standings: list[Standing] = []
     differences: list[Difference] = []
     for temperature in common_temperatures(cards):
