@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument(
         "--num-draft-tokens", type=int, nargs="+", default=[5, 3, 2], help="one for each batch"
     )
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     given = parser.parse_args()
@@ -241,9 +242,10 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     logging.set_verbosity_error()
 
-    target = load(given.target)
-    draft, wide = load(given.draft), widen(load(given.draft))
-    pair = Pair(load(given.target), draft, wide, target, widen(load(given.draft)))
+    target, packed = (load(given.target, dtype=given.dtype) for _ in range(2))
+    draft, *others = (load(given.draft, dtype=given.dtype) for _ in range(3))
+    wide, stock_wide = map(widen, others)
+    pair = Pair(packed, draft, wide, target, stock_wide)
     prompts = [
         encode_prompt(target.tokenizer, prompt)
         for prompt, _ in zip(load_prompts(given.prompts), range(6 * given.limit), strict=False)
