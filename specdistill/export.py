@@ -46,7 +46,7 @@ def export(draft: str, out: Path, engine: Engine, scorecard: Path | None = None)
     Raises `InputError` for a scorecard of another draft, `ModelError` where the written checkpoint
     does not compute what the draft does.
     """
-    model = models.load(draft, dtype="auto", device="cpu")
+    model = models.load(draft, dtype=models.stored_dtype(draft), device="cpu")
     card, notes = _card(model, scorecard)
     target = card.target.name if card else _named_target(model.path)
     gamma = card.verdict.best.num_draft_tokens if card else DEFAULT_NUM_DRAFT_TOKENS

@@ -296,6 +296,26 @@ def check_pair(target: LanguageModel, draft: LanguageModel) -> None:
         )
 
 
+def stored_dtype(name: str) -> Dtype:
+    """The dtype in which a model's weights are kept, by its config; float32 where that does not
+    say. It is what a checkpoint made of another is written in: "auto" would round by the machine.
+    Raises `ModelError`.
+    """
+    from transformers import AutoConfig
+
+    path = locate(name)
+    try:
+        kind = AutoConfig.from_pretrained(path).dtype
+    except _UNREADABLE as error:
+        raise ModelError(f"cannot load {name}: {_first_line(error)}") from error
+    known: dict[torch.dtype | None, Dtype] = {
+        torch.float64: "float64",
+        torch.bfloat16: "bfloat16",
+        torch.float16: "float16",
+    }
+    return known.get(kind, "float32")
+
+
 def choose_device(device: str) -> str:
     """ "auto" is the first CUDA device where there is one, else the CPU; of several processes on a
     machine (`accelerate launch`) each takes its own.

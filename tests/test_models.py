@@ -1,13 +1,16 @@
 """Finding, loading and pairing models, and the arithmetic of one."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 from scipy import stats
+from test_cli import run
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -648,3 +651,19 @@ def test_mkl_is_for_its_makers_cpus(
     for backend in LIBRARIES.values():
         monkeypatch.setattr(backend, "is_available", lambda: True)
     assert products._library(dtype) == library
+
+
+def test_a_checkpoint_is_made_in_the_dtype_of_its_origin(tmp_path: Path) -> None:
+    """Not in the one that the machine likes to decode in."""
+    for kind in (torch.float32, torch.bfloat16, torch.float16):
+        name = str(kind).removeprefix("torch.")
+        save_draft(tiny_model(1, dtype=kind), tmp_path / name)
+        assert models.stored_dtype(str(tmp_path / name)) == name
+        out = tmp_path / f"{name}-draft"
+        assert run("init", "--target", tmp_path / name, "--layers", 1, "--out", out).code == 0
+        assert models.stored_dtype(str(out)) == name
+    config = json.loads((tmp_path / "float32" / "config.json").read_text())
+    (tmp_path / "float32" / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")})
+    )
+    assert models.stored_dtype(str(tmp_path / "float32")) == "float32"

@@ -45,7 +45,8 @@ def init(
         )
     console.must_be_new(out)
     console.setup(None)
-    model = models.load(target, dtype=dtype, device="cpu")
+    kind = models.stored_dtype(target) if dtype == "auto" else dtype
+    model = models.load(target, dtype=kind, device="cpu")
     kept = drafts.parse_layers(layers, model.num_layers)
     vocabulary = None
     if vocab_size is not None and vocab_from is not None:
