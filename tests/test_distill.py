@@ -177,7 +177,7 @@ def test_distillation_lowers_the_loss_and_raises_the_overlap(
     assert rows[-1]["expected_alpha"] > rows[0]["expected_alpha"] + 0.01
     losses = [row["loss"] for row in rows if "loss" in row]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
-    again = models.load(str(tmp_path / "run" / "draft"))
+    again = models.load(str(tmp_path / "run" / "draft"), dtype="float32")
     assert again.vocab_size == 32
 
 
@@ -218,7 +218,9 @@ def test_a_resumed_run_ends_with_the_same_weights(
         for rows in (whole, resumed)
     ]
     assert timeless[0] == timeless[1]
-    a, b = (models.load(str(tmp_path / name / "draft")) for name in ("whole", "broken"))
+    a, b = (
+        models.load(str(tmp_path / name / "draft"), dtype="float32") for name in ("whole", "broken")
+    )
     for ours, theirs in zip(a.model.parameters(), b.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -289,7 +291,9 @@ def test_the_order_of_the_answers_is_nothing_to_a_run(
     with mock.patch("specdistill.distill.read_given", backwards):
         run(settings(world, tmp_path / "other"))
     backwards.assert_called_once()
-    a, b = (models.load(str(tmp_path / name / "draft")) for name in ("one", "other"))
+    a, b = (
+        models.load(str(tmp_path / name / "draft"), dtype="float32") for name in ("one", "other")
+    )
     for ours, theirs in zip(a.model.parameters(), b.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -488,7 +492,9 @@ def test_a_run_with_lora_resumes_to_the_bit(world: dict[str, str], tmp_path: Pat
             with pytest.raises(KeyboardInterrupt):
                 run(config, stop_at=stop_at)
         run(config, resume=stop_at is not None)
-    a, b = (models.load(str(tmp_path / name / "draft")) for name in ("whole", "broken"))
+    a, b = (
+        models.load(str(tmp_path / name / "draft"), dtype="float32") for name in ("whole", "broken")
+    )
     for ours, theirs in zip(a.model.parameters(), b.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 

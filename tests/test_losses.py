@@ -314,7 +314,8 @@ def test_a_vocabulary_of_151936(name: str) -> None:
     }
     expected = plain(exact, loss=loss).sum()
     assert got.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert_close(gradients(got, arguments), gradients(expected, exact), rel=1e-4)
+    # float32 sums of as many terms, in whatever order the machine's library takes them
+    assert_close(gradients(got, arguments), gradients(expected, exact), rel=5e-4)
 
 
 @pytest.mark.parametrize("name", [*LOSSES, "mixture"])
