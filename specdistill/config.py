@@ -118,7 +118,9 @@ class Policy(_Section):
     sample_temperature: float | None = Field(None, ge=0, description="of draft and target")
     share: float | None = Field(None, ge=0, le=1, description="of the draft's samples: GKD's λ")
     top_k: int | None = Field(None, ge=1, description="of the target, that skd lets pass")
-    block: int | None = Field(None, ge=1, le=MAX_DRAFT_TOKENS, description="proposals a round")
+    block: int | None = Field(
+        None, ge=0, le=MAX_DRAFT_TOKENS, description="proposals a round; 0 only of fresh_target"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -132,6 +134,14 @@ class Policy(_Section):
             if key != "name" and key not in own and raw.get(key) is not None:
                 raise ValueError(f"the policy {name!r} has no {key}; it has {', '.join(own)}")
         return {**own, **{key: value for key, value in raw.items() if value is not None}}
+
+    @model_validator(mode="after")
+    def _something_to_propose(self) -> Policy:
+        if self.block == 0 and self.name != "fresh_target":
+            raise ValueError(
+                f"the policy {self.name!r} is made of the draft's proposals: block >= 1"
+            )
+        return self
 
     def own(self) -> dict[str, Any]:
         """The settings that this policy has."""

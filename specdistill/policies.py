@@ -132,15 +132,15 @@ def induced(source: Source, step: int) -> list[Example]:
 
 def fresh_target(source: Source, step: int) -> list[Example]:
     """New answers of the target, decoded speculatively with the draft in training: losslessly, so
-    that it saves time and nothing else. Reports how much.
+    that it saves time and nothing else. Reports how much. With a block of 0 they are decoded
+    plainly.
     """
-    decoder = SpeculativeDecoder(
-        source.target,
-        ModelDrafter(source.draft, source.target.vocab_size),
-        num_draft_tokens=source.policy.own()["block"],
-        batch_size=BATCH,
-    )
-    requests = source.requests(step)
+    requests, num = source.requests(step), source.policy.own()["block"]
+    if num == 0:
+        plain = SpeculativeDecoder(source.target, batch_size=BATCH)
+        return _answers(plain.run(requests), requests, source)
+    drafter = ModelDrafter(source.draft, source.target.vocab_size)
+    decoder = SpeculativeDecoder(source.target, drafter, num_draft_tokens=num, batch_size=BATCH)
     found = decode_timed(decoder, requests)
     source.report(
         {

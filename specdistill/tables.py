@@ -122,9 +122,10 @@ def drafted_answers(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def drafted_line(answers: Mapping[str, float]) -> str:
     """What the draft in training saved of the time that the target's new answers took."""
     seconds, plain = answers["answer_seconds"], answers["answer_seconds_plain"]
+    ends = "" if seconds < plain else "; here it does not pay: set policy.block lower, or to 0"
     return (
         f"{answers['answer_tokens']:,} tokens of new answers in {seconds:.0f} s, proposed by the "
-        f"draft in training; about {plain:.0f} s without it: {plain / seconds:.2f} times"
+        f"draft in training; about {plain:.0f} s without it: {plain / seconds:.2f} times{ends}"
     )
 
 

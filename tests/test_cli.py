@@ -247,6 +247,7 @@ def test_distill_tells_what_its_draft_saves_of_new_answers(world: World, tmp_pat
     ratio = sums["answer_seconds_plain"] / sums["answer_seconds"]
     assert f"{sums['answer_tokens']} tokens of new answers" in done.err
     assert f"without it: {ratio:.2f} times" in done.err
+    assert ("it does not pay: set policy.block lower, or to 0" in done.err) == (ratio <= 1)
 
 
 def test_score_writes_the_card_it_prints(world: World) -> None:

@@ -93,6 +93,14 @@ def test_a_policy_is_a_name_or_a_section_and_has_its_own_defaults(tmp_path: Path
     assert (given.share, given.refresh_every, given.top_k) == (0.2, 100, None)
 
 
+def test_only_new_answers_of_the_target_can_do_without_proposals(tmp_path: Path) -> None:
+    given = "policy={{name: {}, block: 0}}".format
+    assert read(tmp_path, GOOD, given("fresh_target")).policy.own()["block"] == 0
+    for name in ("skd", "induced"):
+        assert f"{name!r} is made of the draft's proposals" in refusal(tmp_path, GOOD, given(name))
+    assert "'draft' has no block" in refusal(tmp_path, GOOD, given("draft"))
+
+
 def test_the_signal_follows_the_policy_where_it_is_left_out(tmp_path: Path) -> None:
     assert read(tmp_path, GOOD).signal == "kept"
     for policy in ("mixed", "fixed", "{name: skd, block: 2}"):

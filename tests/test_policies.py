@@ -246,6 +246,10 @@ def test_fresh_answers_are_the_targets_own(tiny: Tiny) -> None:
             draft.head.weight.neg_()
     assert calls[0] > 1.2
     assert calls[1] < calls[0]
+    told.clear()
+    plain = replace(ours, policy=ours.policy.model_copy(update={"block": 0}))
+    assert POLICIES["fresh_target"](plain, 0) == found
+    assert not told, "nothing was drafted"
 
 
 def test_fresh_answers_are_sampled_from_the_targets_distribution() -> None:
