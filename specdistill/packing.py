@@ -29,8 +29,8 @@ class PackedLinear(nn.Linear):
 def pack(language_model: LanguageModel, rows: int) -> LanguageModel:
     """Pack the linear layers of a float32 or bfloat16 CPU model for `rows` tokens a call, and
     return it; other devices and dtypes stay as they are, and bfloat16 where the CPU does not
-    multiply it. Doubles the memory of the weights. For inference: the weights must not change
-    afterwards.
+    multiply it. At least doubles the memory of the weights. For inference: the weights must not
+    change afterwards.
     """
     if language_model.device.type != "cpu" or not packs(language_model.dtype):
         return language_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Callable
 
 import torch
@@ -51,12 +52,13 @@ def packs(dtype: torch.dtype) -> bool:
 
 def _library(dtype: torch.dtype) -> str | None:
     """MKL is faster at one row in float32, but only on Intel's CPUs: on AMD's it takes two to four
-    times as long as oneDNN for the rows of a verify pass.
+    times as long as oneDNN for the rows of a verify pass. Other architectures were not measured.
     """
     intel = "intel" in str(torch.cpu.get_capabilities().get("cpu_name")).lower()
     if dtype == torch.float32 and intel and torch.backends.mkl.is_available():
         return "MKL"
-    if not torch.backends.mkldnn.is_available():
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    if not x86 or not torch.backends.mkldnn.is_available():
         return None
     native = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return "oneDNN" if dtype == torch.float32 or native else None

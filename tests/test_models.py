@@ -1,6 +1,7 @@
 """Finding, loading and pairing models, and the arithmetic of one."""
 
 import json
+import platform
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -637,16 +638,18 @@ def test_other_dtypes_are_left_as_they_are(tiny: Tiny, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("cpu", "dtype", "library"),
+    ("cpu", "machine", "dtype", "library"),
     [
-        ("Intel(R) Xeon(R) Processor", torch.float32, "MKL"),
-        ("AMD EPYC", torch.float32, "oneDNN"),
-        ("Intel(R) Xeon(R) Processor", torch.float64, None),
+        ("Intel(R) Xeon(R) Processor", "x86_64", torch.float32, "MKL"),
+        ("AMD EPYC", "x86_64", torch.float32, "oneDNN"),
+        ("Neoverse V2", "aarch64", torch.float32, None),
+        ("Intel(R) Xeon(R) Processor", "x86_64", torch.float64, None),
     ],
 )
 def test_mkl_is_for_its_makers_cpus(
-    monkeypatch: pytest.MonkeyPatch, cpu: str, dtype: torch.dtype, library: str | None
+    monkeypatch: pytest.MonkeyPatch, cpu: str, machine: str, dtype: torch.dtype, library: str | None
 ) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu})
     for backend in LIBRARIES.values():
         monkeypatch.setattr(backend, "is_available", lambda: True)
