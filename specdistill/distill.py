@@ -24,7 +24,7 @@ from specdistill.data.signal import NONE, kept_tokens, read_states
 from specdistill.data.store import Example, read_manifest
 from specdistill.distiller import Distiller
 from specdistill.drafts import save_draft
-from specdistill.errors import InputError
+from specdistill.errors import InputError, TrainingError
 from specdistill.evaluation import Evaluation
 from specdistill.hints import map_layers
 from specdistill.models import LanguageModel
@@ -33,6 +33,7 @@ from specdistill.progress import Progress, silent
 from specdistill.run_folder import (
     CHECKPOINTS,
     DRAFT,
+    METRICS,
     SAMPLES,
     append_metrics,
     check_run,
@@ -100,7 +101,8 @@ def distill(
 
     Writes RUN/metrics.jsonl and RUN/checkpoints/; the last row of the metrics names the step whose
     weights were kept. Raises `InputError` as `check_run`, and where data and target do not belong
-    together.
+    together, and `TrainingError` at the first update whose loss, gradient or evaluation is no
+    number; none of it is kept.
     """
     check_run(config, resume)
     run = Path(config.run_dir)
@@ -207,6 +209,7 @@ def distill(
         told.clear()
         if state["step"] % config.evaluate_every == 0 or spent(state, config) >= 1:
             row |= measured()
+        _check_numbers(row, state["step"], config)
         record(row)
         if state["step"] % config.checkpoint_every == 0:
             distiller.gather()
@@ -235,6 +238,16 @@ def _origins(
         answers.update(repr((e.id, e.prompt_tokens, e.response_tokens)).encode())
     loaded = {} if target is None else {"target": target.sha256()}
     return {**loaded, "draft": draft.sha256(), "data": answers.hexdigest()}
+
+
+def _check_numbers(row: dict[str, Any], step: int, config: DistillConfig) -> None:
+    lost = [f"{n} = {v}" for n, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+    if lost:
+        raise TrainingError(
+            f"update {step} gave {', '.join(lost)}: the training has diverged; begin again in "
+            f"another run_dir with a training.learning_rate below {config.training.learning_rate} "
+            f"(the updates before are in {Path(config.run_dir) / METRICS})"
+        )
 
 
 def _check_processes(config: DistillConfig, processes: int) -> None:

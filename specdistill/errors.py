@@ -27,5 +27,9 @@ class DecodingError(SpecDistillError):
     """Decoding met logits or a request it cannot serve; the message names row and step."""
 
 
+class TrainingError(SpecDistillError):
+    """A training run that has come to a loss or a gradient that is no number."""
+
+
 class ServerError(SpecDistillError):
     """A server that cannot be reached, refuses, or does not speak the protocol."""

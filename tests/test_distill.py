@@ -21,7 +21,7 @@ from specdistill.decoding import Sampling
 from specdistill.distill import distill, rate, split
 from specdistill.distiller import Distiller
 from specdistill.drafts import make_draft, save_draft
-from specdistill.errors import InputError, StorageError
+from specdistill.errors import InputError, StorageError, TrainingError
 from specdistill.evaluation import Evaluation, overlap, with_answers
 from specdistill.models import LanguageModel
 from specdistill.policies import read_given
@@ -507,6 +507,23 @@ def test_lora_without_peft_or_beside_what_it_leaves_alone(
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(InputError, match=r'pip install "specdistill\[lora\]"'):
         run(settings(world, tmp_path / "run", training={"lora": LORA}))
+
+
+@pytest.mark.parametrize(
+    ("settings_", "named"),
+    [
+        ({"max_steps": 12}, "update 2 gave loss = nan, grad_norm = nan"),
+        ({"max_steps": 1}, "update 1 gave expected_alpha = nan"),  # what the last one left behind
+    ],
+)
+def test_a_run_that_diverges_stops_and_keeps_none_of_it(
+    world: dict[str, str], tmp_path: Path, settings_: dict[str, int], named: str
+) -> None:
+    training = {**settings_, "learning_rate": 1e30, "warmup": 0.0}
+    with pytest.raises(TrainingError, match=f"{named}.*below 1e\\+30"):
+        run(settings(world, tmp_path / "run", training=training))
+    assert not (tmp_path / "run/draft").exists()
+    assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
 
 
 def test_the_trackers_get_the_metrics(world: dict[str, str], tmp_path: Path) -> None:
