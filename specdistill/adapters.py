@@ -28,6 +28,7 @@ def adapt(draft: LanguageModel, lora: Lora, seed: int) -> LoraModel:
         raise InputError('training.lora needs peft: pip install "specdistill[lora]"') from None
     settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear")
     torch.manual_seed(seed)
+    vars(draft).pop("body", None)  # it was made of the layers before
     try:
         return LoraModel(draft.model, settings, "default")
     except ValueError as error:
@@ -37,4 +38,4 @@ def adapt(draft: LanguageModel, lora: Lora, seed: int) -> LoraModel:
 def merge(draft: LanguageModel, adapted: LoraModel) -> None:
     """Add the factors' products to the weights: the draft is an ordinary checkpoint again."""
     draft.model = cast("PreTrainedModel", adapted.merge_and_unload())
-    vars(draft).pop("body", None)  # it was made of the layers before
+    vars(draft).pop("body", None)

@@ -21,7 +21,7 @@ from specdistill.checkpoints import (
 from specdistill.config import DistillConfig
 from specdistill.data.answers import holds_answers
 from specdistill.data.signal import NONE, kept_tokens, read_states
-from specdistill.data.store import Example, read_manifest
+from specdistill.data.store import MANIFEST, Example, read_manifest
 from specdistill.distiller import Distiller
 from specdistill.drafts import save_draft
 from specdistill.errors import InputError, TrainingError
@@ -187,6 +187,7 @@ def distill(
     }
     accelerator.init_trackers("distill", named)
     words = f"{len(training)} answers to train on, {len(heldout)} held out"
+    words += _smaller_writer(config, draft)
     words += f"; going on from step {state['step']}" if state["step"] else ""
     progress("distil", spent(state, config), 1.0, words)
     if state["step"] == 0:
@@ -248,6 +249,18 @@ def _check_numbers(row: dict[str, Any], step: int, config: DistillConfig) -> Non
             f"another run_dir with a training.learning_rate below {config.training.learning_rate} "
             f"(the updates before are in {Path(config.run_dir) / METRICS})"
         )
+
+
+def _smaller_writer(config: DistillConfig, draft: LanguageModel) -> str:
+    """Compute-matched answers may come from a model below the draft itself (2408.16737): a word of
+    it then.
+    """
+    if holds_answers(config.data) or not (Path(config.data) / MANIFEST).exists():
+        return ""
+    name, _, parameters = read_manifest(Path(config.data)).settings.get("writer", ("", "", 0))
+    if not 0 < parameters < draft.parameters():
+        return ""
+    return f", written by {name}, which is smaller than the draft"
 
 
 def _check_processes(config: DistillConfig, processes: int) -> None:

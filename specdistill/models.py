@@ -281,7 +281,8 @@ def check_pair(target: LanguageModel, draft: LanguageModel) -> None:
             f"target's ({len(ours)} tokens, "
             f"{target.name}): {differing} of the target's tokens are missing or have another "
             "id. Take a draft of the "
-            "target's family, or make one from the target with `specdistill init`"
+            "target's family, make one from the target with `specdistill init`, or distil from the "
+            "target's text alone: signal: none, loss: ce"
         )
     if draft.full_vocab_size < len(ours):
         raise ModelError(

@@ -221,6 +221,13 @@ def read_given(config: DistillConfig, reader: LanguageModel) -> list[Example]:
                 "tokenizers from text: generate with --engine openai, or give .jsonl with prompts "
                 "and responses"
             )
+        learnt = config.signal != "none" and name in ("target", "mixed")
+        if learnt and made_by.target_sha256 != reader.sha256():
+            raise InputError(
+                f"{config.data} holds answers of {made_by.target}, another model than "
+                f"{reader.name}; generate answers of this target, or take a policy that makes its "
+                "own (fresh_target, draft, skd)"
+            )
         answers = read_examples(Path(config.data), signal=config.signal == "kept")
         return [e for e in answers if e.response_tokens]
     if generated and config.signal == "kept":

@@ -14,10 +14,12 @@ from small_runs import ask, make_world, run, settings
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from specdistill import models
+from specdistill.adapters import adapt
 from specdistill.batches import length_buckets, make_batch, updates
+from specdistill.config import DistillConfig, Lora
 from specdistill.data.generation import generate
 from specdistill.data.store import Example, read_examples
-from specdistill.decoding import Sampling
+from specdistill.decoding import Request, Sampling, SpeculativeDecoder
 from specdistill.distill import distill, rate, split
 from specdistill.distiller import Distiller
 from specdistill.drafts import make_draft, save_draft
@@ -257,9 +259,32 @@ def test_a_damaged_checkpoint_is_refused(world: dict[str, str], tmp_path: Path) 
 
 def test_foreign_data_is_refused(world: dict[str, str], tmp_path: Path, tiny: Tiny) -> None:
     save_draft(tiny(77, layers=4), tmp_path / "other")
-    config = settings(world | {"target": str(tmp_path / "other")}, tmp_path / "run")
+
+    def other(**more: object) -> DistillConfig:
+        return settings(world | {"target": str(tmp_path / "other")}, tmp_path / "run", **more)
+
     with pytest.raises(InputError, match="another model"):
-        run(config)
+        run(other())
+    for policy in ("target", {"name": "mixed", "prompts": 4, "max_new_tokens": 4}):
+        with pytest.raises(InputError, match=r"holds answers of .*, another model than"):
+            run(other(signal="live", policy=policy))
+    own = {"name": "fresh_target", "prompts": 4, "max_new_tokens": 4}
+    run(other(signal="live", policy=own))
+
+
+def test_a_writer_smaller_than_the_draft_is_told(world: dict[str, str], tmp_path: Path) -> None:
+    data, said = tmp_path / "data", []
+    target, draft = (models.load(world[n], dtype="float32") for n in ("target", "draft"))
+    save_draft(make_draft(target, [0]), tmp_path / "small")
+    small = models.load(str(tmp_path / "small"), dtype="float32")
+    generate(target, ask(12), data, max_new_tokens=4, writer=small)
+    config = settings({**world, "data": str(data)}, tmp_path / "run", heldout=2)
+
+    def progress(stage: str, done: float, total: float, detail: str = "") -> None:
+        said.append(detail)
+
+    distill(config, target, draft, progress=progress)
+    assert said[0].endswith(f"written by {small.name}, which is smaller than the draft")
 
 
 @pytest.mark.parametrize("name", ["draft", "data"])
@@ -497,6 +522,25 @@ def test_a_run_with_lora_resumes_to_the_bit(world: dict[str, str], tmp_path: Pat
     )
     for ours, theirs in zip(a.model.parameters(), b.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_draft_that_decoded_before_is_adapted_whole(world: dict[str, str]) -> None:
+    """Its lean body was made of the layers as they were without the factors."""
+    pytest.importorskip("peft")
+    draft = models.load(world["target"], dtype="float32")
+    assert draft.body is not None
+    adapt(draft, Lora(**LORA), seed=0)
+    for name, value in draft.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(value)
+    request = Request("a", [5, 6, 7], 12)
+    (found,) = SpeculativeDecoder(draft).run([request]).outputs
+    tokens = list(request.tokens)
+    for token in found.tokens:
+        with torch.no_grad():
+            logits = draft.logits(draft.hidden(torch.tensor([tokens])))[0, -1]
+        assert token == logits.argmax()
+        tokens.append(token)
 
 
 def test_lora_without_peft_or_beside_what_it_leaves_alone(
