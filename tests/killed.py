@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 
 FOLDER, PLACE, NUMBER = sys.argv[1] + os.sep, sys.argv[2], float(sys.argv[3])
-CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
+CHANGES = {"os.rename", "os.truncate", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 count = 0
 emptied = ""  # the folder whose files `rmtree` removes, by their names alone
 

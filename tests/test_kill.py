@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from servers import Reply, completion, serving
 from small_runs import run, settings
 
 from specdistill import models
+from specdistill.data.answers import read_answers
 from specdistill.data.store import read_examples, read_manifest
 from specdistill.drafts import make_draft, save_draft
 
@@ -79,6 +81,35 @@ def test_no_answer_is_lost_or_doubled(tmp_path: Path, tiny_folder: Path) -> None
         run(settings(world, tmp_path / f"{data.name}-run", signal="live"))
     a, b = (tmp_path / f"{data.name}-run/draft/model.safetensors" for data in (whole, broken))
     assert a.read_bytes() == b.read_bytes()
+
+
+def test_no_answer_of_a_server_is_lost_or_paid_for_twice(tmp_path: Path) -> None:
+    """But those that were under way when the process died."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"question {i}\n" for i in range(60)))
+
+    def echo(body: dict, before: int) -> Reply:
+        return completion(f"answer to {body['messages'][-1]['content']}")
+
+    folder, rng = tmp_path / "data", random.Random(SEED)
+    kills = [
+        ("open manifest", 1),
+        ("open answers.jsonl", rng.randint(5, 15)),
+        ("open answers.jsonl", rng.randint(5, 15)),  # half a line is cut off first
+        ("truncate answers.jsonl", 1),
+        ("rename manifest", 1),
+        ("open answers.jsonl", rng.randint(5, 15)),
+    ]
+    with serving(echo) as (url, fake):
+        asked = ["generate", "--engine", "openai", "--base-url", url, "--target", "big"]
+        asked += ["--prompts", prompts, "--concurrency", 2, "--out", folder]
+        for place, number in kills:
+            assert specdistill(folder, place, number, *asked) == -signal.SIGKILL, place
+        assert specdistill(folder, "", 0, *asked) == 0
+        assert len(fake.asked) <= 60 + 2 * len(kills)
+    found = [a.prompt for a in read_answers(folder)]
+    assert {p.response for p in found} == {f"answer to question {i}" for i in range(60)}
+    assert len(found) == 60
 
 
 def test_a_distillation_ends_with_the_same_bits(tmp_path: Path, tiny_folder: Path) -> None:

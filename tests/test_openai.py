@@ -324,6 +324,16 @@ def test_half_a_line_is_asked_again_and_nothing_else(tmp_path: Path) -> None:
         assert len(fake.asked) == 13
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/model.safetensors").write_text("weights")
+    with serving(echo) as (url, fake):
+        with pytest.raises(StorageError, match="holds no answers of `generate`"):
+            ask(url, tmp_path / "data")
+        assert fake.asked == []
+    assert [f.name for f in (tmp_path / "data").iterdir()] == ["model.safetensors"]
+
+
 @pytest.mark.parametrize("damage", ["no JSON", '{"id": "p1"}', "[]", "7"])
 def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
     with serving(echo) as (url, _):

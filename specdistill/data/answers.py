@@ -6,13 +6,14 @@ interruption loses no answer that was written.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from specdistill.data.prompts import Prompt
-from specdistill.data.store import MANIFEST
+from specdistill.data.store import MANIFEST, must_be_ours
 from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
 
@@ -42,6 +43,7 @@ class AnswerStore:
         self.folder = folder
         facts = {"schema": SCHEMA, **facts}
         try:
+            must_be_ours(folder)
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / MANIFEST).exists():
                 self._check(facts)
@@ -93,7 +95,7 @@ class AnswerStore:
         """What a crash or a full disk left at the end."""
         file = self.folder / ANSWERS
         if file.exists() and not (text := file.read_bytes()).endswith(b"\n"):
-            file.write_bytes(text[: text.rfind(b"\n") + 1])
+            os.truncate(file, text.rfind(b"\n") + 1)  # at once, whenever the process is killed
 
 
 def holds_answers(source: str) -> bool:
