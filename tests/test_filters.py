@@ -1,28 +1,38 @@
 """Filters: what each removes, and how often what went is asked for again."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from specdistill.data.filters import FILTERS, Filters, Sieve, repetition
+from specdistill.data.filters import FILTERS, Filters, objection, repeated, repetition
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
+from specdistill.data.scorers import BestOf
 from specdistill.data.store import Store, read_examples, read_manifest
 from specdistill.decoding import GREEDY, Sampling
+from specdistill.decoding.sampling import own_sampling
 from specdistill.errors import InputError, StorageError
 from specdistill.models import LanguageModel
 
 pytestmark = pytest.mark.usefixtures("small_parts")
 LENGTH = 8
-WARM = Sampling(1.0)
-PROMPTS = [Prompt(f"p{i}", ({"role": "user", "content": f"w{5 + i} w9"},)) for i in range(24)]
+WARM, FEW = Sampling(1.0), [Sampling(1.0, top_k=4)]
+
+
+def ask(number: int) -> list[Prompt]:
+    return [
+        Prompt(f"p{i}", ({"role": "user", "content": f"w{5 + i % 40} w{9 + i // 40}"},))
+        for i in range(number)
+    ]
 
 
 def answer(
-    target: LanguageModel, folder: Path, filters: Filters, **changes: object
+    target: LanguageModel, folder: Path, filters: Filters, *, more: int = 0, **changes: object
 ) -> tuple[Store, dict[str, list[int]]]:
+    """Of 24 prompts and so many more."""
     settings = {"max_new_tokens": LENGTH, "samplings": [WARM], "seed": 3, "batch_size": 5}
-    store = generate(target, PROMPTS, folder, filters=filters, **{**settings, **changes})
+    store = generate(target, ask(24 + more), folder, filters=filters, **{**settings, **changes})
     examples = read_examples(folder, signal=True) if store.manifest.parts else []
     return store, {e.id: e.response_tokens for e in examples}
 
@@ -43,27 +53,19 @@ def test_repetition_is_the_share_of_ngrams_seen_before() -> None:
         (Filters(max_repetition=0.8), [7] * 8, None),
         (Filters(truncated=True), [5, 6], "truncated"),
         (Filters(truncated=True), [5, 0], None),
-        (Filters(duplicates=True), [8, 9], "duplicate"),
-        (Filters(), [8, 9], None),
         (Filters(), [7] * 80, None),
     ],
 )
 def test_each_filter(filters: Filters, tokens: list[int], reason: str | None) -> None:
-    sieve = Sieve(filters, frozenset({0}), [[8, 9]])
-    assert sieve.reason(tokens) == reason
+    assert objection(filters, tokens, frozenset({0})) == reason
 
 
-def test_a_kept_answer_is_a_duplicate_from_then_on() -> None:
-    sieve = Sieve(Filters(duplicates=True), frozenset({0}))
-    assert sieve.reason([5, 6]) is None
-    assert sieve.reason([5, 6]) is None, "it was not kept yet"
-    sieve.keep([5, 6])
-    assert sieve.reason([5, 6]) == "duplicate"
-    assert sieve.reason([5]) is None
+def test_the_first_of_equal_texts_is_no_repetition() -> None:
+    assert repeated([("a", [5, 6]), ("b", [5]), ("c", [5, 6]), ("d", [5, 6])]) == {"c", "d"}
 
 
 def test_every_filter_has_a_test() -> None:
-    assert set(FILTERS) == {"short", "repetitive", "truncated", "duplicate"}
+    assert set(FILTERS) == {"short", "repetitive", "truncated"}
 
 
 def test_without_filters_nothing_is_removed(target: LanguageModel, tmp_path: Path) -> None:
@@ -102,12 +104,16 @@ def test_what_went_is_asked_for_again_up_to_the_limit(
 
 
 def test_greedy_answers_are_not_asked_for_twice(target: LanguageModel, tmp_path: Path) -> None:
-    filters = Filters(truncated=True, retries=5)
-    _, plain = answer(target, tmp_path / "plain", Filters(), samplings=[GREEDY])
+    """Of two temperatures a prompt has one by its id."""
+    filters, both = Filters(truncated=True, retries=5), [GREEDY, WARM]
+    _, plain = answer(target, tmp_path / "plain", Filters(), samplings=both)
     bad = [i for i, text in plain.items() if text[-1] != 0]
-    store, _ = answer(target, tmp_path / "data", filters, samplings=[GREEDY])
-    assert store.filtered()["removed"] == {"truncated": len(bad)}
-    assert len(bad) > 3
+    store, _ = answer(target, tmp_path / "data", filters, samplings=both)
+    asked = Counter(id_ for id_, _ in store.manifest.removed)
+    greedy = [i for i in bad if own_sampling(both, 3, i) == GREEDY]
+    assert len(greedy) > 1
+    assert all(asked[i] == 1 for i in greedy)
+    assert max(asked.values()) > 1
 
 
 def test_no_two_answers_are_alike(target: LanguageModel, tmp_path: Path) -> None:
@@ -118,12 +124,37 @@ def test_no_two_answers_are_alike(target: LanguageModel, tmp_path: Path) -> None
     assert len({tuple(t) for t in texts.values()}) == len(texts)
 
 
-@pytest.mark.parametrize("call", [2, 6, 12])
-def test_an_interrupted_filtered_run_goes_on_and_ends_the_same(
-    target: LanguageModel, tmp_path: Path, call: int
+def test_of_several_answers_each_that_goes_is_counted(
+    target: LanguageModel, tmp_path: Path
 ) -> None:
-    filters = Filters(truncated=True, retries=2)
-    whole, texts = answer(target, tmp_path / "whole", filters)
+    store, texts = answer(
+        target, tmp_path / "data", Filters(truncated=True), best_of=BestOf(4, "majority")
+    )
+    counts = store.filtered()
+    assert counts["dropped"] == 24 - len(texts) > 0
+    assert counts["removed"]["truncated"] > 4 * counts["dropped"], "of prompts answered, too"
+    assert counts["removed"]["truncated"] <= 4 * 24 - len(texts)
+    store, _ = answer(
+        target, tmp_path / "none", Filters(min_tokens=LENGTH + 1), best_of=BestOf(4, "majority")
+    )
+    assert store.filtered()["removed"] == {"short": 4 * 24}
+
+
+@pytest.mark.parametrize("call", [1, 3, 6])
+@pytest.mark.parametrize(
+    ("filters", "changes"),
+    [
+        (Filters(truncated=True, retries=2), {}),
+        # Few texts, so that most have twins.
+        (Filters(duplicates=True, retries=3), {"max_new_tokens": 1, "samplings": FEW, "more": 48}),
+        (Filters(duplicates=True, truncated=True, retries=3), {"max_new_tokens": 3}),
+    ],
+)
+def test_an_interrupted_filtered_run_goes_on_and_ends_the_same(
+    target: LanguageModel, tmp_path: Path, filters: Filters, changes: dict, call: int
+) -> None:
+    whole, texts = answer(target, tmp_path / "whole", filters, **changes)
+    assert whole.manifest.removed
     calls = 0
 
     def progress(stage: str, done: float, total: float, detail: str = "") -> None:
@@ -133,8 +164,8 @@ def test_an_interrupted_filtered_run_goes_on_and_ends_the_same(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        answer(target, tmp_path / "data", filters, progress=progress)
-    store, again = answer(target, tmp_path / "data", filters)
+        answer(target, tmp_path / "data", filters, progress=progress, **changes)
+    store, again = answer(target, tmp_path / "data", filters, **changes)
     assert again == texts
     assert store.filtered() == whole.filtered()
     assert sorted(store.manifest.removed) == sorted(whole.manifest.removed)
@@ -169,6 +200,8 @@ def test_a_folder_of_removed_answers_alone_is_no_empty_one(
 def test_retries_without_anything_that_removes(target: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="retries: 2 has no effect"):
         answer(target, tmp_path / "data", Filters(retries=2))
+    with pytest.raises(InputError, match="retries: 2 has no effect at temperature 0"):
+        answer(target, tmp_path / "data", Filters(min_tokens=2, retries=2), samplings=[GREEDY])
 
 
 @pytest.mark.parametrize(

@@ -230,12 +230,15 @@ def generate(
     ]
     console.note_cache(decoder.cache_size(requests))
     if size := generation.signal_bytes(model, len(asked), max_new_tokens, signal):
-        console.note(f"the signal of {len(asked)} answers takes at most {size:,} bytes in {out}")
-    gain = None
+        console.note(
+            f"the signal of {len(asked)} answers takes at most {size:,} bytes in {out}, "
+            f"{size // (len(asked) * max_new_tokens):,} a token"
+        )
+    gain, start = None, time.perf_counter()
     if small is not None:
         gain = measure_gain(author, small, gamma, requests, batch_size)
         console.note(_gain_line(gain))
-    start = time.perf_counter()
+    measuring = time.perf_counter() - start
     with console.progress() as progress:
         store = generation.generate(
             model,
@@ -263,10 +266,15 @@ def generate(
     }
     if gain is not None:
         seconds = time.perf_counter() - start
-        saved = seconds * (gain.ratio - 1)
-        line = f"{seconds:.0f} s; at the measured rates about {seconds + saved:.0f} s without draft"
+        saved = store.decoding_seconds * (gain.ratio - 1) - measuring
+        line = f"{seconds:.0f} s, {measuring:.0f} of them to measure the draft; at the measured "
+        line += f"rates about {seconds + saved:.0f} s without it"
         console.print_lines(screen, [line])
         document |= {"draft_gain": gain.ratio, "seconds": seconds, "seconds_saved": saved}
+    if choice is not None:
+        document["best_of"] = choice.number
+    if not store.done():
+        raise InputError(f"no answer was left in {out}; loosen the filters, in another folder")
     console.finish(as_json, {**document, **store.filtered(), **(store.tail() or {})})
 
 

@@ -9,7 +9,7 @@ import torch
 
 from specdistill.data.prompts import Prompt
 from specdistill.data.store import Example
-from specdistill.decoding import Request, Sampling, SpeculativeDecoder
+from specdistill.decoding import Request, Round, Sampling, SpeculativeDecoder
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Question:
 
 def rounds(
     decoder: SpeculativeDecoder, questions: Sequence[Question], number: int, max_new_tokens: int
-) -> Iterator[tuple[list[tuple[Question, list[Example]]], int]]:
+) -> Iterator[tuple[list[tuple[Question, list[Example]]], Round]]:
     """For each round the questions whose last answer it ended, with their answers in order and all
-    states that were kept, and the tokens it emitted.
+    states that were kept, and the round itself.
     """
     requests = [r for question in questions for r in question.requests(number, max_new_tokens)]
     owners = {r.id: questions[i // number] for i, r in enumerate(requests)}
@@ -55,4 +55,4 @@ def rounds(
                 if not open_[question.prompt.id]:
                     asked = question.requests(number, max_new_tokens)
                     ended.append((question, [rows.pop(r.id) for r in asked]))
-        yield ended, sum(len(row.tokens) for row in round_.rows)
+        yield ended, round_

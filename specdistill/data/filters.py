@@ -1,11 +1,11 @@
 """Which answers are kept for training. A filter says of an answer whether it goes; adding one is
-one function, one entry in `FILTERS` and its field in `Filters`.
+one function, one entry in `FILTERS` and its field in `Filters`. Duplicates are found among all.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from specdistill.decoding import Sampling
@@ -18,9 +18,9 @@ NGRAM = 4  # tokens; shorter ones repeat in good text too
 class Filters:
     """min_tokens: shorter answers go. max_repetition: answers go where a larger share of their
     n-grams of `NGRAM` tokens occurred before in them. truncated: answers go that the token limit
-    ended. duplicates: answers go whose text was kept before. A removed answer is asked for again
-    with another seed up to `retries` times; greedy decoding would give the same again, so there
-    it is not.
+    ended. duplicates: of equal answers one stays, see `repeated`. A removed answer is asked for
+    again with another seed up to `retries` times; greedy decoding would give the same again, so
+    there it is not.
     """
 
     min_tokens: int = 0
@@ -52,11 +52,10 @@ NO_FILTER = Filters()
 
 @dataclass(frozen=True)
 class Answer:
-    """What a filter sees: an answer, the ids that end one, and the texts kept so far."""
+    """What a filter sees: an answer, and the ids that end one."""
 
     tokens: list[int]
     eos_ids: frozenset[int]
-    kept: set[tuple[int, ...]]
 
 
 def repetition(tokens: list[int]) -> float:
@@ -70,24 +69,23 @@ FILTERS: dict[str, Callable[[Filters, Answer], bool]] = {
     "short": lambda f, a: len(a.tokens) < f.min_tokens,
     "repetitive": lambda f, a: repetition(a.tokens) > f.max_repetition,
     "truncated": lambda f, a: f.truncated and a.tokens[-1] not in a.eos_ids,
-    "duplicate": lambda f, a: f.duplicates and tuple(a.tokens) in a.kept,
 }
+DUPLICATE = "duplicate"
 
 
-class Sieve:
-    """Filters at work on the answers of one folder. `texts` are those it holds already."""
+def objection(filters: Filters, tokens: list[int], eos_ids: frozenset[int]) -> str | None:
+    """Why an answer goes, by the first filter that says so; None if it may stay."""
+    answer = Answer(tokens, eos_ids)
+    return next((name for name, goes in FILTERS.items() if goes(filters, answer)), None)
 
-    def __init__(
-        self, filters: Filters, eos_ids: frozenset[int], texts: Iterable[list[int]] = ()
-    ) -> None:
-        self.filters, self.eos_ids = filters, eos_ids
-        self.kept = {tuple(text) for text in texts}
 
-    def reason(self, tokens: list[int]) -> str | None:
-        """Why an answer goes, by the first filter that says so; None if it may stay."""
-        answer = Answer(tokens, self.eos_ids, self.kept)
-        return next((name for name, goes in FILTERS.items() if goes(self.filters, answer)), None)
-
-    def keep(self, tokens: list[int]) -> None:
-        """Remember an answer that was kept."""
-        self.kept.add(tuple(tokens))
+def repeated(texts: Iterable[tuple[str, Sequence[int]]]) -> set[str]:
+    """Of (id, tokens) those ids whose tokens an earlier one has."""
+    seen: set[tuple[int, ...]] = set()
+    again = set()
+    for id_, tokens in texts:
+        text = tuple(tokens)
+        if text in seen:
+            again.add(id_)
+        seen.add(text)
+    return again

@@ -70,8 +70,8 @@ def measure_gain(
 
 @dataclass(frozen=True)
 class Timed:
-    """Drafted answers: the seconds they took, and `plain_seconds`, about what they would have taken
-    without the draft; tokens_per_call is the mean a row emits in a round.
+    """Drafted answers: the seconds they took, with those of finding out `plain_seconds`, about what
+    they would have taken without the draft; tokens_per_call is the mean a row emits in a round.
     """
 
     generation: Generation
@@ -89,10 +89,10 @@ def decode_timed(decoder: SpeculativeDecoder, requests: Sequence[Request]) -> Ti
     plain = SpeculativeDecoder(decoder.target, batch_size=decoder.batch_size)
     first = requests[: decoder.batch_size]
     probe = plain.run([replace(r, max_new_tokens=PLAIN_TOKENS) for r in first])
-    prompts = probe.seconds["prefill"]
-    token = (sum(probe.seconds.values()) - prompts) / _count(probe)
+    prompts, probed = probe.seconds["prefill"], sum(probe.seconds.values())
+    token = (probed - prompts) / _count(probe)
     generation = decoder.run(requests)
-    tokens, seconds = _count(generation), sum(generation.seconds.values())
+    tokens, seconds = _count(generation), probed + sum(generation.seconds.values())
     rounds = sum(len(output.rounds) for output in generation.outputs)
     plain_seconds = prompts * len(requests) / len(first) + token * tokens
     return Timed(generation, tokens, tokens / rounds, seconds, plain_seconds)

@@ -12,7 +12,7 @@ from typing import Any
 
 from specdistill.data.asking import Question, rounds
 from specdistill.data.chat import encode_prompt
-from specdistill.data.filters import NO_FILTER, Filters, Sieve
+from specdistill.data.filters import DUPLICATE, NO_FILTER, Filters, objection, repeated
 from specdistill.data.prompts import Prompt, prompts_sha256
 from specdistill.data.scorers import (
     EXACT_MATCH,
@@ -32,7 +32,7 @@ from specdistill.data.signal import (
     read_states,
     token_log_probs,
 )
-from specdistill.data.store import Example, Manifest, Store, tokenizer_sha256
+from specdistill.data.store import Example, Manifest, Store, read_examples, tokenizer_sha256
 from specdistill.decoding import GREEDY, ModelDrafter, Sampling, SpeculativeDecoder
 from specdistill.decoding.sampling import own_sampling, row_seed
 from specdistill.errors import InputError, StorageError
@@ -72,7 +72,8 @@ def generate(
     the seed: a draft that will decode at two temperatures should see texts of both. After
     `max_seconds`, once there is an answer, what is finished is kept and the rest left unanswered.
     Of `best_of` answers that `filters` leave, the best is kept; a prompt none of whose answers is
-    left is asked again, see `Filters`, and the store counts it. A `draft` that proposes
+    left is asked again, see `Filters`, and the store counts them. Duplicates are looked for among
+    all that is kept, whenever every prompt has been asked. A `draft` that proposes
     `num_draft_tokens` a round saves time, see `gain.py`, and changes nothing of what the target may
     say. Where a cheaper `writer` of the target's tokens answers in its place, the target only reads
     what is kept, for its signal.
@@ -100,22 +101,29 @@ def generate(
         "samplings": [asdict(sampling) for sampling in samplings],
         "filters": asdict(filters),
         **({} if best_of is None else {"best_of": asdict(best_of)}),
-        **({} if writer is None else {"writer": [writer.name, writer.sha256()]}),
+        **(
+            {}
+            if writer is None
+            else {"writer": [writer.name, writer.sha256(), writer.parameters()]}
+        ),
         **({} if draft is None else {"draft": [draft.sha256(), num_draft_tokens]}),
     }
     store = Store(folder, _manifest(target, prompts, settings, signal))
     removals = Counter(id_ for id_, _ in store.manifest.removed)
+
+    def retried(id_: str) -> bool:
+        return removals[id_] <= filters.retries_of(own_sampling(samplings, seed, id_))
 
     def pending() -> list[Question]:
         """What is to be asked next, of each open prompt once, in another way after a removal."""
         done = store.done()
         found = []
         for prompt in prompts:
-            sampling = own_sampling(samplings, seed, prompt.id)
-            tries = removals[prompt.id]
-            if prompt.id not in done and tries <= filters.retries_of(sampling):
+            if prompt.id not in done and retried(prompt.id):
                 tokens = encode_prompt(target.tokenizer, prompt)
+                tries = removals[prompt.id]
                 own = seed if tries == 0 else row_seed(seed, f"retry {tries}")
+                sampling = own_sampling(samplings, seed, prompt.id)
                 found.append(Question(prompt, tokens, sampling, own))
         # Neighbours share what they begin with; ids seed the draws.
         found.sort(key=lambda question: question.tokens)
@@ -123,6 +131,20 @@ def generate(
         turns = 1 if max_seconds is None else max(len(found) // batch_size, 1)
         return [question for first in range(turns) for question in found[first::turns]]
 
+    def drop_duplicates() -> int:
+        """Take back all equal answers but the first, in an order of their own, and not that in
+        which they ended: an interrupt changes that. Returns how many are to be asked for again.
+        """
+        if not filters.duplicates or not store.manifest.parts:
+            return 0
+        kept = read_examples(folder, signal=False)
+        kept.sort(key=lambda answer: (removals[answer.id], answer.id))
+        again = repeated((answer.id, answer.response_tokens) for answer in kept)
+        store.withdraw(again, DUPLICATE)
+        removals.update(again)
+        return sum(map(retried, again))
+
+    drop_duplicates()  # of a run that was killed before it came to it
     questions = pending()
     needed = signal_bytes(target, len(questions), max_new_tokens, signal)
     free = shutil.disk_usage(folder).free
@@ -139,27 +161,31 @@ def generate(
         batch_size=batch_size,
         keep_hidden=scored or (signal != NONE and writer is None),
     )
-    sieve = Sieve(filters, target.eos_ids, store.texts() if filters.duplicates else [])
     finished: list[Example] = []
     removed: list[tuple[str, str]] = []
+    passed_over: Counter[str] = Counter()
 
     def flush() -> None:
-        nonlocal finished, removed
+        nonlocal finished, removed, passed_over
         part, finished = finished, []  # so that an interrupt cannot write it again
         gone, removed = removed, []
+        others, passed_over = passed_over, Counter()
         if part or gone:
-            store.append(part, gone)
+            store.append(part, gone, others)
 
     def choose(prompt: Prompt, answers: list[Example]) -> Example | str:
         """The answer that is kept, or why none is."""
-        reasons = [sieve.reason(answer.response_tokens) for answer in answers]
-        left = [a for a, reason in zip(answers, reasons, strict=True) if reason is None]
-        if not left:
-            return str(reasons[0])
-        if scorer is None:
-            return left[0]
-        place = best(prompt, [_candidate(author, a, scored) for a in left], scorer)
-        return "scorer" if place is None else left[place]
+        objections = [objection(filters, a.response_tokens, target.eos_ids) for a in answers]
+        left = [a for a, why in zip(answers, objections, strict=True) if why is None]
+        place: int | None = 0
+        if left and scorer is not None:
+            place = best(prompt, [_candidate(author, a, scored) for a in left], scorer)
+        gone = [why or "scorer" for why in objections if why or place is None]
+        if left and place is not None:
+            passed_over.update(gone)
+            return left[place]
+        passed_over.update(gone[1:])
+        return gone[0]
 
     tokens = settled = 0  # emitted in all, and by finished rows
     answered = len(prompts) - len(questions)
@@ -175,8 +201,9 @@ def generate(
         progress("generate", answered, len(prompts), f"{answered} were answered before")
     try:
         while questions and not late():
-            for ended, emitted in rounds(decoder, questions, number, max_new_tokens):
-                tokens += emitted
+            for ended, round_ in rounds(decoder, questions, number, max_new_tokens):
+                tokens += sum(len(row.tokens) for row in round_.rows)
+                store.decoding_seconds += sum(round_.seconds.values())
                 for question, answers in ended:
                     settled += sum(len(answer.response_tokens) for answer in answers)
                     id_ = question.prompt.id
@@ -184,9 +211,8 @@ def generate(
                     if isinstance(kept, str):
                         removed.append((id_, kept))
                         removals[id_] += 1
-                        answered += removals[id_] > filters.retries_of(question.sampling)
+                        answered += not retried(id_)
                         continue
-                    sieve.keep(kept.response_tokens)
                     raw, kept.signal = kept.signal, None
                     if signal != NONE:
                         if raw is None or writer is not None:
@@ -201,6 +227,7 @@ def generate(
                 if late():
                     break
             flush()
+            answered -= drop_duplicates()
             questions = pending()
         if questions:
             progress("generate", len(prompts), len(prompts), f"out of time, {answered} answers")
@@ -218,6 +245,11 @@ def _checked(
     if filters.retries and not filters.remove and best_of is None:
         raise InputError(
             f"retries: {filters.retries} has no effect without a filter that removes answers"
+        )
+    if filters.retries and all(sampling.temperature == 0 for sampling in samplings):
+        raise InputError(
+            f"retries: {filters.retries} has no effect at temperature 0, where the same prompt has "
+            "the same answer; sample them, or leave it out"
         )
     if best_of is None:
         return None

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,16 @@ class Manifest:
     settings: dict[str, Any]
     signal: str
     parts: list[dict[str, Any]] = field(default_factory=list)
-    removed: list[list[str]] = field(default_factory=list)  # [id, filter] of each answer that went
+    # [id, filter] of each prompt's answer that went, and then by filter how many more were no
+    # choice among several answers to one.
+    removed: list[list[str]] = field(default_factory=list)
+    passed_over: dict[str, int] = field(default_factory=dict)
     schema: str = SCHEMA
 
     @property
     def ids(self) -> set[str]:
         """Of the prompts answered so far."""
-        return {id_ for part in self.parts for id_ in part["ids"]}
+        return {id_ for part in self.parts for id_ in part["ids"] if id_ not in withdrawn(part)}
 
 
 def tokenizer_sha256(model: LanguageModel) -> str:
@@ -77,6 +81,7 @@ class Store:
         else.
         """
         self.folder, self.manifest = folder, manifest
+        self.decoding_seconds = 0.0  # of answers since the folder was opened
         if (folder / MANIFEST).exists() and (
             (found := read_manifest(folder)).parts or found.removed
         ):
@@ -98,12 +103,7 @@ class Store:
                     )
             self.manifest = found
             return
-        others = folder.is_dir() and any(not f.name.startswith(MANIFEST) for f in folder.iterdir())
-        if others and not (folder / MANIFEST).exists():
-            raise StorageError(
-                f"{folder} exists and holds no answers of `generate`; name another folder or "
-                "remove it"
-            )
+        must_be_ours(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._write(manifest)
@@ -115,12 +115,6 @@ class Store:
     def done(self) -> set[str]:
         """Ids of the prompts answered so far."""
         return self.manifest.ids
-
-    def texts(self) -> list[list[int]]:
-        """The answers so far."""
-        if not self.manifest.parts:
-            return []
-        return [e.response_tokens for e in read_examples(self.folder, signal=False)]
 
     def tail(self) -> dict[str, float] | None:
         """Of a top-k signal, the mean over tokens of the tail's mass and of `alpha_cost`."""
@@ -136,20 +130,29 @@ class Store:
         answered in another way, and those that were given up or are still open.
         """
         prompts, done = {id_ for id_, _ in self.manifest.removed}, self.done()
+        removed = Counter(name for _, name in self.manifest.removed)
         return {
-            "removed": dict(Counter(name for _, name in self.manifest.removed)),
+            "removed": dict(removed + Counter(self.manifest.passed_over)),
             "regenerated": len(prompts & done),
             "dropped": len(prompts - done),
         }
 
-    def append(self, examples: list[Example], removed: Sequence[tuple[str, str]] = ()) -> None:
-        """Write one part and list it, with the (id, filter) of answers that went meanwhile. Raises
-        `StorageError` when the disk is full; listed parts stay intact.
+    def append(
+        self,
+        examples: list[Example],
+        removed: Sequence[tuple[str, str]] = (),
+        passed_over: Counter[str] | None = None,
+    ) -> None:
+        """Write one part and list it, with the (id, filter) of answers that went meanwhile, and the
+        number of others by filter. Raises `StorageError` when the disk is full; listed parts stay
+        intact.
         """
         from datasets import Dataset
 
         manifest = replace(
-            self.manifest, removed=[*self.manifest.removed, *([*pair] for pair in removed)]
+            self.manifest,
+            removed=[*self.manifest.removed, *([*pair] for pair in removed)],
+            passed_over=dict(Counter(self.manifest.passed_over) + (passed_over or Counter())),
         )
         stem = self.folder / f"part-{len(self.manifest.parts):05d}"
         rows = [
@@ -184,9 +187,42 @@ class Store:
                 f"{getattr(error, 'strerror', None) or error}; free space and run again to go on"
             ) from error
 
+    def withdraw(self, ids: AbstractSet[str], reason: str) -> None:
+        """Remove answers after they were written: their parts stay as they are, the manifest has
+        readers leave them out. Raises `StorageError`.
+        """
+        if not ids:
+            return
+        parts = [
+            {**part, "withdrawn": sorted(withdrawn(part) | ids & {*part["ids"]})}
+            for part in self.manifest.parts
+        ]
+        removed = [*self.manifest.removed, *([id_, reason] for id_ in sorted(ids))]
+        try:
+            self._write(replace(self.manifest, parts=parts, removed=removed))
+        except OSError as error:
+            raise StorageError(
+                f"cannot write to {self.folder}: {error.strerror}; free space and run again to go "
+                "on"
+            ) from error
+
     def _write(self, manifest: Manifest) -> None:
         write_whole(self.folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
         self.manifest = manifest
+
+
+def withdrawn(part: Mapping[str, Any]) -> set[str]:
+    """Ids of a part's answers that no longer count; the prompt may have another in a later part."""
+    return set(part.get("withdrawn", ()))
+
+
+def must_be_ours(folder: Path) -> None:
+    """Raises `StorageError` for a folder that holds something and no answers of `generate`."""
+    others = folder.is_dir() and any(not f.name.startswith(MANIFEST) for f in folder.iterdir())
+    if others and not (folder / MANIFEST).exists():
+        raise StorageError(
+            f"{folder} exists and holds no answers of `generate`; name another folder or remove it"
+        )
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -197,7 +233,10 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         if raw["schema"] != SCHEMA:
-            raise InputError(f"{file} has schema {raw['schema']!r}; this version reads {SCHEMA!r}")
+            raise InputError(
+                f"{file} has schema {raw['schema']!r}, and here {SCHEMA!r} is wanted, the tokens "
+                "and signal of a local target; name another folder, or make one anew"
+            )
         manifest = Manifest(**raw)
         if not all({"ids", "tokens", "parquet_sha256"} <= part.keys() for part in manifest.parts):
             raise ValueError("a part lacks its ids, tokens or hash")
@@ -223,8 +262,10 @@ def read_examples(folder: Path, *, signal: bool) -> list[Example]:
     for number, part in enumerate(manifest.parts):
         examples += _read_part(folder / f"part-{number:05d}", part, signal)
     if not examples:
+        why = f"filters removed all {len(manifest.removed)}" if manifest.removed else "none yet"
         raise InputError(
-            f"{folder} holds no generations yet; run `specdistill generate` to the end"
+            f"{folder} holds no answers ({why}); run `specdistill generate` to the end, with "
+            "filters that leave some"
         )
     return examples
 
@@ -242,13 +283,15 @@ def _read_part(stem: Path, part: dict[str, Any], signal: bool) -> Iterable[Examp
             raise StorageError(f"{file} {state}; remove the folder and generate again")
     tensors = load_file(signal_file) if signal else None
     start = 0
+    gone = withdrawn(part)
     for row in parquet.read_table(parquet_file).to_pylist():
         example = Example(row["id"], row["prompt_tokens"], row["response_tokens"], row["category"])
         if tensors is not None:
             stop = start + len(example.response_tokens)
             example.signal = {name: tensor[start:stop] for name, tensor in tensors.items()}
             start = stop
-        yield example
+        if example.id not in gone:
+            yield example
 
 
 def _kept(example: Example) -> dict[str, Tensor]:
