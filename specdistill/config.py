@@ -272,6 +272,10 @@ def parse_config(raw: dict[str, Any]) -> DistillConfig:
 def _explain(problem: Any) -> str:
     where = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
+        if problem["loc"] in (("grid",), ("score",)):
+            return (
+                f"unknown key {problem['loc'][0]!r}: a file with a grid is for `specdistill sweep`"
+            )
         known = {name: name for name in DistillConfig.model_fields}
         sections: dict[str, type[BaseModel]] = {
             "training": Training,

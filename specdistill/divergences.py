@@ -86,8 +86,8 @@ def objective(
         )
     if (num_draft_tokens is None) != ("e2e_tv" not in loss):
         raise InputError(
-            "num_draft_tokens, the block of the loss e2e_tv, goes with that loss and with no "
-            f"other; got {num_draft_tokens} and {', '.join(loss)}"
+            "num_draft_tokens, the block of the loss e2e_tv, must be given with that loss and with "
+            f"no other; got {num_draft_tokens} and {', '.join(loss)}"
         )
     options = {"beta": beta, "skew": skew, "eta": eta}
     given = {name: value for name, value in options.items() if value is not None}

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from specdistill import models, packing
 from specdistill.config import DistillConfig, assign, parse_config, read_yaml
 from specdistill.data.prompts import load_prompts
+from specdistill.data.texts import source_sha256
 from specdistill.distill import distill
 from specdistill.distiller import configured_objective
 from specdistill.errors import InputError
@@ -35,7 +36,7 @@ from specdistill.scoring.measure import encoded, score
 from specdistill.scoring.scorecard import Scorecard, nullable, write_json
 
 SCHEMA = "specdistill.sweep/1"
-CARD = "scorecard.json"
+CARD, PLAN, DOCUMENT = "scorecard.json", "plan.json", "sweep.json"
 
 
 class Score(BaseModel):
@@ -139,9 +140,9 @@ def short_labels(key: str, values: Sequence[Any]) -> list[str]:
 def run_sweep(sweep: Sweep, progress: Progress = silent) -> Result:
     """Distil and score every run that is not done, then write sweep.json and, where the grid has
     losses and policies, sweep.png. Raises `InputError` where the folder holds runs scored in
-    another way.
+    another way, or on data that has changed since.
     """
-    _check_score(sweep)
+    _check_plan(sweep)
     result = Result()
     target: LanguageModel | None = None
     read: tuple[str, ...] = ()
@@ -164,7 +165,7 @@ def run_sweep(sweep: Sweep, progress: Progress = silent) -> Result:
             result.cards[name] = Scorecard.read(card)
         except Exception as error:  # of whatever kind, the other runs go on
             result.failed[name] = f"{type(error).__name__}: {error}"
-    write_json(document(sweep, result), sweep.folder / "sweep.json")
+    write_json(document(sweep, result), sweep.folder / DOCUMENT)
     _draw(sweep, result)
     return result
 
@@ -172,7 +173,8 @@ def run_sweep(sweep: Sweep, progress: Progress = silent) -> Result:
 def _run(config: DistillConfig, how: Score, target: LanguageModel, progress: Progress) -> Scorecard:
     draft = models.load(config.draft, dtype="float32", device=config.device)
     models.check_pair(target, draft)
-    distill(config, target, draft, resume=True, progress=progress)
+    learnt_from = None if config.signal == "none" else target
+    distill(config, learnt_from, draft, resume=True, progress=progress)
     trained = str(Path(config.run_dir) / DRAFT)
     return score(
         target,
@@ -206,15 +208,24 @@ def heat_map(sweep: Sweep, result: Result) -> list[tuple[str, str, float]]:
     return [(loss, policy, fmean(values)) for (loss, policy), values in cells.items()]
 
 
-def _check_score(sweep: Sweep) -> None:
-    """What was scored in one way cannot be gone on with in another."""
-    file, now = sweep.folder / "score.json", sweep.score.model_dump()
-    if file.exists() and (first := json.loads(file.read_text(encoding="utf-8"))) != now:
-        raise InputError(
-            f"{sweep.folder} holds runs scored with {first}, and now score is {now}; go on with "
-            "the first, or choose another run_dir"
-        )
-    write_json(now, file)
+def _check_plan(sweep: Sweep) -> None:
+    """What was scored in one way, or trained on some data, cannot be gone on with in another."""
+    file, score = sweep.folder / PLAN, sweep.score.model_dump()
+    data = {config.data: source_sha256(config.data) for config in sweep.configs.values()}
+    if file.exists():
+        first = json.loads(file.read_text(encoding="utf-8"))
+        if first["score"] != score:
+            raise InputError(
+                f"{sweep.folder} holds runs scored with {first['score']}, and now score is "
+                f"{score}; go on with the first, or choose another run_dir"
+            )
+        for source, then in first["data"].items():
+            if data.setdefault(source, then) != then:
+                raise InputError(
+                    f"{sweep.folder} holds runs trained on {source}, which has changed since; put "
+                    "back what was there, or choose another run_dir"
+                )
+    write_json({"score": score, "data": data}, file)
 
 
 def document(sweep: Sweep, result: Result) -> dict[str, Any]:

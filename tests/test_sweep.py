@@ -1,6 +1,7 @@
 """A grid of runs: what is asked for, what fails, what is gone on with, what is compared."""
 
 import json
+import shutil
 from io import StringIO
 from pathlib import Path
 from unittest import mock
@@ -125,6 +126,10 @@ def test_a_failed_run_is_reported_and_done_again_alone(file: Path, tmp_path: Pat
 
     trained: list[str] = []
     folder = tmp_path / "sweep"
+    raw = yaml.safe_load(file.read_text())
+    original = raw["data"]
+    raw["data"] = str(shutil.copytree(original, tmp_path / "data"))
+    file.write_text(yaml.safe_dump(raw, sort_keys=False))
     with mock.patch("specdistill.sweep.distill", side_effect=broken):
         first = run("sweep", file)
     assert (first.code, trained) == (1, NAMES)
@@ -156,7 +161,12 @@ def test_a_failed_run_is_reported_and_done_again_alone(file: Path, tmp_path: Pat
     refused = run("sweep", file, "score.max_new_tokens=9")
     assert refused.code == 2
     assert "holds runs scored with" in refused.err
-    other = run("sweep", file, "training.batch_tokens=100", "--json")
+    with (tmp_path / "data" / "manifest.json").open("a") as manifest:
+        manifest.write(" ")
+    refused = run("sweep", file)
+    assert refused.code == 2
+    assert "data, which has changed since; put back what was there" in refused.err
+    other = run("sweep", file, f"data={original}", "training.batch_tokens=100", "--json")
     assert other.code == 1, "runs of another configuration are not gone on with"
 
 
@@ -195,6 +205,20 @@ def test_settings_are_left_out_of_a_picture_where_names_suffice() -> None:
     assert short_labels("loss", ["jsd", jsd]) == ["jsd", "jsd-beta-0.9"]
     assert short_labels("policy", ["target", skd]) == ["target", "skd"]
     assert short_labels("policy", [skd, {**skd, "top_k": 3}]) == ["skd-top_k-9", "skd-top_k-3"]
+
+
+def test_a_sweep_on_text_alone_trains_as_distill_does(file: Path, tmp_path: Path) -> None:
+    """Without a word of the target: it is there for the score."""
+    answers = tmp_path / "answers.jsonl"
+    rows = [{"prompt": f"w{5 + i}", "response": f"w{7 + i} w{9 + i}"} for i in range(20)]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = [f"data={answers}", "signal=none", "decode=null", "loss=ce", "policy=fixed"]
+    done = run("sweep", file, *more, "grid={seed: [0]}", "--json")
+    assert (done.code, list(done.document["runs"])) == (0, ["0"])
+    assert "no comparison" not in done.err
+    last = json.loads((tmp_path / "sweep/0/metrics.jsonl").read_text().splitlines()[-1])
+    assert "token_match" in last
+    assert "expected_alpha" not in last
 
 
 def test_what_hinders_a_comparison_comes_with_what_to_do(file: Path, tmp_path: Path) -> None:

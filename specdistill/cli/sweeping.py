@@ -38,8 +38,9 @@ def sweep(
     if isinstance(found, Comparison):
         for table in tables.leaderboard(found):
             screen.print(table)
-        console.print_lines(screen, [f"{difference.sentence}." for difference in found.differences])
-    else:
+        console.print_lines(screen, [f"{difference.sentence}." for difference in found.from_best()])
+        console.print_lines(screen, [f"Every pair is in {plan.folder / sweeping.DOCUMENT}."])
+    elif len(result.cards) > 1:
         again = f"to score a run again, delete its {sweeping.CARD} and give the same command"
         console.print_lines(screen, ["no comparison:", *(f"- {why}" for why in found), again])
     console.finish(as_json, sweeping.document(plan, result))

@@ -1,5 +1,5 @@
-"""Token lists to count a vocabulary in: the answers of `generate`, or a file of prompts and their
-responses.
+"""What a source of texts holds, be it the answers of `generate` or a file of prompts and their
+responses: token lists to count a vocabulary in, and a hash.
 """
 
 from __future__ import annotations
@@ -7,12 +7,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specdistill.data.answers import holds_answers, read_answers
+from specdistill.data.answers import ANSWERS, holds_answers, read_answers
 from specdistill.data.prompts import load_prompts
 from specdistill.data.store import MANIFEST, read_examples
+from specdistill.hashes import file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def source_sha256(source: str) -> str | None:
+    """Hash of a file, or of what a folder of answers says of its own; None for what is not here."""
+    path = Path(source)
+    files = (path, path / ANSWERS, path / MANIFEST)
+    return next((file_sha256(file) for file in files if file.is_file()), None)
 
 
 def token_lists(source: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -85,6 +85,13 @@ class Comparison:
     standings: list[Standing]
     differences: list[Difference]
 
+    def from_best(self) -> list[Difference]:
+        """Those that the fastest card of a temperature is part of."""
+        best: dict[float, str] = {}
+        for standing in self.standings:
+            best.setdefault(standing.temperature, standing.card)
+        return [each for each in self.differences if each.faster == best[each.temperature]]
+
     def document(self) -> dict[str, Any]:
         """As JSON can hold it: what cannot be said is null."""
         differences = [{**asdict(each), "sentence": each.sentence} for each in self.differences]
