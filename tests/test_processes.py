@@ -2,17 +2,20 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from small_runs import make_world, settings
+from small_runs import ask, make_world, settings
 
 from specdistill import models
 from specdistill.batches import idle, make_batch
+from specdistill.data.answers import Answer, AnswerStore
 from specdistill.data.store import read_examples
 from specdistill.distill import distill
 from specdistill.distiller import Distiller
@@ -167,6 +170,31 @@ def test_an_idle_batch_adds_nothing(
     assert results[0][:2] == results[1][:2]
     for ours, theirs in zip(results[0][2], results[1][2], strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.slow
+def test_the_example_for_many_gpus_runs_in_two_processes(
+    world: dict[str, str], tmp_path: Path
+) -> None:
+    """As it is but for the models, the data and the sizes; by the command at its top."""
+    example = CONFIGS.parent / "examples" / "llama_eight_gpus.yaml"
+    command = re.search(r"accelerate launch (.*) \\\n#(.*)\n", example.read_text())
+    assert command is not None
+    line = " ".join(command.groups()).split()
+    assert line[:5] == ["--config_file", "configs/multi_gpu.yaml", "--num_processes", "8", "-m"]
+    assert line[5:] == ["specdistill", "distill", "examples/llama_eight_gpus.yaml"]
+    store = AnswerStore(tmp_path / "data", {"target": "far away"})
+    for i, prompt in enumerate(ask(20)):
+        store.append(Answer(replace(prompt, response=f"w{9 + i} w7"), ended=True))
+    changes = [f"draft={world['draft']}", f"data={tmp_path / 'data'}", f"run_dir={tmp_path / 'r'}"]
+    changes += ["heldout=4", "training.max_steps=2", "training.accumulate=2"]
+    run_with_accelerate(
+        "-m", "specdistill", "distill", str(example), *changes, "training.batch_tokens=40"
+    )
+    rows = [json.loads(row) for row in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 2]
+    assert "token_match" in rows[-1]
+    models.load(str(tmp_path / "r/draft"), dtype="float32")
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.iterdir()), ids=lambda file: file.name)
