@@ -79,6 +79,11 @@ def test_an_unknown_key_like_no_other_is_answered_with_all(tmp_path: Path) -> No
         assert all(name in message for name in section.model_fields)
 
 
+def test_a_file_with_a_grid_is_sent_to_sweep(tmp_path: Path) -> None:
+    message = refusal(tmp_path, GOOD + "grid: {seed: [0, 1]}\nscore: {prompts: p.txt}")
+    assert message.count("a file with a grid is for `specdistill sweep`") == 2
+
+
 def test_no_two_sections_share_a_key() -> None:
     names = [n for m in (DistillConfig, Training, Lora, Hints, Policy) for n in m.model_fields]
     assert len(set(names)) == len(names)
