@@ -24,7 +24,7 @@ from specdistill.data.signal import NONE, kept_tokens, read_states
 from specdistill.data.store import MANIFEST, Example, read_manifest
 from specdistill.distiller import Distiller
 from specdistill.drafts import save_draft
-from specdistill.errors import InputError, TrainingError
+from specdistill.errors import DecodingError, InputError, TrainingError
 from specdistill.evaluation import Evaluation
 from specdistill.hints import map_layers
 from specdistill.models import LanguageModel
@@ -102,7 +102,7 @@ def distill(
     Writes RUN/metrics.jsonl and RUN/checkpoints/; the last row of the metrics names the step whose
     weights were kept. Raises `InputError` as `check_run`, and where data and target do not belong
     together, and `TrainingError` at the first update whose loss, gradient or evaluation is no
-    number; none of it is kept.
+    number; no draft is written then.
     """
     check_run(config, resume)
     run = Path(config.run_dir)
@@ -150,7 +150,13 @@ def distill(
         distiller.gather()
         source = Source(training, target, draft, config.policy, config.seed, told.update)
         with accelerator.main_process_first():  # it writes them, and the others read
-            found = examples_at(source, step, run / SAMPLES)
+            try:
+                found = examples_at(source, step, run / SAMPLES)
+            except DecodingError as error:
+                raise TrainingError(
+                    f"policy {config.policy.name!r} cannot sample after update {step}: {error}. "
+                    f"Where the draft has diverged, {_begin_again(config)}"
+                ) from error
         if config.policy.refresh_every is None or config.hints is not None:
             return found
         # They are trained on more than once, and the target need read them only once.
@@ -191,7 +197,9 @@ def distill(
     words += f"; going on from step {state['step']}" if state["step"] else ""
     progress("distil", spent(state, config), 1.0, words)
     if state["step"] == 0:
-        record(measured())
+        row = measured()
+        _check_numbers(row, 0, config)
+        record(row)
     stream = schedule(sampled, config, state["step"])
     while (share := spent(state, config)) < 1:
         start = time.perf_counter()
@@ -243,12 +251,24 @@ def _origins(
 
 def _check_numbers(row: dict[str, Any], step: int, config: DistillConfig) -> None:
     lost = [f"{n} = {v}" for n, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
+    if lost and step == 0:
+        raise TrainingError(
+            f"the draft gives {', '.join(lost)} before any update: {config.draft} or "
+            f"{config.target} holds numbers that are none; check the checkpoints"
+        )
     if lost:
         raise TrainingError(
-            f"update {step} gave {', '.join(lost)}: the training has diverged; begin again in "
-            f"another run_dir with a training.learning_rate below {config.training.learning_rate} "
-            f"(the updates before are in {Path(config.run_dir) / METRICS})"
+            f"update {step} gave {', '.join(lost)}: the training has diverged; "
+            f"{_begin_again(config)}"
         )
+
+
+def _begin_again(config: DistillConfig) -> str:
+    return (
+        f"begin again in another run_dir with a training.learning_rate below "
+        f"{config.training.learning_rate} (the updates before are in "
+        f"{Path(config.run_dir) / METRICS})"
+    )
 
 
 def _smaller_writer(config: DistillConfig, draft: LanguageModel) -> str:
@@ -257,10 +277,11 @@ def _smaller_writer(config: DistillConfig, draft: LanguageModel) -> str:
     """
     if holds_answers(config.data) or not (Path(config.data) / MANIFEST).exists():
         return ""
-    name, _, parameters = read_manifest(Path(config.data)).settings.get("writer", ("", "", 0))
-    if not 0 < parameters < draft.parameters():
+    manifest = read_manifest(Path(config.data))
+    parameters = manifest.writer_parameters
+    if parameters is None or parameters >= draft.parameters():
         return ""
-    return f", written by {name}, which is smaller than the draft"
+    return f", written by {manifest.settings['writer'][0]}, which is smaller than the draft"
 
 
 def _check_processes(config: DistillConfig, processes: int) -> None:

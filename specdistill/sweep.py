@@ -30,13 +30,13 @@ from specdistill.errors import InputError
 from specdistill.models import LanguageModel
 from specdistill.plots import figure_sweep, save
 from specdistill.progress import Progress, silent
-from specdistill.run_folder import DRAFT, check_run, flat
+from specdistill.run_folder import DRAFT, METRICS, check_run, flat
 from specdistill.scoring.compare import Comparison, Incomparable, compare, refusal
 from specdistill.scoring.measure import encoded, score
 from specdistill.scoring.scorecard import Scorecard, nullable, write_json
 
 SCHEMA = "specdistill.sweep/1"
-CARD, PLAN, DOCUMENT = "scorecard.json", "plan.json", "sweep.json"
+CARD, SCORE, DATA, DOCUMENT = "scorecard.json", "score.json", "data.json", "sweep.json"
 
 
 class Score(BaseModel):
@@ -142,7 +142,8 @@ def run_sweep(sweep: Sweep, progress: Progress = silent) -> Result:
     losses and policies, sweep.png. Raises `InputError` where the folder holds runs scored in
     another way, or on data that has changed since.
     """
-    _check_plan(sweep)
+    _check_score(sweep)
+    _check_data(sweep)
     result = Result()
     target: LanguageModel | None = None
     read: tuple[str, ...] = ()
@@ -208,24 +209,30 @@ def heat_map(sweep: Sweep, result: Result) -> list[tuple[str, str, float]]:
     return [(loss, policy, fmean(values)) for (loss, policy), values in cells.items()]
 
 
-def _check_plan(sweep: Sweep) -> None:
-    """What was scored in one way, or trained on some data, cannot be gone on with in another."""
-    file, score = sweep.folder / PLAN, sweep.score.model_dump()
-    data = {config.data: source_sha256(config.data) for config in sweep.configs.values()}
-    if file.exists():
-        first = json.loads(file.read_text(encoding="utf-8"))
-        if first["score"] != score:
+def _check_score(sweep: Sweep) -> None:
+    """What was scored in one way cannot be gone on with in another."""
+    file, now = sweep.folder / SCORE, sweep.score.model_dump()
+    if file.exists() and (first := json.loads(file.read_text(encoding="utf-8"))) != now:
+        raise InputError(
+            f"{sweep.folder} holds runs scored with {first}, and now score is {now}; go on with "
+            "the first, or choose another run_dir"
+        )
+    write_json(now, file)
+
+
+def _check_data(sweep: Sweep) -> None:
+    """Nor is what was trained on some data comparable with what is on another."""
+    file, configs = sweep.folder / DATA, sweep.configs.values()
+    first = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    now = {config.data: source_sha256(config.data) for config in configs}
+    begun = {c.data for c in configs if (Path(c.run_dir) / METRICS).exists()}
+    for source in sorted(begun & first.keys()):
+        if now[source] != first[source]:
             raise InputError(
-                f"{sweep.folder} holds runs scored with {first['score']}, and now score is "
-                f"{score}; go on with the first, or choose another run_dir"
+                f"{sweep.folder} holds runs trained on {source}, which has changed since; put back "
+                "what was there, or choose another run_dir"
             )
-        for source, then in first["data"].items():
-            if data.setdefault(source, then) != then:
-                raise InputError(
-                    f"{sweep.folder} holds runs trained on {source}, which has changed since; put "
-                    "back what was there, or choose another run_dir"
-                )
-    write_json({"score": score, "data": data}, file)
+    write_json(first | now, file)
 
 
 def document(sweep: Sweep, result: Result) -> dict[str, Any]:

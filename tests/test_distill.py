@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_runs import ask, make_world, run, settings
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -560,7 +561,7 @@ def test_lora_without_peft_or_beside_what_it_leaves_alone(
         ({"max_steps": 1}, "update 1 gave expected_alpha = nan"),  # what the last one left behind
     ],
 )
-def test_a_run_that_diverges_stops_and_keeps_none_of_it(
+def test_a_run_that_diverges_stops_and_leaves_no_draft(
     world: dict[str, str], tmp_path: Path, settings_: dict[str, int], named: str
 ) -> None:
     training = {**settings_, "learning_rate": 1e30, "warmup": 0.0}
@@ -568,6 +569,28 @@ def test_a_run_that_diverges_stops_and_keeps_none_of_it(
         run(settings(world, tmp_path / "run", training=training))
     assert not (tmp_path / "run/draft").exists()
     assert "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
+
+
+def test_a_draft_that_diverges_between_its_samples_is_named(
+    world: dict[str, str], tmp_path: Path
+) -> None:
+    own = {"name": "draft", "refresh_every": 1, "prompts": 4, "max_new_tokens": 4}
+    training = {"learning_rate": 1e30, "warmup": 0.0}
+    config = settings(world, tmp_path / "run", training=training, policy=own, signal="live")
+    with pytest.raises(TrainingError, match=r"cannot sample after update 1: .*below 1e\+30"):
+        run(config)
+
+
+def test_a_draft_that_is_broken_from_the_start_is_named(
+    world: dict[str, str], tmp_path: Path
+) -> None:
+    shutil.copytree(world["draft"], tmp_path / "draft")
+    file = tmp_path / "draft" / "model.safetensors"
+    weights = load_file(file)
+    save_file({n: w * torch.nan for n, w in weights.items()}, file, metadata={"format": "pt"})
+    config = settings({**world, "draft": str(tmp_path / "draft")}, tmp_path / "run", decode=None)
+    with pytest.raises(TrainingError, match="expected_alpha = nan before any update"):
+        run(config)
 
 
 def test_the_trackers_get_the_metrics(world: dict[str, str], tmp_path: Path) -> None:

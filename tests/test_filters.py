@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -9,6 +10,7 @@ from specdistill.data.filters import FILTERS, Filters, objection, repeated, repe
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
 from specdistill.data.scorers import BestOf
+from specdistill.data.signal import keep
 from specdistill.data.store import Store, read_examples, read_manifest
 from specdistill.decoding import GREEDY, Sampling
 from specdistill.decoding.sampling import own_sampling
@@ -134,6 +136,23 @@ def test_of_several_answers_each_that_goes_is_counted(
     assert counts["dropped"] == 24 - len(texts) > 0
     assert counts["removed"]["truncated"] > 4 * counts["dropped"], "of prompts answered, too"
     assert counts["removed"]["truncated"] <= 4 * 24 - len(texts)
+    calls = 0
+
+    def broken(*arguments: object, **options: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return keep(*arguments, **options)
+
+    many = {"filters": Filters(truncated=True), "best_of": BestOf(4, "majority")}
+    with (
+        mock.patch("specdistill.data.generation.keep", side_effect=broken),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        answer(target, tmp_path / "again", **many)
+    store, _ = answer(target, tmp_path / "again", **many)
+    assert store.filtered() == counts, "what an interrupt left unwritten is counted once"
     store, _ = answer(
         target, tmp_path / "none", Filters(min_tokens=LENGTH + 1), best_of=BestOf(4, "majority")
     )

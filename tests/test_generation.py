@@ -548,7 +548,7 @@ def test_a_folder_of_something_else(tmp_path: Path) -> None:
 def test_a_folder_with_no_answer_yet(target: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         answer(target, tmp_path / "data", progress=stop_at(1))
-    with pytest.raises(InputError, match="no generations yet"):
+    with pytest.raises(InputError, match="no answers yet"):
         read_examples(tmp_path / "data", signal=True)
 
 

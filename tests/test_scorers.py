@@ -145,7 +145,9 @@ def test_the_command_takes_the_users_function(mine: str, tiny_folder: Path) -> N
     assert "removed: none" in done.err
     assert read_manifest(Path("data")).settings["best_of"]["scorer"] == f"{mine}:longest"
     done = run(*asked, "--out", "none", *choice, f"{mine}:none")
-    assert done.document["removed"] == {"scorer": 2}
+    assert done.code == 2
+    assert "removed: 6 scorer; 0 prompts answered in another way, 2 without" in done.err
+    assert "no answer was left in none; loosen the filters" in done.err
     for wrong in (choice[:2], ["--scorer", "majority"]):
         done = run(*asked, "--out", "x", *wrong)
         assert (done.code, "go together" in done.err) == (2, True)
@@ -240,7 +242,7 @@ def test_none_that_matches_is_asked_again_and_counted(
     again, more = answer(target, tmp_path / "more", BestOf(2, "ends"), filters=Filters(retries=4))
     assert 0 < len(once) < len(more) <= 14
     assert all(more[i].response_tokens == once[i].response_tokens for i in once)
-    assert store.filtered()["removed"] == {"scorer": 14 - len(once)}
+    assert store.filtered()["removed"] == {"scorer": 2 * (14 - len(once))}
     assert again.filtered()["regenerated"] == len(more) - len(once)
 
 

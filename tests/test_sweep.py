@@ -161,13 +161,20 @@ def test_a_failed_run_is_reported_and_done_again_alone(file: Path, tmp_path: Pat
     refused = run("sweep", file, "score.max_new_tokens=9")
     assert refused.code == 2
     assert "holds runs scored with" in refused.err
+    other = run("sweep", file, f"data={original}", "training.batch_tokens=100", "--json")
+    assert other.code == 1, "runs of another configuration are not gone on with"
     with (tmp_path / "data" / "manifest.json").open("a") as manifest:
         manifest.write(" ")
+    done = folder / NAMES[0]
+    for name in NAMES[1:]:
+        shutil.rmtree(folder / name)
     refused = run("sweep", file)
     assert refused.code == 2
     assert "data, which has changed since; put back what was there" in refused.err
-    other = run("sweep", file, f"data={original}", "training.batch_tokens=100", "--json")
-    assert other.code == 1, "runs of another configuration are not gone on with"
+    shutil.rmtree(done)  # nothing is trained on it any more
+    corrected = load_sweep(file)
+    with mock.patch("specdistill.sweep._run", side_effect=RuntimeError("here")):
+        assert set(run_sweep(corrected).failed.values()) == {"RuntimeError: here"}
 
 
 def test_the_heat_map_is_the_mean_over_the_other_keys(file: Path) -> None:

@@ -87,7 +87,7 @@ def generate(
         bool, typer.Option("--drop-truncated", help="Remove answers cut at --max-new-tokens.")
     ] = False,
     drop_duplicates: Annotated[
-        bool, typer.Option("--drop-duplicates", help="Remove answers kept before.")
+        bool, typer.Option("--drop-duplicates", help="Of equal answers keep one.")
     ] = False,
     retries: Annotated[
         int, typer.Option(help="Ask again so often, sampling anew, for what was removed.", min=0)
@@ -229,10 +229,11 @@ def generate(
         for p in asked
     ]
     console.note_cache(decoder.cache_size(requests))
-    if size := generation.signal_bytes(model, len(asked), max_new_tokens, signal):
+    written = len(asked) * filters.written
+    if size := generation.signal_bytes(model, written, max_new_tokens, signal):
         console.note(
             f"the signal of {len(asked)} answers takes at most {size:,} bytes in {out}, "
-            f"{size // (len(asked) * max_new_tokens):,} a token"
+            f"{size // (written * max_new_tokens):,} a token"
         )
     gain, start = None, time.perf_counter()
     if small is not None:

@@ -43,6 +43,11 @@ class Filters:
         """Whether there is a filter at all."""
         return replace(self, retries=0) != NO_FILTER
 
+    @property
+    def written(self) -> int:
+        """Answers to a prompt that are written at most: duplicates go when they are there."""
+        return 1 + self.retries * self.duplicates
+
     def retries_of(self, sampling: Sampling) -> int:
         return self.retries if sampling.temperature > 0 else 0
 

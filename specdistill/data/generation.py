@@ -43,10 +43,10 @@ PART = 64  # answers a part
 
 
 def signal_bytes(
-    target: LanguageModel, prompts: int, max_new_tokens: int, signal: str = STATES
+    target: LanguageModel, answers: int, max_new_tokens: int, signal: str = STATES
 ) -> int:
     """Upper bound of what the kept signal takes."""
-    return prompts * max_new_tokens * bytes_per_token(target, signal)
+    return answers * max_new_tokens * bytes_per_token(target, signal)
 
 
 def generate(
@@ -101,14 +101,12 @@ def generate(
         "samplings": [asdict(sampling) for sampling in samplings],
         "filters": asdict(filters),
         **({} if best_of is None else {"best_of": asdict(best_of)}),
-        **(
-            {}
-            if writer is None
-            else {"writer": [writer.name, writer.sha256(), writer.parameters()]}
-        ),
+        **({} if writer is None else {"writer": [writer.name, writer.sha256()]}),
         **({} if draft is None else {"draft": [draft.sha256(), num_draft_tokens]}),
     }
-    store = Store(folder, _manifest(target, prompts, settings, signal))
+    manifest = _manifest(target, prompts, settings, signal)
+    manifest.writer_parameters = None if writer is None else writer.parameters()
+    store = Store(folder, manifest)
     removals = Counter(id_ for id_, _ in store.manifest.removed)
 
     def retried(id_: str) -> bool:
@@ -146,7 +144,7 @@ def generate(
 
     drop_duplicates()  # of a run that was killed before it came to it
     questions = pending()
-    needed = signal_bytes(target, len(questions), max_new_tokens, signal)
+    needed = signal_bytes(target, len(questions) * filters.written, max_new_tokens, signal)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise StorageError(
@@ -173,19 +171,15 @@ def generate(
         if part or gone:
             store.append(part, gone, others)
 
-    def choose(prompt: Prompt, answers: list[Example]) -> Example | str:
-        """The answer that is kept, or why none is."""
+    def choose(prompt: Prompt, answers: list[Example]) -> tuple[Example | None, list[str]]:
+        """The answer that is kept, if one is, and why others are not."""
         objections = [objection(filters, a.response_tokens, target.eos_ids) for a in answers]
         left = [a for a, why in zip(answers, objections, strict=True) if why is None]
         place: int | None = 0
         if left and scorer is not None:
             place = best(prompt, [_candidate(author, a, scored) for a in left], scorer)
         gone = [why or "scorer" for why in objections if why or place is None]
-        if left and place is not None:
-            passed_over.update(gone)
-            return left[place]
-        passed_over.update(gone[1:])
-        return gone[0]
+        return (left[place] if left and place is not None else None), gone
 
     tokens = settled = 0  # emitted in all, and by finished rows
     answered = len(prompts) - len(questions)
@@ -207,9 +201,10 @@ def generate(
                 for question, answers in ended:
                     settled += sum(len(answer.response_tokens) for answer in answers)
                     id_ = question.prompt.id
-                    kept = choose(question.prompt, answers)
-                    if isinstance(kept, str):
-                        removed.append((id_, kept))
+                    kept, gone = choose(question.prompt, answers)
+                    if kept is None:
+                        removed.append((id_, gone[0]))
+                        passed_over.update(gone[1:])
                         removals[id_] += 1
                         answered += not retried(id_)
                         continue
@@ -219,6 +214,7 @@ def generate(
                             raw = read_states(target, kept.prompt_tokens, kept.response_tokens)
                         kept.signal = keep(target, **raw, signal=signal)
                     finished.append(kept)
+                    passed_over.update(gone)
                     answered += 1
                 if len(finished) + len(removed) >= PART:
                     flush()

@@ -59,6 +59,7 @@ class Manifest:
     # choice among several answers to one.
     removed: list[list[str]] = field(default_factory=list)
     passed_over: dict[str, int] = field(default_factory=dict)
+    writer_parameters: int | None = None  # of who wrote in the target's place
     schema: str = SCHEMA
 
     @property
@@ -117,7 +118,9 @@ class Store:
         return self.manifest.ids
 
     def tail(self) -> dict[str, float] | None:
-        """Of a top-k signal, the mean over tokens of the tail's mass and of `alpha_cost`."""
+        """Of a top-k signal, the mean over tokens of the tail's mass and of `alpha_cost`; those of
+        withdrawn answers, equals of others, count too.
+        """
         parts = self.manifest.parts
         if not parts or "tail_mass" not in parts[0]:
             return None
@@ -262,11 +265,12 @@ def read_examples(folder: Path, *, signal: bool) -> list[Example]:
     for number, part in enumerate(manifest.parts):
         examples += _read_part(folder / f"part-{number:05d}", part, signal)
     if not examples:
-        why = f"filters removed all {len(manifest.removed)}" if manifest.removed else "none yet"
-        raise InputError(
-            f"{folder} holds no answers ({why}); run `specdistill generate` to the end, with "
-            "filters that leave some"
-        )
+        if manifest.removed:
+            raise InputError(
+                f"{folder} holds no answers: filters removed all {len(manifest.removed)}; generate "
+                "anew, in another folder, with filters that leave some"
+            )
+        raise InputError(f"{folder} holds no answers yet; run `specdistill generate` to the end")
     return examples
 
 
