@@ -142,7 +142,7 @@ def test_bad_requests_are_refused_before_any_work(tiny: Tiny) -> None:
         with pytest.raises(InputError, match="reads 0 to 63"):
             SpeculativeDecoder(target).generate([foreign], max_new_tokens=3)
     with pytest.raises(InputError, match="distinct"):
-        SpeculativeDecoder(target).run([Request("a", [1], 3), Request("a", [2], 3)])
+        next(SpeculativeDecoder(target).stream([Request("a", [1], 3), Request("a", [2], 3)]))
     with pytest.raises(InputError, match="512 positions"):
         SpeculativeDecoder(target).generate([[1] * 500], max_new_tokens=20)
     with pytest.raises(InputError, match="1 to 64"):

@@ -28,7 +28,8 @@ def sweep(
     from specdistill.scoring.compare import Comparison
 
     plan = sweeping.load_sweep(config, overrides or [])
-    console.note(f"{len(plan.configs)} runs in {plan.folder}")
+    number = len(plan.configs)
+    console.note(f"{number} run{'s' * (number > 1)} in {plan.folder}")
     with console.progress() as progress:
         result = sweeping.run_sweep(plan, progress)
     screen = console.screen_for(as_json)

@@ -114,8 +114,6 @@ class SpeculativeDecoder:
     def run(self, requests: Sequence[Request]) -> Generation:
         """Answer requests and gather the rounds by request."""
         outputs = {request.id: Output(request.id) for request in requests}
-        if len(outputs) != len(requests):
-            raise InputError("request ids must be distinct: they seed the rows")
         seconds: dict[str, float] = {}
         rounds = draft_steps = 0
         for round_ in self.stream(requests):
@@ -141,6 +139,8 @@ class SpeculativeDecoder:
         self._waiting = waiting = deque(requests)
         for request in waiting:
             self._check(request)
+        if len({request.id for request in waiting}) != len(waiting):
+            raise InputError("request ids must be distinct: they seed the rows")
         if not waiting:
             return
         self._eos_ids = self.target.eos_ids
