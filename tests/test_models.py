@@ -1,10 +1,12 @@
 """Finding, loading and pairing models, and the arithmetic of one."""
 
 import json
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ from specdistill import models, products
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
 from specdistill.drafts import make_draft, save_draft
 from specdistill.errors import ModelError, StorageError
-from specdistill.hashes import file_sha256
+from specdistill.hashes import file_sha256, weights_sha256
 from specdistill.models import LanguageModel, check_pair, load
 from specdistill.packing import PackedLinear, pack
 from specdistill.products import packs
@@ -76,6 +78,19 @@ def test_weights_have_one_hash_and_another_model_has_another(
     assert ours == load(str(tiny_folder), dtype="bfloat16").sha256()
     save_draft(tiny(5, layers=4), tmp_path / "other")
     assert ours != load(str(tmp_path / "other")).sha256()
+
+
+def test_weights_are_read_again_for_their_hash_only_where_they_changed(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"1" * 100)
+    with mock.patch("specdistill.hashes.file_sha256", wraps=file_sha256) as read:
+        first = weights_sha256(tmp_path)
+        assert weights_sha256(tmp_path) == first
+        assert read.call_count == 1
+        file.write_bytes(b"2" * 100)
+        os.utime(file, ns=(1, 1))  # on a coarse clock too
+        assert weights_sha256(tmp_path) != first
+        assert read.call_count == 2
 
 
 @pytest.mark.parametrize(
