@@ -117,6 +117,12 @@ class Store:
         """Ids of the prompts answered so far."""
         return self.manifest.ids
 
+    def texts(self) -> list[list[int]]:
+        """The answers so far."""
+        if not self.manifest.parts:
+            return []
+        return [e.response_tokens for e in read_examples(self.folder, signal=False)]
+
     def tail(self) -> dict[str, float] | None:
         """Of a top-k signal, the mean over tokens of the tail's mass and of `alpha_cost`; those of
         withdrawn answers, equals of others, count too.
