@@ -11,17 +11,26 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_model
+from scipy import stats
+from test_cli import run
 
 from specdistill import models
-from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
+from specdistill.data.generation import generate
+from specdistill.data.prompts import Prompt
+from specdistill.data.scorers import BestOf
+from specdistill.data.signal import token_log_probs
+from specdistill.data.store import Example as DataExample
+from specdistill.data.store import read_examples, read_manifest
+from specdistill.decoding import ModelDrafter, Request, Round, Sampling, SpeculativeDecoder
 from specdistill.drafts import make_draft, save_draft
 from specdistill.engines import transformers, vllm
-from specdistill.errors import DecodingError, InputError
+from specdistill.errors import DecodingError, InputError, StorageError
 from specdistill.models import LanguageModel
 from specdistill.scoring.comparable import obstacles
 from specdistill.scoring.measure import EncodedPrompt
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.tables import evidence_line, rows_table
+from specdistill_kernels.reference import probabilities
 
 Tiny = Callable[..., LanguageModel]
 PROMPTS = [
@@ -155,8 +164,143 @@ def test_a_trimmed_draft_is_to_be_exported_first(pair: tuple[LanguageModel, Lang
         transformers.score(
             target, trimmed, PROMPTS, num_draft_tokens=[1], temperatures=[0.0], max_new_tokens=4
         )
+    with pytest.raises(InputError, match="specdistill export --for transformers"):
+        transformers.Batches(trimmed, 4)
     with pytest.raises(InputError, match="specdistill export --for vllm"):
         vllm.Pair.of(target, trimmed, PROMPTS, 4, 0)
+
+
+# Answers to train on, by `generate` in batches
+
+ASKED = [
+    Prompt(f"p{i}", ({"role": "user", "content": " ".join(f"w{5 + i * 7 % 50}" * (i % 4 + 1))},))
+    for i in range(11)
+]
+
+
+def answered(target: LanguageModel, folder: Path, **settings: object) -> dict[str, DataExample]:
+    generate(target, ASKED, folder, **{"max_new_tokens": 12, "batch_size": 4, **settings})
+    return {e.id: e for e in read_examples(folder, signal=True)}
+
+
+def by_transformers(target: LanguageModel) -> tuple[str, transformers.Batches]:
+    return "transformers", transformers.Batches(target, 4)
+
+
+def test_its_greedy_answers_and_their_signal_are_our_engines(
+    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
+) -> None:
+    """Whatever else the checkpoint asks of `generate`: penalties are neither's to apply."""
+    target = models.load(str(pair[0].path), dtype="float64")
+    config = target.model.generation_config
+    config.update(eos_token_id=[0, *range(5, 64, 9)], repetition_penalty=5.0, min_new_tokens=9)
+    theirs = answered(target, tmp_path / "theirs", outside=by_transformers(target))
+    assert target.model.generation_config is config
+    ours = answered(target, tmp_path / "ours")
+    assert theirs.keys() == ours.keys() == {p.id for p in ASKED}
+    assert any(len(e.response_tokens) < 12 for e in ours.values()), "an answer must end by itself"
+    for id_, example in ours.items():
+        assert theirs[id_].response_tokens == example.response_tokens
+        for name, tensor in example.signal.items():
+            assert torch.allclose(theirs[id_].signal[name], tensor, atol=1e-5)
+
+
+def test_its_samples_follow_the_filtered_distribution(
+    pair: tuple[LanguageModel, LanguageModel],
+) -> None:
+    target, count = pair[0], 4000
+    requests = [
+        Request(str(i), PROMPTS[0].tokens, 1, Sampling(0.7, top_k=6, top_p=0.9), seed=5)
+        for i in range(count)
+    ]
+    rows = [row for r in transformers.Batches(target, 500).stream(requests) for row in r.rows]
+    assert {row.request_id for row in rows} == {r.id for r in requests}
+    drawn = torch.bincount(torch.tensor([row.tokens[0] for row in rows]), minlength=64)
+    with torch.inference_mode():
+        logits = target.logits(target.hidden(torch.tensor([PROMPTS[0].tokens]))[0, -1])
+    knobs = {"temperature": 0.7, "top_k": 6, "top_p": 0.9}
+    wanted = probabilities(logits[None], **{n: torch.tensor([x]) for n, x in knobs.items()})[0]
+    wanted *= count
+    assert drawn[wanted == 0].sum() == 0
+    kept = wanted > 0
+    assert 1 < kept.sum() <= 6
+    statistic = ((drawn[kept] - wanted[kept]) ** 2 / wanted[kept]).sum().item()
+    assert stats.chi2.sf(statistic, int(kept.sum()) - 1) > 1e-4
+
+
+def test_its_batches_hold_one_sampling_each_and_go_on_after_an_interrupt(
+    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = pair[0]
+    both = {"samplings": [Sampling(0.0), Sampling(1.0)], "outside": by_transformers(target)}
+    answer, calls = transformers.Batches._answer, []
+
+    def breaks(self: transformers.Batches, requests: list[Request]) -> Round:
+        assert len({r.sampling for r in requests}) == 1
+        calls.append([r.id for r in requests])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return answer(self, requests)
+
+    monkeypatch.setattr(transformers.Batches, "_answer", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        answered(target, tmp_path / "data", **both)
+    found = answered(target, tmp_path / "data", **both)
+    assert found.keys() == {p.id for p in ASKED}
+    again = [id_ for call in calls[2:] for id_ in call]
+    assert sorted([*calls[0], *again]) == sorted(p.id for p in ASKED), "asked twice"
+    with pytest.raises(StorageError, match=r"another settings .*transformers"):
+        answered(target, tmp_path / "data", samplings=both["samplings"])
+
+
+def test_the_best_of_its_answers_is_kept(
+    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
+) -> None:
+    target = pair[0]
+    settings = {"outside": by_transformers(target), "samplings": [Sampling(1.0)]}
+
+    def score(example: DataExample) -> float:
+        return token_log_probs(target, **example.signal, tokens=example.response_tokens).mean()
+
+    kept = {
+        number: answered(
+            target, tmp_path / f"{number}", best_of=BestOf(number, "log-probability"), **settings
+        )
+        for number in (2, 8)
+    }
+    mean = {n: sum(map(score, found.values())) / len(ASKED) for n, found in kept.items()}
+    assert mean[8] > mean[2]
+
+
+def test_generate_by_transformers(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("w5 w6\nw7 w8\nw9\n")
+    ask = ["generate", "--target", tiny_folder, "--prompts", tmp_path / "prompts.txt"]
+    ask += ["--max-new-tokens", 6, "--json", "--dtype", "float32"]
+    theirs = run(*ask, "--out", tmp_path / "theirs", "--engine", "transformers")
+    ours = run(*ask, "--out", tmp_path / "ours")
+    assert theirs.document["answers"] == ours.document["answers"] == 3
+    assert read_manifest(tmp_path / "theirs").settings["engine"] == "transformers"
+    texts = [
+        {e.id: e.response_tokens for e in read_examples(tmp_path / n, signal=True)}
+        for n in ("theirs", "ours")
+    ]
+    assert texts[0] == texts[1]
+    for option in ("--draft", "--base-url"):
+        said = run(*ask, "--out", tmp_path / "no", "--engine", "transformers", option, "x")
+        assert said.code == 2
+        assert f"{option} has no effect with --engine transformers" in said.err
+
+
+def test_a_request_too_long_for_the_target_is_refused_before_any_work(
+    pair: tuple[LanguageModel, LanguageModel],
+) -> None:
+    target = pair[0]
+    with pytest.raises(InputError, match=r"request b: .*exceed the 512 positions"):
+        next(
+            transformers.Batches(target, 4).stream(
+                [Request("a", [7], 2), Request("b", [7] * 511, 2)]
+            )
+        )
 
 
 # vLLM: first its process, with a stand-in for vLLM on the other side

@@ -1,4 +1,6 @@
-"""What a draft learns from: `generate`, by this project's engine or by a server, and `widen`."""
+"""What a draft learns from: `generate`, by this project's engine, Transformers' or a server's, and
+`widen`.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,20 @@ if TYPE_CHECKING:
     from specdistill.data.gain import Gain
     from specdistill.data.store import Store
 
-Engine = Literal["specdistill", "openai"]
-# What the other engine has no use for.
+Engine = Literal["specdistill", "transformers", "openai"]
+# What an engine has no use for.
 _SERVERS = ("base_url", "concurrency")
-_OURS = (
+_DRAFTS = ("draft", "num_draft_tokens")
+_LOCAL = (
     *("batch_size", "signal", "dtype", "device", "threads"),
     *("min_tokens", "max_repetition", "drop_truncated", "drop_duplicates", "retries"),
-    *("best_of", "scorer", "generator", "match", "draft", "num_draft_tokens"),
+    *("best_of", "scorer", "generator", "match"),
 )
+_NO_USE: dict[str, tuple[str, ...]] = {
+    "specdistill": _SERVERS,
+    "transformers": _SERVERS + _DRAFTS,
+    "openai": _LOCAL + _DRAFTS,
+}
 
 
 def generate(
@@ -50,7 +58,11 @@ def generate(
         Path, typer.Option(help="Folder of the answers; an unfinished one is continued.")
     ],
     engine: Annotated[
-        Engine, typer.Option(help="openai: a server, which knows --target by that name.")
+        Engine,
+        typer.Option(
+            help="Who decodes; transformers: its `generate`; openai: a server, which knows "
+            "--target by that name."
+        ),
     ] = "specdistill",
     base_url: Annotated[
         str | None, typer.Option(help="The server's, such as http://localhost:8000/v1.")
@@ -127,7 +139,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer prompts with the target, keeping its exact signal for distillation."""
-    _refuse_given(context, f"--engine {engine}", _OURS if engine == "openai" else _SERVERS)
+    _refuse_given(context, f"--engine {engine}", _NO_USE[engine])
     if style != "in-context":
         _refuse_given(context, f"--style {style}", ("shots",))
     from specdistill.data.filters import Filters
@@ -235,6 +247,11 @@ def generate(
             f"the signal of {len(asked)} answers takes at most {size:,} bytes in {out}, "
             f"{size // (written * max_new_tokens):,} a token"
         )
+    outside = None
+    if engine == "transformers":
+        from specdistill.engines.transformers import Batches
+
+        outside = engine, Batches(author, batch_size)
     gain, start = None, time.perf_counter()
     if small is not None:
         gain = measure_gain(author, small, gamma, requests, batch_size)
@@ -255,6 +272,7 @@ def generate(
             writer=writer,
             draft=small,
             num_draft_tokens=gamma,
+            outside=outside,
             progress=progress,
         )
     screen.print(f"{len(store.done())} answers in {out}", soft_wrap=True)

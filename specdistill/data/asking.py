@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from specdistill.data.prompts import Prompt
 from specdistill.data.store import Example
-from specdistill.decoding import Request, Round, Sampling, SpeculativeDecoder
+from specdistill.decoding import Request, Round, Sampling
+
+
+class Decoder(Protocol):
+    """What answers requests round by round: `SpeculativeDecoder`, or what stands in for it."""
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Round]: ...
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Question:
 
 
 def rounds(
-    decoder: SpeculativeDecoder, questions: Sequence[Question], number: int, max_new_tokens: int
+    decoder: Decoder, questions: Sequence[Question], number: int, max_new_tokens: int
 ) -> Iterator[tuple[list[tuple[Question, list[Example]]], Round]]:
     """For each round the questions whose last answer it ended, with their answers in order and all
     states that were kept, and the round itself.

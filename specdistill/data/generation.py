@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from specdistill.data.asking import Question, rounds
+from specdistill.data.asking import Decoder, Question, rounds
 from specdistill.data.chat import encode_prompt
 from specdistill.data.filters import DUPLICATE, NO_FILTER, Filters, objection, repeated
 from specdistill.data.prompts import Prompt, prompts_sha256
@@ -64,6 +64,7 @@ def generate(
     writer: LanguageModel | None = None,
     draft: LanguageModel | None = None,
     num_draft_tokens: int = 0,
+    outside: tuple[str, Decoder] | None = None,
     max_seconds: float | None = None,
     progress: Progress = silent,
 ) -> Store:
@@ -76,11 +77,10 @@ def generate(
     all that is kept, whenever every prompt has been asked. A `draft` that proposes
     `num_draft_tokens` a round saves time, see `gain.py`, and changes nothing of what the target may
     say. Where a cheaper `writer` of the target's tokens answers in its place, the target only reads
-    what is kept, for its signal.
+    what is kept, for its signal. An `outside` engine, with its name, decodes in place of ours.
 
     Raises `InputError` for a writer with a trimmed vocabulary, and `StorageError` before any work
-    where the disk cannot hold the signal, or `folder` holds
-    other generations.
+    where the disk cannot hold the signal, or `folder` holds other generations.
     """
     if not prompts or not samplings:
         raise InputError("there are no prompts to answer, or no sampling to answer with")
@@ -103,6 +103,7 @@ def generate(
         **({} if best_of is None else {"best_of": asdict(best_of)}),
         **({} if writer is None else {"writer": [writer.name, writer.sha256()]}),
         **({} if draft is None else {"draft": [draft.sha256(), num_draft_tokens]}),
+        **({} if outside is None else {"engine": outside[0]}),
     }
     manifest = _manifest(target, prompts, settings, signal)
     manifest.writer_parameters = None if writer is None else writer.parameters()
@@ -152,13 +153,17 @@ def generate(
             f"{free:,} free; keep no signal, "
             "shorten the answers or choose another disk"
         )
-    decoder = SpeculativeDecoder(
-        author,
-        None if draft is None else ModelDrafter(draft, author.vocab_size),
-        num_draft_tokens=num_draft_tokens,
-        batch_size=batch_size,
-        keep_hidden=scored or (signal != NONE and writer is None),
-    )
+    decoder: Decoder
+    if outside is not None:
+        _, decoder = outside
+    else:
+        decoder = SpeculativeDecoder(
+            author,
+            None if draft is None else ModelDrafter(draft, author.vocab_size),
+            num_draft_tokens=num_draft_tokens,
+            batch_size=batch_size,
+            keep_hidden=scored or (signal != NONE and writer is None),
+        )
     finished: list[Example] = []
     removed: list[tuple[str, str]] = []
     passed_over: Counter[str] = Counter()
@@ -264,7 +269,8 @@ def _candidate(author: LanguageModel, answer: Example, scored: bool) -> Candidat
     text = str(author.tokenizer.decode(answer.response_tokens, skip_special_tokens=True))
     if not scored:
         return Candidate(text)
-    assert answer.signal is not None
+    if answer.signal is None:  # an outside engine gives none
+        answer.signal = read_states(author, answer.prompt_tokens, answer.response_tokens)
     log_probs = token_log_probs(author, **answer.signal, tokens=answer.response_tokens)
     return Candidate(text, log_probs.mean().item())
 

@@ -1,4 +1,5 @@
-"""Transformers' assisted generation as an engine: `generate` with and without `assistant_model`.
+"""Transformers' `generate` as an engine: assisted generation, with and without `assistant_model`,
+that is scored, and answers in batches to train on.
 
 Transformers keeps no counts, but its public hooks give them: a streamer is handed the tokens of
 each round, and every forward pass of the assistant proposes one token.
@@ -7,12 +8,17 @@ each round, and every forward pass of the assistant proposes one token.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, astuple
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from specdistill.decoding import Request, Round, RowRound, Sampling, SpeculativeDecoder
 from specdistill.decoding.sampling import row_seed
 from specdistill.engines.measure import Answer, scorecard, take_turns
 from specdistill.errors import InputError
@@ -71,14 +77,10 @@ def score(
     progress: Progress = silent,
 ) -> Scorecard:
     """Decode every prompt with `generate`, plainly and with the draft as `assistant_model` at a
-    constant γ, no filters. Greedy differences are explained as in our own cards. Raises
-    `InputError` for a draft with a trimmed vocabulary.
+    constant γ, with no filter or penalty. Greedy differences are explained as in our own cards.
+    Raises `InputError` for a draft with a trimmed vocabulary.
     """
-    if draft.vocab is not None:
-        raise InputError(
-            f"{draft.name} has a trimmed vocabulary, which Transformers cannot read; write it at "
-            "full vocabulary with `specdistill export --for transformers`, and score that"
-        )
+    _refuse_trimmed(draft)
 
     def ask(setting: Setting, prompt: EncodedPrompt, count: int) -> Answer:
         return _generate(target, draft, prompt, setting, count, seed)
@@ -96,6 +98,82 @@ def score(
     return scorecard(model_card(target), model_card(draft), told, prompts, runs, ties, seed)
 
 
+class Batches:
+    """Answers of `target` by `generate`, `batch_size` requests at a time, in the shape of
+    `SpeculativeDecoder.stream`: each batch is one round, in which all its rows end. Batches hold
+    requests of one sampling and like lengths. A sampled answer depends on the seed and on what else
+    is in its batch, so that an interrupt changes the answers after it.
+    """
+
+    def __init__(self, target: LanguageModel, batch_size: int) -> None:
+        """Raises `InputError` for a trimmed vocabulary."""
+        _refuse_trimmed(target)
+        self.target, self.batch_size = target, batch_size
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Round]:
+        """Raises `InputError` as `SpeculativeDecoder.stream`."""
+        waiting = sorted(requests, key=lambda r: (*_alike(r), len(r.tokens)))
+        if waiting:
+            SpeculativeDecoder(self.target).cache_size(waiting)  # refuses what cannot be served
+        for _, group in groupby(waiting, key=_alike):
+            rows = list(group)
+            for first in range(0, len(rows), self.batch_size):
+                yield self._answer(rows[first : first + self.batch_size])
+
+    @torch.inference_mode()
+    def _answer(self, requests: list[Request]) -> Round:
+        target, first = self.target, requests[0]
+        model: Any = target.model
+        longest = max(len(r.tokens) for r in requests)
+        pads = [longest - len(r.tokens) for r in requests]
+        rows = [[0] * pad + list(r.tokens) for pad, r in zip(pads, requests, strict=True)]
+        mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
+        tokens, given = (torch.tensor(x, device=target.device) for x in (rows, mask))
+        start = time.perf_counter()
+        torch.manual_seed(row_seed(first.seed, first.id))
+        with _settings(target, first.sampling, first.max_new_tokens):
+            out = model.generate(tokens, attention_mask=given)
+        seconds = time.perf_counter() - start
+        ends, answers = target.eos_ids, []
+        for request, answer in zip(requests, out[:, longest:].tolist(), strict=True):
+            end = next((i + 1 for i, token in enumerate(answer) if token in ends), None)
+            answers.append(RowRound(request.id, answer[:end], 0, 0, 0, finished=True))
+        return Round(answers, {"target": seconds}, draft_steps=0)
+
+
+def _alike(request: Request) -> tuple[Any, ...]:
+    """What the rows of one call of `generate` share."""
+    return (*astuple(request.sampling), request.max_new_tokens)
+
+
+def _refuse_trimmed(model: LanguageModel) -> None:
+    if model.vocab is not None:
+        raise InputError(
+            f"{model.name} has a trimmed vocabulary, which Transformers cannot read; write it at "
+            "full vocabulary with `specdistill export --for transformers`, and name that"
+        )
+
+
+@contextmanager
+def _settings(model: LanguageModel, sampling: Sampling, count: int) -> Iterator[None]:
+    """`generate` with these settings and nothing that the checkpoint asks for beside, such as a
+    repetition penalty: the plain distribution, as our engine decodes it.
+    """
+    ends = sorted(model.eos_ids)
+    settings = {
+        "max_new_tokens": count,
+        "eos_token_id": ends or None,
+        "pad_token_id": ends[0] if ends else 0,
+    }
+    if sampling.temperature:  # off is said, as the defaults would filter
+        settings |= {"do_sample": True, **asdict(sampling)}
+    own, model.model.generation_config = model.model.generation_config, GenerationConfig(**settings)
+    try:
+        yield
+    finally:
+        model.model.generation_config = own
+
+
 @torch.inference_mode()
 def _generate(
     target: LanguageModel,
@@ -108,30 +186,25 @@ def _generate(
     temperature, num = setting
     model: Any = target.model
     tokens = torch.tensor([prompt.tokens], device=target.device)
-    ends = sorted(target.eos_ids)
-    settings: dict[str, Any] = {
-        "max_new_tokens": count,
-        "eos_token_id": ends or None,
-        "pad_token_id": ends[0] if ends else 0,
-        "do_sample": temperature > 0,
-    }
-    if temperature:  # its defaults would filter
-        settings |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
-    rounds = _Rounds()
+    rounds, assistant = _Rounds(), None
     hook = draft.model.register_forward_hook(rounds.count)
     if num:
+        assistant = draft.model
         draft.model.generation_config.update(
             num_assistant_tokens=num,
             num_assistant_tokens_schedule="constant",
             assistant_confidence_threshold=0.0,
         )
-        settings["assistant_model"] = draft.model
     torch.manual_seed(row_seed(seed, f"{prompt.id}:{num}"))
     start = time.perf_counter()
     try:
-        out = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), streamer=rounds, **settings
-        )
+        with _settings(target, Sampling(temperature), count):
+            out = model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                streamer=rounds,
+                assistant_model=assistant,
+            )
     finally:
         hook.remove()
     seconds = time.perf_counter() - start
