@@ -6,7 +6,15 @@ from unittest import mock
 
 import pytest
 
-from specdistill.data.filters import FILTERS, Filters, objection, repeated, repetition
+from specdistill.data.filters import (
+    FILTERS,
+    Answer,
+    Filters,
+    objection,
+    repeated,
+    repetition,
+    words,
+)
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
 from specdistill.data.scorers import BestOf
@@ -59,11 +67,16 @@ def test_repetition_is_the_share_of_ngrams_seen_before() -> None:
     ],
 )
 def test_each_filter(filters: Filters, tokens: list[int], reason: str | None) -> None:
-    assert objection(filters, tokens, frozenset({0})) == reason
+    assert objection(filters, Answer(tokens, tokens[-1] == 0)) == reason
 
 
 def test_the_first_of_equal_texts_is_no_repetition() -> None:
     assert repeated([("a", [5, 6]), ("b", [5]), ("c", [5, 6]), ("d", [5, 6])]) == {"c", "d"}
+
+
+def test_words_of_text_that_came_without_tokens() -> None:
+    assert words("It's 你好,\n\tfoo-bar") == ["It", "'", "s", "你", "好", ",", "foo", "-", "bar"]
+    assert words(" \n") == []
 
 
 def test_every_filter_has_a_test() -> None:

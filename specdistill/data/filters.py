@@ -1,12 +1,17 @@
 """Which answers are kept for training. A filter says of an answer whether it goes; adding one is
 one function, one entry in `FILTERS` and its field in `Filters`. Duplicates are found among all.
+
+An answer's tokens are those of the model that wrote it, or, where a server gives text alone, its
+`words`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
+
+from tokenizers import normalizers, pre_tokenizers
 
 from specdistill.decoding import Sampling
 from specdistill.errors import InputError
@@ -57,13 +62,21 @@ NO_FILTER = Filters()
 
 @dataclass(frozen=True)
 class Answer:
-    """What a filter sees: an answer, and the ids that end one."""
+    """What a filter sees. Not `ended`: the limit cut it."""
 
-    tokens: list[int]
-    eos_ids: frozenset[int]
+    tokens: Sequence[Hashable]
+    ended: bool
 
 
-def repetition(tokens: list[int]) -> float:
+def words(text: str) -> list[str]:
+    """Words, punctuation marks and Chinese characters, one by one."""
+    apart = normalizers.BertNormalizer(
+        clean_text=False, handle_chinese_chars=True, strip_accents=False, lowercase=False
+    ).normalize_str(text)
+    return [word for word, _ in pre_tokenizers.BertPreTokenizer().pre_tokenize_str(apart)]
+
+
+def repetition(tokens: Sequence[Hashable]) -> float:
     """The share of an answer's n-grams that occurred before in it, 0 to below 1."""
     grams = Counter(tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1))
     total = sum(grams.values())
@@ -73,20 +86,19 @@ def repetition(tokens: list[int]) -> float:
 FILTERS: dict[str, Callable[[Filters, Answer], bool]] = {
     "short": lambda f, a: len(a.tokens) < f.min_tokens,
     "repetitive": lambda f, a: repetition(a.tokens) > f.max_repetition,
-    "truncated": lambda f, a: f.truncated and a.tokens[-1] not in a.eos_ids,
+    "truncated": lambda f, a: f.truncated and not a.ended,
 }
 DUPLICATE = "duplicate"
 
 
-def objection(filters: Filters, tokens: list[int], eos_ids: frozenset[int]) -> str | None:
+def objection(filters: Filters, answer: Answer) -> str | None:
     """Why an answer goes, by the first filter that says so; None if it may stay."""
-    answer = Answer(tokens, eos_ids)
     return next((name for name, goes in FILTERS.items() if goes(filters, answer)), None)
 
 
-def repeated(texts: Iterable[tuple[str, Sequence[int]]]) -> set[str]:
+def repeated(texts: Iterable[tuple[str, Sequence[Hashable]]]) -> set[str]:
     """Of (id, tokens) those ids whose tokens an earlier one has."""
-    seen: set[tuple[int, ...]] = set()
+    seen: set[tuple[Hashable, ...]] = set()
     again = set()
     for id_, tokens in texts:
         text = tuple(tokens)

@@ -12,17 +12,10 @@ from typing import Any
 
 from specdistill.data.asking import Decoder, Question, rounds
 from specdistill.data.chat import encode_prompt
-from specdistill.data.filters import DUPLICATE, NO_FILTER, Filters, objection, repeated
+from specdistill.data.filters import DUPLICATE, NO_FILTER, Answer, Filters, repeated
 from specdistill.data.prompts import Prompt, prompts_sha256
-from specdistill.data.scorers import (
-    EXACT_MATCH,
-    LOG_PROBABILITY,
-    BestOf,
-    Candidate,
-    Scorer,
-    best,
-    find_scorer,
-)
+from specdistill.data.scorers import BestOf, Candidate
+from specdistill.data.selection import Selection
 from specdistill.data.signal import (
     NONE,
     STATES,
@@ -91,9 +84,8 @@ def generate(
             "can; let a model with the whole vocabulary answer"
         )
     author = target if writer is None else writer
-    scorer = _checked(best_of, prompts, samplings, filters)
-    number = 1 if best_of is None else best_of.number
-    scored = best_of is not None and best_of.scorer == LOG_PROBABILITY
+    selection = Selection.checked(filters, best_of, prompts, samplings)
+    number, scored = selection.number, selection.reads_log_probability
     settings = {
         "max_new_tokens": max_new_tokens,
         "seed": seed,
@@ -178,13 +170,11 @@ def generate(
 
     def choose(prompt: Prompt, answers: list[Example]) -> tuple[Example | None, list[str]]:
         """The answer that is kept, if one is, and why others are not."""
-        objections = [objection(filters, a.response_tokens, target.eos_ids) for a in answers]
-        left = [a for a, why in zip(answers, objections, strict=True) if why is None]
-        place: int | None = 0
-        if left and scorer is not None:
-            place = best(prompt, [_candidate(author, a, scored) for a in left], scorer)
-        gone = [why or "scorer" for why in objections if why or place is None]
-        return (left[place] if left and place is not None else None), gone
+        seen = [Answer(t, t[-1] in target.eos_ids) for t in (a.response_tokens for a in answers)]
+        place, gone = selection.choose(
+            prompt, seen, lambda place: _candidate(author, answers[place], scored)
+        )
+        return (None if place is None else answers[place]), gone
 
     tokens = settled = 0  # emitted in all, and by finished rows
     answered = len(prompts) - len(questions)
@@ -235,34 +225,6 @@ def generate(
     finally:  # on an interrupt, too, nothing finished is lost
         flush()
     return store
-
-
-def _checked(
-    best_of: BestOf | None,
-    prompts: Sequence[Prompt],
-    samplings: Sequence[Sampling],
-    filters: Filters,
-) -> Scorer | None:
-    if filters.retries and not filters.remove and best_of is None:
-        raise InputError(
-            f"retries: {filters.retries} has no effect without a filter that removes answers"
-        )
-    if filters.retries and all(sampling.temperature == 0 for sampling in samplings):
-        raise InputError(
-            f"retries: {filters.retries} has no effect at temperature 0, where the same prompt has "
-            "the same answer; sample them, or leave it out"
-        )
-    if best_of is None:
-        return None
-    if best_of.number > 1 and any(sampling.temperature == 0 for sampling in samplings):
-        raise InputError(
-            f"best_of: {best_of.number} answers at temperature 0 are one and the same; sample them"
-        )
-    scorer = find_scorer(best_of.scorer)
-    if best_of.scorer == EXACT_MATCH:  # a prompt it cannot judge is named now, not after hours
-        for prompt in prompts:
-            scorer(prompt, [])
-    return scorer
 
 
 def _candidate(author: LanguageModel, answer: Example, scored: bool) -> Candidate:
