@@ -94,11 +94,12 @@ def test_no_answer_of_a_server_is_lost_or_paid_for_twice(tmp_path: Path) -> None
     folder, rng = tmp_path / "data", random.Random(SEED)
     kills = [
         ("open manifest", 1),
-        ("open answers.jsonl", rng.randint(5, 15)),
-        ("open answers.jsonl", rng.randint(5, 15)),  # half a line is cut off first
-        ("truncate answers.jsonl", 1),
+        ("open replies.jsonl", rng.randint(5, 15)),
+        ("open replies.jsonl", rng.randint(5, 15)),  # half a line is cut off first
+        ("truncate replies.jsonl", 1),
         ("rename manifest", 1),
-        ("open answers.jsonl", rng.randint(5, 15)),
+        ("open replies.jsonl", rng.randint(5, 15)),
+        ("rename answers.jsonl", 1),
     ]
     with serving(echo) as (url, fake):
         asked = ["generate", "--engine", "openai", "--base-url", url, "--target", "big"]

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -24,9 +25,11 @@ from servers import Reply, completion, failure, ok, serving
 from test_cli import run
 
 from specdistill import models
-from specdistill.data.answers import ANSWERS, read_answers
+from specdistill.data.answers import ANSWERS, REPLIES, read_answers
 from specdistill.data.chat import encode_prompt
+from specdistill.data.filters import Filters
 from specdistill.data.prompts import Prompt, load_prompts
+from specdistill.data.scorers import BestOf
 from specdistill.data.store import MANIFEST
 from specdistill.decoding import GREEDY, Sampling, SpeculativeDecoder
 from specdistill.engines import openai
@@ -54,6 +57,14 @@ def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_base_client, "MAX_RETRY_DELAY", 0.02)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As a shell's background jobs are not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def echo(body: dict[str, Any], before: int) -> Reply:
     return completion(f"answer to {body['messages'][-1]['content']}")
 
@@ -73,9 +84,10 @@ EVERYTHING = {p.id: f"answer to question {p.id[1:]}" for p in PROMPTS}
 
 def test_every_prompt_is_asked_once_and_answered(tmp_path: Path) -> None:
     with serving(echo) as (url, fake):
-        store, refused = ask(url, tmp_path / "data")
+        settled, refused = ask(url, tmp_path / "data")
         assert refused == {}
-        assert store.done == EVERYTHING.keys()
+        assert [a.prompt.id for a in settled.kept] == list(EVERYTHING)
+        assert settled.counts == {"removed": {}, "regenerated": 0, "dropped": 0}
         assert texts(tmp_path / "data") == EVERYTHING
         assert sorted(fake.asked) == sorted(f"question {i}" for i in range(12))
         ask(url, tmp_path / "data")
@@ -224,10 +236,10 @@ def test_a_prompt_that_is_refused_is_counted_and_asked_again_later(tmp_path: Pat
         return failure(400, "too long") if strict and long else echo(body, before)
 
     with serving(reply) as (url, fake):
-        store, refused = ask(url, tmp_path / "data")
+        settled, refused = ask(url, tmp_path / "data")
         assert refused.keys() == {"p3", "p7"}
         assert "too long" in refused["p3"]
-        assert len(store.done) == 10
+        assert len(settled.kept) == 10
         strict = False
         assert ask(url, tmp_path / "data")[1] == {}
         assert texts(tmp_path / "data") == EVERYTHING
@@ -281,15 +293,175 @@ def test_a_cut_answer_an_empty_one_and_reasoning_given_apart(tmp_path: Path) -> 
     assert [found[i].reasoning for i in found] == [None, "thought", "thought", None]
 
 
+# What is kept
+
+WARM = {"samplings": [Sampling(1.0)]}
+
+
+def drawn(*texts: str) -> Callable[[dict[str, Any], int], Reply]:
+    """A server whose replies to a text are these in turn, by the seeds it has seen with it; one
+    that ends in "..." is cut.
+    """
+    seeds: dict[str, list[int]] = {}
+    lock = threading.Lock()
+
+    def reply(body: dict[str, Any], before: int) -> Reply:
+        said = body["messages"][-1]["content"]
+        with lock:
+            known = seeds.setdefault(said, [])
+            if body["seed"] not in known:
+                known.append(body["seed"])
+            text = texts[known.index(body["seed"]) % len(texts)]
+        text = text.replace("@", said)
+        return completion(text, "length" if text.endswith("...") else "stop")
+
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("filters", "bad", "reason"),
+    [
+        (Filters(min_tokens=3, retries=2), "so so", "short"),
+        (Filters(max_repetition=0.5, retries=2), "so " * 9, "repetitive"),
+        (Filters(truncated=True, retries=2), "so far so ...", "truncated"),
+    ],
+)
+def test_what_a_filter_removes_is_asked_again_up_to_the_limit(
+    tmp_path: Path, filters: Filters, bad: str, reason: str
+) -> None:
+    stubborn = {"question 4", "question 5"}
+
+    def reply(body: dict[str, Any], before: int) -> Reply:
+        always = body["messages"][-1]["content"] in stubborn
+        return (drawn(bad) if always else third)(body, before)
+
+    third = drawn(bad, bad, "answer to @")
+    with serving(reply) as (url, fake):
+        settled, refused = ask(url, tmp_path / "data", filters=filters, **WARM)
+        assert refused == {}
+        expected = {i: t for i, t in EVERYTHING.items() if i not in ("p4", "p5")}
+        assert texts(tmp_path / "data") == expected
+        counts = {"removed": {reason: 2 * 10 + 3 * 2}, "regenerated": 10, "dropped": 2}
+        assert settled.counts == counts
+        assert len(fake.asked) == 36
+        manifest = json.loads((tmp_path / "data" / MANIFEST).read_text())
+        assert manifest.items() >= counts.items()
+        ask(url, tmp_path / "data", filters=filters, **WARM)
+        assert len(fake.asked) == 36, "asked twice"
+        with pytest.raises(StorageError, match="another settings"):
+            ask(url, tmp_path / "data", **WARM)
+
+
+def test_of_equal_answers_one_stays(tmp_path: Path) -> None:
+    """Of the two halves each has one text the first time; later texts are their own."""
+
+    def reply(body: dict[str, Any], before: int) -> Reply:
+        odd = int(body["messages"][-1]["content"].split()[1]) % 2
+        return (first_odd if odd else first_even)(body, before)
+
+    first_odd, first_even = drawn("odd", "again @"), drawn("even", "again @")
+    filters = Filters(duplicates=True, retries=1)
+    with serving(reply) as (url, fake):
+        settled, _ = ask(url, tmp_path / "data", filters=filters, **WARM)
+        assert len(fake.asked) == 22
+    again = {f"p{i}": f"again question {i}" for i in range(12)}
+    assert texts(tmp_path / "data") == again | {"p0": "even", "p1": "odd"}
+    assert settled.counts == {"removed": {"duplicate": 10}, "regenerated": 10, "dropped": 0}
+
+
+@pytest.mark.parametrize(("scorer", "kept"), [("majority", "is 7"), ("exact-match", "is 9")])
+def test_the_best_of_several_replies_is_kept(tmp_path: Path, scorer: str, kept: str) -> None:
+    prompts = [replace(p, response="#### 9") for p in PROMPTS]
+    reply = drawn("the answer is 8", "the answer is 7", "the answer is 9", "the answer is 7")
+    with serving(reply) as (url, fake):
+        settled, _ = ask(url, tmp_path / "data", prompts, best_of=BestOf(4, scorer), **WARM)
+        assert len(fake.asked) == 48
+        assert len({r["seed"] for r in fake.requests}) == 48
+    assert set(texts(tmp_path / "data").values()) == {f"the answer {kept}"}
+    assert settled.counts == {"removed": {}, "regenerated": 0, "dropped": 0}
+
+
+def test_a_scorer_that_likes_none_is_asked_again(tmp_path: Path) -> None:
+    prompts = [replace(p, response="#### 9") for p in PROMPTS]
+    reply = drawn("answer: 8", "answer: 7", "answer: 6", "answer: 9")
+    best = {"best_of": BestOf(2, "exact-match"), "filters": Filters(retries=1)}
+    with serving(reply) as (url, fake):
+        settled, _ = ask(url, tmp_path / "data", prompts, **best, **WARM)
+        assert len(fake.asked) == 48
+    assert set(texts(tmp_path / "data").values()) == {"answer: 9"}
+    assert settled.counts == {"removed": {"scorer": 24}, "regenerated": 12, "dropped": 0}
+
+
+def test_the_likeliest_reply_by_the_servers_own_log_probabilities(tmp_path: Path) -> None:
+    def reply(body: dict[str, Any], before: int) -> Reply:
+        assert body["logprobs"] is True
+        means = [-3.0, -1.0, -2.0]
+        tokens = [{"token": "a", "logprob": means[before % 3] + d} for d in (-0.5, 0.5)]
+        choice = {"message": {"content": f"said {before}"}, "finish_reason": "stop"}
+        return ok({"choices": [{**choice, "logprobs": {"content": tokens} if given else None}]})
+
+    given = True
+    best = {"best_of": BestOf(3, "log-probability"), **WARM}
+    with serving(reply) as (url, _):
+        ask(url, tmp_path / "data", concurrency=1, **best)
+        assert set(texts(tmp_path / "data").values()) == {"said 1"}
+        given = False
+        with pytest.raises(ServerError, match="no log-probabilities, which the scorer"):
+            ask(url, tmp_path / "none", PROMPTS[:1], concurrency=1, **best)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_changes_nothing_of_what_is_kept(tmp_path: Path) -> None:
+    """Each reply is paid for once, whenever the process stops between two of them."""
+
+    def reply(body: dict[str, Any], before: int) -> Reply:
+        own = f"{body['messages'][-1]['content']} {body['seed']}"
+        if stops and len(fake.asked) >= stops[0]:
+            stops.pop(0)
+            os.kill(os.getpid(), signal.SIGINT)
+        return completion(("twin twin", "no", own)[body["seed"] % 3])
+
+    filters = Filters(min_tokens=2, duplicates=True, retries=3)
+    how = {"filters": filters, "best_of": BestOf(2, "majority"), "concurrency": 1, **WARM}
+    stops: list[int] = []
+    with serving(reply) as (url, fake):
+        whole, _ = ask(url, tmp_path / "whole", **how)
+        paid = sorted(r["seed"] for r in fake.requests)
+    assert whole.removed["short"] > 3
+    assert whole.removed["duplicate"] > 1
+    assert whole.regenerated > 3
+    stops = [3, 11, len(paid) // 2, len(paid) // 2 + 2, len(paid) - 2]
+    with serving(reply) as (url, fake):
+        interrupts = 0
+        while True:
+            try:
+                parted, _ = ask(url, tmp_path / "parted", **how)
+                break
+            except KeyboardInterrupt:
+                interrupts += 1
+        assert (interrupts, stops) == (5, [])
+        assert sorted(r["seed"] for r in fake.requests) == paid
+    assert parted == whole
+    assert texts(tmp_path / "parted") == texts(tmp_path / "whole")
+
+
+def test_filters_by_command(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("question 1\nquestion 2\n")
+    ask = ["generate", "--engine", "openai", "--target", "big", "--temperature", 1, "--json"]
+    ask += ["--prompts", tmp_path / "prompts.txt", "--retries", 1]
+    with serving(drawn("no", "yes, that is so")) as (url, _):
+        done = run(*ask, "--base-url", url, "--out", tmp_path / "a", "--min-tokens", 3)
+        assert done.code == 0
+        counts = {"answers": 2, "removed": {"short": 2}, "regenerated": 2, "dropped": 0}
+        assert done.document.items() >= counts.items()
+        assert "removed: 2 short; 2 prompts answered in another way, 0 without" in done.err
+        done = run(*ask, "--base-url", url, "--out", tmp_path / "b", "--min-tokens", 9)
+        assert done.code == 2
+        assert "removed: 4 short; 0 prompts answered in another way, 2 without" in done.err
+        assert "no answer is left" in done.err
+
+
 # Interruptions and damage
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """As a shell's background jobs are not."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")
@@ -316,9 +488,8 @@ def test_an_interrupt_keeps_what_is_under_way_and_the_same_call_goes_on(tmp_path
 def test_half_a_line_is_asked_again_and_nothing_else(tmp_path: Path) -> None:
     with serving(echo) as (url, fake):
         ask(url, tmp_path / "data", concurrency=1)
-        file = tmp_path / "data" / ANSWERS
+        file = tmp_path / "data" / REPLIES
         file.write_bytes(file.read_bytes()[:-20])
-        assert len(texts(tmp_path / "data")) == 11
         ask(url, tmp_path / "data")
         assert texts(tmp_path / "data") == EVERYTHING
         assert len(fake.asked) == 13
@@ -338,12 +509,15 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
     with serving(echo) as (url, _):
         ask(url, tmp_path / "data")
-        file = tmp_path / "data" / ANSWERS
-        lines = file.read_text().splitlines()
-        lines[4] = damage
-        file.write_text("\n".join(lines) + "\n")
-        for use in (lambda: read_answers(tmp_path / "data"), lambda: ask(url, tmp_path / "data")):
-            with pytest.raises(StorageError, match=r"answers\.jsonl, line 5 is damaged"):
+        for name, use in {
+            ANSWERS: lambda: read_answers(tmp_path / "data"),
+            REPLIES: lambda: ask(url, tmp_path / "data"),
+        }.items():
+            file = tmp_path / "data" / name
+            lines = file.read_text().splitlines()
+            lines[4] = damage
+            file.write_text("\n".join(lines) + "\n")
+            with pytest.raises(StorageError, match=f"{name}, line 5 is damaged"):
                 use()
 
 
@@ -442,7 +616,8 @@ def test_without_the_package_it_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ("--engine openai", "--engine openai needs --base-url"),
         ("--engine openai --base-url http://x --signal none", "--signal has no effect"),
-        ("--engine openai --base-url http://x --min-tokens 3", "--min-tokens has no effect"),
+        ("--engine openai --base-url http://x --generator y", "--generator has no effect"),
+        ("--engine openai --base-url http://x --retries 3", "retries: 3 has no effect without"),
         ("--base-url http://x", "--base-url has no effect with --engine specdistill"),
         ("--concurrency 3", "--concurrency has no effect with --engine specdistill"),
         ("--shots 2", "--shots has no effect with --style instruction"),
@@ -508,3 +683,21 @@ def test_a_real_server_answers_as_the_engine_does(
         expected = target.tokenizer.decode(output.tokens, skip_special_tokens=True)
         assert found[prompt.id].prompt.response == expected
         assert found[prompt.id].ended == (output.tokens[-1] in target.eos_ids)
+
+
+def test_a_real_servers_replies_are_filtered(real: str, tiny_folder: Path, tmp_path: Path) -> None:
+    prompts = [Prompt(f"p{i}", ({"role": "user", "content": f"w{5 + i} w9"},)) for i in range(8)]
+    settled, refused = answer(
+        Server(real, str(tiny_folder), 3),
+        prompts,
+        tmp_path / "d",
+        max_new_tokens=60,
+        samplings=[Sampling(1.0)],
+        filters=Filters(truncated=True, retries=6),
+        best_of=BestOf(2, "majority"),
+    )
+    assert refused == {}
+    assert settled.kept
+    assert all(kept.ended for kept in settled.kept)
+    assert settled.removed["truncated"] > 0
+    assert len(settled.kept) + settled.dropped == 8

@@ -15,7 +15,7 @@ from small_runs import ask, make_world, settings
 
 from specdistill import models
 from specdistill.batches import idle, make_batch
-from specdistill.data.answers import Answer, AnswerStore
+from specdistill.data.answers import Answer, AnswerStore, Settled
 from specdistill.data.store import read_examples
 from specdistill.distill import distill
 from specdistill.distiller import Distiller
@@ -184,8 +184,8 @@ def test_the_example_for_many_gpus_runs_in_two_processes(
     assert line[:5] == ["--config_file", "configs/multi_gpu.yaml", "--num_processes", "8", "-m"]
     assert line[5:] == ["specdistill", "distill", "examples/llama_eight_gpus.yaml"]
     store = AnswerStore(tmp_path / "data", {"target": "far away"})
-    for i, prompt in enumerate(ask(20)):
-        store.append(Answer(replace(prompt, response=f"w{9 + i} w7"), ended=True))
+    said = [replace(prompt, response=f"w{9 + i} w7") for i, prompt in enumerate(ask(20))]
+    store.keep(Settled([Answer(prompt, ended=True) for prompt in said]))
     changes = [f"draft={world['draft']}", f"data={tmp_path / 'data'}", f"run_dir={tmp_path / 'r'}"]
     changes += ["heldout=4", "training.max_steps=2", "training.accumulate=2"]
     run_with_accelerate(

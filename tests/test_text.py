@@ -12,7 +12,7 @@ from test_cli import run as command
 from specdistill import models
 from specdistill.batches import make_batch
 from specdistill.config import DistillConfig, parse_config
-from specdistill.data.answers import Answer, AnswerStore
+from specdistill.data.answers import Answer, AnswerStore, Settled
 from specdistill.data.chat import encode_example
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
@@ -42,8 +42,8 @@ def world(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     """
     folder = tmp_path_factory.mktemp("text")
     store = AnswerStore(folder / "data", {"target": "far away"})
-    for i in range(40):
-        store.append(Answer(prompt(i), ended=i % 2 == 0))
+    answers = [Answer(prompt(i), ended=i % 2 == 0) for i in range(40)]
+    store.keep(Settled(answers))
     draft = tiny(3, vocab=48)
     save_draft(draft, folder / "draft")
     save_draft(make_draft(draft, [0], torch.arange(0, 48, 2)), folder / "trimmed")

@@ -29,8 +29,9 @@ from specdistill.errors import InputError
 from specdistill.limits import MAX_DRAFT_TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping, Sequence, Sized
 
+    from specdistill.data.answers import Settled
     from specdistill.data.gain import Gain
     from specdistill.data.store import Store
 
@@ -38,11 +39,7 @@ Engine = Literal["specdistill", "transformers", "openai"]
 # What an engine has no use for.
 _SERVERS = ("base_url", "concurrency")
 _DRAFTS = ("draft", "num_draft_tokens")
-_LOCAL = (
-    *("batch_size", "signal", "dtype", "device", "threads"),
-    *("min_tokens", "max_repetition", "drop_truncated", "drop_duplicates", "retries"),
-    *("best_of", "scorer", "generator", "match"),
-)
+_LOCAL = ("batch_size", "signal", "dtype", "device", "threads", "generator", "match")
 _NO_USE: dict[str, tuple[str, ...]] = {
     "specdistill": _SERVERS,
     "transformers": _SERVERS + _DRAFTS,
@@ -91,7 +88,9 @@ def generate(
             help="What to keep of the target for distillation: states (exact), top-k:64 or none."
         ),
     ] = "states",
-    min_tokens: Annotated[int, typer.Option(help="Remove shorter answers.", min=0)] = 0,
+    min_tokens: Annotated[
+        int, typer.Option(help="Remove shorter answers; of a server, in words.", min=0)
+    ] = 0,
     max_repetition: Annotated[
         float, typer.Option(help="Remove answers with a larger share of repeated 4-grams.")
     ] = 1.0,
@@ -165,6 +164,7 @@ def generate(
     choice = None
     if best_of is not None and scorer is not None and generator is None:
         choice = BestOf(best_of, scorer)
+    removing = filters.remove or best_of is not None
     console.setup(threads)
     asked = styled(
         load_prompts(prompts, split=split, column=column, limit=limit),
@@ -175,34 +175,23 @@ def generate(
     )
     screen = console.screen_for(as_json)
     if engine == "openai":
-        from specdistill.data.answers import read_answers
         from specdistill.engines import openai
 
         if base_url is None:
             raise InputError("--engine openai needs --base-url, such as http://localhost:8000/v1")
         with console.progress() as progress:
-            answers, refused = openai.answer(
+            settled, refused = openai.answer(
                 openai.Server(base_url, target, concurrency),
                 asked,
                 out,
                 max_new_tokens=max_new_tokens,
                 samplings=samplings,
                 seed=seed,
+                filters=filters,
+                best_of=choice,
                 progress=progress,
             )
-        said = read_answers(out)
-        counts = {
-            "answers": len(said),
-            "empty": len(answers.done) - len(said),
-            "cut": sum(not answer.ended for answer in said),
-            "refused": len(refused),
-        }
-        console.print_lines(screen, [f"{len(said)} answers in {out}, as text"])
-        console.print_lines(screen, _server_lines(counts, refused))
-        if apart := sum(answer.reasoning is not None for answer in said):
-            line = f"{apart} answers came with reasoning apart from the text, which no draft learns"
-            console.print_lines(screen, [f"{line}: serve without a reasoning parser to have it"])
-        console.finish(as_json, {"out": str(out), **counts, "reasoning_apart": apart})
+        _finish_text(settled, refused, out, removing=removing, as_json=as_json)
         return
 
     from specdistill import models, packing
@@ -276,9 +265,8 @@ def generate(
             progress=progress,
         )
     screen.print(f"{len(store.done())} answers in {out}", soft_wrap=True)
-    removing = filters.remove or choice is not None
     console.print_lines(screen, _store_lines(store, filtered=removing))
-    document: dict[str, Any] = {
+    document = {
         "out": str(out),
         "answers": len(store.done()),
         "parts": len(store.manifest.parts),
@@ -292,8 +280,7 @@ def generate(
         document |= {"draft_gain": gain.ratio, "seconds": seconds, "seconds_saved": saved}
     if choice is not None:
         document["best_of"] = choice.number
-    if not store.done():
-        raise InputError(f"no answer was left in {out}; loosen the filters, in another folder")
+    _refuse_nothing(store.done(), out)
     console.finish(as_json, {**document, **store.filtered(), **(store.tail() or {})})
 
 
@@ -363,6 +350,29 @@ def _gain_line(gain: Gain) -> str:
     )
 
 
+def _finish_text(
+    settled: Settled, refused: dict[str, str], out: Path, *, removing: bool, as_json: bool
+) -> None:
+    """What came of asking a server."""
+    said = [answer for answer in settled.kept if (answer.prompt.response or "").strip()]
+    counts = {
+        "answers": len(said),
+        "empty": len(settled.kept) - len(said),
+        "cut": sum(not answer.ended for answer in said),
+        "refused": len(refused),
+    }
+    lines = [f"{len(said)} answers in {out}, as text", *_server_lines(counts, refused)]
+    if removing:
+        lines.append(_removed_line(settled.counts))
+    if apart := sum(answer.reasoning is not None for answer in said):
+        line = f"{apart} answers came with reasoning apart from the text, which no draft learns"
+        lines.append(f"{line}: serve without a reasoning parser to have it")
+    console.print_lines(console.screen_for(as_json), lines)
+    _refuse_nothing(said, out)
+    told = {"out": str(out), **counts, "reasoning_apart": apart, **settled.counts}
+    console.finish(as_json, told)
+
+
 def _server_lines(counts: dict[str, int], refused: dict[str, str]) -> list[str]:
     lines = []
     if counts["cut"] or counts["empty"]:
@@ -384,12 +394,20 @@ def _store_lines(store: Store, filtered: bool) -> list[str]:
             f"draft that learns what is kept and nothing else loses {tail['alpha_cost']:.4f} of α"
         )
     if filtered:
-        counts = store.filtered()
-        lines.append(
-            f"removed: {_by_kind(counts['removed']) or 'none'}; {counts['regenerated']} prompts "
-            f"answered in another way, {counts['dropped']} without an answer"
-        )
+        lines.append(_removed_line(store.filtered()))
     return lines
+
+
+def _removed_line(counts: Mapping[str, Any]) -> str:
+    return (
+        f"removed: {_by_kind(counts['removed']) or 'none'}; {counts['regenerated']} prompts "
+        f"answered in another way, {counts['dropped']} without an answer"
+    )
+
+
+def _refuse_nothing(answers: Sized, out: Path) -> None:
+    if not len(answers):
+        raise InputError(f"no answer is left in {out}; loosen the filters, in another folder")
 
 
 def _by_kind(removed: Mapping[str, int]) -> str:

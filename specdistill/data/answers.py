@@ -1,24 +1,32 @@
-"""Answers that are text and nothing more: a folder of one file, a line an answer, which any prompt
-reader reads too, beside a manifest of where they came from. A line counts once it is whole, so an
-interruption loses no answer that was written.
+"""Answers that are text and nothing more, of a server: a folder of two files beside a manifest of
+where they came from. `replies.jsonl` has all that the server said, a line a reply, which counts
+once it is whole, so that an interruption loses none that was paid for; `answers.jsonl` has those
+that are kept, and any prompt reader reads it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from specdistill.data import filters
+from specdistill.data.filters import DUPLICATE, repeated
 from specdistill.data.prompts import Prompt
+from specdistill.data.scorers import Candidate
+from specdistill.data.selection import Selection
 from specdistill.data.store import MANIFEST, must_be_ours
 from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
 
-ANSWERS = "answers.jsonl"
-SCHEMA = "specdistill.answers/1"
+ANSWERS, REPLIES = "answers.jsonl", "replies.jsonl"
+SCHEMA = "specdistill.answers/2"
+T = TypeVar("T")
 _MAY_DIFFER = ("server", "versions")  # where it ran, not what was asked
 
 
@@ -33,6 +41,116 @@ class Answer:
     reasoning: str | None = None
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What a server said when a prompt was asked for the `attempt`-th time, from 0. Where it was
+    asked for, `log_probability` is the mean of its tokens'.
+    """
+
+    id: str
+    attempt: int
+    text: str
+    ended: bool
+    reasoning: str | None = None
+    log_probability: float | None = None
+
+
+Replies = Mapping[str, Mapping[int, Reply]]  # by prompt and attempt
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What replies come to: the answers that are kept, in the order of the prompts, and the
+    (prompt, attempt) to ask next. `removed` counts replies by what removed them.
+    """
+
+    kept: list[Answer]
+    missing: Sequence[tuple[Prompt, int]] = ()
+    removed: Mapping[str, int] = field(default_factory=dict)
+    regenerated: int = 0  # prompts that were then answered in another way
+    dropped: int = 0  # those that were given up or are still open
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        return {
+            "removed": dict(self.removed),
+            "regenerated": self.regenerated,
+            "dropped": self.dropped,
+        }
+
+
+def settle(
+    prompts: Sequence[Prompt],
+    replies: Replies,
+    selection: Selection,
+    retries: Callable[[Prompt], int],
+) -> Settled:
+    """A prompt is asked `selection.number` times, a round; where none of its replies stays there is
+    another round, up to `retries`. Says nothing but what follows from the replies, so an interrupt
+    changes nothing.
+    """
+    number = selection.number
+    kept: dict[str, Reply] = {}
+    missing: list[tuple[Prompt, int]] = []
+    removed: Counter[str] = Counter()
+    failed: Counter[str] = Counter()  # rounds, by prompt
+
+    def remove_duplicate(id_: str) -> None:
+        del kept[id_]
+        removed[DUPLICATE] += 1
+        failed[id_] += 1
+
+    for prompt in prompts:
+        own = replies.get(prompt.id, {})
+        for first in range(0, max(own, default=0) + 1, number):
+            if prompt.id in kept:  # and yet it was asked again
+                remove_duplicate(prompt.id)
+            attempts = range(first, first + number)
+            if absent := [attempt for attempt in attempts if attempt not in own]:
+                missing += [(prompt, attempt) for attempt in absent]
+                break
+            reply, gone = _choose(selection, prompt, [own[attempt] for attempt in attempts])
+            removed.update(gone)
+            if reply is None:
+                failed[prompt.id] += 1
+            else:
+                kept[prompt.id] = reply
+    if selection.filters.duplicates:
+        order = sorted(kept, key=lambda id_: (failed[id_], id_))
+        for id_ in repeated((id_, kept[id_].text) for id_ in order):
+            remove_duplicate(id_)
+    under_way = {prompt.id for prompt, _ in missing}
+    for prompt in prompts:
+        settled = prompt.id in kept or prompt.id in under_way
+        if not settled and failed[prompt.id] <= retries(prompt):
+            first = failed[prompt.id] * number
+            missing += [(prompt, attempt) for attempt in range(first, first + number)]
+    return Settled(
+        [_answer(prompt, kept[prompt.id]) for prompt in prompts if prompt.id in kept],
+        missing,
+        removed,
+        regenerated=len(failed.keys() & kept.keys()),
+        dropped=len(failed.keys() - kept.keys()),
+    )
+
+
+def _choose(
+    selection: Selection, prompt: Prompt, replies: Sequence[Reply]
+) -> tuple[Reply | None, list[str]]:
+    def candidate(place: int) -> Candidate:
+        log_probability = replies[place].log_probability
+        return Candidate(replies[place].text, nan if log_probability is None else log_probability)
+
+    read = selection.filters.remove  # else nobody looks at the words
+    seen = [filters.Answer(filters.words(r.text) if read else [], r.ended) for r in replies]
+    place, gone = selection.choose(prompt, seen, candidate)
+    return (None if place is None else replies[place]), gone
+
+
+def _answer(prompt: Prompt, reply: Reply) -> Answer:
+    return Answer(replace(prompt, response=reply.text), reply.ended, reply.reasoning)
+
+
 class AnswerStore:
     """A folder of text answers, open for appending."""
 
@@ -41,41 +159,58 @@ class AnswerStore:
         `StorageError` where it holds something else.
         """
         self.folder = folder
-        facts = {"schema": SCHEMA, **facts}
+        self.facts = {"schema": SCHEMA, **facts}
         try:
             must_be_ours(folder)
             folder.mkdir(parents=True, exist_ok=True)
             if (folder / MANIFEST).exists():
-                self._check(facts)
+                self._check()
             self._drop_half_a_line()
-            write_whole(folder / MANIFEST, json.dumps(facts, indent=1) + "\n")
+            self._write_manifest({})
         except OSError as error:
-            raise StorageError(
-                f"cannot write to {folder}: {error.strerror}; choose another folder"
-            ) from error
-        self.done = {answer.prompt.id for answer in _read(folder)}
+            raise _unwritable(folder, error, "choose another folder") from error
+        self.replies: dict[str, dict[int, Reply]] = {}
+        for reply in _read(folder / REPLIES, lambda row: Reply(**row)):
+            self._add(reply)
 
-    def append(self, answer: Answer) -> None:
-        prompt = answer.prompt
-        row = {
-            "id": prompt.id,
-            "category": prompt.category,
-            "messages": list(prompt.messages),
-            "response": prompt.response,
-            "ended": answer.ended,
-            "reasoning": answer.reasoning,
-        }
+    def append(self, reply: Reply) -> None:
+        file = self.folder / REPLIES
         try:
-            with (self.folder / ANSWERS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(asdict(reply)) + "\n")
         except OSError as error:
-            raise StorageError(
-                f"cannot write to {self.folder / ANSWERS}: {error.strerror}; free space and run "
-                "again to go on"
-            ) from error
-        self.done.add(prompt.id)
+            raise _unwritable(file, error) from error
+        self._add(reply)
 
-    def _check(self, facts: dict[str, Any]) -> None:
+    def keep(self, settled: Settled) -> None:
+        """Write what is kept of the replies, and the counts."""
+        rows = [
+            {
+                "id": answer.prompt.id,
+                "category": answer.prompt.category,
+                "messages": list(answer.prompt.messages),
+                "response": answer.prompt.response,
+                "ended": answer.ended,
+                "reasoning": answer.reasoning,
+            }
+            for answer in settled.kept
+        ]
+        file = self.folder / ANSWERS
+        try:
+            write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
+            self._write_manifest(settled.counts)
+        except OSError as error:
+            raise _unwritable(file, error) from error
+
+    def _add(self, reply: Reply) -> None:
+        self.replies.setdefault(reply.id, {})[reply.attempt] = reply
+
+    def _write_manifest(self, counts: dict[str, Any]) -> None:
+        text = json.dumps({**self.facts, **counts}, indent=1) + "\n"
+        write_whole(self.folder / MANIFEST, text)
+
+    def _check(self) -> None:
+        facts = self.facts
         try:
             found = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
             differing = [n for n in facts if n not in _MAY_DIFFER and found.get(n) != facts[n]]
@@ -93,35 +228,43 @@ class AnswerStore:
 
     def _drop_half_a_line(self) -> None:
         """What a crash or a full disk left at the end."""
-        file = self.folder / ANSWERS
+        file = self.folder / REPLIES
         if file.exists() and not (text := file.read_bytes()).endswith(b"\n"):
             os.truncate(file, text.rfind(b"\n") + 1)  # at once, whenever the process is killed
 
 
+def _unwritable(
+    path: Path, error: OSError, advice: str = "free space and run again to go on"
+) -> StorageError:
+    return StorageError(f"cannot write to {path}: {error.strerror}; {advice}")
+
+
 def holds_answers(source: str) -> bool:
     """Whether `source` is a folder of text answers."""
-    return (Path(source) / ANSWERS).exists()
+    return any((Path(source) / name).exists() for name in (ANSWERS, REPLIES))
 
 
 def read_answers(folder: Path) -> list[Answer]:
     """All answers that say something. Raises `StorageError` by line where the file is damaged,
     `InputError` where there is none.
     """
-    answers = [answer for answer in _read(folder) if (answer.prompt.response or "").strip()]
+    answers = [a for a in _read(folder / ANSWERS, _row_answer) if (a.prompt.response or "").strip()]
     if not answers:
         raise InputError(f"{folder} holds no answers yet; run `specdistill generate` to the end")
     return answers
 
 
-def _read(folder: Path) -> Iterator[Answer]:
-    file = folder / ANSWERS
+def _row_answer(row: Mapping[str, Any]) -> Answer:
+    prompt = Prompt(row["id"], tuple(row["messages"]), row["category"], row["response"])
+    return Answer(prompt, row["ended"], row["reasoning"])
+
+
+def _read(file: Path, parse: Callable[[Any], T]) -> Iterator[T]:
     if not file.exists():
         return
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
         try:
-            row = json.loads(line)
-            prompt = Prompt(row["id"], tuple(row["messages"]), row["category"], row["response"])
-            yield Answer(prompt, row["ended"], row["reasoning"])
+            yield parse(json.loads(line))
         except (ValueError, KeyError, TypeError) as error:
             raise StorageError(
                 f"{file}, line {number} is damaged ({error}); remove the line and generate again"

@@ -11,13 +11,17 @@ import asyncio
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import StatisticsError, fmean
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from specdistill.data.answers import Answer, AnswerStore
+from specdistill.data.answers import AnswerStore, Reply, Settled, settle
+from specdistill.data.filters import NO_FILTER, Filters
 from specdistill.data.prompts import Prompt, prompts_sha256
+from specdistill.data.scorers import BestOf
+from specdistill.data.selection import Selection
 from specdistill.decoding.sampling import Sampling, own_sampling, row_seed
 from specdistill.errors import InputError, ServerError
 from specdistill.progress import Progress, silent
@@ -76,12 +80,15 @@ def answer(
     max_new_tokens: int,
     samplings: Sequence[Sampling],
     seed: int = 0,
+    filters: Filters = NO_FILTER,
+    best_of: BestOf | None = None,
     progress: Progress = silent,
-) -> tuple[AnswerStore, dict[str, str]]:
+) -> tuple[Settled, dict[str, str]]:
     """Have the server answer every prompt not yet answered in `folder`. The same call again goes on
-    where an interrupted one stopped, and asks for no answer twice. Returns the answers and, by id,
+    where an interrupted one stopped, and asks for no reply twice. Returns what is kept and, by id,
     why prompts were refused; those a later call asks again. With several samplings each prompt gets
-    one of them, by its id and the seed.
+    one of them, by its id and the seed. `filters`, in words, and `best_of` choose among replies as
+    they do among a local target's answers, see `generation.generate`.
 
     Raises `ServerError` where the server cannot be reached, knows no such key or model, fails or
     limits the rate for longer than the client waits, or refuses everything; what was answered until
@@ -93,6 +100,7 @@ def answer(
         raise InputError(
             "OpenAI's protocol has temperature and top-p, and no top-k or min-p: leave these out"
         )
+    selection = Selection.checked(filters, best_of, prompts, samplings)
     client = _client(server)
     store = AnswerStore(
         folder,
@@ -104,6 +112,8 @@ def answer(
                 "max_new_tokens": max_new_tokens,
                 "seed": seed,
                 "samplings": [asdict(sampling) for sampling in samplings],
+                "filters": asdict(filters),
+                **({} if best_of is None else {"best_of": asdict(best_of)}),
             },
             "versions": versions(),
         },
@@ -111,19 +121,30 @@ def answer(
     refused: dict[str, str] = {}
     in_a_row = 0
 
-    async def settle(prompt: Prompt) -> None:
+    def settled() -> Settled:
+        def retries(prompt: Prompt) -> int:
+            return filters.retries_of(own_sampling(samplings, seed, prompt.id))
+
+        return settle(prompts, store.replies, selection, retries)
+
+    async def ask(prompt: Prompt, attempt: int) -> None:
         nonlocal in_a_row
         sampling = own_sampling(samplings, seed, prompt.id)
+        again, number = divmod(attempt, selection.number)
+        own = row_seed(seed, f"retry {again}") if again else seed
         question = {
             "model": server.model,
             "messages": list(prompt.messages),
             "max_tokens": max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "seed": row_seed(seed, prompt.id) >> 32,  # 31 bits: what every server takes
+            # 31 bits: what every server takes
+            "seed": row_seed(own, f"{prompt.id}\n{number}" if number else prompt.id) >> 32,
         }
+        if selection.reads_log_probability:
+            question["logprobs"] = True
         try:
-            store.append(await _ask(client, server, prompt, question))
+            store.append(await _ask(client, server, question, prompt.id, attempt))
             in_a_row = 0
         except _Refused as reason:
             refused[prompt.id] = str(reason)
@@ -133,16 +154,24 @@ def answer(
                 f"{server.public} refused {REFUSALS} prompts in a row, the last with: "
                 f"{refused[prompt.id]}"
             )
-        progress("generate", len(store.done), len(prompts), f"{len(refused)} refused")
+        told = f"{len(refused)} refused"
+        progress("generate", len(store.replies), len(prompts), told)
 
-    waiting = [prompt for prompt in prompts if prompt.id not in store.done]
-    if waiting:
-        asyncio.run(_all(client, waiting, settle, server.concurrency))
-    if not store.done:
+    async def ask_all() -> None:
+        async with client:
+            while questions := [q for q in settled().missing if q[0].id not in refused]:
+                await _together(ask, questions, server.concurrency)
+
+    try:
+        asyncio.run(ask_all())
+    finally:
+        kept = settled()
+        store.keep(kept)
+    if not store.replies:
         raise ServerError(
             f"{server.public} answered nothing; the last reason: {list(refused.values())[-1]}"
         )
-    return store, refused
+    return kept, refused
 
 
 def _client(server: Server) -> AsyncOpenAI:
@@ -157,43 +186,42 @@ def _client(server: Server) -> AsyncOpenAI:
     return AsyncOpenAI(base_url=server.base_url, api_key=key, max_retries=CLIENT_RETRIES)
 
 
-async def _all(
-    client: AsyncOpenAI,
-    prompts: Sequence[Prompt],
-    settle: Callable[[Prompt], Awaitable[None]],
+async def _together(
+    ask: Callable[[Prompt, int], Awaitable[None]],
+    questions: Sequence[tuple[Prompt, int]],
     concurrency: int,
 ) -> None:
-    """Settle all prompts, `concurrency` at a time. After an error or an interrupt no more are
-    begun, and those under way have `GRACE` seconds to end.
+    """Ask all questions, `concurrency` at a time. After an error or an interrupt no more are begun,
+    and those under way have `GRACE` seconds to end.
     """
-    waiting = deque(prompts)
+    waiting = deque(questions)
 
     async def work() -> None:
         while waiting:
-            await settle(waiting.popleft())
+            await ask(*waiting.popleft())
 
-    async with client:
-        workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(waiting)))]
-        try:
-            ended, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-            for worker in ended:
-                worker.result()
-        finally:
-            waiting.clear()
-            await asyncio.wait(workers, timeout=GRACE)
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+    workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(waiting)))]
+    try:
+        ended, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+        for worker in ended:
+            worker.result()
+    finally:
+        waiting.clear()
+        await asyncio.wait(workers, timeout=GRACE)
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
 
 
 async def _ask(
-    client: AsyncOpenAI, server: Server, prompt: Prompt, question: dict[str, Any]
-) -> Answer:
+    client: AsyncOpenAI, server: Server, question: dict[str, Any], id_: str, attempt: int
+) -> Reply:
     import openai
 
-    for attempt in range(REPLIES):
+    for try_ in range(REPLIES):
         try:
-            return _read(await client.chat.completions.create(**question), prompt)
+            reply = await client.chat.completions.create(**question)
+            return _read(reply, id_, attempt, "logprobs" in question)
         except openai.APIStatusError as error:
             status, words = error.status_code, _words(error)
             if status in (401, 403, 404):
@@ -220,12 +248,12 @@ async def _ask(
             ) from None
         except (_NoAnswer, ValueError) as error:  # ValueError: JSON that is none
             reason = _words(error)
-        if attempt + 1 < REPLIES:
-            await asyncio.sleep(BACKOFF * 2**attempt)
+        if try_ + 1 < REPLIES:
+            await asyncio.sleep(BACKOFF * 2**try_)
     raise _Refused(f"{REPLIES} replies without an answer, the last: {reason}")
 
 
-def _read(reply: Any, prompt: Prompt) -> Answer:
+def _read(reply: Any, id_: str, attempt: int, scored: bool) -> Reply:
     """The answer of a reply, whose fields the client does not check."""
     try:
         choice = reply.choices[0]
@@ -237,7 +265,18 @@ def _read(reply: Any, prompt: Prompt) -> Answer:
         raise _NoAnswer(f"no text, finish reason {reason!r}")
     text.encode()  # half of a surrogate pair is a ValueError
     apart = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-    return Answer(replace(prompt, response=text), reason == "stop", apart)
+    found = _log_probability(choice) if scored else None
+    return Reply(id_, attempt, text, reason == "stop", apart, found)
+
+
+def _log_probability(choice: Any) -> float:
+    """The mean of the answer's tokens'."""
+    try:
+        return fmean(token.logprob for token in choice.logprobs.content)
+    except (AttributeError, TypeError, StatisticsError) as error:
+        raise _NoAnswer(
+            "no log-probabilities, which the scorer 'log-probability' needs; choose another scorer"
+        ) from error
 
 
 def _words(error: BaseException) -> str:
