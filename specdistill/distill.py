@@ -81,10 +81,23 @@ def schedule(
 
 def split(examples: list[Example], heldout: int) -> tuple[list[Example], list[Example]]:
     """The answers that are held out and those trained on, in an order by lot that is the same in
-    every run: in a folder they come a task at a time, and otherwise after an interrupt.
+    every run: in a folder they come a task at a time, and otherwise after an interrupt. Answers to
+    equal prompts stay together, so a few more than `heldout` may be held out.
     """
-    lots = sorted(examples, key=lambda example: sha256(example.id.encode()).digest())
-    return lots[:heldout], lots[heldout:]
+    first: dict[tuple[int, ...], str] = {}
+    for example in sorted(examples, key=lambda example: example.id):
+        first.setdefault(tuple(example.prompt_tokens), example.id)
+
+    def lot(example: Example) -> tuple[bytes, str]:
+        return sha256(first[tuple(example.prompt_tokens)].encode()).digest(), example.id
+
+    lots = sorted(examples, key=lot)
+    end = heldout
+    while end < len(lots) and lots[end].prompt_tokens == lots[end - 1].prompt_tokens:
+        end += 1
+    if end == len(lots):  # one prompt fills the rest
+        end = heldout
+    return lots[:end], lots[end:]
 
 
 def distill(

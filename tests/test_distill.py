@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from unittest import mock
 
@@ -326,12 +327,26 @@ def test_the_order_of_the_answers_is_nothing_to_a_run(
 
 def test_the_held_out_answers_are_of_all_tasks() -> None:
     """A folder has its answers a task at a time."""
-    tasks = [Example(f"{task}-{i}", [5], [6], task) for task in "abcd" for i in range(30)]
+    tasks = [Example(f"{t}-{i}", [ord(t), i], [6], t) for t in "abcd" for i in range(30)]
     heldout, training = split(tasks, 32)
     assert Counter(e.category for e in heldout).keys() == set("abcd")
     assert max(Counter(e.category for e in heldout).values()) < 16
     assert {e.id for e in heldout} | {e.id for e in training} == {e.id for e in tasks}
     assert split(tasks[::-1], 32) == (heldout, training)
+
+
+def test_answers_to_equal_prompts_are_on_one_side() -> None:
+    """What is measured was not trained on, however often the prompts name a question."""
+    asked = [Example(f"p{i}", [7 + i % 9, 5], [i]) for i in range(90)]
+    heldout, training = split(asked, 12)
+    assert len(heldout) == 20, "two prompts, ten answers each"
+    assert not {e.prompt_tokens[0] for e in heldout} & {e.prompt_tokens[0] for e in training}
+    assert split(asked[::-1], 12) == (heldout, training)
+    distinct = [Example(f"p{i}", [7 + i], [i]) for i in range(90)]
+    by_lot = sorted(distinct, key=lambda e: sha256(e.id.encode()).digest())
+    assert split(distinct, 12) == (by_lot[:12], by_lot[12:]), "as ever where none are equal"
+    same = [Example(f"p{i}", [7], [i]) for i in range(9)]
+    assert [len(part) for part in split(same, 2)] == [2, 7], "a single prompt is cut"
 
 
 def test_hints_on_inner_layers_need_a_live_target(world: dict[str, str], tmp_path: Path) -> None:
