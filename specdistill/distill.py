@@ -106,11 +106,12 @@ def distill(
     draft: LanguageModel,
     *,
     resume: bool = False,
+    show: Callable[[Example], None] | None = None,
     progress: Progress = silent,
 ) -> Path:
     """Run to the end of the budget; returns the folder of the finished draft, RUN/draft: the
     weights of the best evaluation, by `Evaluation.criterion`. The target is None exactly where
-    `config.signal` is "none".
+    `config.signal` is "none". `show` is given the first example that is trained on.
 
     Writes RUN/metrics.jsonl and RUN/checkpoints/; the last row of the metrics names the step whose
     weights were kept. Raises `InputError` as `check_run`, and where data and target do not belong
@@ -217,6 +218,8 @@ def distill(
     while (share := spent(state, config)) < 1:
         start = time.perf_counter()
         groups = next(stream)
+        if show is not None and state["step"] == 0:
+            show(groups[0][0])
         metrics = distiller.step(own(groups), rate(share, config))
         state["seconds"] += time.perf_counter() - start
         state["step"] += 1

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,8 @@ from transformers import AutoModelForCausalLM
 
 import specdistill
 from specdistill import cli, models
-from specdistill.data.store import read_examples, read_manifest
+from specdistill.cli import console
+from specdistill.data.store import Example, read_examples, read_manifest
 from specdistill.drafts import save_draft
 from specdistill.errors import InputError
 from specdistill.scoring.scorecard import Scorecard
@@ -230,6 +232,33 @@ def test_distill_trains_and_leaves_a_draft(world: World) -> None:
     assert not torch.equal(
         models.load(str(world.places["draft"]), dtype="float32").head.weight, before
     )
+
+
+def test_distill_shows_the_first_example_and_what_of_it_is_trained_on(world: World) -> None:
+    err = world.said["distill"].err
+    line = (
+        r"first example: (\d+) tokens are given, (\d+) trained on .*\n(.*<\|assistant\|>)\|(.*)\|\n"
+    )
+    shown = re.search(line, err)
+    assert shown is not None
+    given, trained, before, after = shown.groups()
+    assert (len(before.split()), len(after.split())) == (int(given), int(trained))
+    tokenizer = models.load(str(world.target), dtype="float32").tokenizer
+    texts = {
+        (tokenizer.decode(e.prompt_tokens), tokenizer.decode(e.response_tokens))
+        for e in read_examples(world.places["data"], signal=False)
+    }
+    assert (before, after) in texts
+
+
+def test_the_middle_of_a_long_example_is_left_out(world: World) -> None:
+    tokenizer = models.load(str(world.target), dtype="float32").tokenizer
+    with redirect_stderr(io.StringIO()) as err:
+        console.note_example(tokenizer, Example("a", [7] * 500, [9] * 4 + [0]))
+    _, text = err.getvalue().strip().split("\n")
+    assert len(text) < 450
+    assert " [...] " in text
+    assert text.endswith("|w9 w9 w9 w9 <|end|>|")
 
 
 def test_distill_tells_what_its_draft_saves_of_new_answers(world: World, tmp_path: Path) -> None:
@@ -841,7 +870,9 @@ def test_resume_ends_a_run_with_the_same_draft(world: World, tmp_path: Path) -> 
     refused = run("distill", *config)
     assert refused.code == 2
     assert "--resume" in refused.err
-    assert run("distill", *config, "--resume", "--json").document["step"] == 9
+    resumed = run("distill", *config, "--resume", "--json")
+    assert resumed.document["step"] == 9
+    assert "first example" not in resumed.err
     assert files(tmp_path / "run" / "draft") == draft
 
 

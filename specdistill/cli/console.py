@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
 from specdistill.errors import InputError, StorageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from transformers import PreTrainedTokenizerBase
+
+    from specdistill.data.store import Example
     from specdistill.decoding import CacheSize
     from specdistill.models import LanguageModel
     from specdistill.progress import Progress
@@ -105,6 +109,23 @@ def note_models(target: LanguageModel, *drafts: LanguageModel, decoding: bool = 
 def note_cache(size: CacheSize) -> None:
     rows = "1 row" if size.rows == 1 else f"{size.rows} rows"
     note(f"cache: {size.bytes / 1e6:,.1f} MB for {rows} of up to {size.slots:,} tokens")
+
+
+def note_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
+    """What is trained on and what is merely given, markers and all, so that a wrong template or
+    mask is seen at once. The middle of long texts is left out.
+    """
+    given, trained = len(example.prompt_tokens), len(example.response_tokens)
+    note(f"the first example: {given} tokens are given, {trained} trained on (between the bars)")
+    before, after = (
+        _shortened(str(tokenizer.decode(tokens)))
+        for tokens in (example.prompt_tokens, example.response_tokens)
+    )
+    err.print(Text.assemble((before, "dim"), "|", (after, "green"), "|"), soft_wrap=True)
+
+
+def _shortened(text: str, most: int = 400) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} [...] {text[-most // 2 :]}"
 
 
 def print_lines(screen: Console, lines: list[str]) -> None:

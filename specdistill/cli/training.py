@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -114,8 +115,11 @@ def distill(
         distillation.distill(settings, target, student, resume=resume)
         return
     console.note_models(*filter(None, (target, student)), decoding=False)
+    show = partial(console.note_example, student.tokenizer)
     with console.progress() as progress:
-        folder = distillation.distill(settings, target, student, resume=resume, progress=progress)
+        folder = distillation.distill(
+            settings, target, student, resume=resume, show=show, progress=progress
+        )
     lines = (folder.parent / METRICS).read_text(encoding="utf-8").splitlines()
     metrics = [json.loads(line) for line in lines]
     answers = tables.drafted_answers(metrics)
