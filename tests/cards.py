@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from specdistill.scoring.categories import by_category
 from specdistill.scoring.scorecard import (
     Baseline,
     Lossless,
@@ -16,6 +15,7 @@ from specdistill.scoring.scorecard import (
     Row,
     Scorecard,
 )
+from specdistill.scoring.slices import by_category
 from specdistill.scoring.statistics import planned_speedup, speedup_interval
 from specdistill.scoring.verdict import verdict
 

@@ -23,6 +23,7 @@ from specdistill.errors import InputError, StorageError
 from specdistill.plots import plot_all
 from specdistill.report import write_report
 from specdistill.scoring.scorecard import Lossless, Scorecard, Verification
+from specdistill.scoring.slices import by_prompt_length
 
 CONFIG = "target: my/target\nseed: 17\nprompts: {path: a.jsonl}\n"
 
@@ -156,6 +157,18 @@ def test_the_proof_of_losslessness(run_dir: Path) -> None:
 def test_the_reason_is_the_verdicts(run_dir: Path) -> None:
     third = report(run_dir).split("\n\n")[2]
     assert third == f"Why: {make_after().verdict.reason}"
+
+
+def test_lengths_are_listed_in_their_order(run_dir: Path) -> None:
+    card = simulate({(0.0, 4): 0.7})
+    rows = [replace(r, prompt_tokens=60 + 20 * i) for i, r in enumerate(card.per_prompt)]
+    card = replace(card, by_prompt_length=by_prompt_length(rows, 0))
+    lines = table(report(run_dir, card), "By length of prompts")
+    named = [f"{n}–{2 * n - 1:,} tokens" for n in (32, 64, 128, 256, 512)]
+    assert [line["length"] for line in lines] == named
+    assert sum(int(line["prompts"]) for line in lines) == 24
+    alike = replace(card, by_prompt_length=by_prompt_length(rows[1:3], 0))
+    assert "By length" not in report(run_dir, alike), "nothing to tell apart"
 
 
 def test_categories_are_listed_by_speed(run_dir: Path) -> None:

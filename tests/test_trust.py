@@ -19,8 +19,8 @@ from specdistill.decoding.cache import CachedModel
 from specdistill.drafts import make_draft, save_draft
 from specdistill.models import LanguageModel, load
 from specdistill.scoring import lossless, measure
-from specdistill.scoring.categories import by_category
 from specdistill.scoring.scorecard import Row, Scorecard
+from specdistill.scoring.slices import by_category, by_prompt_length
 from specdistill.scoring.statistics import acceptance_for, planned_tokens
 from specdistill.scoring.trust import doubts
 from specdistill.scoring.verdict import verdict
@@ -149,6 +149,8 @@ def test_every_figure_comes_from_the_measurement(card: Scorecard) -> None:
 
 
 def test_categories_add_up(card: Scorecard) -> None:
+    assert {c.category for c in card.by_prompt_length} == {"2–3 tokens"}
+    assert sum(c.tested for c in card.by_prompt_length) == sum(row.tested for row in card.rows)
     assert [(c.temperature, c.num_draft_tokens, c.category) for c in card.by_category] == [
         (t, g, category) for t in (0, 1) for g in (1, 4) for category in ("long", "short")
     ]
@@ -171,6 +173,24 @@ def test_categories_add_up(card: Scorecard) -> None:
             speed = emitted / sum(p.seconds for p in mine)
             assert part.speedup == pytest.approx(speed / plain)
             assert part.speedup_ci95[0] <= part.speedup <= part.speedup_ci95[1]
+
+
+def test_lengths_of_prompts_in_bands() -> None:
+    rows = simulate({(0.0, 3): 0.6}).per_prompt
+    lengths = [1, 63, 64, 127, 128, 100, 2048, 4095, 70, 4096]
+    known = [replace(r, prompt_tokens=n) for r, n in zip(rows, lengths, strict=False)]
+    bands = by_prompt_length([*known, *rows[len(known) :]], seed=0)
+    assert {b.category: b.prompts for b in bands} == {
+        "1–1 tokens": 1,
+        "32–63 tokens": 1,
+        "64–127 tokens": 4,
+        "128–255 tokens": 1,
+        "2,048–4,095 tokens": 2,
+        "4,096–8,191 tokens": 1,
+    }
+    assert [b.category for b in bands][-1] == "4,096–8,191 tokens", "in their order"
+    assert sum(b.tested for b in bands) == sum(r.tested or 0 for r in known)
+    assert by_prompt_length(rows, seed=0) == [], "older cards"
 
 
 def test_prompts_without_a_category_are_in_none() -> None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdistill.progress import Progress
-from specdistill.scoring.categories import by_category
 from specdistill.scoring.measure import EncodedPrompt, Setting, in_turn
 from specdistill.scoring.rows import shares, survival
 from specdistill.scoring.scorecard import (
@@ -23,6 +22,7 @@ from specdistill.scoring.scorecard import (
     Row,
     Scorecard,
 )
+from specdistill.scoring.slices import by_category, by_prompt_length
 from specdistill.scoring.statistics import speedup_interval
 from specdistill.scoring.trust import doubts
 from specdistill.scoring.verdict import verdict
@@ -104,6 +104,7 @@ def scorecard(
         lossless=Lossless((sum(greedy), len(greedy)), list(ties), math.nan, math.nan),
         verdict=verdict(rows, doubts=doubts(baseline, rows, per_prompt)),
         by_category=by_category(per_prompt, seed),
+        by_prompt_length=by_prompt_length(per_prompt, seed),
     )
 
 
@@ -166,6 +167,7 @@ def _by_prompt(setting: Setting, prompts: Sequence[EncodedPrompt], runs: Runs) -
             tested=sum(answer.tested),
             accepted=sum(answer.accepted),
             category=prompt.category,
+            prompt_tokens=len(prompt.tokens),
         )
         for prompt, answer, plain in zip(prompts, runs[setting], runs[temperature, 0], strict=True)
     ]

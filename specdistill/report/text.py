@@ -55,7 +55,8 @@ def document(
         _verdict(card, best, target),
         _what_was_done(card, best, target, metrics),
         _before_after(card, before),
-        _by_category(card, best),
+        _slices("category of prompts", card.by_category, best),
+        _slices("length of prompts", card.by_prompt_length, best, ranked=False),
         _all_settings(card),
         _lossless(card),
         _pictures(run_dir / "plots"),
@@ -165,18 +166,21 @@ def _speedup(row: Row | CategoryRow) -> str:
     return f"{number(row.speedup, 2)} [{low}, {high}]"
 
 
-def _by_category(card: Scorecard, best: Row) -> str:
+def _slices(what: str, slices: Sequence[CategoryRow], best: Row, *, ranked: bool = True) -> str:
+    """The fastest setting slice by slice, if there are several; `ranked` by speedup."""
     setting = (best.temperature, best.num_draft_tokens)
-    rows = [c for c in card.by_category if (c.temperature, c.num_draft_tokens) == setting]
-    if not rows:
+    rows = [c for c in slices if (c.temperature, c.num_draft_tokens) == setting]
+    if len(rows) < 2:
         return ""
-    head = ["category", "prompts", "α", "τ", "speedup [95% interval]"]
+    if ranked:
+        rows.sort(key=lambda row: row.speedup, reverse=True)
     lines = []
-    for row in sorted(rows, key=lambda row: row.speedup, reverse=True):
+    for row in rows:
         rate, block = number(row.acceptance_rate, 3), number(row.block_efficiency, 2)
         lines.append([_cell(row.category), str(row.prompts), rate, block, _speedup(row)])
+    head = [what.split()[0], "prompts", "α", "τ", "speedup [95% interval]"]
     return (
-        f"## By category of prompts\n\n{_table(head, lines)}\n\nAt T = {best.temperature:g}, γ = "
+        f"## By {what}\n\n{_table(head, lines)}\n\nAt T = {best.temperature:g}, γ = "
         f"{best.num_draft_tokens}, the fastest setting of all prompts together."
     )
 

@@ -19,10 +19,10 @@ from specdistill.progress import Progress, silent
 from specdistill.scoring import lossless
 from specdistill.scoring import rows as rows_of
 from specdistill.scoring.acceptance import expected_acceptance
-from specdistill.scoring.categories import by_category
 from specdistill.scoring.provenance import model_card, provenance
 from specdistill.scoring.rows import Runs
 from specdistill.scoring.scorecard import Row, Scorecard, Verification
+from specdistill.scoring.slices import by_category, by_prompt_length
 from specdistill.scoring.trust import doubts
 from specdistill.scoring.verdict import verdict
 from specdistill_kernels import Lenience, Mode
@@ -156,6 +156,7 @@ def score(
         verdict=judged,
         verification=verification,
         by_category=by_category(per_prompt, seed),
+        by_prompt_length=by_prompt_length(per_prompt, seed),
         example=rows_of.example(target.tokenizer, prompts[0].id, fastest, runs[fastest].outputs[0])
         if keep_text
         else None,

@@ -93,6 +93,7 @@ def by_prompt(
             verifying_seconds=runs.seconds_without(i, "draft", "prefill"),
             stepping_seconds=plain.seconds_without(i, "prefill"),
             category=prompt.category,
+            prompt_tokens=len(prompt.tokens),
         )
         for i, prompt in enumerate(prompts)
     ]

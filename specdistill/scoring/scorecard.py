@@ -92,7 +92,8 @@ class Row:
 class PromptRow:
     """One prompt in one setting; what the paired bootstrap resamples. `verifying_seconds` are those
     of its rounds without their draft steps, `stepping_seconds` those of its plain steps, neither
-    with the prefill of the prompt. Older cards have None for these, `tested` and `accepted`.
+    with the prefill of the prompt. Older cards have None for these, `tested`, `accepted` and
+    `prompt_tokens`.
     """
 
     prompt_id: str
@@ -108,11 +109,14 @@ class PromptRow:
     verifying_seconds: float | None = None
     stepping_seconds: float | None = None
     category: str | None = None
+    prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class CategoryRow:
-    """A `Row` in short, of the prompts of one category."""
+    """A `Row` in short, of the prompts of one category, or of one band of lengths such as "64–127
+    tokens".
+    """
 
     category: str
     temperature: float
@@ -225,6 +229,7 @@ class Scorecard:
     verdict: Verdict
     verification: Verification = Verification()
     by_category: list[CategoryRow] = field(default_factory=list)
+    by_prompt_length: list[CategoryRow] = field(default_factory=list)
     example: Example | None = None
     schema: str = SCHEMA
 
@@ -278,7 +283,7 @@ class Scorecard:
         if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
             got = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
             raise InputError(f"{path} has schema {got!r}; this version reads {SCHEMA!r}")
-        for part in ("baseline", "rows", "by_category", "lossless", "verdict"):
+        for part in ("baseline", "rows", "by_category", "by_prompt_length", "lossless", "verdict"):
             if part in raw:
                 raw[part] = _map_leaves(raw[part], lambda x: math.nan if x is None else x)
         try:
@@ -298,14 +303,16 @@ class Scorecard:
                 ),
                 verdict=Verdict(**{**raw["verdict"], "best": Best(**raw["verdict"]["best"])}),
                 verification=_read_verification(raw.get("verification")),
-                by_category=[
-                    replace(CategoryRow(**item), speedup_ci95=tuple(item["speedup_ci95"]))
-                    for item in raw.get("by_category", [])
-                ],
+                by_category=_read_slices(raw.get("by_category", [])),
+                by_prompt_length=_read_slices(raw.get("by_prompt_length", [])),
                 example=_read_example(raw.get("example")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a complete scorecard: {error}") from error
+
+
+def _read_slices(raw: list[dict[str, Any]]) -> list[CategoryRow]:
+    return [replace(CategoryRow(**i), speedup_ci95=tuple(i["speedup_ci95"])) for i in raw]
 
 
 def _read_example(raw: dict[str, Any] | None) -> Example | None:

@@ -1,9 +1,10 @@
-"""The score by category of prompts, where prompts carry one."""
+"""The score by category of prompts, where prompts carry one, and by their length."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import nan
+from typing import Any
 
 from specdistill.scoring.scorecard import CategoryRow, PromptRow
 from specdistill.scoring.statistics import ratio_of_sums
@@ -13,14 +14,32 @@ MIN_PROMPTS = 3  # the interval of two spans orders of magnitude
 
 def by_category(per_prompt: Sequence[PromptRow], seed: int) -> list[CategoryRow]:
     """A row for every temperature, γ and category; prompts without a category are left out."""
-    groups: dict[tuple[float, int, str], list[PromptRow]] = {}
+    return _sliced(per_prompt, lambda row: row.category, str, seed)
+
+
+def by_prompt_length(per_prompt: Sequence[PromptRow], seed: int) -> list[CategoryRow]:
+    """A row for every temperature, γ and band of lengths, each twice as long as the one before."""
+
+    def band(row: PromptRow) -> int | None:
+        return None if row.prompt_tokens is None else 1 << (row.prompt_tokens.bit_length() - 1)
+
+    return _sliced(per_prompt, band, lambda first: f"{first:,}–{2 * first - 1:,} tokens", seed)
+
+
+def _sliced(
+    per_prompt: Sequence[PromptRow],
+    key: Callable[[PromptRow], Any],
+    name: Callable[[Any], str],
+    seed: int,
+) -> list[CategoryRow]:
+    """By the key, in its order; without one a prompt is in no slice."""
+    groups: dict[tuple[float, int, Any], list[PromptRow]] = {}
     for row in per_prompt:
-        if row.category is not None:
-            key = (row.temperature, row.num_draft_tokens, row.category)
-            groups.setdefault(key, []).append(row)
+        if (slice_ := key(row)) is not None:
+            groups.setdefault((row.temperature, row.num_draft_tokens, slice_), []).append(row)
     return [
-        _category_row(category, temperature, num, rows, seed)
-        for (temperature, num, category), rows in sorted(groups.items())
+        _category_row(name(slice_), temperature, num, rows, seed)
+        for (temperature, num, slice_), rows in sorted(groups.items())
     ]
 
 
