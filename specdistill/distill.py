@@ -23,7 +23,7 @@ from specdistill.data.answers import holds_answers
 from specdistill.data.signal import NONE, kept_tokens, read_states
 from specdistill.data.store import MANIFEST, Example, read_manifest
 from specdistill.distiller import Distiller
-from specdistill.drafts import save_draft
+from specdistill.drafts import save_draft, set_origin
 from specdistill.errors import DecodingError, InputError, TrainingError
 from specdistill.evaluation import Evaluation
 from specdistill.hints import map_layers
@@ -32,11 +32,13 @@ from specdistill.policies import Source, examples_at, forget_samples, read_given
 from specdistill.progress import Progress, silent
 from specdistill.run_folder import (
     CHECKPOINTS,
+    CONFIG,
     DRAFT,
     METRICS,
     SAMPLES,
     append_metrics,
     check_run,
+    config_sha256,
     flat,
     keep_metrics,
     write_config,
@@ -141,9 +143,16 @@ def distill(
     weights = distiller.parameters
     best = {name: value.detach().to("cpu", copy=True) for name, value in weights.items()}
     state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "best": None}
+    config_hash = config_sha256(config)
+    state["config_sha256"] = config_hash
     state["origins"] = origins = _origins(target, draft, [*heldout, *training])
     if resume and (checkpoint := find_checkpoint(checkpoints)):
         state = load_checkpoint(checkpoint, weights, best, distiller.restore)
+        if state.get("config_sha256", config_hash) != config_hash:
+            raise InputError(
+                f"{checkpoint} is of another configuration, and {run / CONFIG}, which should tell "
+                "how it differs, is missing or changed; put it back, or choose another run_dir"
+            )
         for name, now in origins.items():
             if state["origins"][name] != now:
                 raise InputError(
@@ -244,6 +253,7 @@ def distill(
         progress("distil", min(share, 1.0), 1.0, f"step {state['step']}, loss {metrics.loss:.3f}")
     copy_weights(best, weights)
     distiller.finish()
+    set_origin(draft, config_hash, state["best"]["kept_step"])
     if leads:
         save_draft(draft, run / DRAFT)
     record(state["best"])

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FAR = 100.0  # how far below 0 the logits of tokens that a widened draft lacks should be
+ORIGIN = "specdistill"  # key of config.json
 LEAST_ALONG = 0.3  # of an average state's part along the mean, what the smallest must have
 
 
@@ -105,6 +106,7 @@ def make_draft(
         ):  # settings by layer, such as layer_types
             setattr(text, name, [value[i] for i in layers])
     text.num_hidden_layers = len(layers)
+    vars(config).pop(ORIGIN, None)  # not this draft's
     if vocabulary is not None:
         text.tie_word_embeddings = config.tie_word_embeddings = False
     if random_seed is not None:
@@ -136,6 +138,16 @@ def _copy_weights(target: LanguageModel, layers: list[int], model: PreTrainedMod
             )
         weights[name] = source[origin]
     model.load_state_dict(weights)
+
+
+def set_origin(draft: LanguageModel, config_sha256: str, step: int) -> None:
+    """Say in the draft's config.json which run's weights it has, and of which step."""
+    setattr(draft.model.config, ORIGIN, {"config_sha256": config_sha256, "step": step})
+
+
+def origin(draft: LanguageModel) -> dict[str, Any] | None:
+    """What `set_origin` said; None for a draft that no run has made."""
+    return getattr(draft.model.config, ORIGIN, None)
 
 
 def save_draft(draft: LanguageModel, folder: Path) -> None:

@@ -5,6 +5,7 @@ with.
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def config_sha256(config: DistillConfig) -> str:
+    """Hash of what a run does: all of its configuration but where it runs and who watches."""
+    values = {k: v for k, v in flat(config.model_dump()).items() if k not in _MAY_DIFFER}
+    return sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
 def append_metrics(run: Path, row: dict[str, Any]) -> None:
     try:
         with (run / METRICS).open("a", encoding="utf-8") as file:
@@ -97,6 +104,7 @@ def write_config(
         "processes": processes,
         "threads": torch.get_num_threads(),
         "git": git_commit(),
+        "config_sha256": config_sha256(config),
         **({} if target is None else {"target_sha256": target.sha256()}),
         **versions(),
     }

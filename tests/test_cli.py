@@ -234,6 +234,16 @@ def test_distill_trains_and_leaves_a_draft(world: World) -> None:
     )
 
 
+def test_a_card_and_a_served_draft_name_the_run_behind_them(world: World) -> None:
+    card = Scorecard.read(world.places["card"])
+    made = card.provenance["draft_origin"]
+    config = (world.places["run"] / "config.yaml").read_text()
+    assert f"config_sha256: {made['config_sha256']}" in config
+    assert made["step"] == world.said["distill"].document["kept_step"]
+    served = json.loads((world.folder / "wide" / "config.json").read_text())
+    assert served["specdistill"] == made
+
+
 def test_distill_shows_the_first_example_and_what_of_it_is_trained_on(world: World) -> None:
     err = world.said["distill"].err
     line = (

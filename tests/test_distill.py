@@ -24,11 +24,12 @@ from specdistill.data.store import Example, read_examples
 from specdistill.decoding import Request, Sampling, SpeculativeDecoder
 from specdistill.distill import distill, rate, split
 from specdistill.distiller import Distiller
-from specdistill.drafts import make_draft, save_draft
+from specdistill.drafts import make_draft, origin, save_draft, set_origin
 from specdistill.errors import InputError, StorageError, TrainingError
 from specdistill.evaluation import Evaluation, overlap, with_answers
 from specdistill.models import LanguageModel
 from specdistill.policies import read_given
+from specdistill.run_folder import config_sha256
 
 Tiny = Callable[..., LanguageModel]
 
@@ -376,6 +377,32 @@ def test_a_run_is_resumed_with_its_own_configuration(
         run(settings(world, tmp_path / "run", **changes), resume=True)
     (tmp_path / "run").rename(tmp_path / "moved")
     assert run(settings(world, tmp_path / "moved"), resume=True)[-1]["step"] == 12
+
+
+def test_a_checkpoint_knows_its_configuration(world: dict[str, str], tmp_path: Path) -> None:
+    """Where the file that tells it is gone, too."""
+    with pytest.raises(KeyboardInterrupt):
+        run(settings(world, tmp_path / "run"), stop_at=5)
+    (tmp_path / "run" / "config.yaml").unlink()
+    with pytest.raises(InputError, match=r"another configuration, and .*config\.yaml"):
+        run(settings(world, tmp_path / "run", loss="rkl"), resume=True)
+    assert run(settings(world, tmp_path / "run"), resume=True)[-1]["step"] == 12
+
+
+def test_a_draft_names_the_run_that_made_it(world: dict[str, str], tmp_path: Path) -> None:
+    config = settings(world, tmp_path / "run")
+    last = run(config)[-1]
+    made = models.load(str(tmp_path / "run/draft"), dtype="float32")
+    told = {"config_sha256": config_sha256(config), "step": last["kept_step"]}
+    assert origin(made) == told
+    assert told["config_sha256"] in (tmp_path / "run/config.yaml").read_text()
+    other = settings(world, tmp_path / "elsewhere", device="cpu")
+    assert config_sha256(other) == told["config_sha256"], "where it runs does not count"
+    assert config_sha256(settings(world, tmp_path, seed=1)) != told["config_sha256"]
+    assert origin(models.load(world["draft"], dtype="float32")) is None
+    whole = make_draft(models.load(world["target"], dtype="float32"), [0, 1])
+    set_origin(whole, **told)
+    assert origin(make_draft(whole, [0])) is None, "no run has trained this one"
 
 
 def test_the_temperature_enters_the_loss(world: dict[str, str]) -> None:

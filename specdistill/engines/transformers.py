@@ -93,7 +93,7 @@ def score(
         for prompt, plain, answer in zip(prompts, runs[0, 0], answers, strict=True)
         if plain.tokens != answer.tokens
     ]
-    told = provenance(target, seed, max_new_tokens, prompts)
+    told = provenance(target, draft, seed, max_new_tokens, prompts)
     told |= {"engine": "transformers", "turns": "prompt by prompt, in one process"}
     return scorecard(model_card(target), model_card(draft), told, prompts, runs, ties, seed)
 

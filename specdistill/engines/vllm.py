@@ -64,7 +64,7 @@ class Pair:
             model_card(draft),
             draft.path,
             sorted(target.eos_ids),
-            provenance(target, seed, max_new_tokens, prompts),
+            provenance(target, draft, seed, max_new_tokens, prompts),
         )
 
 

@@ -313,6 +313,9 @@ def _how_measured(card: Scorecard) -> str:
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     facts["target weights"] = f"sha256 {card.target.sha256}"
     facts["draft weights"] = f"sha256 {card.draft.sha256}"
+    if origin := facts.pop("draft_origin", None):
+        made = f"of step {origin['step']}, configuration {origin['config_sha256']}"
+        facts["draft weights"] += f", {made}"
     return (
         f"## How it was measured\n\nRuns with and without the draft took turns, {turns}, "
         "so that drift of the machine cancels. scorecard.json holds every figure."

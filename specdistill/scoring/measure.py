@@ -135,7 +135,7 @@ def score(
     card = Scorecard(
         target=target_card,
         draft=draft_card,
-        provenance=provenance(target, seed, max_new_tokens, prompts),
+        provenance=provenance(target, draft, seed, max_new_tokens, prompts),
         baseline=baseline,
         rows=rows,
         per_prompt=per_prompt,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from specdistill.drafts import origin
 from specdistill.models import LanguageModel
 from specdistill.provenance import device_name, git_commit, versions
 from specdistill.scoring.scorecard import OWN_ENGINE, ModelCard
@@ -30,9 +31,15 @@ def model_card(model: LanguageModel) -> ModelCard:
 
 
 def provenance(
-    target: LanguageModel, seed: int, max_new_tokens: int, prompts: Sequence[EncodedPrompt]
+    target: LanguageModel,
+    draft: LanguageModel,
+    seed: int,
+    max_new_tokens: int,
+    prompts: Sequence[EncodedPrompt],
 ) -> dict[str, Any]:
-    """Device, threads, dtype, versions, git commit, seed, date, and what was decoded."""
+    """Device, threads, dtype, versions, git commit, seed, date, what was decoded, and the run that
+    made the draft.
+    """
     return {
         "device": device_name(target.device),
         "threads": torch.get_num_threads(),
@@ -46,4 +53,5 @@ def provenance(
         "prompts_sha256": hashlib.sha256(
             json.dumps([[p.id, p.tokens] for p in prompts]).encode()
         ).hexdigest(),
+        "draft_origin": origin(draft),
     }
