@@ -26,6 +26,7 @@ from specdistill.cli.arguments import (
     Threads,
 )
 from specdistill.errors import InputError
+from specdistill.files import held
 from specdistill.limits import MAX_DRAFT_TOKENS
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def generate(
 
         if base_url is None:
             raise InputError("--engine openai needs --base-url, such as http://localhost:8000/v1")
-        with console.progress() as progress:
+        with held(out), console.progress() as progress:
             settled, refused = openai.answer(
                 openai.Server(base_url, target, concurrency),
                 asked,
@@ -246,7 +247,7 @@ def generate(
         gain = measure_gain(author, small, gamma, requests, batch_size)
         console.note(_gain_line(gain))
     measuring = time.perf_counter() - start
-    with console.progress() as progress:
+    with held(out), console.progress() as progress:
         store = generation.generate(
             model,
             asked,

@@ -11,6 +11,7 @@ import typer
 from specdistill import tables
 from specdistill.cli import console
 from specdistill.cli.arguments import Json, Threads
+from specdistill.files import held
 
 
 def quickstart(
@@ -28,7 +29,7 @@ def quickstart(
     known = "going on with" if folder.exists() else "about eight minutes on two quiet cores, in"
     console.note(f"{known} {folder}")
     start = time.perf_counter()
-    with console.progress() as progress:
+    with held(folder), console.progress() as progress:
         before, after = pipeline.quickstart(folder, progress=progress, note=console.note)
     out = console.screen_for(as_json)
     out.print(tables.before_after_table(before, after))

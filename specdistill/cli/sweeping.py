@@ -10,6 +10,7 @@ import typer
 from specdistill import tables
 from specdistill.cli import console
 from specdistill.cli.arguments import Json, Threads
+from specdistill.files import held
 
 
 def sweep(
@@ -30,7 +31,7 @@ def sweep(
     plan = sweeping.load_sweep(config, overrides or [])
     number = len(plan.configs)
     console.note(f"{number} run{'s' * (number > 1)} in {plan.folder}")
-    with console.progress() as progress:
+    with held(plan.folder), console.progress() as progress:
         result = sweeping.run_sweep(plan, progress)
     screen = console.screen_for(as_json)
     screen.print(tables.sweep_table(result.cards))

@@ -15,6 +15,7 @@ from specdistill import tables
 from specdistill.cli import console
 from specdistill.cli.arguments import Dtype, Json, Target, Threads
 from specdistill.errors import InputError
+from specdistill.files import held
 
 
 def init(
@@ -116,7 +117,7 @@ def distill(
         return
     console.note_models(*filter(None, (target, student)), decoding=False)
     show = partial(console.note_example, student.tokenizer)
-    with console.progress() as progress:
+    with held(Path(settings.run_dir)), console.progress() as progress:
         folder = distillation.distill(
             settings, target, student, resume=resume, show=show, progress=progress
         )
