@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from math import nan
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from scipy import stats
 from test_cli import run
 
 from specdistill import models
+from specdistill.data.filters import Filters
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
 from specdistill.data.scorers import BestOf
@@ -251,6 +253,36 @@ def test_its_batches_hold_one_sampling_each_and_go_on_after_an_interrupt(
     assert sorted([*calls[0], *again]) == sorted(p.id for p in ASKED), "asked twice"
     with pytest.raises(StorageError, match=r"another settings .*transformers"):
         answered(target, tmp_path / "data", samplings=both["samplings"])
+
+
+def test_the_seed_decides_what_it_samples(
+    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
+) -> None:
+    target = pair[0]
+
+    def texts(name: str, seed: int, **more: object) -> list[list[int]]:
+        how = {"outside": by_transformers(target), "samplings": [Sampling(1.0)], **more}
+        found = answered(target, tmp_path / name, seed=seed, **how)
+        return [found[p.id].response_tokens for p in ASKED if p.id in found]
+
+    first = texts("a", 3)
+    torch.manual_seed(99)
+    assert texts("b", 3) == first
+    assert texts("c", 4) != first
+    again = texts("d", 3, filters=Filters(duplicates=True, retries=3), max_new_tokens=1)
+    assert len({tuple(t) for t in again}) == len(again) > len({t[0] for t in first})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_none_are_named(
+    pair: tuple[LanguageModel, LanguageModel], temperature: float
+) -> None:
+    target = models.load(str(pair[0].path), dtype="float32")
+    with torch.no_grad():
+        next(p for n, p in target.model.named_parameters() if n.endswith("norm.weight"))[0] = nan
+    request = Request("a", [7, 8], 4, Sampling(temperature))
+    with pytest.raises(DecodingError, match="logits are NaN or all -inf; check the checkpoint"):
+        next(transformers.Batches(target, 4).stream([request]))
 
 
 def test_the_best_of_its_answers_is_kept(

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from specdistill.decoding import Request, Round, RowRound, Sampling, SpeculativeDecoder
 from specdistill.decoding.sampling import row_seed
 from specdistill.engines.measure import Answer, scorecard, take_turns
-from specdistill.errors import InputError
+from specdistill.errors import DecodingError, InputError
 from specdistill.models import LanguageModel
 from specdistill.progress import Progress, silent
 from specdistill.scoring.lossless import explain_difference
@@ -98,6 +99,21 @@ def score(
     return scorecard(model_card(target), model_card(draft), told, prompts, runs, ties, seed)
 
 
+class _Checked(LogitsProcessor):
+    """Names logits that hold no distribution, of which `generate` makes any token."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.name = model.name
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not scores.amax(-1).isfinite().all():
+            raise DecodingError(
+                f"{self.name}: Transformers' logits are NaN or all -inf; check the checkpoint, or "
+                "try dtype float32, or batches of one"
+            )
+        return scores
+
+
 class Batches:
     """Answers of `target` by `generate`, `batch_size` requests at a time, in the shape of
     `SpeculativeDecoder.stream`: each batch is one round, in which all its rows end. Batches hold
@@ -111,7 +127,7 @@ class Batches:
         self.target, self.batch_size = target, batch_size
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Round]:
-        """Raises `InputError` as `SpeculativeDecoder.stream`."""
+        """Raises `InputError` and `DecodingError` as `SpeculativeDecoder.stream`."""
         waiting = sorted(requests, key=lambda r: (*_alike(r), len(r.tokens)))
         if waiting:
             SpeculativeDecoder(self.target).cache_size(waiting)  # refuses what cannot be served
@@ -132,7 +148,8 @@ class Batches:
         start = time.perf_counter()
         torch.manual_seed(row_seed(first.seed, first.id))
         with _settings(target, first.sampling, first.max_new_tokens):
-            out = model.generate(tokens, attention_mask=given)
+            checked = LogitsProcessorList([_Checked(target)])
+            out = model.generate(tokens, attention_mask=given, logits_processor=checked)
         seconds = time.perf_counter() - start
         ends, answers = target.eos_ids, []
         for request, answer in zip(requests, out[:, longest:].tolist(), strict=True):
