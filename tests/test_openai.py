@@ -3,6 +3,7 @@ one.
 """
 
 import json
+import math
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -395,12 +397,11 @@ def test_a_scorer_that_likes_none_is_asked_again(tmp_path: Path) -> None:
 def test_the_likeliest_reply_by_the_servers_own_log_probabilities(tmp_path: Path) -> None:
     def reply(body: dict[str, Any], before: int) -> Reply:
         assert body["logprobs"] is True
-        means = [-3.0, -1.0, -2.0]
         tokens = [{"token": "a", "logprob": means[before % 3] + d} for d in (-0.5, 0.5)]
         choice = {"message": {"content": f"said {before}"}, "finish_reason": "stop"}
         return ok({"choices": [{**choice, "logprobs": {"content": tokens} if given else None}]})
 
-    given = True
+    given, means = True, [-3.0, -1.0, -2.0]
     best = {"best_of": BestOf(3, "log-probability"), **WARM}
     with serving(reply) as (url, _):
         ask(url, tmp_path / "data", concurrency=1, **best)
@@ -408,6 +409,102 @@ def test_the_likeliest_reply_by_the_servers_own_log_probabilities(tmp_path: Path
         given = False
         with pytest.raises(ServerError, match="no log-probabilities, which the scorer"):
             ask(url, tmp_path / "none", PROMPTS[:1], concurrency=1, **best)
+        given, means = True, [math.nan] * 3
+        with pytest.raises(ServerError, match="no log-probabilities, which the scorer"):
+            ask(url, tmp_path / "nan", PROMPTS[:1], concurrency=1, **best)
+
+
+def test_a_prompt_that_is_refused_does_not_end_a_run_of_many_replies_each(tmp_path: Path) -> None:
+    def reply(body: dict[str, Any], before: int) -> Reply:
+        asked = body["messages"][-1]["content"]
+        return failure(400, "too long") if asked == "question 3" else echo(body, before)
+
+    with serving(reply) as (url, _):
+        best = {"best_of": BestOf(openai.REFUSALS, "majority"), **WARM}
+        _, refused = ask(url, tmp_path / "data", concurrency=1, **best)
+        assert refused.keys() == {"p3"}
+        assert texts(tmp_path / "data") == {i: t for i, t in EVERYTHING.items() if i != "p3"}
+
+
+def test_of_a_round_in_which_some_are_refused_the_others_count(tmp_path: Path) -> None:
+    strict = True
+
+    def reply(body: dict[str, Any], before: int) -> Reply:
+        if strict and before % 2:
+            return failure(400, "not this one")
+        return completion("answer: 7" if before < 4 else "answer: 8")
+
+    best = {"best_of": BestOf(4, "majority"), "concurrency": 1, **WARM}
+    with serving(reply) as (url, fake):
+        settled, refused = ask(url, tmp_path / "data", PROMPTS[:2], **best)
+        assert refused.keys() == {"p0", "p1"}
+        assert set(texts(tmp_path / "data").values()) == {"answer: 7"}
+        assert settled.counts == {"removed": {}, "regenerated": 0, "dropped": 0}
+        strict = False
+        assert ask(url, tmp_path / "data", PROMPTS[:2], **best)[1] == {}
+        assert len(fake.asked) == 8 + 4, "those refused, and no others"
+
+
+def test_a_reply_that_says_nothing_is_not_the_majority(tmp_path: Path) -> None:
+    reply = drawn("", " ", "answer: 7", "answer: 8")
+    with serving(reply) as (url, _):
+        settled, _ = ask(url, tmp_path / "data", best_of=BestOf(4, "majority"), **WARM)
+    assert set(texts(tmp_path / "data").values()) == {"answer: 7"}
+    assert settled.counts["removed"] == {"empty": 24}
+
+
+def test_replies_are_judged_anew_by_a_mended_reference(tmp_path: Path) -> None:
+    """What had been removed by mistake is not paid for again."""
+    how = {"best_of": BestOf(1, "exact-match"), "filters": Filters(retries=1), **WARM}
+    with serving(drawn("answer: 9", "answer: 8")) as (url, fake):
+        wrong = [replace(p, response="7") for p in PROMPTS]
+        settled, _ = ask(url, tmp_path / "data", wrong, **how)
+        assert (settled.kept, settled.dropped, len(fake.asked)) == ([], 12, 24)
+        right = [replace(p, response="9") for p in PROMPTS]
+        settled, _ = ask(url, tmp_path / "data", right, **how)
+        assert len(fake.asked) == 24
+    assert set(texts(tmp_path / "data").values()) == {"answer: 9"}
+    assert settled.counts == {"removed": {}, "regenerated": 0, "dropped": 0}
+
+
+def test_a_scorer_is_asked_once_a_round_and_as_soon_as_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def score(prompt: Prompt, said: list[str]) -> list[int]:
+        calls.append(prompt.id)
+        if broken:
+            raise RuntimeError("no such tool")
+        return [-math.inf if "no" in text else 1 for text in said]
+
+    monkeypatch.setattr(sys.modules[__name__], "score", score, raising=False)
+    best = {"best_of": BestOf(2, f"{__name__}:score"), "filters": Filters(retries=1), **WARM}
+    broken = False
+    with serving(drawn("no", "no", "yes", "yes")) as (url, _):
+        ask(url, tmp_path / "data", **best)
+    assert sorted(calls) == sorted(2 * [p.id for p in PROMPTS])
+    broken = True
+    with serving(drawn("no")) as (url, fake):
+        with pytest.raises(InputError, match="no such tool"):
+            ask(url, tmp_path / "broken", concurrency=1, **best)
+        assert len(fake.asked) == 2
+
+
+def test_progress_ends_once(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    def progress(stage: str, done: float, total: float, detail: str = "") -> None:
+        assert total == len(PROMPTS)
+        seen.append(done)
+
+    filters = Filters(min_tokens=2, retries=2)
+    with serving(drawn("no", "no", "yes, it is")) as (url, _):
+        ask(url, tmp_path / "data", filters=filters, progress=progress, **WARM)
+    assert len(seen) == 37
+    assert seen[-1] == 12
+    assert max(seen[:-1]) < 12
+    assert all(a < b for a, b in pairwise(seen[:12]))
 
 
 @pytest.mark.usefixtures("interruptible")

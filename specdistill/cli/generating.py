@@ -281,7 +281,7 @@ def generate(
         document |= {"draft_gain": gain.ratio, "seconds": seconds, "seconds_saved": saved}
     if choice is not None:
         document["best_of"] = choice.number
-    _refuse_nothing(store.done(), out)
+    _refuse_nothing(store.done(), out, store.filtered()["removed"])
     console.finish(as_json, {**document, **store.filtered(), **(store.tail() or {})})
 
 
@@ -369,7 +369,7 @@ def _finish_text(
         line = f"{apart} answers came with reasoning apart from the text, which no draft learns"
         lines.append(f"{line}: serve without a reasoning parser to have it")
     console.print_lines(console.screen_for(as_json), lines)
-    _refuse_nothing(said, out)
+    _refuse_nothing(said, out, settled.removed)
     told = {"out": str(out), **counts, "reasoning_apart": apart, **settled.counts}
     console.finish(as_json, told)
 
@@ -406,9 +406,10 @@ def _removed_line(counts: Mapping[str, Any]) -> str:
     )
 
 
-def _refuse_nothing(answers: Sized, out: Path) -> None:
+def _refuse_nothing(answers: Sized, out: Path, removed: Mapping[str, int]) -> None:
     if not len(answers):
-        raise InputError(f"no answer is left in {out}; loosen the filters, in another folder")
+        advice = "loosen the filters, in another folder" if removed else "the line above says why"
+        raise InputError(f"no answer is left in {out}; {advice}")
 
 
 def _by_kind(removed: Mapping[str, int]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import nan
 from pathlib import Path
@@ -26,6 +26,7 @@ from specdistill.files import write_whole
 
 ANSWERS, REPLIES = "answers.jsonl", "replies.jsonl"
 SCHEMA = "specdistill.answers/2"
+EMPTY = "empty"  # why a reply goes that says nothing
 T = TypeVar("T")
 _MAY_DIFFER = ("server", "versions")  # where it ran, not what was asked
 
@@ -79,17 +80,50 @@ class Settled:
         }
 
 
+class Choices:
+    """What a selection keeps of a round of replies to a prompt, worked out once: a scorer of the
+    user's own may be slow. Where there is a choice, replies that say nothing have no part in it.
+    """
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection = selection
+        self._known: dict[tuple[str, ...], tuple[Reply | None, list[str]]] = {}
+
+    def among(self, prompt: Prompt, replies: Sequence[Reply]) -> tuple[Reply | None, list[str]]:
+        """The reply that is kept, if one is, and why others are not."""
+        key = (prompt.id, *(str(reply.attempt) for reply in replies))
+        if key not in self._known:
+            self._known[key] = self._choose(prompt, replies)
+        return self._known[key]
+
+    def _choose(self, prompt: Prompt, replies: Sequence[Reply]) -> tuple[Reply | None, list[str]]:
+        selection = self.selection
+        if not selection.filters.remove and selection.best_of is None:
+            return replies[0], []
+        said = [reply for reply in replies if reply.text.strip()]
+
+        def candidate(place: int) -> Candidate:
+            value = said[place].log_probability
+            return Candidate(said[place].text, nan if value is None else value)
+
+        seen = [filters.Answer(filters.words(reply.text), reply.ended) for reply in said]
+        place, gone = selection.choose(prompt, seen, candidate)
+        kept = None if place is None else said[place]
+        return kept, [*gone, *[EMPTY] * (len(replies) - len(said))]
+
+
 def settle(
     prompts: Sequence[Prompt],
     replies: Replies,
-    selection: Selection,
+    choices: Choices,
     retries: Callable[[Prompt], int],
+    refused: Container[tuple[str, int]] = (),
 ) -> Settled:
     """A prompt is asked `selection.number` times, a round; where none of its replies stays there is
-    another round, up to `retries`. Says nothing but what follows from the replies, so an interrupt
-    changes nothing.
+    another round, up to `retries`. `refused` attempts are done without, if others of their round
+    were answered. Says nothing but what follows from the replies, so an interrupt changes nothing.
     """
-    number = selection.number
+    number, duplicates = choices.selection.number, choices.selection.filters.duplicates
     kept: dict[str, Reply] = {}
     missing: list[tuple[Prompt, int]] = []
     removed: Counter[str] = Counter()
@@ -102,29 +136,32 @@ def settle(
 
     for prompt in prompts:
         own = replies.get(prompt.id, {})
-        for first in range(0, max(own, default=0) + 1, number):
-            if prompt.id in kept:  # and yet it was asked again
-                remove_duplicate(prompt.id)
-            attempts = range(first, first + number)
-            if absent := [attempt for attempt in attempts if attempt not in own]:
-                missing += [(prompt, attempt) for attempt in absent]
+        for round_ in range(retries(prompt) + 1):
+            attempts = range(round_ * number, (round_ + 1) * number)
+            if prompt.id in kept:
+                if not duplicates or max(own) < attempts[0]:
+                    break
+                remove_duplicate(prompt.id)  # else it would not have been asked again
+            absent = [a for a in attempts if a not in own and (prompt.id, a) not in refused]
+            missing += [(prompt, attempt) for attempt in absent]
+            said = [own[attempt] for attempt in attempts if attempt in own]
+            if absent or not said:
                 break
-            reply, gone = _choose(selection, prompt, [own[attempt] for attempt in attempts])
+            reply, gone = choices.among(prompt, said)
             removed.update(gone)
             if reply is None:
                 failed[prompt.id] += 1
             else:
                 kept[prompt.id] = reply
-    if selection.filters.duplicates:
+    if duplicates:
         order = sorted(kept, key=lambda id_: (failed[id_], id_))
+        by_id = {prompt.id: prompt for prompt in prompts}
         for id_ in repeated((id_, kept[id_].text) for id_ in order):
             remove_duplicate(id_)
-    under_way = {prompt.id for prompt, _ in missing}
-    for prompt in prompts:
-        settled = prompt.id in kept or prompt.id in under_way
-        if not settled and failed[prompt.id] <= retries(prompt):
-            first = failed[prompt.id] * number
-            missing += [(prompt, attempt) for attempt in range(first, first + number)]
+            if failed[id_] <= retries(by_id[id_]):
+                first = failed[id_] * number
+                again = [(id_, attempt) for attempt in range(first, first + number)]
+                missing += [(by_id[id_], a) for id_, a in again if (id_, a) not in refused]
     return Settled(
         [_answer(prompt, kept[prompt.id]) for prompt in prompts if prompt.id in kept],
         missing,
@@ -132,19 +169,6 @@ def settle(
         regenerated=len(failed.keys() & kept.keys()),
         dropped=len(failed.keys() - kept.keys()),
     )
-
-
-def _choose(
-    selection: Selection, prompt: Prompt, replies: Sequence[Reply]
-) -> tuple[Reply | None, list[str]]:
-    def candidate(place: int) -> Candidate:
-        log_probability = replies[place].log_probability
-        return Candidate(replies[place].text, nan if log_probability is None else log_probability)
-
-    read = selection.filters.remove  # else nobody looks at the words
-    seen = [filters.Answer(filters.words(r.text) if read else [], r.ended) for r in replies]
-    place, gone = selection.choose(prompt, seen, candidate)
-    return (None if place is None else replies[place]), gone
 
 
 def _answer(prompt: Prompt, reply: Reply) -> Answer:

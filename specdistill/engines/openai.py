@@ -12,12 +12,14 @@ import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import count
+from math import isfinite, nan
 from pathlib import Path
 from statistics import StatisticsError, fmean
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from specdistill.data.answers import AnswerStore, Reply, Settled, settle
+from specdistill.data.answers import AnswerStore, Choices, Reply, Settled, settle
 from specdistill.data.filters import NO_FILTER, Filters
 from specdistill.data.prompts import Prompt, prompts_sha256
 from specdistill.data.scorers import BestOf
@@ -118,60 +120,109 @@ def answer(
             "versions": versions(),
         },
     )
-    refused: dict[str, str] = {}
-    in_a_row = 0
+    asking = _Asking(
+        server, client, prompts, store, selection, samplings, seed, max_new_tokens, progress
+    )
+    try:
+        asyncio.run(asking.all())
+    finally:
+        settled = asking.settled()
+        store.keep(settled)
+    if not store.replies:
+        raise ServerError(
+            f"{server.public} answered nothing; the last reason: "
+            f"{list(asking.refused.values())[-1]}"
+        )
+    return settled, {id_: reason for (id_, _), reason in asking.refused.items()}
 
-    def settled() -> Settled:
-        def retries(prompt: Prompt) -> int:
-            return filters.retries_of(own_sampling(samplings, seed, prompt.id))
 
-        return settle(prompts, store.replies, selection, retries)
+class _Asking:
+    """One call of `answer`: what is still to be asked, and what was refused in it."""
 
-    async def ask(prompt: Prompt, attempt: int) -> None:
-        nonlocal in_a_row
-        sampling = own_sampling(samplings, seed, prompt.id)
-        again, number = divmod(attempt, selection.number)
-        own = row_seed(seed, f"retry {again}") if again else seed
-        question = {
-            "model": server.model,
+    def __init__(
+        self,
+        server: Server,
+        client: AsyncOpenAI,
+        prompts: Sequence[Prompt],
+        store: AnswerStore,
+        selection: Selection,
+        samplings: Sequence[Sampling],
+        seed: int,
+        max_new_tokens: int,
+        progress: Progress,
+    ) -> None:
+        self.server, self.client = server, client
+        self.prompts, self.store, self.selection = prompts, store, selection
+        self.samplings, self.seed, self.max_new_tokens = samplings, seed, max_new_tokens
+        self.progress = progress
+        self.choices = Choices(selection)
+        self.refused: dict[tuple[str, int], str] = {}  # attempts
+        self.refused_in_a_row: set[str] = set()  # prompts
+
+    def settled(self) -> Settled:
+        return settle(self.prompts, self.store.replies, self.choices, self._retries, self.refused)
+
+    async def all(self) -> None:
+        """Ask until nothing is missing: once, and again for what was removed."""
+        async with self.client:
+            while questions := self.settled().missing:
+                await self._pass(questions)
+        self._tell(len(self.prompts))
+
+    async def _pass(self, questions: Sequence[tuple[Prompt, int]]) -> None:
+        open_ = len({prompt.id for prompt, _ in questions})
+        asked = count(1)
+
+        async def ask(prompt: Prompt, attempt: int) -> None:
+            await self._ask(prompt, attempt)
+            share = next(asked) / (len(questions) + 1)  # below 1: another pass may follow
+            self._tell(len(self.prompts) - open_ * (1 - share))
+
+        await _together(ask, questions, self.server.concurrency)
+
+    async def _ask(self, prompt: Prompt, attempt: int) -> None:
+        try:
+            question = self._question(prompt, attempt)
+            reply = await _reply(self.client, self.server, question, prompt.id, attempt)
+        except _Refused as reason:
+            self.refused[prompt.id, attempt] = str(reason)
+            self.refused_in_a_row.add(prompt.id)
+            if len(self.refused_in_a_row) == REFUSALS:
+                raise ServerError(
+                    f"{self.server.public} refused {REFUSALS} prompts in a row, the last with: "
+                    f"{reason}"
+                ) from None
+            return
+        self.refused_in_a_row.clear()
+        self.store.append(reply)
+        own, number = self.store.replies[prompt.id], self.selection.number
+        round_ = range(attempt - attempt % number, attempt - attempt % number + number)
+        if all(a in own for a in round_):  # a scorer that fails should not do so after hours
+            self.choices.among(prompt, [own[a] for a in round_])
+
+    def _question(self, prompt: Prompt, attempt: int) -> dict[str, Any]:
+        sampling = own_sampling(self.samplings, self.seed, prompt.id)
+        round_, number = divmod(attempt, self.selection.number)
+        seed = row_seed(self.seed, f"retry {round_}") if round_ else self.seed
+        scored = {"logprobs": True} if self.selection.reads_log_probability else {}
+        return {
+            "model": self.server.model,
             "messages": list(prompt.messages),
-            "max_tokens": max_new_tokens,
+            "max_tokens": self.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             # 31 bits: what every server takes
-            "seed": row_seed(own, f"{prompt.id}\n{number}" if number else prompt.id) >> 32,
+            "seed": row_seed(seed, f"{prompt.id}\n{number}" if number else prompt.id) >> 32,
+            **scored,
         }
-        if selection.reads_log_probability:
-            question["logprobs"] = True
-        try:
-            store.append(await _ask(client, server, question, prompt.id, attempt))
-            in_a_row = 0
-        except _Refused as reason:
-            refused[prompt.id] = str(reason)
-            in_a_row += 1
-        if in_a_row == REFUSALS:
-            raise ServerError(
-                f"{server.public} refused {REFUSALS} prompts in a row, the last with: "
-                f"{refused[prompt.id]}"
-            )
-        told = f"{len(refused)} refused"
-        progress("generate", len(store.replies), len(prompts), told)
 
-    async def ask_all() -> None:
-        async with client:
-            while questions := [q for q in settled().missing if q[0].id not in refused]:
-                await _together(ask, questions, server.concurrency)
+    def _retries(self, prompt: Prompt) -> int:
+        sampling = own_sampling(self.samplings, self.seed, prompt.id)
+        return self.selection.filters.retries_of(sampling)
 
-    try:
-        asyncio.run(ask_all())
-    finally:
-        kept = settled()
-        store.keep(kept)
-    if not store.replies:
-        raise ServerError(
-            f"{server.public} answered nothing; the last reason: {list(refused.values())[-1]}"
-        )
-    return kept, refused
+    def _tell(self, done: float) -> None:
+        refused = len({id_ for id_, _ in self.refused})
+        self.progress("generate", done, len(self.prompts), f"{refused} refused")
 
 
 def _client(server: Server) -> AsyncOpenAI:
@@ -213,7 +264,7 @@ async def _together(
         await asyncio.gather(*workers, return_exceptions=True)
 
 
-async def _ask(
+async def _reply(
     client: AsyncOpenAI, server: Server, question: dict[str, Any], id_: str, attempt: int
 ) -> Reply:
     import openai
@@ -265,18 +316,21 @@ def _read(reply: Any, id_: str, attempt: int, scored: bool) -> Reply:
         raise _NoAnswer(f"no text, finish reason {reason!r}")
     text.encode()  # half of a surrogate pair is a ValueError
     apart = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-    found = _log_probability(choice) if scored else None
+    found = _log_probability(choice) if scored and text.strip() else None
     return Reply(id_, attempt, text, reason == "stop", apart, found)
 
 
 def _log_probability(choice: Any) -> float:
     """The mean of the answer's tokens'."""
     try:
-        return fmean(token.logprob for token in choice.logprobs.content)
-    except (AttributeError, TypeError, StatisticsError) as error:
+        found = fmean(token.logprob for token in choice.logprobs.content)
+    except (AttributeError, TypeError, StatisticsError):
+        found = nan
+    if not isfinite(found):
         raise _NoAnswer(
             "no log-probabilities, which the scorer 'log-probability' needs; choose another scorer"
-        ) from error
+        )
+    return found
 
 
 def _words(error: BaseException) -> str:
