@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from hashlib import sha256
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def schedule(
 def split(examples: list[Example], heldout: int) -> tuple[list[Example], list[Example]]:
     """The answers that are held out and those trained on, in an order by lot that is the same in
     every run: in a folder they come a task at a time, and otherwise after an interrupt. Answers to
-    equal prompts stay together, so a few more than `heldout` may be held out.
+    equal prompts stay together where that is possible with up to twice as many held out, or fewer.
     """
     first: dict[tuple[int, ...], str] = {}
     for example in sorted(examples, key=lambda example: example.id):
@@ -94,11 +94,10 @@ def split(examples: list[Example], heldout: int) -> tuple[list[Example], list[Ex
         return sha256(first[tuple(example.prompt_tokens)].encode()).digest(), example.id
 
     lots = sorted(examples, key=lot)
-    end = heldout
-    while end < len(lots) and lots[end].prompt_tokens == lots[end - 1].prompt_tokens:
-        end += 1
-    if end == len(lots):  # one prompt fills the rest
-        end = heldout
+    ends = [i + 1 for i, (a, b) in enumerate(pairwise(lots)) if a.prompt_tokens != b.prompt_tokens]
+    more = [end for end in ends if heldout <= end <= 2 * heldout]
+    fewer = [end for end in ends if end < heldout]
+    end = min(more, default=max(fewer, default=heldout))
     return lots[:end], lots[end:]
 
 
@@ -148,10 +147,11 @@ def distill(
     state["origins"] = origins = _origins(target, draft, [*heldout, *training])
     if resume and (checkpoint := find_checkpoint(checkpoints)):
         state = load_checkpoint(checkpoint, weights, best, distiller.restore)
-        if state.get("config_sha256", config_hash) != config_hash:
+        known = (run / CONFIG).exists()  # then `check_run` has compared them, key by key
+        if not known and state.get("config_sha256", config_hash) != config_hash:
             raise InputError(
-                f"{checkpoint} is of another configuration, and {run / CONFIG}, which should tell "
-                "how it differs, is missing or changed; put it back, or choose another run_dir"
+                f"{checkpoint} is of another configuration, and {run / CONFIG}, which would tell "
+                "how it differs, is missing; put it back, or choose another run_dir"
             )
         for name, now in origins.items():
             if state["origins"][name] != now:
@@ -216,6 +216,8 @@ def distill(
     }
     accelerator.init_trackers("distill", named)
     words = f"{len(training)} answers to train on, {len(heldout)} held out"
+    if {tuple(e.prompt_tokens) for e in heldout} & {tuple(e.prompt_tokens) for e in training}:
+        words += ", some of a prompt that is trained on, too"
     words += _smaller_writer(config, draft)
     words += f"; going on from step {state['step']}" if state["step"] else ""
     progress("distil", spent(state, config), 1.0, words)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -118,14 +119,17 @@ def decoded(
     target: LanguageModel, draft: LanguageModel, examples: list[Example], config: DistillConfig
 ) -> dict[str, float]:
     """Block efficiency τ, tokens a target call and row, and acceptance rate, accepted / tested, of
-    the first `config.decode.prompts` examples' prompts decoded by the project's own engine.
+    the first `config.decode.prompts` distinct prompts decoded by the project's own engine.
     """
     assert config.decode is not None
     settings, num = config.decode, config.decode.num_draft_tokens
     sampling = Sampling(settings.temperature)
+    asked: dict[tuple[int, ...], Example] = {}
+    for example in examples:
+        asked.setdefault(tuple(example.prompt_tokens), example)
     requests = [
         Request(e.id, e.prompt_tokens, settings.max_new_tokens, sampling, config.seed)
-        for e in examples[: settings.prompts]
+        for e in islice(asked.values(), settings.prompts)
     ]
     drafter = ModelDrafter(draft, target.vocab_size)
     decoder = SpeculativeDecoder(target, drafter, num_draft_tokens=num, batch_size=len(requests))

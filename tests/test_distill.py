@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from unittest import mock
@@ -26,7 +27,7 @@ from specdistill.distill import distill, rate, split
 from specdistill.distiller import Distiller
 from specdistill.drafts import make_draft, origin, save_draft, set_origin
 from specdistill.errors import InputError, StorageError, TrainingError
-from specdistill.evaluation import Evaluation, overlap, with_answers
+from specdistill.evaluation import Evaluation, decoded, overlap, with_answers
 from specdistill.models import LanguageModel
 from specdistill.policies import read_given
 from specdistill.run_folder import config_sha256
@@ -346,8 +347,37 @@ def test_answers_to_equal_prompts_are_on_one_side() -> None:
     distinct = [Example(f"p{i}", [7 + i], [i]) for i in range(90)]
     by_lot = sorted(distinct, key=lambda e: sha256(e.id.encode()).digest())
     assert split(distinct, 12) == (by_lot[:12], by_lot[12:]), "as ever where none are equal"
-    same = [Example(f"p{i}", [7], [i]) for i in range(9)]
-    assert [len(part) for part in split(same, 2)] == [2, 7], "a single prompt is cut"
+    assert [len(part) for part in split(asked[:20], 12)] == [13, 7], "nine prompts"
+    few = [Example(f"p{i}", [7 + i % 4, 5], [i]) for i in range(40)]
+    assert [len(part) for part in split(few, 32)] == [30, 10], "fewer, where more are all"
+    for number, heldout in ((1, 2), (2, 3)):
+        same = [Example(f"p{i}", [7 + i % number], [i]) for i in range(40)]
+        assert [len(part) for part in split(same, heldout)] == [heldout, 40 - heldout], "cut"
+
+
+def test_prompts_that_are_cut_are_told(world: dict[str, str], tmp_path: Path) -> None:
+    target = models.load(world["target"], dtype="float32")
+    alike = [replace(p, messages=ask(1)[0].messages) for p in ask(12)]
+    generate(target, alike, tmp_path / "data", max_new_tokens=6, samplings=[Sampling(1.0)])
+    said: list[str] = []
+    config = settings({**world, "data": str(tmp_path / "data")}, tmp_path / "run", heldout=4)
+    draft = models.load(world["draft"], dtype="float32")
+    distill(config, target, draft, progress=lambda *a: said.append(a[-1]))
+    assert said[0] == "8 answers to train on, 4 held out, some of a prompt that is trained on, too"
+
+
+def test_the_decoding_in_between_is_of_distinct_prompts(
+    world: dict[str, str], tmp_path: Path
+) -> None:
+    examples = [Example(f"p{i}", [7 + i // 5, 5], [9]) for i in range(20)]
+    target = models.load(world["target"], dtype="float32")
+    draft = models.load(world["draft"], dtype="float32")
+    config = settings(world, tmp_path, decode={"prompts": 3, "max_new_tokens": 4})
+    with mock.patch.object(SpeculativeDecoder, "run", autospec=True) as run_:
+        run_.side_effect = RuntimeError
+        with pytest.raises(RuntimeError):
+            decoded(target, draft, examples, config)
+    assert [r.tokens for r in run_.call_args.args[1]] == [[7, 5], [8, 5], [9, 5]]
 
 
 def test_hints_on_inner_layers_need_a_live_target(world: dict[str, str], tmp_path: Path) -> None:
@@ -384,9 +414,17 @@ def test_a_checkpoint_knows_its_configuration(world: dict[str, str], tmp_path: P
     with pytest.raises(KeyboardInterrupt):
         run(settings(world, tmp_path / "run"), stop_at=5)
     (tmp_path / "run" / "config.yaml").unlink()
-    with pytest.raises(InputError, match=r"another configuration, and .*config\.yaml"):
+    with pytest.raises(InputError, match=r"another configuration, and .*config\.yaml.* is missing"):
         run(settings(world, tmp_path / "run", loss="rkl"), resume=True)
     assert run(settings(world, tmp_path / "run"), resume=True)[-1]["step"] == 12
+
+
+def test_a_later_version_with_more_keys_resumes(world: dict[str, str], tmp_path: Path) -> None:
+    """Its hash of the same configuration is another, and config.yaml says that nothing differs."""
+    with pytest.raises(KeyboardInterrupt):
+        run(settings(world, tmp_path / "run"), stop_at=5)
+    with mock.patch("specdistill.distill.config_sha256", return_value="of a later version"):
+        assert run(settings(world, tmp_path / "run"), resume=True)[-1]["step"] == 12
 
 
 def test_a_draft_names_the_run_that_made_it(world: dict[str, str], tmp_path: Path) -> None:
