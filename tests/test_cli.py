@@ -269,6 +269,11 @@ def test_the_middle_of_a_long_example_is_left_out(world: World) -> None:
     assert len(text) < 450
     assert " [...] " in text
     assert text.endswith("|w9 w9 w9 w9 <|end|>|")
+    with redirect_stderr(io.StringIO()) as err:
+        said = mock.Mock(decode=lambda tokens: "\x1b]0;new title\x07[red]a\r\nb\u200b é[/red]")
+        console.note_example(said, Example("a", [7], [9]))
+    text = r"\x1b]0;new title\x07[red]a\r" + "\nb\\u200b é[/red]"
+    assert err.getvalue().endswith(f"\n{text}|{text}|\n"), "no order to a terminal"
 
 
 def test_distill_tells_what_its_draft_saves_of_new_answers(world: World, tmp_path: Path) -> None:

@@ -118,10 +118,15 @@ def note_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
     given, trained = len(example.prompt_tokens), len(example.response_tokens)
     note(f"the first example: {given} tokens are given, {trained} trained on (between the bars)")
     before, after = (
-        _shortened(str(tokenizer.decode(tokens)))
+        _shortened(_visible(str(tokenizer.decode(tokens))))
         for tokens in (example.prompt_tokens, example.response_tokens)
     )
     err.print(Text.assemble((before, "dim"), "|", (after, "green"), "|"), soft_wrap=True)
+
+
+def _visible(text: str) -> str:
+    """With control characters, which may be a terminal's orders, as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _shortened(text: str, most: int = 400) -> str:
