@@ -11,7 +11,7 @@ import asyncio
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from math import isfinite, nan
 from pathlib import Path
@@ -136,28 +136,24 @@ def answer(
     return settled, {id_: reason for (id_, _), reason in asking.refused.items()}
 
 
+@dataclass
 class _Asking:
     """One call of `answer`: what is still to be asked, and what was refused in it."""
 
-    def __init__(
-        self,
-        server: Server,
-        client: AsyncOpenAI,
-        prompts: Sequence[Prompt],
-        store: AnswerStore,
-        selection: Selection,
-        samplings: Sequence[Sampling],
-        seed: int,
-        max_new_tokens: int,
-        progress: Progress,
-    ) -> None:
-        self.server, self.client = server, client
-        self.prompts, self.store, self.selection = prompts, store, selection
-        self.samplings, self.seed, self.max_new_tokens = samplings, seed, max_new_tokens
-        self.progress = progress
-        self.choices = Choices(selection)
-        self.refused: dict[tuple[str, int], str] = {}  # attempts
-        self.refused_in_a_row: set[str] = set()  # prompts
+    server: Server
+    client: AsyncOpenAI
+    prompts: Sequence[Prompt]
+    store: AnswerStore
+    selection: Selection
+    samplings: Sequence[Sampling]
+    seed: int
+    max_new_tokens: int
+    progress: Progress
+    refused: dict[tuple[str, int], str] = field(default_factory=dict)  # attempts
+    refused_in_a_row: set[str] = field(default_factory=set)  # prompts
+
+    def __post_init__(self) -> None:
+        self.choices = Choices(self.selection)
 
     def settled(self) -> Settled:
         return settle(self.prompts, self.store.replies, self.choices, self._retries, self.refused)
