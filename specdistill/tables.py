@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from specdistill.environment import Environment
     from specdistill.scoring.check import Check
     from specdistill.scoring.compare import Comparison, Standing
-    from specdistill.scoring.scorecard import Row, Scorecard
+    from specdistill.scoring.scorecard import CategoryRow, Row, Scorecard
 
 NARROW: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 0)}  # ten columns in 80 characters
 
@@ -49,6 +49,29 @@ def rows_table(card: Scorecard) -> Table:
             _number(row.verify_ratio, 2),
         )
     return table
+
+
+def slices_tables(card: Scorecard) -> list[Table]:
+    """The fastest setting by category and by length of prompts, where there are several."""
+    best, tables = card.verdict.best, []
+    slices = {"category": card.slices("by_category"), "length": card.slices("by_prompt_length")}
+    for what, rows in slices.items():
+        if not rows:
+            continue
+        title = f"by {what} of prompts, T = {best.temperature:g}, γ = {best.num_draft_tokens}"
+        interval = Column("speedup [95%]", no_wrap=True)
+        head = (what, "prompts", "α", "τ", interval)
+        table = Table(*head, title=_title(title, card), **NARROW)
+        for row in rows:
+            table.add_row(
+                escape(row.category),
+                str(row.prompts),
+                _number(row.acceptance_rate, 3),
+                f"{row.block_efficiency:.2f}",
+                _speedup(row),
+            )
+        tables.append(table)
+    return tables
 
 
 def environment_table(found: Environment) -> Table:
@@ -233,6 +256,6 @@ def _number(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "–"
 
 
-def _speedup(row: Row | Standing) -> str:
+def _speedup(row: Row | Standing | CategoryRow) -> str:
     low, high = row.speedup_ci95
-    return f"{row.speedup:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{row.speedup:.2f} [{_number(low, 2)}, {_number(high, 2)}]"

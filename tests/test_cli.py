@@ -425,13 +425,43 @@ def test_score_verifies_as_it_is_told(
     assert "nan" not in done.err
 
 
-def test_plot_draws_the_run_folder(world: World) -> None:
-    pictures = [Path(file) for file in world.said["plot"].document["files"]]
+def test_plot_draws_the_run_folder_and_writes_its_report(world: World) -> None:
+    *pictures, report, page = (Path(file) for file in world.said["plot"].document["files"])
+    assert (report, page) == (
+        world.places["run"] / "report.md",
+        world.places["run"] / "report.html",
+    )
+    text = report.read_text(encoding="utf-8")
+    assert f"# A draft for {world.target}" in text
+    assert all(f"plots/{file.name}" in text for file in pictures)
+    assert "data:image/png;base64" in page.read_text(encoding="utf-8")
     names = {"acceptance.png", "survival.png", "speedup.png", "time.png", "training.png"}
     assert {file.name for file in pictures} == {*names, "text.png"}
     for file in pictures:
         assert file.parent == world.places["run"] / "plots"
         assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_score_tells_categories_and_lengths_apart(world: World, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": " ".join(["w7 w9"] * (1 + 9 * (i % 2))), "category": f"kind [{i // 4}]"}
+        for i in range(8)
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    at = world.places
+    score = ["score", "--target", at["target"], "--draft", at["draft"], "--dtype", "float32"]
+    score += ["--num-draft-tokens", "1,2", "--temperature", 0, "--max-new-tokens", 6]
+    done = run(*score, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "card.json")
+    best = Scorecard.read(tmp_path / "card.json").verdict.best.num_draft_tokens
+    for what, names in {
+        "category": ("kind [0]", "kind [1]"),
+        "length": ("4–7 tokens", "16–31 tokens"),
+    }.items():
+        assert f"by {what} of prompts, T = 0, γ = {best}" in done.out
+        for name in names:
+            assert re.search(rf"{re.escape(name)} +4 +\S+ +\d\.\d\d +\d", done.out)
+    done = run(*score, "--prompts", at["prompts"], "--limit", 3, "--out", tmp_path / "alike.json")
+    assert "of prompts, T = 0" not in done.out, "nothing to tell apart"
 
 
 def test_plot_draws_scorecards_and_several_runs_into_a_folder(world: World, tmp_path: Path) -> None:

@@ -114,7 +114,8 @@ def score(
         )
     card.write(out)
     screen = console.screen_for(as_json)
-    screen.print(tables.rows_table(card))
+    for table in (tables.rows_table(card), *tables.slices_tables(card)):
+        screen.print(table)
     console.print_lines(screen, [tables.evidence_line(card), card.verdict.reason])
     console.finish(as_json, card.document())
 
@@ -205,14 +206,18 @@ def plot(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw the pictures of a run folder again, or several drafts in one picture."""
+    """Draw the pictures of a run folder, and write its report; or several drafts in one picture."""
     from specdistill.plots import plot_all, plot_together
+    from specdistill.report import write_report
 
     alone = len(sources) == 1 and not sources[0].is_file()
     if not alone and out is None:
         raise InputError("pictures of scorecards or of several runs need --out, a folder for them")
     drawn = plot_together(sources, out) if not alone and out else plot_all(sources[0], out)
     files = [str(file) for file in drawn]
+    if alone and out is None and (sources[0] / "scorecard.json").exists():
+        report = write_report(sources[0])
+        files += [str(report), str(report.with_suffix(".html"))]
     for source in () if alone else sources:
         if not (source / "metrics.jsonl").exists():
             console.note(f"{source} is no run with a metrics.jsonl: no training curve of it")

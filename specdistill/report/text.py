@@ -55,8 +55,8 @@ def document(
         _verdict(card, best, target),
         _what_was_done(card, best, target, metrics),
         _before_after(card, before),
-        _slices("category of prompts", card.by_category, best),
-        _slices("length of prompts", card.by_prompt_length, best, ranked=False),
+        _slices("category of prompts", _fastest_first(card.slices("by_category")), best),
+        _slices("length of prompts", card.slices("by_prompt_length"), best),
         _all_settings(card),
         _lossless(card),
         _pictures(run_dir / "plots"),
@@ -166,14 +166,13 @@ def _speedup(row: Row | CategoryRow) -> str:
     return f"{number(row.speedup, 2)} [{low}, {high}]"
 
 
-def _slices(what: str, slices: Sequence[CategoryRow], best: Row, *, ranked: bool = True) -> str:
-    """The fastest setting slice by slice, if there are several; `ranked` by speedup."""
-    setting = (best.temperature, best.num_draft_tokens)
-    rows = [c for c in slices if (c.temperature, c.num_draft_tokens) == setting]
-    if len(rows) < 2:
+def _fastest_first(rows: Sequence[CategoryRow]) -> list[CategoryRow]:
+    return sorted(rows, key=lambda row: row.speedup, reverse=True)
+
+
+def _slices(what: str, rows: Sequence[CategoryRow], best: Row) -> str:
+    if not rows:
         return ""
-    if ranked:
-        rows.sort(key=lambda row: row.speedup, reverse=True)
     lines = []
     for row in rows:
         rate, block = number(row.acceptance_rate, 3), number(row.block_efficiency, 2)

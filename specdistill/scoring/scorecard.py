@@ -259,6 +259,13 @@ class Scorecard:
             raise InputError(f"the scorecard has no row at temperature {temperature}; it has {had}")
         return max(rows, key=lambda row: row.speedup)
 
+    def slices(self, name: Literal["by_category", "by_prompt_length"]) -> list[CategoryRow]:
+        """Those of the verdict's setting, if there are several: a single one is the whole."""
+        best = (self.verdict.best.temperature, self.verdict.best.num_draft_tokens)
+        rows: list[CategoryRow] = getattr(self, name)
+        found = [row for row in rows if (row.temperature, row.num_draft_tokens) == best]
+        return found if len(found) > 1 else []
+
     def document(self) -> dict[str, Any]:
         """As JSON can hold it: what could not be measured (NaN) is null."""
         return nullable(asdict(self))
