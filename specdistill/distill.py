@@ -126,6 +126,11 @@ def distill(
         assert target is not None
         _check_signal(config, draft, target)
     examples = read_given(config, target or draft)
+    if len(examples) < 2:
+        raise InputError(
+            f"{config.data} has {len(examples)} answer, and one must be held out of training for "
+            "the metrics; generate more"
+        )
     if len(examples) <= config.heldout:
         raise InputError(
             f"{config.data} has {len(examples)} answers; heldout: {config.heldout}, kept out for "

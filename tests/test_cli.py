@@ -795,7 +795,7 @@ BAD_INPUT: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "other answers in the folder": (
         "generate --target {target} --prompts {prompts} --out {data} --seed 9",
-        ("holds generations with another settings", "choose another folder"),
+        ("holds answers with other settings", "choose another folder"),
     ),
     "run folder without a card": ("plot {tmp}", ("there is no scorecard",)),
     "unwritable answers": (

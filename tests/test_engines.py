@@ -251,7 +251,7 @@ def test_its_batches_hold_one_sampling_each_and_go_on_after_an_interrupt(
     assert found.keys() == {p.id for p in ASKED}
     again = [id_ for call in calls[2:] for id_ in call]
     assert sorted([*calls[0], *again]) == sorted(p.id for p in ASKED), "asked twice"
-    with pytest.raises(StorageError, match=r"another settings .*transformers"):
+    with pytest.raises(StorageError, match=r"other settings .*transformers"):
         answered(target, tmp_path / "data", samplings=both["samplings"])
 
 

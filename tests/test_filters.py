@@ -215,7 +215,7 @@ def test_progress_ends_at_all_prompts(target: LanguageModel, tmp_path: Path) -> 
 
 def test_other_filters_in_the_folder_are_refused(target: LanguageModel, tmp_path: Path) -> None:
     answer(target, tmp_path / "data", Filters(truncated=True))
-    with pytest.raises(StorageError, match="another settings"):
+    with pytest.raises(StorageError, match="other settings"):
         answer(target, tmp_path / "data", Filters(min_tokens=2))
 
 
@@ -225,7 +225,7 @@ def test_a_folder_of_removed_answers_alone_is_no_empty_one(
     store, texts = answer(target, tmp_path / "data", Filters(min_tokens=LENGTH + 1))
     assert texts == {}
     assert store.filtered()["dropped"] == 24
-    with pytest.raises(StorageError, match="another settings"):
+    with pytest.raises(StorageError, match="other settings"):
         answer(target, tmp_path / "data", Filters(min_tokens=2))
 
 

@@ -82,7 +82,7 @@ def test_the_folder_belongs_to_the_draft_it_was_made_with(
 ) -> None:
     answer(target, tmp_path / "data", draft=draft, num_draft_tokens=3)
     for other in ({}, {"draft": draft, "num_draft_tokens": 2}):
-        with pytest.raises(StorageError, match="another settings"):
+        with pytest.raises(StorageError, match="other settings"):
             answer(target, tmp_path / "data", **other)
 
 

@@ -271,7 +271,7 @@ def test_settings_that_differ_are_told_alone(target: LanguageModel, tmp_path: Pa
     answer(target, tmp_path / "data", prompts=PROMPTS[:4])
     with pytest.raises(StorageError) as refused:
         answer(target, tmp_path / "data", prompts=PROMPTS[:4], seed=4)
-    assert "another settings ({'seed': 3}, now {'seed': 4})" in str(refused.value)
+    assert "other settings ({'seed': 3}, now {'seed': 4})" in str(refused.value)
 
 
 KILLED = """
@@ -430,14 +430,14 @@ def test_a_folder_that_cannot_be_written(target: LanguageModel, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"seed": 4}, "settings"),
-        ({"max_new_tokens": LENGTH + 1}, "settings"),
-        ({"samplings": [Sampling(0.9, top_k=20)]}, "settings"),
-        ({"samplings": [SAMPLED, Sampling()]}, "settings"),
-        ({"signal": "none"}, "signal"),
-        ({"signal": "top-k:8"}, "signal"),
-        ({"prompts": PROMPTS[:20]}, "prompts_sha256"),
-        ({"prompts": [*PROMPTS[:20], ask(22)[21]]}, "prompts_sha256"),
+        ({"seed": 4}, "other settings"),
+        ({"max_new_tokens": LENGTH + 1}, "other settings"),
+        ({"samplings": [Sampling(0.9, top_k=20)]}, "other settings"),
+        ({"samplings": [SAMPLED, Sampling()]}, "other settings"),
+        ({"signal": "none"}, "another signal"),
+        ({"signal": "top-k:8"}, "another signal"),
+        ({"prompts": PROMPTS[:20]}, "other prompts"),
+        ({"prompts": [*PROMPTS[:20], ask(22)[21]]}, "other prompts"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
@@ -446,7 +446,7 @@ def test_other_generations_in_the_folder_are_refused(
 ) -> None:
     answer(target, tmp_path / "data")
     before = {f.name: f.read_bytes() for f in (tmp_path / "data").iterdir()}
-    with pytest.raises(StorageError, match=f"another {named} .*choose another folder"):
+    with pytest.raises(StorageError, match=f"{named}.*choose another folder"):
         answer(target, tmp_path / "data", **changes)
     assert {f.name: f.read_bytes() for f in (tmp_path / "data").iterdir()} == before
 
@@ -458,7 +458,7 @@ def test_another_target_or_dtype_or_template_is_refused(
     save_draft(tiny(50, layers=4), tmp_path / "other")
     with pytest.raises(StorageError, match="another target_sha256"):
         answer(models.load(str(tmp_path / "other"), dtype="float64"), tmp_path / "data")
-    with pytest.raises(StorageError, match="another settings"):
+    with pytest.raises(StorageError, match="other settings"):
         answer(models.load(str(tiny_folder), dtype="float32"), tmp_path / "data")
     again = models.load(str(tiny_folder), dtype="float64")
     again.tokenizer.chat_template = again.tokenizer.chat_template + " "

@@ -76,7 +76,7 @@ def test_answers_of_another_writer_do_not_mix(
     target: LanguageModel, writer: LanguageModel, tmp_path: Path
 ) -> None:
     answer(target, tmp_path / "data", writer=writer)
-    with pytest.raises(StorageError, match="with another settings"):
+    with pytest.raises(StorageError, match="with other settings"):
         answer(target, tmp_path / "data")
 
 

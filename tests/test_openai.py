@@ -5,6 +5,7 @@ one.
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -222,10 +223,19 @@ def test_errors_that_do_not_pass_end_the_run(tmp_path: Path) -> None:
         ask(url, tmp_path / "data", concurrency=1)
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_wrong_key_or_model_ends_the_run_at_once(tmp_path: Path, status: int) -> None:
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (401, r"refuses the key: .*not for you; check the environment variable OPENAI_API_KEY"),
+        (403, r"refuses the key: .*not for you; check the environment variable OPENAI_API_KEY"),
+        (404, r"does not serve 'big': .*not for you; check --target and --base-url"),
+    ],
+)
+def test_a_wrong_key_or_model_ends_the_run_at_once(
+    tmp_path: Path, status: int, message: str
+) -> None:
     with serving(lambda body, before: failure(status, "not for you")) as (url, fake):
-        with pytest.raises(ServerError, match=r"does not serve 'big'.*not for you.*OPENAI_API_KEY"):
+        with pytest.raises(ServerError, match=message):
             ask(url, tmp_path / "data", concurrency=1)
         assert len(fake.asked) == 1
 
@@ -246,6 +256,26 @@ def test_a_prompt_that_is_refused_is_counted_and_asked_again_later(tmp_path: Pat
         assert ask(url, tmp_path / "data")[1] == {}
         assert texts(tmp_path / "data") == EVERYTHING
         assert len(fake.asked) == 14
+
+
+def test_a_run_that_failed_at_its_start_can_be_begun_otherwise(tmp_path: Path) -> None:
+    with (
+        serving(lambda body, before: failure(404, "which?")) as (url, _),
+        pytest.raises(ServerError),
+    ):
+        ask(url, tmp_path / "data")
+    with serving(echo) as (url, _):
+        ask(url, tmp_path / "data", seed=7)
+    assert texts(tmp_path / "data") == EVERYTHING
+
+
+def test_what_a_server_says_in_its_own_way_is_told(tmp_path: Path) -> None:
+    detail = (400, {}, b'{"detail": "pinned to another model"}')
+    with (
+        serving(lambda body, before: detail) as (url, _),
+        pytest.raises(ServerError, match=r"400 - .*pinned to another model"),
+    ):
+        ask(url, tmp_path / "data", PROMPTS[:1])
 
 
 def test_a_server_that_refuses_everything_is_no_server(
@@ -302,7 +332,7 @@ WARM = {"samplings": [Sampling(1.0)]}
 
 def drawn(*texts: str) -> Callable[[dict[str, Any], int], Reply]:
     """A server whose replies to a text are these in turn, by the seeds it has seen with it; one
-    that ends in "..." is cut.
+    that ends in "..." is cut. Questions of one round arrive in any order.
     """
     seeds: dict[str, list[int]] = {}
     lock = threading.Lock()
@@ -350,7 +380,7 @@ def test_what_a_filter_removes_is_asked_again_up_to_the_limit(
         assert manifest.items() >= counts.items()
         ask(url, tmp_path / "data", filters=filters, **WARM)
         assert len(fake.asked) == 36, "asked twice"
-        with pytest.raises(StorageError, match="another settings"):
+        with pytest.raises(StorageError, match="other settings"):
             ask(url, tmp_path / "data", **WARM)
 
 
@@ -446,11 +476,11 @@ def test_of_a_round_in_which_some_are_refused_the_others_count(tmp_path: Path) -
 
 
 def test_a_reply_that_says_nothing_is_not_the_majority(tmp_path: Path) -> None:
-    reply = drawn("", " ", "answer: 7", "answer: 8")
+    reply = drawn("", "answer: 7", " ", "answer: 7", "")
     with serving(reply) as (url, _):
-        settled, _ = ask(url, tmp_path / "data", best_of=BestOf(4, "majority"), **WARM)
+        settled, _ = ask(url, tmp_path / "data", best_of=BestOf(5, "majority"), **WARM)
     assert set(texts(tmp_path / "data").values()) == {"answer: 7"}
-    assert settled.counts["removed"] == {"empty": 24}
+    assert settled.counts["removed"] == {"empty": 36}
 
 
 def test_replies_are_judged_anew_by_a_mended_reference(tmp_path: Path) -> None:
@@ -501,10 +531,11 @@ def test_progress_ends_once(tmp_path: Path) -> None:
     filters = Filters(min_tokens=2, retries=2)
     with serving(drawn("no", "no", "yes, it is")) as (url, _):
         ask(url, tmp_path / "data", filters=filters, progress=progress, **WARM)
-    assert len(seen) == 37
+    assert len(seen) == 3 + 36 + 1, "a word before each round, a reply each, the end"
     assert seen[-1] == 12
     assert max(seen[:-1]) < 12
-    assert all(a < b for a, b in pairwise(seen[:12]))
+    assert all(a <= b for a, b in pairwise(seen)), "never backwards"
+    assert seen[:26] == [0] * 26, "nothing of the first two rounds stays"
 
 
 @pytest.mark.usefixtures("interruptible")
@@ -552,10 +583,19 @@ def test_filters_by_command(tmp_path: Path) -> None:
         counts = {"answers": 2, "removed": {"short": 2}, "regenerated": 2, "dropped": 0}
         assert done.document.items() >= counts.items()
         assert "removed: 2 short; 2 prompts answered in another way, 0 without" in done.err
+        assert "does not sample" not in done.err
         done = run(*ask, "--base-url", url, "--out", tmp_path / "b", "--min-tokens", 9)
         assert done.code == 2
         assert "removed: 4 short; 0 prompts answered in another way, 2 without" in done.err
         assert "no answer is left" in done.err
+        with pytest.raises(InputError, match=r"none of it was kept; generate again"):
+            read_answers(tmp_path / "b")
+    with serving(echo) as (url, _):
+        done = run(*ask, "--base-url", url, "--out", tmp_path / "c", "--drop-truncated")
+        assert "does not sample" not in done.err, "nothing was asked again"
+        best = ["--best-of", 3, "--scorer", "majority"]
+        done = run(*ask[:-2], "--base-url", url, "--out", tmp_path / "d", *best)
+        assert "the server gave 2 prompts the same reply each time: it does not sample" in done.err
 
 
 # Interruptions and damage
@@ -621,10 +661,10 @@ def test_a_damaged_line_is_named(tmp_path: Path, damage: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"seed": 4}, "settings"),
-        ({"max_new_tokens": 7}, "settings"),
-        ({"samplings": [Sampling(0.5)]}, "settings"),
-        ({"prompts": PROMPTS[:11]}, "prompts_sha256"),
+        ({"seed": 4}, "other settings"),
+        ({"max_new_tokens": 7}, "other settings"),
+        ({"samplings": [Sampling(0.5)]}, "other settings"),
+        ({"prompts": PROMPTS[:11]}, "other prompts"),
     ],
 )
 def test_other_answers_in_the_folder_are_refused(
@@ -632,7 +672,7 @@ def test_other_answers_in_the_folder_are_refused(
 ) -> None:
     with serving(echo) as (url, fake):
         ask(url, tmp_path / "data")
-        with pytest.raises(StorageError, match=f"another {named} .*choose another folder"):
+        with pytest.raises(StorageError, match=f"{named}.*choose another folder"):
             ask(url, tmp_path / "data", **changes)
         (tmp_path / "data" / MANIFEST).write_text("{")
         with pytest.raises(StorageError, match=r"manifest.json is damaged"):
@@ -704,7 +744,7 @@ def test_settings_that_have_no_meaning(tmp_path: Path) -> None:
 
 def test_without_the_package_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(InputError, match="pip install openai"):
+    with pytest.raises(InputError, match=r"pip install 'specdistill\[openai\]'"):
         ask("http://x/v1", tmp_path)
 
 
@@ -718,7 +758,7 @@ def test_without_the_package_it_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         ("--base-url http://x", "--base-url has no effect with --engine specdistill"),
         ("--concurrency 3", "--concurrency has no effect with --engine specdistill"),
         ("--shots 2", "--shots has no effect with --style instruction"),
-        ("--style in-context", "examples go with the style 'in-context'"),
+        ("--style in-context", "prompts with responses by --examples"),
         ("--style poem", "unknown style 'poem'; choose from instruction, in-context"),
     ],
 )
@@ -735,15 +775,18 @@ def test_options_without_effect_are_errors(tmp_path: Path, arguments: str, messa
 
 
 @pytest.fixture(scope="module")
-def real(tiny_folder: Path) -> Iterator[str]:
-    """`transformers serve` with the tiny target."""
+def real(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """`transformers serve` with the tiny target, told to sample where it is asked to."""
     for package in ("fastapi", "uvicorn"):
         pytest.importorskip(package, reason="`transformers serve` needs fastapi and uvicorn")
+    folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("served") / "model")
+    told = folder / "generation_config.json"
+    told.write_text(json.dumps({**json.loads(told.read_text()), "do_sample": True}))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     code = "from transformers.cli.transformers import main; main()"
-    command = [sys.executable, "-c", code, "serve", str(tiny_folder), "--port", str(port)]
+    command = [sys.executable, "-c", code, "serve", str(folder), "--port", str(port)]
     options = ["--host", "127.0.0.1", "--device", "cpu", "--dtype", "float32"]
     server = subprocess.Popen(
         [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -756,21 +799,20 @@ def real(tiny_folder: Path) -> Iterator[str]:
             except (URLError, OSError):
                 assert server.poll() is None, server.stdout and server.stdout.read()
                 time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}/v1"
+        yield Server(f"http://127.0.0.1:{port}/v1", str(folder), 3)
     finally:
         server.kill()
         server.communicate()
 
 
 def test_a_real_server_answers_as_the_engine_does(
-    real: str, tiny_folder: Path, tmp_path: Path
+    real: Server, tiny_folder: Path, tmp_path: Path
 ) -> None:
     prompts = [
         Prompt(f"p{i}", ({"role": "user", "content": f"w{5 + i} w{9 + 2 * i} w30"},))
         for i in range(6)
     ]
-    server = Server(real, str(tiny_folder), 3)
-    _, refused = answer(server, prompts, tmp_path / "d", max_new_tokens=8, samplings=[GREEDY])
+    _, refused = answer(real, prompts, tmp_path / "d", max_new_tokens=8, samplings=[GREEDY])
     assert refused == {}
     target = models.load(str(tiny_folder), dtype="float32")
     ids = [encode_prompt(target.tokenizer, p) for p in prompts]
@@ -782,13 +824,13 @@ def test_a_real_server_answers_as_the_engine_does(
         assert found[prompt.id].ended == (output.tokens[-1] in target.eos_ids)
 
 
-def test_a_real_servers_replies_are_filtered(real: str, tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_real_servers_replies_are_filtered(real: Server, tmp_path: Path) -> None:
     prompts = [Prompt(f"p{i}", ({"role": "user", "content": f"w{5 + i} w9"},)) for i in range(8)]
     settled, refused = answer(
-        Server(real, str(tiny_folder), 3),
+        real,
         prompts,
         tmp_path / "d",
-        max_new_tokens=60,
+        max_new_tokens=20,
         samplings=[Sampling(1.0)],
         filters=Filters(truncated=True, retries=6),
         best_of=BestOf(2, "majority"),
@@ -797,4 +839,5 @@ def test_a_real_servers_replies_are_filtered(real: str, tiny_folder: Path, tmp_p
     assert settled.kept
     assert all(kept.ended for kept in settled.kept)
     assert settled.removed["truncated"] > 0
+    assert settled.unvaried == 0, "asked again, it says something else"
     assert len(settled.kept) + settled.dropped == 8

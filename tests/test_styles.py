@@ -61,7 +61,9 @@ def test_an_example_that_asks_the_same_is_not_shown() -> None:
 def test_what_has_no_meaning_is_refused() -> None:
     with pytest.raises(InputError, match="unknown style 'x'; choose from instruction, in-context"):
         styled(ASKED, "x")
-    with pytest.raises(InputError, match=r"examples go with the style 'in-context'.*got 0"):
+    with pytest.raises(
+        InputError, match=r"'in-context' shows examples: name a file of prompts with responses"
+    ):
         styled(ASKED, "in-context")
     with pytest.raises(InputError, match="got 9 and style 'chain-of-thought'"):
         styled(ASKED, "chain-of-thought", examples=SHOWN)

@@ -365,6 +365,11 @@ def _finish_text(
     lines = [f"{len(said)} answers in {out}, as text", *_server_lines(counts, refused)]
     if removing:
         lines.append(_removed_line(settled.counts))
+    if settled.unvaried > 1:
+        lines.append(
+            f"the server gave {settled.unvaried} prompts the same reply each time: it does "
+            "not sample (some do if the checkpoint's generation_config.json has do_sample: true)"
+        )
     if apart := sum(answer.reasoning is not None for answer in said):
         line = f"{apart} answers came with reasoning apart from the text, which no draft learns"
         lines.append(f"{line}: serve without a reasoning parser to have it")
@@ -408,7 +413,9 @@ def _removed_line(counts: Mapping[str, Any]) -> str:
 
 def _refuse_nothing(answers: Sized, out: Path, removed: Mapping[str, int]) -> None:
     if not len(answers):
-        advice = "loosen the filters, in another folder" if removed else "the line above says why"
+        advice = (
+            "loosen what removes them, in another folder" if removed else "the line above says why"
+        )
         raise InputError(f"no answer is left in {out}; {advice}")
 
 

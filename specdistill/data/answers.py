@@ -20,7 +20,7 @@ from specdistill.data.filters import DUPLICATE, repeated
 from specdistill.data.prompts import Prompt
 from specdistill.data.scorers import Candidate
 from specdistill.data.selection import Selection
-from specdistill.data.store import MANIFEST, must_be_ours
+from specdistill.data.store import MANIFEST, must_be_ours, of_others
 from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
 
@@ -70,6 +70,7 @@ class Settled:
     removed: Mapping[str, int] = field(default_factory=dict)
     regenerated: int = 0  # prompts that were then answered in another way
     dropped: int = 0  # those that were given up or are still open
+    unvaried: int = 0  # prompts asked more than once, if all replies to each of them are the same
 
     @property
     def counts(self) -> dict[str, Any]:
@@ -168,7 +169,13 @@ def settle(
         removed,
         regenerated=len(failed.keys() & kept.keys()),
         dropped=len(failed.keys() - kept.keys()),
+        unvaried=_unvaried(replies),
     )
+
+
+def _unvaried(replies: Replies) -> int:
+    again = [{reply.text for reply in own.values()} for own in replies.values() if len(own) > 1]
+    return len(again) if all(len(texts) == 1 for texts in again) else 0
 
 
 def _answer(prompt: Prompt, reply: Reply) -> Answer:
@@ -187,15 +194,15 @@ class AnswerStore:
         try:
             must_be_ours(folder)
             folder.mkdir(parents=True, exist_ok=True)
+            self._drop_half_a_line()
+            self.replies: dict[str, dict[int, Reply]] = {}
+            for reply in _read(folder / REPLIES, lambda row: Reply(**row)):
+                self._add(reply)
             if (folder / MANIFEST).exists():
                 self._check()
-            self._drop_half_a_line()
             self._write_manifest({})
         except OSError as error:
             raise _unwritable(folder, error, "choose another folder") from error
-        self.replies: dict[str, dict[int, Reply]] = {}
-        for reply in _read(folder / REPLIES, lambda row: Reply(**row)):
-            self._add(reply)
 
     def append(self, reply: Reply) -> None:
         file = self.folder / REPLIES
@@ -234,6 +241,7 @@ class AnswerStore:
         write_whole(self.folder / MANIFEST, text)
 
     def _check(self) -> None:
+        """A folder without a reply may begin anew, but not one of another kind."""
         facts = self.facts
         try:
             found = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
@@ -243,12 +251,9 @@ class AnswerStore:
                 f"{self.folder / MANIFEST} is damaged ({error}); remove the folder and generate "
                 "again"
             ) from error
-        if differing:
+        if differing and (self.replies or "schema" in differing):
             name = differing[0]
-            raise StorageError(
-                f"{self.folder} holds answers with another {name} ({found.get(name)}, now "
-                f"{facts[name]}); choose another folder or remove it"
-            )
+            raise of_others(self.folder, name, found.get(name), facts[name])
 
     def _drop_half_a_line(self) -> None:
         """What a crash or a full disk left at the end."""
@@ -273,6 +278,11 @@ def read_answers(folder: Path) -> list[Answer]:
     `InputError` where there is none.
     """
     answers = [a for a in _read(folder / ANSWERS, _row_answer) if (a.prompt.response or "").strip()]
+    if not answers and (folder / ANSWERS).exists():
+        raise InputError(
+            f"{folder} holds no answers: all that the server said is in {REPLIES}, and none of it "
+            "was kept; generate again, in another folder, with filters that leave some"
+        )
     if not answers:
         raise InputError(f"{folder} holds no answers yet; run `specdistill generate` to the end")
     return answers

@@ -95,13 +95,7 @@ class Store:
             ):
                 ours, theirs = getattr(manifest, name), getattr(found, name)
                 if ours != theirs:
-                    if isinstance(ours, dict):
-                        keys = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
-                        theirs, ours = ({k: d.get(k) for k in keys} for d in (theirs, ours))
-                    raise StorageError(
-                        f"{folder} holds generations with another {name} ({theirs}, now "
-                        f"{ours}); choose another folder or remove it"
-                    )
+                    raise of_others(folder, name, theirs, ours)
             self.manifest = found
             return
         must_be_ours(folder)
@@ -232,6 +226,28 @@ def must_be_ours(folder: Path) -> None:
         raise StorageError(
             f"{folder} exists and holds no answers of `generate`; name another folder or remove it"
         )
+
+
+def of_others(folder: Path, name: str, theirs: Any, ours: Any) -> StorageError:
+    """For a folder whose answers were made with another value of what its manifest calls `name`."""
+    theirs, ours = _apart(theirs, ours)
+    told = {
+        "settings": "other settings",
+        "prompts_sha256": "other prompts, by their hash",
+    }.get(name, f"another {name}")
+    return StorageError(
+        f"{folder} holds answers with {told} ({theirs}, now {ours}); choose another folder or "
+        "remove it"
+    )
+
+
+def _apart(theirs: Any, ours: Any) -> tuple[Any, Any]:
+    """Both without what is equal in them."""
+    if not (isinstance(theirs, dict) and isinstance(ours, dict)):
+        return theirs, ours
+    keys = sorted(k for k in ours | theirs if ours.get(k) != theirs.get(k))
+    pairs = {k: _apart(theirs.get(k), ours.get(k)) for k in keys}
+    return {k: pair[0] for k, pair in pairs.items()}, {k: pair[1] for k, pair in pairs.items()}
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -60,7 +60,12 @@ def styled(
     """
     if style not in STYLES:
         raise InputError(f"unknown style {style!r}; choose from {', '.join(STYLES)}")
-    if bool(examples) != (style == "in-context"):
+    if style == "in-context" and not examples:
+        raise InputError(
+            "the style 'in-context' shows examples: name a file of prompts with responses by "
+            "--examples"
+        )
+    if examples and style != "in-context":
         raise InputError(
             f"examples go with the style 'in-context' and with no other; got {len(examples)} and "
             f"style {style!r}"

@@ -12,7 +12,6 @@ import os
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from math import isfinite, nan
 from pathlib import Path
 from statistics import StatisticsError, fmean
@@ -151,6 +150,7 @@ class _Asking:
     progress: Progress
     refused: dict[tuple[str, int], str] = field(default_factory=dict)  # attempts
     refused_in_a_row: set[str] = field(default_factory=set)  # prompts
+    open: set[str] = field(default_factory=set)  # prompts
 
     def __post_init__(self) -> None:
         self.choices = Choices(self.selection)
@@ -160,21 +160,14 @@ class _Asking:
 
     async def all(self) -> None:
         """Ask until nothing is missing: once, and again for what was removed."""
+        asking = f"asking {self.server.public}, which may take a minute to say that nobody is there"
         async with self.client:
             while questions := self.settled().missing:
-                await self._pass(questions)
-        self._tell(len(self.prompts))
-
-    async def _pass(self, questions: Sequence[tuple[Prompt, int]]) -> None:
-        open_ = len({prompt.id for prompt, _ in questions})
-        asked = count(1)
-
-        async def ask(prompt: Prompt, attempt: int) -> None:
-            await self._ask(prompt, attempt)
-            share = next(asked) / (len(questions) + 1)  # below 1: another pass may follow
-            self._tell(len(self.prompts) - open_ * (1 - share))
-
-        await _together(ask, questions, self.server.concurrency)
+                self.open = {prompt.id for prompt, _ in questions}
+                self._tell(asking)
+                asking = ""
+                await _together(self._ask, questions, self.server.concurrency)
+        self._tell(ended=True)
 
     async def _ask(self, prompt: Prompt, attempt: int) -> None:
         try:
@@ -183,6 +176,7 @@ class _Asking:
         except _Refused as reason:
             self.refused[prompt.id, attempt] = str(reason)
             self.refused_in_a_row.add(prompt.id)
+            self._tell()
             if len(self.refused_in_a_row) == REFUSALS:
                 raise ServerError(
                     f"{self.server.public} refused {REFUSALS} prompts in a row, the last with: "
@@ -194,7 +188,10 @@ class _Asking:
         own, number = self.store.replies[prompt.id], self.selection.number
         round_ = range(attempt - attempt % number, attempt - attempt % number + number)
         if all(a in own for a in round_):  # a scorer that fails should not do so after hours
-            self.choices.among(prompt, [own[a] for a in round_])
+            kept, _ = self.choices.among(prompt, [own[a] for a in round_])
+            if kept is not None:
+                self.open.discard(prompt.id)
+        self._tell()
 
     def _question(self, prompt: Prompt, attempt: int) -> dict[str, Any]:
         sampling = own_sampling(self.samplings, self.seed, prompt.id)
@@ -216,9 +213,12 @@ class _Asking:
         sampling = own_sampling(self.samplings, self.seed, prompt.id)
         return self.selection.filters.retries_of(sampling)
 
-    def _tell(self, done: float) -> None:
-        refused = len({id_ for id_, _ in self.refused})
-        self.progress("generate", done, len(self.prompts), f"{refused} refused")
+    def _tell(self, detail: str = "", *, ended: bool = False) -> None:
+        total, refused = len(self.prompts), len({id_ for id_, _ in self.refused})
+        replies = sum(map(len, self.store.replies.values()))
+        detail = detail or f"{replies:,} replies" + (f", {refused} refused" if refused else "")
+        done = min(total - len(self.open), total - 0.01)  # a duplicate may have to be asked again
+        self.progress("generate", total if ended else done, total, detail)
 
 
 def _client(server: Server) -> AsyncOpenAI:
@@ -226,7 +226,7 @@ def _client(server: Server) -> AsyncOpenAI:
         from openai import AsyncOpenAI
     except ImportError:
         raise InputError(
-            "the engine 'openai' needs the package openai: pip install openai"
+            "the engine 'openai' needs a package: pip install 'specdistill[openai]'"
         ) from None
     # Servers of one's own want no key, the client does.
     key = os.environ.get(KEY) or "none"
@@ -271,10 +271,15 @@ async def _reply(
             return _read(reply, id_, attempt, "logprobs" in question)
         except openai.APIStatusError as error:
             status, words = error.status_code, _words(error)
-            if status in (401, 403, 404):
+            if status in (401, 403):
+                raise ServerError(
+                    f"{server.public} refuses the key: {words}; check the environment variable "
+                    f"{KEY}, and --target and --base-url"
+                ) from None
+            if status == 404:
                 raise ServerError(
                     f"{server.public} does not serve {server.model!r}: {words}; check --target and "
-                    f"--base-url, and the key in the environment variable {KEY}"
+                    "--base-url"
                 ) from None
             if status == 400 and "max_tokens" in question and "max_completion_tokens" in words:
                 # OpenAI's newer models know the limit by this name alone.
@@ -331,7 +336,10 @@ def _log_probability(choice: Any) -> float:
 
 def _words(error: BaseException) -> str:
     """What the server or the connection said, on one line, without the key it may have quoted."""
-    text = " ".join(str(error).split())
+    said = str(error)
+    if " - " not in said and hasattr(error, "response"):  # not where the client looks for it
+        said += f" - {error.response.text}"
+    text = " ".join(said.split())
     if key := os.environ.get(KEY):
         text = text.replace(key, "***")
     return text[:300] or type(error).__name__
