@@ -5,6 +5,7 @@ one.
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -610,10 +611,15 @@ def test_an_interrupt_keeps_what_is_under_way_and_the_same_call_goes_on(tmp_path
         time.sleep(0.2 if interrupted.is_set() else 0)
         return echo(body, before)
 
+    def progress(stage: str, done: float, total: float, detail: str = "") -> None:
+        told.append(detail)
+
+    told: list[str] = []
     interrupted = threading.Event()
     with serving(reply) as (url, fake):
         with pytest.raises(KeyboardInterrupt):
-            ask(url, tmp_path / "data", concurrency=2)
+            ask(url, tmp_path / "data", concurrency=2, progress=progress)
+        assert any(re.fullmatch(r"stopping, up to 1 s for [12] under way", d) for d in told)
         asked = len(fake.asked)
         assert 6 <= asked <= 8
         assert len(texts(tmp_path / "data")) == asked, "an answer under way was lost"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import isfinite, nan
 from pathlib import Path
@@ -159,15 +159,40 @@ class _Asking:
         return settle(self.prompts, self.store.replies, self.choices, self._retries, self.refused)
 
     async def all(self) -> None:
-        """Ask until nothing is missing: once, and again for what was removed."""
+        """Until nothing is missing: once, and again for what was removed."""
         asking = f"asking {self.server.public}, which may take a minute to say that nobody is there"
         async with self.client:
             while questions := self.settled().missing:
                 self.open = {prompt.id for prompt, _ in questions}
                 self._tell(asking)
                 asking = ""
-                await _together(self._ask, questions, self.server.concurrency)
+                await self._all_of(questions)
         self._tell(ended=True)
+
+    async def _all_of(self, questions: Sequence[tuple[Prompt, int]]) -> None:
+        """As many at a time as the server takes. After an error or an interrupt no more are begun,
+        and those under way have `GRACE` seconds to end.
+        """
+        waiting = deque(questions)
+
+        async def work() -> None:
+            while waiting:
+                await self._ask(*waiting.popleft())
+
+        number = min(self.server.concurrency, len(waiting))
+        workers = [asyncio.create_task(work()) for _ in range(number)]
+        try:
+            ended, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+            for worker in ended:
+                worker.result()
+        finally:
+            waiting.clear()
+            if under_way := sum(not worker.done() for worker in workers):
+                self._tell(f"stopping, up to {GRACE:.0f} s for {under_way} under way")
+            await asyncio.wait(workers, timeout=GRACE)
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
 
     async def _ask(self, prompt: Prompt, attempt: int) -> None:
         try:
@@ -231,33 +256,6 @@ def _client(server: Server) -> AsyncOpenAI:
     # Servers of one's own want no key, the client does.
     key = os.environ.get(KEY) or "none"
     return AsyncOpenAI(base_url=server.base_url, api_key=key, max_retries=CLIENT_RETRIES)
-
-
-async def _together(
-    ask: Callable[[Prompt, int], Awaitable[None]],
-    questions: Sequence[tuple[Prompt, int]],
-    concurrency: int,
-) -> None:
-    """Ask all questions, `concurrency` at a time. After an error or an interrupt no more are begun,
-    and those under way have `GRACE` seconds to end.
-    """
-    waiting = deque(questions)
-
-    async def work() -> None:
-        while waiting:
-            await ask(*waiting.popleft())
-
-    workers = [asyncio.create_task(work()) for _ in range(min(concurrency, len(waiting)))]
-    try:
-        ended, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-        for worker in ended:
-            worker.result()
-    finally:
-        waiting.clear()
-        await asyncio.wait(workers, timeout=GRACE)
-        for worker in workers:
-            worker.cancel()
-        await asyncio.gather(*workers, return_exceptions=True)
 
 
 async def _reply(
