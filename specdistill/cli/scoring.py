@@ -215,7 +215,7 @@ def plot(
         raise InputError("pictures of scorecards or of several runs need --out, a folder for them")
     drawn = plot_together(sources, out) if not alone and out else plot_all(sources[0], out)
     files = [str(file) for file in drawn]
-    if alone and out is None and (sources[0] / "scorecard.json").exists():
+    if alone and out is None:
         report = write_report(sources[0])
         files += [str(report), str(report.with_suffix(".html"))]
     for source in () if alone else sources:

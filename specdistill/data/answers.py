@@ -88,11 +88,11 @@ class Choices:
 
     def __init__(self, selection: Selection) -> None:
         self.selection = selection
-        self._known: dict[tuple[str, ...], tuple[Reply | None, list[str]]] = {}
+        self._known: dict[tuple[str, tuple[int, ...]], tuple[Reply | None, list[str]]] = {}
 
     def among(self, prompt: Prompt, replies: Sequence[Reply]) -> tuple[Reply | None, list[str]]:
         """The reply that is kept, if one is, and why others are not."""
-        key = (prompt.id, *(str(reply.attempt) for reply in replies))
+        key = prompt.id, tuple(reply.attempt for reply in replies)
         if key not in self._known:
             self._known[key] = self._choose(prompt, replies)
         return self._known[key]
@@ -124,7 +124,8 @@ def settle(
     another round, up to `retries`. `refused` attempts are done without, if others of their round
     were answered. Says nothing but what follows from the replies, so an interrupt changes nothing.
     """
-    number, duplicates = choices.selection.number, choices.selection.filters.duplicates
+    selection = choices.selection
+    duplicates = selection.filters.duplicates
     kept: dict[str, Reply] = {}
     missing: list[tuple[Prompt, int]] = []
     removed: Counter[str] = Counter()
@@ -135,18 +136,23 @@ def settle(
         removed[DUPLICATE] += 1
         failed[id_] += 1
 
+    def absent(prompt: Prompt, round_: int) -> list[tuple[Prompt, int]]:
+        own = replies.get(prompt.id, {})
+        left = [a for a in selection.attempts(round_) if a not in own]
+        return [(prompt, a) for a in left if (prompt.id, a) not in refused]
+
     for prompt in prompts:
         own = replies.get(prompt.id, {})
         for round_ in range(retries(prompt) + 1):
-            attempts = range(round_ * number, (round_ + 1) * number)
+            attempts = selection.attempts(round_)
             if prompt.id in kept:
                 if not duplicates or max(own) < attempts[0]:
                     break
                 remove_duplicate(prompt.id)  # else it would not have been asked again
-            absent = [a for a in attempts if a not in own and (prompt.id, a) not in refused]
-            missing += [(prompt, attempt) for attempt in absent]
+            following = absent(prompt, round_)
+            missing += following
             said = [own[attempt] for attempt in attempts if attempt in own]
-            if absent or not said:
+            if following or not said:
                 break
             reply, gone = choices.among(prompt, said)
             removed.update(gone)
@@ -160,9 +166,7 @@ def settle(
         for id_ in repeated((id_, kept[id_].text) for id_ in order):
             remove_duplicate(id_)
             if failed[id_] <= retries(by_id[id_]):
-                first = failed[id_] * number
-                again = [(id_, attempt) for attempt in range(first, first + number)]
-                missing += [(by_id[id_], a) for id_, a in again if (id_, a) not in refused]
+                missing += absent(by_id[id_], failed[id_])
     return Settled(
         [_answer(prompt, kept[prompt.id]) for prompt in prompts if prompt.id in kept],
         missing,
@@ -196,6 +200,7 @@ class AnswerStore:
             folder.mkdir(parents=True, exist_ok=True)
             self._drop_half_a_line()
             self.replies: dict[str, dict[int, Reply]] = {}
+            self.count = 0  # of replies, to all prompts
             for reply in _read(folder / REPLIES, lambda row: Reply(**row)):
                 self._add(reply)
             if (folder / MANIFEST).exists():
@@ -235,6 +240,7 @@ class AnswerStore:
 
     def _add(self, reply: Reply) -> None:
         self.replies.setdefault(reply.id, {})[reply.attempt] = reply
+        self.count += 1
 
     def _write_manifest(self, counts: dict[str, Any]) -> None:
         text = json.dumps({**self.facts, **counts}, indent=1) + "\n"

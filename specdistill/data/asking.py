@@ -11,6 +11,17 @@ import torch
 from specdistill.data.prompts import Prompt
 from specdistill.data.store import Example
 from specdistill.decoding import Request, Round, Sampling
+from specdistill.decoding.sampling import row_seed
+
+
+def answer_id(prompt_id: str, number: int) -> str:
+    """What the draws of a prompt's several answers, from 0, are told apart by."""
+    return f"{prompt_id}\n{number}" if number else prompt_id
+
+
+def round_seed(seed: int, round_: int) -> int:
+    """The run's seed, and another for each time that a prompt is asked again."""
+    return row_seed(seed, f"retry {round_}") if round_ else seed
 
 
 class Decoder(Protocol):
@@ -29,7 +40,7 @@ class Question:
     seed: int
 
     def requests(self, number: int, max_new_tokens: int) -> list[Request]:
-        ids = [self.prompt.id, *(f"{self.prompt.id}\n{i}" for i in range(1, number))]
+        ids = [answer_id(self.prompt.id, i) for i in range(number)]
         return [Request(i, self.tokens, max_new_tokens, self.sampling, self.seed) for i in ids]
 
 

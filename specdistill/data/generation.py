@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from specdistill.data.asking import Decoder, Question, rounds
+from specdistill.data.asking import Decoder, Question, round_seed, rounds
 from specdistill.data.chat import encode_prompt
 from specdistill.data.filters import DUPLICATE, NO_FILTER, Answer, Filters, repeated
 from specdistill.data.prompts import Prompt, prompts_sha256
@@ -27,7 +27,7 @@ from specdistill.data.signal import (
 )
 from specdistill.data.store import Example, Manifest, Store, read_examples, tokenizer_sha256
 from specdistill.decoding import GREEDY, ModelDrafter, Sampling, SpeculativeDecoder
-from specdistill.decoding.sampling import own_sampling, row_seed
+from specdistill.decoding.sampling import own_sampling
 from specdistill.errors import InputError, StorageError
 from specdistill.models import LanguageModel
 from specdistill.progress import Progress, silent
@@ -91,8 +91,7 @@ def generate(
         "seed": seed,
         "dtype": str(target.dtype),
         "samplings": [asdict(sampling) for sampling in samplings],
-        "filters": asdict(filters),
-        **({} if best_of is None else {"best_of": asdict(best_of)}),
+        **selection.settings,
         **({} if writer is None else {"writer": [writer.name, writer.sha256()]}),
         **({} if draft is None else {"draft": [draft.sha256(), num_draft_tokens]}),
         **({} if outside is None else {"engine": outside[0]}),
@@ -112,8 +111,7 @@ def generate(
         for prompt in prompts:
             if prompt.id not in done and retried(prompt.id):
                 tokens = encode_prompt(target.tokenizer, prompt)
-                tries = removals[prompt.id]
-                own = seed if tries == 0 else row_seed(seed, f"retry {tries}")
+                own = round_seed(seed, removals[prompt.id])
                 sampling = own_sampling(samplings, seed, prompt.id)
                 found.append(Question(prompt, tokens, sampling, own))
         # Neighbours share what they begin with; ids seed the draws.

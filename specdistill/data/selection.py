@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from specdistill.data.filters import NO_FILTER, Answer, Filters, objection
 from specdistill.data.prompts import Prompt
@@ -67,6 +68,16 @@ class Selection:
     def number(self) -> int:
         """Answers to a prompt that are asked for at once."""
         return 1 if self.best_of is None else self.best_of.number
+
+    def attempts(self, round_: int) -> range:
+        """The answers of a round among all of a prompt's, counted from 0."""
+        return range(round_ * self.number, (round_ + 1) * self.number)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As manifests have them."""
+        choice = {} if self.best_of is None else {"best_of": asdict(self.best_of)}
+        return {"filters": asdict(self.filters), **choice}
 
     @property
     def reads_log_probability(self) -> bool:

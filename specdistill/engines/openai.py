@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from specdistill.data.answers import AnswerStore, Choices, Reply, Settled, settle
+from specdistill.data.asking import answer_id, round_seed
 from specdistill.data.filters import NO_FILTER, Filters
 from specdistill.data.prompts import Prompt, prompts_sha256
 from specdistill.data.scorers import BestOf
@@ -113,14 +114,14 @@ def answer(
                 "max_new_tokens": max_new_tokens,
                 "seed": seed,
                 "samplings": [asdict(sampling) for sampling in samplings],
-                "filters": asdict(filters),
-                **({} if best_of is None else {"best_of": asdict(best_of)}),
+                **selection.settings,
             },
             "versions": versions(),
         },
     )
+    choices = Choices(selection)
     asking = _Asking(
-        server, client, prompts, store, selection, samplings, seed, max_new_tokens, progress
+        server, client, prompts, store, choices, samplings, seed, max_new_tokens, progress
     )
     try:
         asyncio.run(asking.all())
@@ -143,7 +144,7 @@ class _Asking:
     client: AsyncOpenAI
     prompts: Sequence[Prompt]
     store: AnswerStore
-    selection: Selection
+    choices: Choices
     samplings: Sequence[Sampling]
     seed: int
     max_new_tokens: int
@@ -151,9 +152,6 @@ class _Asking:
     refused: dict[tuple[str, int], str] = field(default_factory=dict)  # attempts
     refused_in_a_row: set[str] = field(default_factory=set)  # prompts
     open: set[str] = field(default_factory=set)  # prompts
-
-    def __post_init__(self) -> None:
-        self.choices = Choices(self.selection)
 
     def settled(self) -> Settled:
         return settle(self.prompts, self.store.replies, self.choices, self._retries, self.refused)
@@ -210,38 +208,38 @@ class _Asking:
             return
         self.refused_in_a_row.clear()
         self.store.append(reply)
-        own, number = self.store.replies[prompt.id], self.selection.number
-        round_ = range(attempt - attempt % number, attempt - attempt % number + number)
-        if all(a in own for a in round_):  # a scorer that fails should not do so after hours
-            kept, _ = self.choices.among(prompt, [own[a] for a in round_])
+        own, selection = self.store.replies[prompt.id], self.choices.selection
+        attempts = selection.attempts(attempt // selection.number)
+        if all(a in own for a in attempts):  # a scorer that fails should not do so after hours
+            kept, _ = self.choices.among(prompt, [own[a] for a in attempts])
             if kept is not None:
                 self.open.discard(prompt.id)
         self._tell()
 
     def _question(self, prompt: Prompt, attempt: int) -> dict[str, Any]:
         sampling = own_sampling(self.samplings, self.seed, prompt.id)
-        round_, number = divmod(attempt, self.selection.number)
-        seed = row_seed(self.seed, f"retry {round_}") if round_ else self.seed
-        scored = {"logprobs": True} if self.selection.reads_log_probability else {}
+        selection = self.choices.selection
+        round_, number = divmod(attempt, selection.number)
+        seed = row_seed(round_seed(self.seed, round_), answer_id(prompt.id, number))
+        scored = {"logprobs": True} if selection.reads_log_probability else {}
         return {
             "model": self.server.model,
             "messages": list(prompt.messages),
             "max_tokens": self.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            # 31 bits: what every server takes
-            "seed": row_seed(seed, f"{prompt.id}\n{number}" if number else prompt.id) >> 32,
+            "seed": seed >> 32,  # 31 bits: what every server takes
             **scored,
         }
 
     def _retries(self, prompt: Prompt) -> int:
         sampling = own_sampling(self.samplings, self.seed, prompt.id)
-        return self.selection.filters.retries_of(sampling)
+        return self.choices.selection.filters.retries_of(sampling)
 
     def _tell(self, detail: str = "", *, ended: bool = False) -> None:
         total, refused = len(self.prompts), len({id_ for id_, _ in self.refused})
-        replies = sum(map(len, self.store.replies.values()))
-        detail = detail or f"{replies:,} replies" + (f", {refused} refused" if refused else "")
+        replies = f"{self.store.count:,} replies"
+        detail = detail or (f"{replies}, {refused} refused" if refused else replies)
         done = min(total - len(self.open), total - 0.01)  # a duplicate may have to be asked again
         self.progress("generate", total if ended else done, total, detail)
 
