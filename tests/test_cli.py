@@ -743,6 +743,10 @@ BAD_INPUT: dict[str, tuple[str, tuple[str, ...]]] = {
     "unknown loss": (DISTILL + "loss={{flk:1}}", ("loss",)),
     "two budgets": (DISTILL + "training.max_seconds=5", ("exactly one of max_steps",)),
     "nothing left to train on": (DISTILL + "heldout=30", ("30 answers", "heldout: 30")),
+    "a single answer": (
+        DISTILL + "data={tmp}/one.jsonl policy=fixed signal=live",
+        ("one.jsonl has 1 answer, and one must be held out", "generate more"),
+    ),
     "missing data": (DISTILL + "data={tmp}/none", ("none holds no manifest.json",)),
     "truncated signal": (
         DISTILL + "data={tmp}/truncated",
@@ -834,6 +838,7 @@ def test_bad_input(name: str, world: World, stranger: Path, tmp_path: Path) -> N
     command, parts = BAD_INPUT[name]
     (tmp_path / "empty.jsonl").write_text("\n\n")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "w7"}\n\n{"prompt": "w8"\n')
+    (tmp_path / "one.jsonl").write_text('{"prompt": "w7", "response": "w8"}\n')
     (tmp_path / "file").write_text("mine")
     (tmp_path / "finished").mkdir()
     (tmp_path / "finished" / "report.md").write_text("mine")

@@ -524,10 +524,12 @@ def test_a_scorer_is_asked_once_a_round_and_as_soon_as_it_can_be(
 
 def test_progress_ends_once(tmp_path: Path) -> None:
     seen: list[float] = []
+    told: list[str] = []
 
     def progress(stage: str, done: float, total: float, detail: str = "") -> None:
         assert total == len(PROMPTS)
         seen.append(done)
+        told.append(detail)
 
     filters = Filters(min_tokens=2, retries=2)
     with serving(drawn("no", "no", "yes, it is")) as (url, _):
@@ -537,6 +539,9 @@ def test_progress_ends_once(tmp_path: Path) -> None:
     assert max(seen[:-1]) < 12
     assert all(a <= b for a, b in pairwise(seen)), "never backwards"
     assert seen[:26] == [0] * 26, "nothing of the first two rounds stays"
+    assert seen[26:38] == list(range(12)), "then a prompt a reply"
+    assert told[1:4] == ["1 replies", "2 replies", "3 replies"]
+    assert told[-1] == "36 replies"
 
 
 @pytest.mark.usefixtures("interruptible")
