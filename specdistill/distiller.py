@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -49,6 +49,13 @@ class StepMetrics:
     response_tokens: int
     missing: int
     tokens: int
+
+
+def leave_processes() -> None:
+    """At the end of a program that may be one of several processes: with threads of their group
+    still running its exit may be aborted.
+    """
+    PartialState().destroy_process_group()
 
 
 def configured_objective(config: DistillConfig) -> Objective:

@@ -113,6 +113,7 @@ for name, value in distiller.trained.items():
     whole.data.zero_()
 distiller.gather()
 assert all(value.any() for value in distiller.parameters.values())
+distiller.accelerator.end_training()  # else an exit may be aborted
 """
 
 

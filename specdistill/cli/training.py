@@ -97,7 +97,7 @@ def distill(
     console.setup(threads)
     from specdistill import distill as distillation
     from specdistill import heads, models, packing, policies
-    from specdistill.distiller import configured_objective
+    from specdistill.distiller import configured_objective, leave_processes
     from specdistill.run_folder import METRICS
 
     configured_objective(settings)  # before the models are read
@@ -114,6 +114,7 @@ def distill(
         models.check_pair(target, student)
     if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
         distillation.distill(settings, target, student, resume=resume)
+        leave_processes()
         return
     console.note_models(*filter(None, (target, student)), decoding=False)
     show = partial(console.note_example, student.tokenizer)
@@ -121,6 +122,7 @@ def distill(
         folder = distillation.distill(
             settings, target, student, resume=resume, show=show, progress=progress
         )
+    leave_processes()
     lines = (folder.parent / METRICS).read_text(encoding="utf-8").splitlines()
     metrics = [json.loads(line) for line in lines]
     answers = tables.drafted_answers(metrics)
