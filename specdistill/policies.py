@@ -33,7 +33,7 @@ from specdistill.decoding import Generation, ModelDrafter, Request, Sampling, Sp
 from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
 from specdistill.models import LanguageModel
-from specdistill_kernels import Verdict, sample
+from specdistill_kernels import Lenience, Mode, Verdict, sample
 
 BATCH = 64  # rows decoded together
 
@@ -101,7 +101,8 @@ def skd(source: Source, step: int) -> list[Example]:
 
 def induced(source: Source, step: int) -> list[Example]:
     """The states in which speculative decoding asks the draft: of each round with a rejection, the
-    text up to it as the prompt and the draft's proposals, at most `block`, as the response.
+    text up to it as the prompt and the draft's proposals, at most `block`, as the response. Where
+    the target rejects nothing, the rounds it accepts.
     """
     decoder = SpeculativeDecoder(
         source.target,
@@ -112,22 +113,24 @@ def induced(source: Source, step: int) -> list[Example]:
     )
     requests = source.requests(step)
     texts = {request.id: list(request.tokens) for request in requests}
-    ends, found = source.target.eos_ids, []
+    ends = source.target.eos_ids
+    rejected: list[Example] = []
+    accepted: list[Example] = []
     for round_ in decoder.stream(requests):
         for row in round_.rows:
             text = texts[row.request_id]
-            if row.accepted < row.tested:
-                assert row.proposals is not None
+            if row.proposals:
                 end = next((i for i, t in enumerate(row.proposals, 1) if t in ends), None)
                 name = f"{row.request_id}@{len(text)}"
-                found.append(Example(name, list(text), row.proposals[:end]))
+                example = Example(name, list(text), row.proposals[:end])
+                (rejected if row.accepted < row.tested else accepted).append(example)
             text += row.tokens
-    if not found:
+    if not rejected + accepted:
         raise InputError(
-            f"policy 'induced' found no rejection at step {step}: the target accepted every "
-            "proposal, and there is nothing left to learn from them; take another policy"
+            f"policy 'induced' met no proposal at step {step}: every answer ended with its first "
+            "token; take another policy, or prompts with longer answers"
         )
-    return found
+    return rejected or accepted
 
 
 def fresh_target(source: Source, step: int) -> list[Example]:
@@ -274,10 +277,11 @@ def standalone(draft: LanguageModel, target: LanguageModel) -> LanguageModel:
     return alone
 
 
-def within_top_k(top_k: int) -> Callable[..., Verdict]:
+def within_top_k(most: int) -> Callable[..., Verdict]:
     """The engine's rule for `skd`. A round emits its proposals up to the first that is not among
-    the target's `top_k`, and a sample of the target in its place. Where all are among them it ends
-    with the last proposal, as no token of the target is wanted.
+    the target's `most` likeliest tokens, and a sample of the target in its place. Where all are
+    among them it ends with the last proposal, as no token of the target is wanted. A row of the
+    target without a finite maximum gives -1, as in `verify`.
     """
 
     def rule(
@@ -289,11 +293,19 @@ def within_top_k(top_k: int) -> Callable[..., Verdict]:
         step: Tensor,
         seeds: Tensor,
         temperature: Tensor,
-        **others: object,
+        top_k: Tensor | None = None,  # of these the engine tells every rule; this one has no use
+        top_p: Tensor | None = None,
+        min_p: Tensor | None = None,
+        draft_vocab: Tensor | None = None,
+        draft_lse: Tensor | None = None,
+        point_mass: Tensor | None = None,
+        mode: Mode = "token",
+        lenience: Lenience | None = None,
     ) -> Verdict:
         num = draft_tokens.shape[1]
-        best = target_logits[:, :num].topk(min(top_k, target_logits.shape[-1]), -1).indices
-        inside = (best == draft_tokens[..., None]).any(-1)
+        usable = target_logits.amax(-1).isfinite()  # else no token of it means anything
+        best = target_logits[:, :num].topk(min(most, target_logits.shape[-1]), -1).indices
+        inside = (best == draft_tokens[..., None]).any(-1) & usable[:, :num]
         accepted = inside.long().cumprod(1).sum(1).minimum(lengths)
         row = torch.arange(len(accepted), device=accepted.device)
         # The draft used the places before `num` of this step; the noise of this one is fresh.
@@ -303,7 +315,7 @@ def within_top_k(top_k: int) -> Callable[..., Verdict]:
             seeds=seeds,
             step=step,
             position=num,
-        ).tokens
+        ).tokens.where(usable[row, accepted], -1)
         whole = (accepted == lengths) & (lengths > 0)
         last = accepted - whole.long()
         tokens = torch.cat([draft_tokens, draft_tokens.new_full((len(row), 1), -1)], 1)

@@ -21,7 +21,7 @@ from specdistill.decoding import ModelDrafter, SpeculativeDecoder
 from specdistill.distill import distill, schedule
 from specdistill.distiller import Distiller
 from specdistill.drafts import make_draft, save_draft
-from specdistill.errors import InputError, StorageError
+from specdistill.errors import DecodingError, InputError, StorageError
 from specdistill.models import LanguageModel
 from specdistill.policies import (
     POLICIES,
@@ -187,7 +187,6 @@ def test_the_rule_of_skd_by_hand() -> None:
         step=torch.zeros(4, dtype=torch.int64),
         seeds=torch.arange(4),
         temperature=torch.zeros(4, dtype=torch.float64),
-        top_k=None,
     )
     assert verdict.tokens.tolist() == [
         [4, 4, -1, -1],
@@ -196,6 +195,35 @@ def test_the_rule_of_skd_by_hand() -> None:
         [4, -1, -1, -1],
     ]
     assert verdict.num_accepted.tolist() == [1, 2, 0, 0]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf], ids=["nan", "no maximum"])
+def test_the_rule_of_skd_draws_nothing_from_a_row_that_is_no_distribution(bad: float) -> None:
+    """The second row at the first place, the third after one proposal; the bonus row is not read,
+    and in the first row it is all there is.
+    """
+    logits = torch.full((3, 3, 6), -50.0)
+    logits[..., 4], logits[..., 5] = 1.0, 0.0
+    logits[0, 2], logits[1, 0], logits[2, 1] = bad, bad, bad
+    verdict = within_top_k(2)(
+        torch.tensor([[4, 5], [4, 5], [4, 4]]),
+        None,
+        logits,
+        lengths=torch.tensor([2, 2, 2]),
+        step=torch.zeros(3, dtype=torch.int64),
+        seeds=torch.arange(3),
+        temperature=torch.ones(3, dtype=torch.float64),
+    )
+    assert verdict.tokens.tolist() == [[4, 5, -1], [-1, -1, -1], [4, -1, -1]]
+    assert verdict.num_accepted.tolist() == [1, 0, 1]
+
+
+def test_skd_names_the_request_of_a_target_without_numbers(tiny: Tiny) -> None:
+    target, draft = tiny(layers=2), tiny(layers=1, seed=3)
+    with torch.no_grad():
+        target.head.weight[:] = torch.nan
+    with pytest.raises(DecodingError, match=r"request .* the target's logits are"):
+        POLICIES["skd"](source(target, draft, "skd", top_k=2, block=3), 0)
 
 
 def test_induced_states_are_the_drafts_proposals_in_rejected_rounds(
@@ -264,10 +292,21 @@ def test_fresh_answers_are_sampled_from_the_targets_distribution() -> None:
     assert transitions(texts, q) < ALPHA
 
 
-def test_a_draft_that_is_never_rejected_has_no_induced_states(tiny: Tiny) -> None:
+def test_a_draft_that_is_never_rejected_learns_from_what_is_accepted(tiny: Tiny) -> None:
     target = tiny(layers=2)
-    with pytest.raises(InputError, match="found no rejection at step 40"):
-        POLICIES["induced"](source(target, target, "induced", sample_temperature=0.0), 40)
+    ours = source(target, target, "induced", block=3, sample_temperature=0.0)
+    found = POLICIES["induced"](ours, 40)
+    assert found
+    for example in found:
+        num = len(example.response_tokens)
+        assert example.response_tokens == greedy(target, example.prompt_tokens, num)
+
+
+def test_answers_of_one_token_have_no_induced_states(tiny: Tiny) -> None:
+    target = tiny(layers=2)
+    ours = source(target, target, "induced", max_new_tokens=1, sample_temperature=0.0)
+    with pytest.raises(InputError, match="met no proposal at step 40"):
+        POLICIES["induced"](ours, 40)
 
 
 # Schedule and run
