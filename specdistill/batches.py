@@ -58,6 +58,19 @@ def idle(batch: Batch) -> Batch:
     )
 
 
+def dealt(
+    groups: list[list[Example]], process: int, processes: int, device: torch.device
+) -> list[Batch]:
+    """The micro-batches of an update that one of several processes passes over, dealt in turn. All
+    make the same number of passes, as a pass over a draft that is cut needs them all: where the
+    groups run out, the last one adds nothing.
+    """
+    batches = [make_batch(group, 0, device) for group in groups[process::processes]]
+    if len(batches) * processes < len(groups):
+        batches.append(idle(make_batch(groups[0], 0, device)))
+    return batches
+
+
 def length_buckets(
     examples: list[Example], batch_tokens: int, seed: int, epoch: int
 ) -> list[list[Example]]:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,10 @@ import yaml
 from small_runs import ask, make_world, settings
 
 from specdistill import models
-from specdistill.batches import idle, make_batch
+from specdistill.batches import dealt, idle, length_buckets, make_batch
 from specdistill.data.answers import Answer, AnswerStore, Settled
-from specdistill.data.store import read_examples
-from specdistill.distill import distill
+from specdistill.data.store import Example, read_examples
+from specdistill.distill import distill, split
 from specdistill.distiller import Distiller
 from specdistill.errors import InputError
 
@@ -64,15 +65,19 @@ def test_two_processes_train_as_one_does(
     world: dict[str, str], tmp_path: Path, kind: str, shard: bool
 ) -> None:
     """The same micro-batches, dealt to two processes that hold the draft whole or cut: the same
-    losses but for rounding. The last update of an epoch has no micro-batch for the second process.
+    losses but for rounding. The last update of an epoch over kept answers has three micro-batches,
+    two for the first process and one for the second.
     """
+    examples = read_examples(Path(world["data"]), signal=False)
+    _, trained = split([e for e in examples if e.response_tokens], 8)
+    assert len(length_buckets(trained, 90, 0, 0)) % 4 == 3
     more: dict[str, object] = {"hints": {"layers": {2: 4}}}
     if kind == "on-policy":
         policy = {"name": "draft", "refresh_every": 4, "prompts": 12, "max_new_tokens": 10}
         more = {"signal": "live", "policy": policy}
     training = {
-        "accumulate": 2,
-        "batch_tokens": 80,
+        "accumulate": 4,
+        "batch_tokens": 90,
         "shard": shard,
         "activation_checkpointing": shard,
     }
@@ -115,6 +120,20 @@ distiller.gather()
 assert all(value.any() for value in distiller.parameters.values())
 distiller.accelerator.end_training()  # else an exit may be aborted
 """
+
+
+def test_processes_make_equal_numbers_of_passes_over_all_of_an_update() -> None:
+    """A pass over a draft that is cut needs all processes: one that makes none hangs the others."""
+    groups = [[Example(f"{i}", [5, 6], [7] * (1 + i % 3))] for i in range(9)]
+    for count, processes in product(range(1, 10), (1, 2, 3, 4)):
+        shares = [
+            dealt(groups[:count], i, processes, torch.device("cpu")) for i in range(processes)
+        ]
+        assert {len(share) for share in shares} == {-(-count // processes)}
+        labels = [len(batch.labels) for share in shares for batch in share]
+        assert sorted(filter(None, labels)) == sorted(
+            len(g[0].response_tokens) for g in groups[:count]
+        )
 
 
 @pytest.mark.slow
