@@ -6,11 +6,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-import torch
-
 from specdistill.config import Lora
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
+from specdistill.randomness import seeded
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraModel
@@ -27,10 +26,10 @@ def adapt(draft: LanguageModel, lora: Lora, seed: int) -> LoraModel:
     except ImportError:
         raise InputError('training.lora needs peft: pip install "specdistill[lora]"') from None
     settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules="all-linear")
-    torch.manual_seed(seed)
     vars(draft).pop("body", None)  # it was made of the layers before
     try:
-        return LoraModel(draft.model, settings, "default")
+        with seeded(seed, draft.device):
+            return LoraModel(draft.model, settings, "default")
     except ValueError as error:
         raise InputError(f"training.lora: peft cannot adapt {draft.name}: {error}") from error
 

@@ -11,7 +11,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from specdistill.batches import Batch, idle, make_batch, updates
+from specdistill.batches import dealt, updates
 from specdistill.checkpoints import (
     copy_weights,
     find_checkpoint,
@@ -22,7 +22,7 @@ from specdistill.config import DistillConfig
 from specdistill.data.answers import holds_answers
 from specdistill.data.signal import NONE, kept_tokens, read_states
 from specdistill.data.store import MANIFEST, Example, read_manifest
-from specdistill.distiller import Distiller
+from specdistill.distiller import Distiller, trainable
 from specdistill.drafts import save_draft, set_origin
 from specdistill.errors import DecodingError, InputError, TrainingError
 from specdistill.evaluation import Evaluation
@@ -107,12 +107,16 @@ def distill(
     draft: LanguageModel,
     *,
     resume: bool = False,
+    in_place: bool = False,
     show: Callable[[Example], None] | None = None,
     progress: Progress = silent,
 ) -> Path:
     """Run to the end of the budget; returns the folder of the finished draft, RUN/draft: the
     weights of the best evaluation, by `Evaluation.criterion`. The target is None exactly where
     `config.signal` is "none". `show` is given the first example that is trained on.
+
+    A copy of `draft` is trained, in float32; `in_place` saves its memory where the caller has no
+    further use for the draft, which must then be in float32 itself and not packed.
 
     Writes RUN/metrics.jsonl and RUN/checkpoints/; the last row of the metrics names the step whose
     weights were kept. Raises `InputError` as `check_run`, and where data and target do not belong
@@ -139,6 +143,7 @@ def distill(
         )
     heldout, training = split(examples, config.heldout)
 
+    draft = draft if in_place else trainable(draft)
     distiller = Distiller(target, draft, config)
     accelerator = distiller.accelerator
     leads, processes = accelerator.is_main_process, accelerator.num_processes
@@ -193,12 +198,6 @@ def distill(
             for e in found
         ]
 
-    def own(groups: list[list[Example]]) -> list[Batch]:
-        """This process's share of an update, or where none is left a pass that adds nothing."""
-        mine = groups[accelerator.process_index :: processes]
-        batches = [make_batch(group, 0, draft.device) for group in mine or groups[:1]]
-        return batches if mine else [idle(batches[0])]
-
     def record(row: dict[str, Any]) -> None:
         row = {name: state[name] for name in ("step", "tokens", "seconds")} | row
         if leads:
@@ -236,7 +235,8 @@ def distill(
         groups = next(stream)
         if show is not None and state["step"] == 0:
             show(groups[0][0])
-        metrics = distiller.step(own(groups), rate(share, config))
+        batches = dealt(groups, accelerator.process_index, processes, draft.device)
+        metrics = distiller.step(batches, rate(share, config))
         state["seconds"] += time.perf_counter() - start
         state["step"] += 1
         state["tokens"] += metrics.response_tokens

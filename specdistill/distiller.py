@@ -1,5 +1,5 @@
 """One update of a draft towards its target. `Distiller.step` is the whole of the training;
-accelerate lives here alone.
+accelerate is imported here alone.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from specdistill.drafts import decoder_layers
 from specdistill.errors import InputError
 from specdistill.hints import HintLoss
 from specdistill.models import LanguageModel
+from specdistill.packing import is_packed, unpacked
+from specdistill.randomness import seeded
 from specdistill.shards import cut, shard, whole
 from specdistill_kernels import (
     Head,
@@ -71,9 +73,35 @@ def configured_objective(config: DistillConfig) -> Objective:
     )
 
 
+def trainable(draft: LanguageModel) -> LanguageModel:
+    """A copy to train, which leaves the draft as it is: in float32 at least, with linear layers
+    that have no packed weights.
+    """
+    kind = torch.promote_types(draft.dtype, torch.float32)
+    return replace(draft, model=unpacked(copy.deepcopy(draft.model)).to(kind))
+
+
+def _check_trainable(draft: LanguageModel) -> None:
+    """Raises `InputError` for weights in which small updates would be lost or that are not what the
+    draft computes with.
+    """
+    half = {p.dtype for p in draft.model.parameters()} & {torch.bfloat16, torch.float16}
+    if half:
+        raise InputError(
+            f"the draft {draft.name} has weights in {', '.join(sorted(map(str, half)))}, in which "
+            "updates would round to nothing; load it with dtype='float32'"
+        )
+    if is_packed(draft):
+        raise InputError(
+            f"the draft {draft.name} is packed for decoding, and packed weights do not follow an "
+            "update; load it again, and pack it when it is trained"
+        )
+
+
 class Distiller:
     """Trains `draft` in place towards `target`, which is only read: its body too where the signal
-    is taken live. Without a target, towards the text of the batches.
+    is taken live. Without a target, towards the text of the batches. Raises `InputError` for a
+    draft in half precision or packed; `trainable` makes a copy that is neither.
     """
 
     def __init__(
@@ -82,6 +110,7 @@ class Distiller:
         self.target, self.draft, self.config = target, draft, config
         self.objective = configured_objective(config)
         training, hints = config.training, config.hints
+        _check_trainable(draft)
         _check_launch(config)
         self.accelerator = Accelerator(
             mixed_precision="no",  # `loss_of` decides
@@ -100,8 +129,8 @@ class Distiller:
         self.hints: HintLoss | None = None
         if hints is not None:
             assert target is not None
-            torch.manual_seed(config.seed)  # of the learned maps
-            self.hints = HintLoss(hints.kind, hints.layers, hints.weight, draft, target)
+            with seeded(config.seed, draft.device):  # of the learned maps
+                self.hints = HintLoss(hints.kind, hints.layers, hints.weight, draft, target)
             self.parameters |= {f"hints.{n}": p for n, p in self.hints.named_parameters()}
         self.target_head = None if target is None else target.readout()
         width = draft.full_vocab_size if target is None else target.vocab_size
@@ -179,7 +208,9 @@ class Distiller:
         for number, batch in enumerate(batches, 1):
             signal = self.signal(batch)
             waits = nullcontext() if number == len(batches) else self.accelerator.no_sync(self.loss)
-            with waits:  # for the last one, whose backward pass shares the gradients
+            with (
+                waits
+            ):  # for the last one's backward pass to share gradients; a cut draft always does
                 loss = self.loss(batch, signal)
                 # What shares gradients takes their mean over the processes.
                 self.accelerator.backward(loss * self.accelerator.num_processes / total)

@@ -15,9 +15,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from specdistill.errors import InputError, ModelError, StorageError
 from specdistill.models import VOCAB_FILE, LanguageModel
+from specdistill.randomness import seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,9 +111,8 @@ def make_draft(
     vars(config).pop(ORIGIN, None)  # not this draft's
     if vocabulary is not None:
         text.tie_word_embeddings = config.tie_word_embeddings = False
-    if random_seed is not None:
-        torch.manual_seed(random_seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=target.dtype)
+    with seeded(random_seed or 0):
+        model = AutoModelForCausalLM.from_config(config, dtype=target.dtype)
     model.generation_config = copy.deepcopy(target.model.generation_config)
     if random_seed is None:
         _copy_weights(target, layers, model)
@@ -186,8 +187,8 @@ def widen(draft: LanguageModel) -> LanguageModel:
     if draft.vocab is None:
         return draft
     wide = copy.deepcopy(draft.model)
-    head = nn.Linear(draft.head.in_features, draft.full_vocab_size, draft.head.bias is not None)
-    head = head.to(draft.device, draft.dtype)
+    shape = (draft.head.in_features, draft.full_vocab_size, draft.head.bias is not None)
+    head = skip_init(nn.Linear, *shape, device=draft.device, dtype=draft.dtype)
     with torch.no_grad():
         head.weight[:] = 0 if head.bias is not None else _far_row(draft)
         head.weight[draft.vocab] = draft.head.weight
@@ -226,9 +227,8 @@ def random_texts(draft: LanguageModel, rows: int) -> Tensor:
 
 def _select_rows(head: nn.Module, rows: Tensor) -> nn.Linear:
     weight, bias = head.get_parameter("weight"), getattr(head, "bias", None)
-    new = nn.Linear(
-        weight.shape[1], len(rows), bias is not None, device=weight.device, dtype=weight.dtype
-    )
+    shape = (weight.shape[1], len(rows), bias is not None)
+    new = skip_init(nn.Linear, *shape, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         new.weight.copy_(weight[rows])
         if bias is not None:

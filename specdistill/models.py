@@ -23,12 +23,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from specdistill.architectures import check_decodable
 from specdistill.errors import ModelError, StorageError
 from specdistill.hashes import file_sha256, weights_sha256
 from specdistill.llama import LlamaBody, llama_body
 from specdistill.options import Dtype
+from specdistill.randomness import seeded
 from specdistill_kernels import Head
 
 if TYPE_CHECKING:
@@ -241,11 +243,11 @@ def load(
             model, report = loaded
             missing = report["missing_keys"]
         else:
-            model = AutoModelForCausalLM.from_config(config, dtype=kind)
+            with seeded(0):  # the weights that are drawn are all replaced
+                model = AutoModelForCausalLM.from_config(config, dtype=kind)
             head = model.get_output_embeddings()
-            model.set_output_embeddings(
-                nn.Linear(head.in_features, len(vocab), head.bias is not None, dtype=kind)
-            )
+            shape = (head.in_features, len(vocab), head.bias is not None)
+            model.set_output_embeddings(skip_init(nn.Linear, *shape, dtype=kind))
             weights = load_file(path / "model.safetensors")
             weights = {key: value.to(kind) for key, value in weights.items()}
             missing, unexpected = model.load_state_dict(weights, strict=False)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from specdistill.models import LanguageModel
 from specdistill.products import Joined, packs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class PackedLinear(nn.Linear):
@@ -63,3 +66,21 @@ def _packed(linear: nn.Linear, rows: int) -> nn.Linear:
     elif type(linear) is nn.Linear:  # a subclass may compute something else
         return PackedLinear(linear, rows)
     return linear
+
+
+def is_packed(language_model: LanguageModel) -> bool:
+    """Whether `pack` has packed any of its weights."""
+    modules = language_model.model.modules()
+    packed_head = language_model.wide_head is not None
+    return packed_head or any(isinstance(module, PackedLinear) for module in modules)
+
+
+def unpacked(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with ordinary linear layers of the same weights, in place."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, PackedLinear):
+                linear = nn.Linear(child.in_features, child.out_features, device="meta")
+                linear.weight, linear.bias = child.weight, child.bias
+                setattr(parent, name, linear)
+    return model

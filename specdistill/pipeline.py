@@ -129,7 +129,7 @@ def quickstart(
             training=Training(max_seconds=plan.train_seconds, batch_tokens=512),
         )
         student = models.load(str(undistilled), dtype="float32")
-        distill(config, target, student, resume=True, progress=progress)
+        distill(config, target, student, resume=True, in_place=True, progress=progress)
     after = scored("scorecard.json", run_dir / "draft", heldout, plan.num_draft_tokens)
     progress("report", 0, 1)
     plot_all(run_dir)

@@ -175,7 +175,7 @@ def _run(config: DistillConfig, how: Score, target: LanguageModel, progress: Pro
     draft = models.load(config.draft, dtype="float32", device=config.device)
     models.check_pair(target, draft)
     learnt_from = None if config.signal == "none" else target
-    distill(config, learnt_from, draft, resume=True, progress=progress)
+    distill(config, learnt_from, draft, resume=True, in_place=True, progress=progress)
     trained = str(Path(config.run_dir) / DRAFT)
     return score(
         target,

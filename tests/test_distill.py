@@ -1,6 +1,7 @@
 """Training: the step against a plain computation, kept and live signals, resumable to the bit."""
 
 import json
+import random
 import shutil
 import sys
 from collections import Counter
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
 import pytest
@@ -29,6 +31,7 @@ from specdistill.drafts import make_draft, origin, save_draft, set_origin
 from specdistill.errors import InputError, StorageError, TrainingError
 from specdistill.evaluation import Evaluation, decoded, overlap, with_answers
 from specdistill.models import LanguageModel
+from specdistill.packing import pack
 from specdistill.policies import read_given
 from specdistill.run_folder import config_sha256
 
@@ -566,7 +569,7 @@ def test_lora_trains_its_factors_alone_and_leaves_an_ordinary_draft(
     target, draft = (models.load(world[n], dtype="float32") for n in ("target", "draft"))
     before = models.load(world["draft"], dtype="float32")
     names = before.model.state_dict().keys()
-    distill(config, target, draft)
+    distill(config, target, draft, in_place=True)
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in metrics]
     assert rows[-1]["expected_alpha"] > rows[0]["expected_alpha"] + 0.005
@@ -690,3 +693,71 @@ def test_a_tracker_that_is_not_installed_is_named(world: dict[str, str], tmp_pat
     with pytest.raises(InputError, match="trackers: clearml cannot be imported"):
         run(settings(world, tmp_path / "run", trackers=["clearml"]))
     assert not (tmp_path / "run").exists()
+
+
+# What belongs to the caller
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "packed"])
+def test_a_draft_in_hand_stays_as_it_was(
+    world: dict[str, str], tmp_path: Path, kind: Literal["float32", "bfloat16", "packed"]
+) -> None:
+    """A copy is trained, in float32 whatever the draft is in."""
+    dtype = "bfloat16" if kind == "bfloat16" else "float32"
+    target = models.load(world["target"], dtype="float32")
+    draft = models.load(world["draft"], dtype=dtype)
+    if kind == "packed":
+        pack(draft, 8)
+    tokens = torch.tensor([[5, 9, 7]])
+    modules = [type(module) for module in draft.model.modules()]
+    before = draft.logits(draft.hidden(tokens)).clone()
+    weights = {name: value.clone() for name, value in draft.model.state_dict().items()}
+    more = {"hints": {"layers": {2: 4}}, "signal": "live"}
+    distill(settings(world, tmp_path / "run", training={"max_steps": 3}, **more), target, draft)
+    assert torch.equal(draft.logits(draft.hidden(tokens)), before)
+    assert [type(module) for module in draft.model.modules()] == modules
+    for name, value in draft.model.state_dict().items():
+        assert value.dtype == weights[name].dtype
+        assert torch.equal(value, weights[name])
+    assert not any(p.requires_grad for p in draft.model.parameters())
+    trained = models.load(str(tmp_path / "run" / "draft"), dtype="float32")
+    assert not torch.equal(trained.logits(trained.hidden(tokens)), before)
+    assert models.stored_dtype(str(tmp_path / "run" / "draft")) == "float32"
+
+
+def test_in_place_the_draft_in_hand_is_the_one_that_is_trained(
+    world: dict[str, str], tmp_path: Path
+) -> None:
+    target, draft = (models.load(world[n], dtype="float32") for n in ("target", "draft"))
+    distill(settings(world, tmp_path / "run"), target, draft, in_place=True)
+    saved = models.load(str(tmp_path / "run" / "draft"), dtype="float32")
+    for ours, theirs in zip(draft.model.parameters(), saved.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_draft_that_cannot_be_trained_in_place_is_refused(
+    world: dict[str, str], tmp_path: Path
+) -> None:
+    target = models.load(world["target"], dtype="float32")
+    for dtype, message in (("bfloat16", "torch.bfloat16"), ("float16", "torch.float16")):
+        half = models.load(world["draft"], dtype=dtype)
+        with pytest.raises(InputError, match=rf"weights in {message}.* dtype='float32'"):
+            Distiller(target, half, settings(world, tmp_path / "run"))
+    packed = pack(models.load(world["draft"], dtype="float32"), 8)
+    with pytest.raises(InputError, match=r"is packed for decoding.* load it again"):
+        distill(settings(world, tmp_path / "run"), target, packed, in_place=True)
+    assert not (tmp_path / "run" / "draft").exists()
+
+
+def test_a_run_draws_nothing_from_the_programs_own_generator(
+    world: dict[str, str], tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    state, own = torch.get_rng_state(), random.getstate()
+    target, draft = (models.load(world[n], dtype="float32") for n in ("target", "draft"))
+    training = {"max_steps": 2, "lora": LORA}
+    more = {"hints": {"layers": {2: 4}}, "signal": "live"}
+    distill(settings(world, tmp_path / "run", training=training, **more), target, draft)
+    make_draft(target, [0], random_seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == own

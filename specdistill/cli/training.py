@@ -113,14 +113,20 @@ def distill(
     if target is not None:
         models.check_pair(target, student)
     if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
-        distillation.distill(settings, target, student, resume=resume)
+        distillation.distill(settings, target, student, resume=resume, in_place=True)
         leave_processes()
         return
     console.note_models(*filter(None, (target, student)), decoding=False)
     show = partial(console.note_example, student.tokenizer)
     with held(Path(settings.run_dir)), console.progress() as progress:
         folder = distillation.distill(
-            settings, target, student, resume=resume, show=show, progress=progress
+            settings,
+            target,
+            student,
+            resume=resume,
+            in_place=True,
+            show=show,
+            progress=progress,
         )
     leave_processes()
     lines = (folder.parent / METRICS).read_text(encoding="utf-8").splitlines()

@@ -25,6 +25,7 @@ from specdistill.engines.measure import Answer, scorecard, take_turns
 from specdistill.errors import DecodingError, InputError
 from specdistill.models import LanguageModel
 from specdistill.progress import Progress, silent
+from specdistill.randomness import seeded
 from specdistill.scoring.lossless import explain_difference
 from specdistill.scoring.measure import EncodedPrompt, Setting
 from specdistill.scoring.provenance import model_card, provenance
@@ -146,8 +147,8 @@ class Batches:
         mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
         tokens, given = (torch.tensor(x, device=target.device) for x in (rows, mask))
         start = time.perf_counter()
-        torch.manual_seed(row_seed(first.seed, first.id))
-        with _settings(target, first.sampling, first.max_new_tokens):
+        drawing = seeded(row_seed(first.seed, first.id), target.device)
+        with drawing, _settings(target, first.sampling, first.max_new_tokens):
             checked = LogitsProcessorList([_Checked(target)])
             out = model.generate(tokens, attention_mask=given, logits_processor=checked)
         seconds = time.perf_counter() - start
@@ -212,10 +213,10 @@ def _generate(
             num_assistant_tokens_schedule="constant",
             assistant_confidence_threshold=0.0,
         )
-    torch.manual_seed(row_seed(seed, f"{prompt.id}:{num}"))
+    own_seed = row_seed(seed, f"{prompt.id}:{num}")
     start = time.perf_counter()
     try:
-        with _settings(target, Sampling(temperature), count):
+        with seeded(own_seed, target.device), _settings(target, Sampling(temperature), count):
             out = model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
