@@ -16,7 +16,7 @@ from specdistill import drafts, models
 from specdistill.errors import InputError, ModelError, StorageError
 from specdistill.models import LanguageModel
 from specdistill.scoring.scorecard import Row, Scorecard
-from specdistill.scoring.trust import swapped_draft
+from specdistill.scoring.trust import objections, swapped_draft
 from specdistill.serving import Engine, command, fenced, name_elsewhere
 
 LICENCES = {models.DEMO: "Apache-2.0"}  # of targets that SpecDistill itself offers
@@ -110,6 +110,11 @@ def _card(draft: LanguageModel, named: Path | None) -> tuple[Scorecard | None, l
         card = Scorecard.read(named)
         if doubts := swapped_draft(card.draft, draft.path):
             raise InputError(f"{named} is of another draft: {'; '.join(doubts)}")
+        if doubts := objections(card):
+            raise InputError(
+                f"the figures of {named} cannot go along: {'; '.join(doubts)}; score the draft "
+                "again, or leave --scorecard out"
+            )
         return card, []
     found = _beside(draft.path)
     if not found.exists():
@@ -118,7 +123,7 @@ def _card(draft: LanguageModel, named: Path | None) -> tuple[Scorecard | None, l
             "or name a scorecard with --scorecard"
         ]
     card = Scorecard.read(found)
-    if doubts := swapped_draft(card.draft, draft.path):
+    if doubts := swapped_draft(card.draft, draft.path) or objections(card):
         return None, [f"the model card has no figures: {'; '.join(doubts)}"]
     return card, []
 

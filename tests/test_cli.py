@@ -28,7 +28,7 @@ from specdistill.data.store import Example, read_examples, read_manifest
 from specdistill.drafts import save_draft
 from specdistill.errors import InputError
 from specdistill.scoring.scorecard import Scorecard
-from specdistill_kernels import reference
+from specdistill_kernels import Verdict, reference
 
 
 class Done(NamedTuple):
@@ -440,6 +440,30 @@ def test_plot_draws_the_run_folder_and_writes_its_report(world: World) -> None:
     for file in pictures:
         assert file.parent == world.places["run"] / "plots"
         assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_engine_that_is_not_lossless_ends_with_exit_code_1(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card is there and says it."""
+
+    def gullible(draft_tokens, draft_logits, target_logits, *, lengths, **rest):
+        bonus = target_logits[:, -1].argmax(-1, keepdim=True)
+        return Verdict(torch.cat([draft_tokens, bonus], 1), lengths)
+
+    monkeypatch.setattr("specdistill.decoding.engine.verify", gullible)
+    at, card = world.places, tmp_path / "card.json"
+    done = run(
+        *("score", "--target", at["target"], "--draft", at["draft"], "--dtype", "float32"),
+        *("--num-draft-tokens", 2, "--temperature", 0, "--max-new-tokens", 12, "--limit", 3),
+        *("--prompts", at["prompts"], "--out", card, "--json"),
+    )
+    assert done.code == 1
+    said = json.loads(done.out)["verdict"]
+    assert not said["pays"]
+    assert said["reason"].startswith("FAILED, not lossless: ")
+    assert said["reason"] in done.err
+    assert Scorecard.read(card).failures
 
 
 def test_score_tells_categories_and_lengths_apart(world: World, tmp_path: Path) -> None:

@@ -234,6 +234,19 @@ def test_figures_changed_afterwards_are_caught(good: Scorecard) -> None:
     assert "no plain decoding" in obstacles({"good": good, "b": replace(good, baseline=[])})[0]
 
 
+def test_a_card_whose_evidence_failed_is_not_ranked(
+    good: Scorecard, bad: Scorecard, tmp_path: Path
+) -> None:
+    wrong = replace(good, lossless=replace(good.lossless, distribution_p_value=1e-9))
+    (reason,) = obstacles({"wrong": wrong, "bad": bad})
+    assert reason.startswith("wrong: FAILED, not lossless: sampled tokens do not follow ")
+    wrong.write(tmp_path / "wrong.json")
+    bad.write(tmp_path / "bad.json")
+    done = run("compare", tmp_path / "wrong.json", tmp_path / "bad.json", "--json")
+    assert (done.code, json.loads(done.out)["comparable"]) == (1, False)
+    assert "wrong.json: FAILED" in done.err
+
+
 def test_a_swapped_draft_is_caught(good: Scorecard, bad: Scorecard, tmp_path: Path) -> None:
     from specdistill.hashes import weights_sha256
 

@@ -133,3 +133,14 @@ def test_what_leaks_to_lacking_tokens_is_told(tmp_path: Path) -> None:
     done = export(str(tmp_path / "draft"), tmp_path / "out", "vllm")
     assert 0.001 < done.leaked < 1
     assert f"take {done.leaked:.1e}" in (tmp_path / "out" / "README.md").read_text("utf-8")
+
+
+def test_figures_that_are_not_to_be_trusted_do_not_go_along(run_dir: Path, tmp_path: Path) -> None:
+    file = run_dir / "scorecard.json"
+    card = Scorecard.read(file)
+    replace(card, lossless=replace(card.lossless, identity_acceptance=0.5)).write(file)
+    done = export(str(run_dir / "draft"), tmp_path / "out", "vllm")
+    assert "FAILED, not lossless" in done.notes[0]
+    assert "It has not been scored" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(InputError, match=r"figures of .* cannot go along: FAILED, not lossless"):
+        export(str(run_dir / "draft"), tmp_path / "named", "vllm", file)

@@ -24,6 +24,7 @@ from specdistill.scoring.statistics import (
     planned_speedup,
     speedup_interval,
 )
+from specdistill.scoring.trust import objections
 from specdistill.scoring.verdict import verdict
 from specdistill_kernels import Lenience
 
@@ -155,6 +156,41 @@ def test_a_wrong_verify_function_shows_in_the_evidence(pair, monkeypatch) -> Non
     assert same < compared
     assert any(not tie["within_rounding"] for tie in wrong.lossless.ties)
     assert not wrong.lossless.holds
+    assert not wrong.verdict.pays
+    assert wrong.verdict.reason.startswith("FAILED, not lossless: ")
+    assert wrong.label == "FAILED: not lossless"
+
+
+FAILING: dict[str, tuple[dict[str, object], str]] = {
+    "greedy": ({"greedy_identical": (7, 8)}, "1 of 8 greedy texts differ"),
+    "identity": ({"identity_acceptance": 0.8}, "the target accepts 0.800 of its own tokens"),
+    "distribution": ({"distribution_p_value": 1e-9}, "do not follow the target's distribution"),
+    "no identity": ({"identity_acceptance": math.nan}, "the target was not tried"),
+    "no distribution": ({"distribution_p_value": math.nan}, "was not tested"),
+}
+
+
+@pytest.mark.parametrize("evidence", FAILING)
+def test_evidence_that_fails_makes_the_verdict_failed_wherever_a_card_is_read(
+    card: Scorecard, tmp_path: Path, evidence: str
+) -> None:
+    """Whatever the file says of itself."""
+    changes, words = FAILING[evidence]
+    raw = card.document()
+    raw["verdict"] |= {"pays": True, "reason": "The draft pays: 9.00 times plain decoding."}
+    for name, value in changes.items():
+        raw["lossless"][name] = None if value != value else value
+    (tmp_path / "card.json").write_text(json.dumps(raw))
+    read = Scorecard.read(tmp_path / "card.json")
+    assert not read.verdict.pays
+    assert read.verdict.reason.startswith("FAILED, not lossless: ")
+    assert words in read.verdict.reason
+    assert "FAILED" in read.label
+    assert any(words in objection for objection in objections(read))
+    read.write(tmp_path / "again.json")
+    assert Scorecard.read(tmp_path / "again.json").verdict == read.verdict
+    assert not objections(card)
+    assert "FAILED" not in card.verdict.reason
 
 
 def test_the_distribution_test_sees_what_a_trimmed_draft_cannot_say(pair, monkeypatch) -> None:

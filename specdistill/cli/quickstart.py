@@ -21,7 +21,9 @@ def quickstart(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """The whole loop on the embedded model: answers, draft, distillation, score, report."""
+    """The whole loop on the embedded model: answers, draft, distillation, score, report; exit code
+    1 if decoding is not lossless.
+    """
     from specdistill import pipeline
 
     console.setup(threads)
@@ -43,6 +45,8 @@ def quickstart(
     console.finish(
         as_json, {"run_dir": str(folder), "before": before.document(), "after": after.document()}
     )
+    if before.failures or after.failures:
+        raise typer.Exit(1)
 
 
 def _new_run(parent: Path) -> Path:

@@ -70,7 +70,9 @@ def score(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Measure acceptance and speed of a pair by real speculative decoding."""
+    """Measure acceptance and speed of a pair by real speculative decoding; exit code 1 if it is not
+    lossless.
+    """
     gammas, temperatures = (
         options.whole_numbers(num_draft_tokens),
         options.temperatures(temperature),
@@ -118,6 +120,8 @@ def score(
         screen.print(table)
     console.print_lines(screen, [tables.evidence_line(card), card.verdict.reason])
     console.finish(as_json, card.document())
+    if card.failures:
+        raise typer.Exit(1)
 
 
 def check(

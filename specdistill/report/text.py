@@ -90,9 +90,10 @@ def _verdict(card: Scorecard, best: Row, target: str) -> str:
         proof = f"but the output is not the target's ({card.verification.label})"
     elif not card.lossless.holds:
         proof = "but that the output does not change was NOT shown"
+    judged = "FAILED" if card.failures else judgement(best, card.verdict.pays)
     return (
         f"# {_labelled(f'A draft for {target}', card)}\n\n"
-        f"**{judgement(best, card.verdict.pays)}: with it, {speed}, {proof}.**\n\n"
+        f"**{judged}: with it, {speed}, {proof}.**\n\n"
         f"Why: {card.verdict.reason}"
     )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from specdistill.errors import InputError
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.statistics import ratio_of_sums
-from specdistill.scoring.trust import NOISE, doubts, of_setting, round_cost, swapped_draft
+from specdistill.scoring.trust import NOISE, objections, of_setting, round_cost, swapped_draft
 
 Cards = Mapping[str, Scorecard]  # by the name they are shown under
 
@@ -42,7 +42,7 @@ def obstacles(cards: Cards) -> list[str]:
         return [f"a comparison takes at least two scorecards; got {len(cards)}"]
     found = []
     for name, card in cards.items():
-        found += [f"{name}: {doubt}" for doubt in doubts(card.baseline, card.rows, card.per_prompt)]
+        found += [f"{name}: {objection}" for objection in objections(card)]
         beside = card_file(Path(name)).parent / "draft"
         if card_file(Path(name)).name == "scorecard.json" and beside.is_dir():
             found += [f"{name}: {doubt}" for doubt in swapped_draft(card.draft, beside)]

@@ -1,8 +1,8 @@
 """scorecard.json: the measured result of one target, one draft and one set of prompts.
 
-The fields are the contract other programs read (schema `specdistill.scorecard/1`); everything
-derived from counts is computed here and nowhere else, so that two cards can be added and the rates
-stay right.
+The fields are the contract other programs read (schema `specdistill.scorecard/1`). A card is made
+by `measure.score` and `engines.measure`; `trust` computes again from `per_prompt` what it says in
+sum. Two cards cannot be added.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "specdistill.scorecard/1"
 OWN_ENGINE = "specdistill"  # `provenance["engine"]` of our own decoder
+LEAST_IDENTITY, LEAST_P_VALUE = 0.99, 1e-4  # at or below these, evidence of losslessness fails
 
 
 @dataclass(frozen=True)
@@ -160,14 +161,33 @@ class Lossless:
     distribution_p_value: float
 
     @property
-    def holds(self) -> bool:
+    def failures(self) -> list[str]:
+        """What speaks against it, a clause each."""
         same, compared = self.greedy_identical
-        explained = sum(1 for tie in self.ties if tie["within_rounding"])
-        return (
-            same + explained == compared
-            and self.identity_acceptance > 0.99
-            and self.distribution_p_value > 1e-4
-        )
+        unexplained = compared - same - sum(bool(tie["within_rounding"]) for tie in self.ties)
+        found = []
+        if unexplained > 0:
+            found.append(
+                f"{unexplained} of {compared} greedy texts differ from those of plain decoding, "
+                "and rounding does not explain it"
+            )
+        if self.identity_acceptance <= LEAST_IDENTITY:
+            found.append(
+                f"as its own draft the target accepts {self.identity_acceptance:.3f} of its own "
+                "tokens"
+            )
+        if self.distribution_p_value <= LEAST_P_VALUE:
+            found.append(
+                "sampled tokens do not follow the target's distribution "
+                f"(p = {self.distribution_p_value:.2g})"
+            )
+        return found
+
+    @property
+    def holds(self) -> bool:
+        """Whether all of the evidence is there and nothing speaks against it."""
+        absent = math.isnan(self.identity_acceptance) or math.isnan(self.distribution_p_value)
+        return not self.failures and not absent
 
 
 @dataclass(frozen=True)
@@ -233,6 +253,24 @@ class Scorecard:
     example: Example | None = None
     schema: str = SCHEMA
 
+    def __post_init__(self) -> None:
+        """Whatever the verdict was: without the proof of losslessness it is FAILED."""
+        if self.failures:
+            object.__setattr__(self, "verdict", _failed(self.verdict, self.failures))
+
+    @property
+    def failures(self) -> list[str]:
+        """Why the output is not shown to be lossless, a clause each; what the verification gives
+        away by its own word (LOSSY) is no failure.
+        """
+        missing = []
+        if not self.outside_engine and math.isnan(self.lossless.identity_acceptance):
+            missing.append("the target was not tried as its own draft")
+        exact = not self.outside_engine and not self.verification.lossy
+        if exact and math.isnan(self.lossless.distribution_p_value):
+            missing.append("the distribution of sampled tokens was not tested")
+        return [*self.lossless.failures, *missing]
+
     @property
     def outside_engine(self) -> str:
         """The engine of another project that was measured, such as "vllm 0.32.0"; empty for ours.
@@ -245,11 +283,12 @@ class Scorecard:
 
     @property
     def label(self) -> str:
-        """What every table, picture and report made from the card says: the engine where it is not
-        ours, and what is unusual about the verification.
+        """What every table, picture and report made from the card says: that its evidence failed,
+        the engine where it is not ours, and what is unusual about the verification.
         """
         engine = f"measured in {self.outside_engine}" if self.outside_engine else ""
-        return ", ".join(filter(None, [engine, self.verification.label]))
+        proof = "FAILED: not lossless" if self.failures else ""
+        return ", ".join(filter(None, [proof, engine, self.verification.label]))
 
     def best_row(self, temperature: float) -> Row:
         """The fastest row measured at `temperature`."""
@@ -316,6 +355,17 @@ class Scorecard:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path} is not a complete scorecard: {error}") from error
+
+
+def _failed(verdict: Verdict, failures: list[str]) -> Verdict:
+    """In place of a verdict on the speed of a text that is not the target's."""
+    best = verdict.best
+    reason = (
+        f"FAILED, not lossless: {'; '.join(failures)}. That it took {best.speedup:.2f} times the "
+        f"speed of plain decoding at γ = {best.num_draft_tokens}, temperature "
+        f"{best.temperature:g}, counts for nothing."
+    )
+    return replace(verdict, pays=False, reason=reason)
 
 
 def _read_slices(raw: list[dict[str, Any]]) -> list[CategoryRow]:

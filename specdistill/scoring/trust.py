@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specdistill.hashes import weights_sha256
-from specdistill.scoring.scorecard import Baseline, ModelCard, PromptRow, Row
+from specdistill.scoring.scorecard import Baseline, ModelCard, PromptRow, Row, Scorecard
 from specdistill.scoring.statistics import ratio_of_sums
 
 NOISE = 0.1  # what timings of the same work may differ by beyond their intervals
@@ -30,6 +30,12 @@ def doubts(
         else:
             found += _sums(row, base, prompts) + _slowed(row, prompts)
     return found
+
+
+def objections(card: Scorecard) -> list[str]:
+    """Why nothing should be concluded from a card; none for a sound one."""
+    failed = [f"FAILED, not lossless: {'; '.join(card.failures)}"] if card.failures else []
+    return failed + doubts(card.baseline, card.rows, card.per_prompt)
 
 
 def of_setting(
