@@ -148,3 +148,29 @@ def test_masks_to_be_added(tiny: Tiny) -> None:
     assert torch.equal(added == 0, seen)
     assert added.dtype == model.dtype
     assert added[~seen].max() < -1e30
+
+
+@pytest.mark.skipif(not packs(torch.bfloat16), reason="nothing here packs bfloat16")
+def test_a_packed_pass_in_bfloat16_rounds_the_same_at_any_width() -> None:
+    """So that greedy text with a draft is that of plain decoding in half precision too."""
+    wide = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "initializer_range": 0.1}
+    for kv_heads in (4, 2, 1):
+        model = tiny_model(3, dtype=torch.bfloat16, num_key_value_heads=kv_heads, **wide)
+        pack(model, 8)
+        text = torch.randint(64, (1, 220), generator=torch.Generator().manual_seed(0))
+
+        def states_by(width: int, model: LanguageModel = model, text: torch.Tensor = text):
+            cached = CachedModel(model, 1, 220)
+            cached.prefill(torch.tensor([0]), [text[0, :148].tolist()])
+            places = torch.arange(220)[None]
+            return torch.cat(
+                [
+                    cached.run(text[:, i : i + width], places[:, i : i + width], i + width)
+                    for i in range(148, 220, width)
+                ],
+                1,
+            )
+
+        plain = states_by(1)
+        for width in (2, 3, 4, 6, 8, 9, 36):
+            assert torch.equal(states_by(width), plain), (kv_heads, width)
