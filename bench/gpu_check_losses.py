@@ -18,6 +18,7 @@ from specdistill_kernels.losses import TRITON_LACKS
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4, torch.float16: 1e-2}
 MIXTURE: Mapping[str, float] = {"fkl": 0.7, "tvd": 0.2, "ce": 0.1}
 UPSTREAM = 1.7
+CLOSE = 1e-5  # of log p and log q, in float32
 
 
 def check_losses(session: Session) -> None:
@@ -70,11 +71,12 @@ def compare(
     weight = (session.normal(width if kept is None else len(kept), size) * size**-0.5).to(dtype)
     hidden_of_target = session.normal(num, size).to(dtype)
     head_of_target = Head(of_target)
-    states: Any = TargetStates(hidden_of_target, head_of_target)
+    said = head_of_target.logits(hidden_of_target)
+    target: Any = TargetStates(hidden_of_target, head_of_target)
+    exact: Any = said.double()
     temperature = 0.8
     if kind == "top-k":
-        logits = head_of_target.logits(hidden_of_target)
-        states = keep_top_k(logits, min(20, width // 2), temperature=temperature)
+        target = exact = keep_top_k(said, min(20, width // 2), temperature=temperature)
     weights = session.integers(3, num).float()  # a third of them 0
     options: dict[str, Any] = {
         "loss": loss,
@@ -86,18 +88,50 @@ def compare(
     def gradients(total: Tensor, leaves: list[Tensor]) -> list[Tensor]:
         return [total.detach(), *torch.autograd.grad(UPSTREAM * total, leaves)]
 
-    ours, plain = ([x.clone().requires_grad_() for x in (hidden, weight)] for _ in range(2))
+    ours = [x.clone().requires_grad_() for x in (hidden, weight)]
     fused = fused_divergence(
-        ours[0], Head(ours[1]), states, weights=weights, chunk=num // 3, backend=backend, **options
+        ours[0], Head(ours[1]), target, weights=weights, chunk=num // 3, backend=backend, **options
     )
-    rows = divergence(Head(plain[1]).logits(plain[0]), states, **options)
-    pairs = zip(gradients(fused, ours), gradients((rows * weights).sum(), plain), strict=True)
+    # In float64, but for the product that makes the logits: it rounds as the one of `ours`.
+    plain = [x.double().requires_grad_() for x in (hidden, weight)]
+    logits = Head(plain[1]).logits(plain[0])
+    logits = logits + (Head(weight).logits(hidden).double() - logits).detach()
+    rows = divergence(logits, exact, **options)
+    jumps = (weights * UPSTREAM)[:, None] * kinks(logits.detach(), exact, loss, temperature, kept)
+    slack = hidden.new_zeros(()), jumps @ plain[1].detach().abs(), jumps.T @ plain[0].detach().abs()
+    triples = zip(
+        gradients(fused, ours), gradients((rows * weights).sum(), plain), slack, strict=True
+    )
     names = ("value", "hidden", "head")
-    return {name: relative(a, b) for name, (a, b) in zip(names, pairs, strict=True)}
+    return {name: relative(*triple) for name, triple in zip(names, triples, strict=True)}
 
 
-def relative(a: Tensor, b: Tensor) -> float:
-    """‖a − b‖ / ‖b‖, infinite where it is no number."""
-    a, b = a.double(), b.double()
-    error = float((a - b).norm() / b.norm().clamp(min=1e-30))
+def kinks(
+    logits: Tensor,
+    target: Any,
+    loss: str | Mapping[str, float],
+    temperature: float,
+    vocab: Tensor | None,
+) -> Tensor:
+    """[N, Vd] by how much the gradient of each draft logit may differ, as p and q are so close that
+    rounding decides which of them min(p, q) is.
+    """
+    parts = {loss: 1.0} if isinstance(loss, str) else loss
+    log_q = (logits / temperature).log_softmax(-1)
+    if isinstance(target, Tensor):
+        log_p = (target / temperature).log_softmax(-1)
+        log_p = log_p if vocab is None else log_p[:, vocab]
+    else:  # no token of the tail is compared alone
+        log_p = torch.full_like(log_q, torch.inf)
+        log_p.scatter_(1, target.tokens, target.log_probs.double())
+    close = (log_p - log_q).abs() < CLOSE
+    alpha = torch.minimum(log_p, log_q).exp().sum(-1, keepdim=True)
+    jump = parts.get("tvd", 0.0) + parts.get("lk_hybrid", 0.0) + parts.get("lk_alpha", 0.0) / alpha
+    return torch.where(close, log_q.exp() * jump / temperature, 0)
+
+
+def relative(a: Tensor, b: Tensor, slack: Tensor) -> float:
+    """‖a − b‖ / ‖b‖, less what each number may differ by; infinite where it is none."""
+    difference = (a.double() - b.double()).abs() - slack
+    error = float(difference.clamp(min=0).norm() / b.double().norm().clamp(min=1e-30))
     return error if error == error else float("inf")

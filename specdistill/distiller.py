@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -35,6 +36,9 @@ from specdistill_kernels import (
     TargetTopK,
     draft_columns,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TRACKERS = "trackers"  # in the run folder
 
@@ -77,8 +81,9 @@ def trainable(draft: LanguageModel) -> LanguageModel:
     """A copy to train, which leaves the draft as it is: in float32 at least, with linear layers
     that have no packed weights.
     """
+    model: nn.Module = unpacked(copy.deepcopy(draft.model))
     kind = torch.promote_types(draft.dtype, torch.float32)
-    return replace(draft, model=unpacked(copy.deepcopy(draft.model)).to(kind))
+    return replace(draft, model=cast("PreTrainedModel", model.to(kind)))
 
 
 def _check_trainable(draft: LanguageModel) -> None:

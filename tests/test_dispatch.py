@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from specdistill_kernels import counter_noise, dispatch, sample, verify
+from specdistill_kernels import counter_noise, dispatch, divergences, losses, sample, verify
 from specdistill_kernels.dispatch import _takes_triton
+from specdistill_kernels.divergences import mixture
 
 
 class OnGpu:
@@ -47,6 +48,7 @@ def _with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.usefixtures("_with_triton")
 def test_auto_takes_triton_on_a_gpu_and_the_reference_elsewhere() -> None:
     assert _takes_triton("auto", counter_noise, OnGpu(), OnGpu())
@@ -59,15 +61,31 @@ def test_auto_takes_triton_on_a_gpu_and_the_reference_elsewhere() -> None:
 @pytest.mark.parametrize("case", CANNOT.values(), ids=CANNOT)
 def test_what_triton_cannot_take_goes_to_the_reference_or_is_refused(case: tuple) -> None:
     logits, noise, message = case
-    assert not _takes_triton("auto", noise, *logits)
+    dispatch.warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="verifying run in PyTorch, many times slower") as said:
+        assert not any(_takes_triton("auto", noise, *logits) for _ in range(3))
+    assert len(said) == 1
+    assert message in str(said[0].message)
     with pytest.raises(ValueError, match=r"Triton backend cannot run.*or choose 'reference'") as e:
         _takes_triton("triton", noise, *logits)
     assert message in str(e.value)
 
 
+@pytest.mark.usefixtures("_with_triton")
+def test_a_loss_that_triton_lacks_is_taken_in_torch_with_a_warning_once() -> None:
+    parts = mixture("skew_kl")
+    dispatch.warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="it has no skew_kl") as said:
+        kernels = [losses._kernel("auto", OnGpu(), parts) for _ in range(3)]
+    assert kernels == [divergences] * 3
+    assert len(said) == 1
+
+
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
-    assert not _takes_triton("auto", counter_noise, OnGpu())
+    dispatch.warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="triton is not installed"):
+        assert not _takes_triton("auto", counter_noise, OnGpu())
     with pytest.raises(ValueError, match="triton is not installed; pip install triton"):
         _takes_triton("triton", counter_noise, OnGpu())
 

@@ -21,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from specdistill_kernels import divergences, losses, triton_losses
 from specdistill_kernels.divergences import LOSSES as ALL
 from specdistill_kernels.divergences import Dense, Lumped, Mixture, mixture
-from specdistill_kernels.losses import fused_divergence
+from specdistill_kernels.losses import divergence, fused_divergence
 from specdistill_kernels.targets import Head, TargetStates, keep_top_k
 
 # numpy says so of every -inf that the kernel masks.
@@ -314,6 +314,27 @@ def test_cross_entropy_needs_no_target() -> None:
     assert torch.allclose(got, wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["rkl", "jeffreys", "jsd", "tvd", "lk_alpha"])
+def test_gradients_do_not_cancel_where_nearly_all_lies_in_the_tail(loss: str) -> None:
+    """20 of 60,000 tokens are known of p, and q has but a ten-thousandth there: what is left of the
+    tail's gradients is that small a part of their terms.
+    """
+    torch.manual_seed(0)
+    logits = torch.randn(2, 60_000)
+    known = keep_top_k(2.5 * torch.randn(2, 60_000), 20)
+    exact = logits.double().requires_grad_()
+    expected = divergence(exact, known, loss=loss)
+    (wanted,) = torch.autograd.grad(expected.sum(), exact)
+    target = Lumped(known.tokens, known.log_probs, known.log_tail)
+    losses_, got = triton_losses.row_gradients(
+        logits.clone(), target, None, torch.ones(2), mixture(loss), 1.0
+    )
+    assert torch.allclose(losses_.double(), expected.detach(), rtol=1e-5)
+    assert (got - wanted).norm() <= 2e-5 * wanted.norm()
+    outside = torch.ones_like(got, dtype=torch.bool).scatter_(1, known.tokens, False)
+    assert (got - wanted)[outside].norm() <= 1e-4 * wanted[outside].norm()
+
+
 def test_automatic_is_torch_on_a_cpu() -> None:
     parts = mixture("fkl")
     assert losses._kernel("auto", torch.zeros(1), parts) is divergences
@@ -332,7 +353,7 @@ def test_every_launch_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -> Non
         for c in triton_losses.configurations()
         if "draft" in c.signature
     }
-    assert len(forms) == 8
+    assert len(forms) == 5
     monkeypatch.setattr(
         triton_losses, "_tile", lambda *_: {"BLOCK": triton_losses.BLOCK, "ROWS": 1}
     )
@@ -349,7 +370,6 @@ def test_every_launch_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -> Non
                 seen.append((self.kernel.fn.__name__, *pairs))
                 if len(arguments) > 6:
                     kinds = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
-                    kinds[torch.float16] = "*fp16"
                     pair = tuple(kinds[x.dtype] for x in arguments[:2])
                     assert (*pair, constants["LUMPED"]) in forms
                 self.kernel[grid](*arguments, num_warps=num_warps, **constants)
@@ -360,6 +380,8 @@ def test_every_launch_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(triton_losses, name, Recorder(getattr(triton_losses, name)))
     for form, width, dtype in itertools.product(("whole", "top-k"), (32, 33), DTYPES):
         triton_losses.logsumexp(torch.zeros(1, width, dtype=dtype), 1.0)
+        if dtype == torch.float16:  # the draft's logits never are
+            continue
         for name in ("fkl", "tvd", "all", "fkl+ce"):
             case = rows(form, n=2, width=width, dtype=dtype, target_dtype=torch.bfloat16)
             check(case, OBJECTIVES[name])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from importlib.util import find_spec
 from typing import Literal
 
@@ -53,7 +55,8 @@ def verify(
 
     backend: "auto" takes "triton" for logits in a GPU's memory where it can (triton is installed,
     the logits are not float64 and of one dtype, rows are contiguous, `noise` is the default), and
-    "reference" otherwise; both emit the same tokens. "triton" says why where it cannot.
+    "reference" otherwise, with a warning once; both emit the same tokens. "triton" says why where
+    it cannot.
 
     At temperature 0 the draft's logits are not read. A draft row without a finite maximum is a
     rejection. Where the target's own row has none, the token is -1 and the caller must stop. Raises
@@ -188,7 +191,15 @@ def _takes_triton(backend: str, noise: Noise, *logits: Tensor | None) -> bool:
     hindrance = _hindrance(backend, noise, [x for x in logits if x is not None])
     if hindrance and backend == "triton":
         raise ValueError(f"the Triton backend cannot run: {hindrance}, or choose 'reference'")
+    if hindrance and all(x is None or x.is_cuda for x in logits):
+        warn_once(f"drawing and verifying run in PyTorch, many times slower: {hindrance}")
     return not hindrance
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Of a slower backend on a GPU, where nothing else would show that it was taken."""
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _hindrance(backend: str, noise: Noise, logits: list[Tensor]) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from specdistill_kernels import divergences
+from specdistill_kernels.dispatch import warn_once
 from specdistill_kernels.divergences import Mixture, mixture, wide
 from specdistill_kernels.targets import Head, RowKernel, Rows, Target, prepare
 
@@ -77,8 +78,8 @@ def fused_divergence(
 
     backend: "torch" runs everywhere; "triton" wants triton, a GPU (or TRITON_INTERPRET=1) and
     float32, bfloat16 or float16, and has all losses but skew_kl and skew_rkl; "auto" takes triton
-    on a GPU where it can. Raises ValueError for arguments that do not fit, RuntimeError where
-    "triton" cannot run.
+    on a GPU where it can, and else warns once. Raises ValueError for arguments that do not fit,
+    RuntimeError where "triton" cannot run.
     """
     _check(hidden, head, chunk)
     num, dtype = len(hidden), wide(hidden[:0]).dtype
@@ -151,10 +152,15 @@ class _Fused(torch.autograd.Function):
             torch.zeros_like(x, dtype=weights.dtype) if needed else None
             for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
         )
+        # float16 has no place for the gradients of a wide vocabulary's logits, 1e-7 and less.
+        half = hidden.dtype == torch.float16
+        factor = weight.float() if half else weight
         total = weights.new_zeros(())
         for rows in chunks:
             states = hidden[rows]
             logits = head.logits(states)
+            if half:
+                states, logits = states.float(), logits.float()
             slope = head.slope(logits)  # now: a kernel may write the gradient over the logits
             losses, gradient = case.kernel.row_gradients(
                 logits, *case.rows(rows), weights[rows], case.parts, case.temperature
@@ -163,7 +169,7 @@ class _Fused(torch.autograd.Function):
             if slope is not None:
                 gradient = gradient * slope
             if of_hidden is not None:
-                of_hidden[rows] = (gradient @ weight).to(hidden.dtype)
+                of_hidden[rows] = (gradient @ factor).to(hidden.dtype)
             if of_weight is not None:
                 if of_weight.dtype == gradient.dtype == states.dtype:
                     of_weight.addmm_(gradient.T, states)
@@ -190,6 +196,8 @@ def _kernel(backend: Backend, hidden: Tensor, parts: Mixture) -> RowKernel:
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"backend {backend!r} does not exist; choose 'auto', 'torch' or 'triton'")
     lacking = _lacking(hidden, parts)
+    if backend == "auto" and lacking and hidden.is_cuda:
+        warn_once(f"the loss runs in PyTorch, which takes longer than Triton: {lacking}")
     if backend == "torch" or (backend == "auto" and (lacking or not hidden.is_cuda)):
         return divergences
     if lacking:

@@ -59,6 +59,15 @@ def logsumexp_kernel(
     tl.store(out + row, _logsumexp(top, total, inv_t), mask=inside)
 
 
+@triton.jit
+def _less(ratio, of_tail, centred, y):
+    """log q/p or log q/m [R, BLOCK] less what it is for each token of the tail (y = INF), where
+    that is a number: then 0 for these, without rounding. Nearly all of q may lie there, and means
+    of the ratios would cancel against them.
+    """
+    return tl.where(centred & (y == INF), 0.0, ratio - of_tail[:, None])
+
+
 @triton.jit(do_not_specialize=["num_rows", "width_units", "stride_units"])
 def divergence_kernel(
     draft,  # [num_rows, width] contiguous raw logits, overwritten by the gradient
@@ -134,6 +143,15 @@ def divergence_kernel(
     p_norm = p_norm[:, None]
 
     total = tl.zeros((ROWS,), tl.float32)
+    r_tail = tl.zeros((ROWS,), tl.float32)  # log q/p of each token of the tail, if that is a number
+    j_tail = tl.zeros((ROWS,), tl.float32)  # log q/m
+    centred = tl.zeros((ROWS, 1), tl.int1)
+    if LUMPED and SUMS:
+        of_tail = p_norm - q_norm
+        mixed = -tl.log(beta * tl.exp(-of_tail) + (1.0 - beta))
+        centred = (no_tail == 0)[:, None] & (tl.abs(of_tail) < INF) & (tl.abs(mixed) < INF)
+        r_tail += tl.sum(tl.where(centred, of_tail, 0.0), 1)
+        j_tail += tl.sum(tl.where(centred, mixed, 0.0), 1)
     c_kl = tl.zeros((ROWS,), tl.float32) + w_fkl
     c_tv = tl.zeros((ROWS,), tl.float32) + w_tvd
     if SUMS:
@@ -144,6 +162,7 @@ def divergence_kernel(
         low_top = tl.full((ROWS, BLOCK), LOWEST, tl.float32)
         low_sum = tl.zeros((ROWS, BLOCK), tl.float32)  # Σ min(p, q), scaled by low_top's exp
         low_q = tl.zeros((ROWS, BLOCK), tl.float32)  # the part of it where q is the smaller
+        high_q = tl.zeros((ROWS, BLOCK), tl.float32)  # Σ q where it is the larger
         for start in range(0, width, BLOCK):
             c = start + tl.arange(0, BLOCK)[None, :]
             x = tl.load(x_row + c, mask=c < width, other=-INF).to(tl.float32) * inv_t
@@ -154,8 +173,10 @@ def divergence_kernel(
             q = tl.exp(log_q)
             m = beta * p + (1.0 - beta) * q
             log_m = tl.log(tl.where(m > 0.0, m, 1.0))
-            q_over_p += tl.where((q > 0.0) & (w_rkl > 0.0), q * (log_q - log_p), 0.0)
-            q_over_m += tl.where(q > 0.0, q * (log_q - log_m), 0.0)
+            r = _less(log_q - log_p, r_tail, centred, y)
+            j = _less(log_q - log_m, j_tail, centred, y)
+            q_over_p += tl.where((q > 0.0) & (w_rkl > 0.0), q * r, 0.0)
+            q_over_m += tl.where(q > 0.0, q * j, 0.0)
             p_over_m += tl.where(p > 0.0, p * (log_p - log_m), 0.0)
             low = tl.minimum(log_p, log_q)
             share = tl.where(log_q < log_p, 1.0, tl.where(log_q == log_p, 0.5, 0.0))
@@ -163,11 +184,14 @@ def divergence_kernel(
             low_sum = tl.where(low > low_top, low_sum * e + 1.0, low_sum + e)
             low_q = tl.where(low > low_top, low_q * e + share, low_q + share * e)
             low_top = tl.maximum(low_top, low)
+            high_q += q * (1.0 - share)
             excess += p - tl.minimum(p, q)
         r_mean = tl.sum(q_over_p, 1)
         j_mean = tl.sum(q_over_m, 1)
         of_p = tl.sum(p_over_m, 1) - (1.0 - kept) * tl.log(tl.zeros((ROWS,), tl.float32) + beta)
-        total += w_rkl * r_mean + w_jsd * (beta * of_p + (1.0 - beta) * j_mean)
+        total += w_rkl * (r_tail + r_mean) + w_jsd * (
+            beta * of_p + (1.0 - beta) * (j_tail + j_mean)
+        )
         most = tl.max(low_top, 1)
         scale = tl.exp(low_top - most[:, None])
         overlap = tl.sum(low_sum * scale, 1)  # α e^-most
@@ -175,6 +199,7 @@ def divergence_kernel(
         q_share = tl.sum(low_q * scale, 1) / tl.where(apart, 1.0, overlap)
         log_alpha = most + tl.log(tl.where(apart, 1.0, overlap))
         alpha = tl.where(apart, 0.0, tl.exp(log_alpha))
+        higher = tl.sum(high_q, 1)
         mix = tl.exp(-eta * alpha)
         c_kl += w_hybrid * squared_t * mix
         c_tv += w_hybrid * (1.0 - mix)
@@ -206,14 +231,17 @@ def divergence_kernel(
         if SUMS:
             m = beta * p + (1.0 - beta) * q
             log_m = tl.log(tl.where(m > 0.0, m, 1.0))
-            r = tl.where(w_rkl > 0.0, log_q - log_p - r_mean[:, None], 0.0)
-            j = log_q - log_m - j_mean[:, None]
+            r = _less(log_q - log_p, r_tail, centred, y)
+            r = tl.where(w_rkl > 0.0, r - r_mean[:, None], 0.0)
+            j = _less(log_q - log_m, j_tail, centred, y) - j_mean[:, None]
             gradient += tl.where(q > 0.0, q * (w_rkl * r + w_jsd * (1.0 - beta) * j), 0.0)
             share = tl.where(log_q < log_p, 1.0, tl.where(log_q == log_p, 0.5, 0.0))
-            gradient += c_tv[:, None] * q * ((alpha * q_share)[:, None] - share)
+            # Σ share q less 1 is -Σ (1 - share) q, which does not cancel where it is small.
+            gradient += c_tv[:, None] * q * ((alpha * q_share)[:, None] * (1.0 - share))
+            gradient -= c_tv[:, None] * q * (higher[:, None] * share)
             # In logs, as α may be too small for a float; q e^-log α is at most 1 where q ≤ p.
             lower = tl.where(share > 0.0, share * tl.exp(log_q - log_alpha[:, None]), 0.0)
-            gradient += w_alpha * (q * q_share[:, None] - lower)
+            gradient += w_alpha * (q * q_share[:, None] * (1.0 - share) - lower * higher[:, None])
         gradient *= inv_t
         if CE:
             hit = tl.where(c == label[:, None], 1.0, 0.0)
