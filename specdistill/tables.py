@@ -10,11 +10,13 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Column, Table
 
+from specdistill.scoring.scorecard import PLAIN_SLOWED, Row
+
 if TYPE_CHECKING:
     from specdistill.environment import Environment
     from specdistill.scoring.check import Check
     from specdistill.scoring.compare import Comparison, Standing
-    from specdistill.scoring.scorecard import CategoryRow, Row, Scorecard
+    from specdistill.scoring.scorecard import CategoryRow, Scorecard
 
 NARROW: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 0)}  # ten columns in 80 characters
 
@@ -33,6 +35,7 @@ def rows_table(card: Scorecard) -> Table:
         "c",
         "v",
         title=_title("speculative decoding", card),
+        caption=_caption(card.rows),
         **NARROW,
     )
     for row in card.rows:
@@ -104,9 +107,10 @@ def before_after_table(before: Scorecard, after: Scorecard) -> Table:
         "speedup [95%]",
         title=_title("before and after distillation, held-out prompts", after),
     )
+    shown = []
     for baseline in after.baseline:
         for name, card in (("before", before), ("after", after)):
-            row = card.best_row(baseline.temperature)
+            shown.append(row := card.best_row(baseline.temperature))
             table.add_row(
                 f"T={row.temperature:g} {name}",
                 str(row.num_draft_tokens),
@@ -114,6 +118,7 @@ def before_after_table(before: Scorecard, after: Scorecard) -> Table:
                 f"{row.block_efficiency:.2f}",
                 _speedup(row),
             )
+    table.caption = _caption(shown)
     return table
 
 
@@ -256,6 +261,12 @@ def _number(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "–"
 
 
+def _caption(rows: Sequence[Row]) -> str | None:
+    return f"plain slowed: {PLAIN_SLOWED}" if any(row.slowed for row in rows) else None
+
+
 def _speedup(row: Row | Standing | CategoryRow) -> str:
+    if isinstance(row, Row) and row.slowed:
+        return "plain slowed"
     low, high = row.speedup_ci95
-    return f"{row.speedup:.2f} [{_number(low, 2)}, {_number(high, 2)}]"
+    return f"{_number(row.speedup, 2)} [{_number(low, 2)}, {_number(high, 2)}]"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from specdistill.errors import InputError
 from specdistill.report.serving import serving
-from specdistill.scoring.scorecard import CategoryRow, ModelCard, Row, Scorecard
+from specdistill.scoring.choice import chosen
+from specdistill.scoring.scorecard import PLAIN_SLOWED, CategoryRow, ModelCard, Row, Scorecard
 from specdistill.scoring.verdict import judgement
 
 CAPTIONS = {
@@ -69,10 +71,14 @@ def document(
 
 
 def best_row(card: Scorecard) -> Row:
+    """The row that the verdict names, at the speedup that it tells."""
     best = card.verdict.best
     for row in card.rows:
         if (row.temperature, row.num_draft_tokens) == (best.temperature, best.num_draft_tokens):
-            return row
+            interval = card.verdict.speedup_ci95
+            if math.isnan(interval[0]) and math.isfinite(best.speedup):
+                interval = row.speedup_ci95  # an older card
+            return replace(row, speedup=best.speedup, speedup_ci95=interval)
     raise InputError(
         f"the scorecard's verdict names T = {best.temperature:g}, γ = {best.num_draft_tokens}, "
         "and it has no such row; score the draft again"
@@ -82,9 +88,11 @@ def best_row(card: Scorecard) -> Row:
 def _verdict(card: Scorecard, best: Row, target: str) -> str:
     low, high = (number(end, 2) for end in best.speedup_ci95)
     speed = (
-        f"`{target}` decodes {number(best.speedup, 2)} times as fast as without it "
+        f"with it, `{target}` decodes {number(best.speedup, 2)} times as fast as without it "
         f"(T = {best.temperature:g}, γ = {best.num_draft_tokens}; 95% interval {low} to {high})"
     )
+    if math.isnan(best.speedup):
+        speed = "the measurement is wrong, so that there is no speedup to tell"
     proof = "and the output does not change"
     if card.verification.lossy:
         proof = f"but the output is not the target's ({card.verification.label})"
@@ -93,7 +101,7 @@ def _verdict(card: Scorecard, best: Row, target: str) -> str:
     judged = "FAILED" if card.failures else judgement(best, card.verdict.pays)
     return (
         f"# {_labelled(f'A draft for {target}', card)}\n\n"
-        f"**{judged}: with it, {speed}, {proof}.**\n\n"
+        f"**{judged}: {speed}, {proof}.**\n\n"
         f"Why: {card.verdict.reason}"
     )
 
@@ -163,6 +171,8 @@ def _headline(row: Row) -> list[str]:
 
 
 def _speedup(row: Row | CategoryRow) -> str:
+    if isinstance(row, Row) and row.slowed:
+        return "plain slowed"
     low, high = (number(end, 2) for end in row.speedup_ci95)
     return f"{number(row.speedup, 2)} [{low}, {high}]"
 
@@ -205,6 +215,8 @@ def _all_settings(card: Scorecard) -> str:
         for row in sorted(card.rows, key=lambda row: (row.temperature, row.num_draft_tokens))
     ]
     words = WORDS
+    if any(row.slowed for row in card.rows):
+        words += f"\n- **Plain slowed**: {PLAIN_SLOWED}."
     if card.verification.lossy:
         words += (
             f"\n- **{card.verification.label}**: a draft token is kept with probability "
@@ -299,11 +311,24 @@ def _limits(card: Scorecard, best: Row) -> str:
             "and other engines have other costs, and large batches leave less to gain.",
             f"- The 95% intervals are a paired bootstrap over {best.prompts} prompts: they cover "
             "the choice of prompts, not another workload or another machine.",
-            "- The best γ was picked on the prompts it is reported for: a little flattering.",
+            *_chosen(card),
             f"- A draft is made for a workload. On other prompts {still}acceptance and speedup may "
             "be much lower.",
         ]
     )
+
+
+def _chosen(card: Scorecard) -> list[str]:
+    """How the best γ was come by."""
+    verdict = card.verdict
+    if words := chosen(verdict.chosen_on, verdict.judged_on):
+        return [
+            f"- Of the fastest setting: {words}. In the table of all settings each is judged on "
+            "all prompts, so that the best looks a little better than it is."
+        ]
+    if len(card.rows) > 1:
+        return ["- The best γ was picked on the prompts it is reported for: a little flattering."]
+    return []
 
 
 def _how_measured(card: Scorecard) -> str:
@@ -316,9 +341,16 @@ def _how_measured(card: Scorecard) -> str:
     if origin := facts.pop("draft_origin", None):
         made = f"of step {origin['step']}, configuration {origin['config_sha256']}"
         facts["draft weights"] += f", {made}"
+    stalls = ""
+    if "stalls" in facts:  # not in older cards
+        stalls = (
+            "Plain decoding came before and after every prompt's drafts. A step that took three "
+            "times as long as the usual one counts as usual: stalls is the share of time left out "
+            "so, and steal what others had of the processors. "
+        )
     return (
         f"## How it was measured\n\nRuns with and without the draft took turns, {turns}, "
-        "so that drift of the machine cancels. scorecard.json holds every figure."
+        f"so that drift of the machine cancels. {stalls}scorecard.json holds every figure."
         "\n\n" + "\n".join(f"- {name}: {_cell(value)}" for name, value in facts.items())
     )
 

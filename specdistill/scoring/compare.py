@@ -11,10 +11,10 @@ from itertools import combinations
 from typing import Any
 
 from specdistill.errors import InputError
+from specdistill.scoring.choice import choose
 from specdistill.scoring.comparable import Cards, common_temperatures, obstacles
 from specdistill.scoring.scorecard import PromptRow, Row, Scorecard, nullable
 from specdistill.scoring.statistics import Ratio, prompts_needed, ratio_of_sums
-from specdistill.scoring.trust import of_setting
 from specdistill.scoring.verdict import prompts as count_of
 
 SCHEMA = "specdistill.comparison/1"
@@ -119,7 +119,8 @@ class Incomparable(InputError):
 
 
 def compare(cards: Cards, seed: int = 0) -> Comparison:
-    """Rank the cards at every temperature that all have, each by its fastest γ.
+    """Rank the cards at every temperature that all have, each by its fastest γ, at what that is
+    worth on prompts that had no say in choosing it.
 
     Speed is the speedup over plain decoding that was measured in turns with it: the plain decoding
     of comparable cards is the same work, so this is the ratio of tokens per second with the
@@ -142,6 +143,7 @@ def compare(cards: Cards, seed: int = 0) -> Comparison:
 
 
 def _standing(name: str, card: Scorecard, row: Row) -> Standing:
+    plain = {base.temperature: base.tokens_per_second for base in card.baseline}
     return Standing(
         card=name,
         draft=card.draft.name,
@@ -152,7 +154,7 @@ def _standing(name: str, card: Scorecard, row: Row) -> Standing:
         acceptance_rate=row.acceptance_rate,
         block_efficiency=row.block_efficiency,
         tokens_per_second=row.tokens_per_second,
-        plain_tokens_per_second=row.tokens_per_second / row.speedup,
+        plain_tokens_per_second=plain[row.temperature],
         speedup=row.speedup,
         speedup_ci95=row.speedup_ci95,
         label=card.label,
@@ -162,12 +164,12 @@ def _standing(name: str, card: Scorecard, row: Row) -> Standing:
 def _difference(
     faster: str, slower: str, cards: Cards, best: Mapping[str, Row], seed: int
 ) -> Difference:
-    fast, slow = (
-        _by_prompt(
-            of_setting(cards[name].per_prompt, best[name].temperature, best[name].num_draft_tokens)
-        )
+    temperature = best[faster].temperature
+    chosen = {
+        name: choose([p for p in cards[name].per_prompt if p.temperature == temperature])
         for name in (faster, slower)
-    )
+    }
+    fast, slow = (_by_prompt(chosen[name].rows) for name in (faster, slower))
     if fast.keys() != slow.keys():
         raise InputError(
             f"{faster} and {slower} name the same prompts differently; score one of them again"
@@ -187,8 +189,9 @@ def _difference(
             [a.baseline_emitted for a, _ in pairs],
         ],
         seed,
+        max(each.wider for each in chosen.values()),
     )
-    return _judged(faster, slower, best[faster].temperature, ratio, len(pairs))
+    return _judged(faster, slower, temperature, ratio, len(pairs))
 
 
 def _judged(

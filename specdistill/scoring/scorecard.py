@@ -24,6 +24,12 @@ SCHEMA = "specdistill.scorecard/1"
 OWN_ENGINE = "specdistill"  # `provenance["engine"]` of our own decoder
 LEAST_IDENTITY, LEAST_P_VALUE = 0.99, 1e-4  # at or below these, evidence of losslessness fails
 
+LEAST_VERIFY_RATIO = 0.95  # but for the clock's noise it is at least 1
+PLAIN_SLOWED = (
+    "a verify pass does all that a plain step does, and took less time (v < 0.95): plain decoding "
+    "was slowed down, or is not at its best here, so that there is no speedup to tell"
+)
+
 
 @dataclass(frozen=True)
 class ModelCard:
@@ -87,6 +93,14 @@ class Row:
     planned_speedup: float
     mbsu: float
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def slowed(self) -> bool:
+        """Whether a verify pass took less time than a plain step, though it does all of that and
+        more: plain decoding was slowed down, and what looks like a speedup is none. Outside engines
+        do not tell.
+        """
+        return self.verify_ratio < LEAST_VERIFY_RATIO
 
 
 @dataclass(frozen=True)
@@ -228,6 +242,11 @@ class Verdict:
     `break_even_cost_ratio` the cost of a draft step, at which the best γ would be as fast as plain
     decoding on this machine, all else being as measured; the latter is negative where no draft is
     cheap enough, and NaN in older cards.
+
+    The speedup and its interval are those of the best γ on prompts that had no say in choosing it,
+    see `choice`, which halves of `chosen_on` and `judged_on` prompts tell: 0 where there was
+    nothing to choose, and in older cards, which have no interval here. Both are NaN where the
+    figures cannot be trusted.
     """
 
     pays: bool
@@ -235,6 +254,9 @@ class Verdict:
     break_even_acceptance: float
     reason: str
     break_even_cost_ratio: float = math.nan
+    speedup_ci95: tuple[float, float] = (math.nan, math.nan)
+    chosen_on: int = 0
+    judged_on: int = 0
 
 
 @dataclass(frozen=True)
@@ -291,12 +313,17 @@ class Scorecard:
         return ", ".join(filter(None, [proof, engine, self.verification.label]))
 
     def best_row(self, temperature: float) -> Row:
-        """The fastest row measured at `temperature`."""
+        """The fastest row measured at `temperature`, with what it is worth on prompts that had no
+        say in choosing it, see `choice.judged`.
+        """
         rows = [row for row in self.rows if row.temperature == temperature]
         if not rows:
             had = sorted({row.temperature for row in self.rows})
             raise InputError(f"the scorecard has no row at temperature {temperature}; it has {had}")
-        return max(rows, key=lambda row: row.speedup)
+        from specdistill.scoring.choice import judged  # SciPy, which not every reader needs
+
+        fastest = max(rows, key=lambda row: row.speedup)
+        return judged(fastest, [p for p in self.per_prompt if p.temperature == temperature])
 
     def slices(self, name: Literal["by_category", "by_prompt_length"]) -> list[CategoryRow]:
         """Those of the verdict's setting, if there are several: a single one is the whole."""
@@ -347,7 +374,7 @@ class Scorecard:
                     Lossless(**raw["lossless"]),
                     greedy_identical=tuple(raw["lossless"]["greedy_identical"]),
                 ),
-                verdict=Verdict(**{**raw["verdict"], "best": Best(**raw["verdict"]["best"])}),
+                verdict=_read_verdict(raw["verdict"]),
                 verification=_read_verification(raw.get("verification")),
                 by_category=_read_slices(raw.get("by_category", [])),
                 by_prompt_length=_read_slices(raw.get("by_prompt_length", [])),
@@ -360,12 +387,19 @@ class Scorecard:
 def _failed(verdict: Verdict, failures: list[str]) -> Verdict:
     """In place of a verdict on the speed of a text that is not the target's."""
     best = verdict.best
-    reason = (
-        f"FAILED, not lossless: {'; '.join(failures)}. That it took {best.speedup:.2f} times the "
-        f"speed of plain decoding at γ = {best.num_draft_tokens}, temperature "
-        f"{best.temperature:g}, counts for nothing."
-    )
+    reason = f"FAILED, not lossless: {'; '.join(failures)}."
+    if not math.isnan(best.speedup):
+        reason += (
+            f" That it took {best.speedup:.2f} times the speed of plain decoding at γ = "
+            f"{best.num_draft_tokens}, temperature {best.temperature:g}, counts for nothing."
+        )
     return replace(verdict, pays=False, reason=reason)
+
+
+def _read_verdict(raw: dict[str, Any]) -> Verdict:
+    verdict = Verdict(**{**raw, "best": Best(**raw["best"])})
+    low, high = verdict.speedup_ci95
+    return replace(verdict, speedup_ci95=(low, high))
 
 
 def _read_slices(raw: list[dict[str, Any]]) -> list[CategoryRow]:

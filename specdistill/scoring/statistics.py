@@ -19,7 +19,10 @@ class Ratio(NamedTuple):
 
 
 def ratio_of_sums(
-    over: Sequence[Sequence[float]], under: Sequence[Sequence[float]], seed: int
+    over: Sequence[Sequence[float]],
+    under: Sequence[Sequence[float]],
+    seed: int,
+    wider: float = 1.0,
 ) -> Ratio:
     """Π (Σ over / Σ under), each a column [n] with an entry per prompt, and its interval by a
     paired bootstrap: prompts are resampled, each with all that was measured of it. Columns that are
@@ -28,15 +31,20 @@ def ratio_of_sums(
     The bootstrap gives the standard error of the log ratio, and Student's t with n - 1 degrees of
     freedom the interval (Hesterberg 2014, 1411.5279): percentiles of the bootstrap cannot go beyond
     what was seen, and with five prompts cover the truth only about 82% of the time, with two 49%.
-    (nan, nan) for a single prompt: nothing can be said.
+    (nan, nan) for a single prompt: nothing can be said; and no ratio either where a column holds no
+    positive sum. `wider` widens the interval, on the scale of logarithms.
     """
     columns = [np.asarray(column, dtype=float) for column in (*over, *under)]
     num_prompts = len(columns[0])
+    sums = [column.sum() for column in columns]
+    if not all(0 < total < math.inf for total in sums):
+        return Ratio(math.nan, math.nan, math.nan)
 
     def log_ratio(*resampled, axis=-1):  # type: ignore[no-untyped-def]
-        logs = [np.log(column.sum(axis)) for column in resampled]
-        pairs = zip(logs[: len(over)], logs[len(over) :], strict=True)
-        return sum(above - below for above, below in pairs)
+        with np.errstate(divide="ignore", invalid="ignore"):  # an entry of 0 leaves no interval
+            logs = [np.log(column.sum(axis)) for column in resampled]
+            pairs = zip(logs[: len(over)], logs[len(over) :], strict=True)
+            return sum(above - below for above, below in pairs)
 
     value = float(log_ratio(*columns))
     if num_prompts < 2:
@@ -51,8 +59,9 @@ def ratio_of_sums(
         rng=np.random.default_rng(seed),
     ).standard_error
     # Resampled spread is that of n, not n - 1, prompts.
-    half = stats.t.isf(0.025, num_prompts - 1) * error * math.sqrt(num_prompts / (num_prompts - 1))
-    return Ratio(*(math.exp(end) for end in (value, value - half, value + half)))
+    error *= math.sqrt(num_prompts / (num_prompts - 1))
+    half = wider * stats.t.isf(0.025, num_prompts - 1) * error
+    return Ratio(*(float(np.exp(end)) for end in (value, value - half, value + half)))
 
 
 def speedup_interval(

@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
-from specdistill.scoring.scorecard import Best, Row, Verdict, Verification
+from specdistill.scoring.choice import Choice, Setting, choose
+from specdistill.scoring.scorecard import PLAIN_SLOWED, Best, PromptRow, Row, Verdict, Verification
 from specdistill.scoring.statistics import Ratio, break_even, prompts_needed
 
 UNKNOWN = "Whether the draft pays cannot be shown"
@@ -17,30 +19,47 @@ def verdict(
     rows: Sequence[Row],
     verification: Verification | None = None,
     doubts: Sequence[str] = (),
+    per_prompt: Sequence[PromptRow] = (),
+    measured_again: float | None = None,
 ) -> Verdict:
-    """Judge by the fastest row: it pays where its whole 95% interval lies above 1 and there are no
-    doubts about the figures. The speed of a lossy verification is no speed of the target, and the
+    """Judge the fastest row, at the speedup that `choose` finds for it in `per_prompt`: it pays
+    where the whole 95% interval lies above 1 and there are no doubts about the figures, in which
+    case its speedup is NaN. The speed of a lossy verification is no speed of the target, and the
     reason says so first.
+
+    That the row was `slowed` is a doubt; `measured_again` is a temperature at which a second
+    measurement took the place of the first.
     """
-    best = max(rows, key=lambda row: row.speedup)
+    fastest = max(rows, key=lambda row: -math.inf if math.isnan(row.speedup) else row.speedup)
+    best, how = fastest, Choice((0, 0), Ratio(math.nan, math.nan, math.nan), [], 0, 0)
+    if per_prompt:
+        how = choose(per_prompt)
+        best = replace(fastest, speedup=how.speedup.value, speedup_ci95=how.speedup[1:])
+    if not doubts and fastest.slowed:
+        setting = (fastest.temperature, fastest.num_draft_tokens)
+        again = setting[0] == measured_again
+        doubts = [slow_verifying("a verify pass", setting, fastest.verify_ratio, again)]
     needed = break_even(best.acceptance_rate, best.num_draft_tokens, best.speedup)
     affordable = _break_even_cost_ratio(best)
     low, high = best.speedup_ci95
     pays = low > 1 and not doubts
     interval = "" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]"
-    measured = (
-        f"{best.speedup:.2f} times plain decoding{interval} at γ = {best.num_draft_tokens}, "
-        f"temperature {best.temperature:g}"
-    )
+    where = f"at γ = {best.num_draft_tokens}, temperature {best.temperature:g}"
+    measured = f"{best.speedup:.2f} times plain decoding{interval} {where}"
+    if how.words:
+        measured += f" ({how.words})"
     why = f"acceptance rate {best.acceptance_rate:.2f} against a break-even of {needed:.2f}"
     if math.isfinite(best.cost_ratio):  # outside engines do not tell
         why += (
             f", a draft step costs {best.cost_ratio:.2f} and a verify pass "
             f"{best.verify_ratio:.2f} of a plain step"
         )
+    judged = judgement(best, pays)
     if doubts:
-        reason = f"These figures cannot be trusted: {'; '.join(doubts)}. They say {measured}."
-    elif (judged := judgement(best, pays)) == UNKNOWN:
+        reason = f"These figures cannot be trusted: {'; '.join(doubts)}."
+    elif not best.tested:
+        reason = f"{UNKNOWN}: no draft token was tested, as no answer was long enough {where}."
+    elif judged == UNKNOWN:
         judged = f"{judged} with {prompts(best.prompts)}"
         reason = f"{judged}: {measured}; {why}.{_more_prompts(best)}"
     else:
@@ -48,15 +67,33 @@ def verdict(
         reason = f"{judged}: {measured}; {why}.{remedy}"
     if verification is not None and verification.lossy:
         reason = f"{verification.label}: the text is not the target's. {reason}"
-    found = Best(best.temperature, best.num_draft_tokens, best.speedup)
-    return Verdict(pays, found, needed, reason, affordable)
+    return Verdict(
+        pays,
+        Best(best.temperature, best.num_draft_tokens, math.nan if doubts else best.speedup),
+        needed,
+        reason,
+        affordable,
+        (math.nan, math.nan) if doubts else best.speedup_ci95,
+        how.chosen_on,
+        how.judged_on,
+    )
+
+
+def slow_verifying(what: str, setting: Setting, ratio: float, measured_again: bool) -> str:
+    """`what` took `ratio` plain steps, too few."""
+    again = ", also when it was measured again" if measured_again else ""
+    return (
+        f"T = {setting[0]:g}, γ = {setting[1]}: {what} took {ratio:.2f} of a plain step{again}; "
+        f"{PLAIN_SLOWED}"
+    )
 
 
 def judgement(best: Row, pays: bool) -> str:
     """The verdict on the fastest row in a few words."""
     if pays:
         return "The draft pays"
-    return "The draft does not pay" if min(best.speedup, best.speedup_ci95[1]) < 1 else UNKNOWN
+    shown = best.tested and min(best.speedup, best.speedup_ci95[1]) < 1
+    return "The draft does not pay" if shown else UNKNOWN
 
 
 def _break_even_cost_ratio(row: Row) -> float:
