@@ -117,8 +117,8 @@ def test_a_card_of_an_engine_is_read_again_and_refused_beside_others(
     assert json.loads(text)["rows"][0]["cost_ratio"] is None
     again = Scorecard.read(tmp_path / "card.json")
     assert again.document() == card.document()
-    ours = replace(card, provenance={**card.provenance, "engine": "specdistill"})
-    (reason,) = obstacles({"theirs": card, "ours": ours})
+    other = replace(card, provenance={**card.provenance, "engine": "vllm"})
+    (reason,) = obstacles({"theirs": card, "other": other})
     assert reason.startswith("engine differs: transformers ")
 
 

@@ -115,17 +115,18 @@ class SpeculativeDecoder:
         """Answer requests and gather the rounds by request."""
         outputs = {request.id: Output(request.id) for request in requests}
         seconds: dict[str, float] = {}
-        rounds = draft_steps = 0
+        by_round: list[dict[str, float]] = []
+        draft_steps = 0
         for round_ in self.stream(requests):
             for row in round_.rows:
                 outputs[row.request_id].tokens += row.tokens
                 outputs[row.request_id].rounds.append(row)
             for part, spent in round_.seconds.items():
                 seconds[part] = seconds.get(part, 0.0) + spent
-            rounds += 1
+            by_round.append(round_.seconds)
             draft_steps += round_.draft_steps
         answers = [outputs[r.id] for r in requests]
-        return Generation(answers, seconds, rounds, draft_steps, self.lenience)
+        return Generation(answers, seconds, len(by_round), draft_steps, self.lenience, by_round)
 
     @torch.inference_mode()
     def stream(self, requests: Iterable[Request]) -> Iterator[Round]:

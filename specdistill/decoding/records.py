@@ -66,13 +66,16 @@ class Output:
 
 @dataclass
 class Generation:
-    """`lossy` is the lenience that changed the answers' distribution; None is exact."""
+    """`lossy` is the lenience that changed the answers' distribution; None is exact.
+    `round_seconds` are the rounds', which add up to `seconds`.
+    """
 
     outputs: list[Output]  # in the order of the requests
     seconds: dict[str, float]
     rounds: int
     draft_steps: int
     lossy: Lenience | None = None
+    round_seconds: list[dict[str, float]] = field(default_factory=list)
 
 
 class CacheSize(NamedTuple):

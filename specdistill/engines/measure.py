@@ -7,14 +7,18 @@ step or of a verify pass, Σ min(p, q), time by part) is absent: NaN, null in JS
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median_low
 from typing import Any
 
 from specdistill.progress import Progress
-from specdistill.scoring.measure import EncodedPrompt, Setting, in_turn
-from specdistill.scoring.rows import shares, survival
+from specdistill.scoring.choice import Setting
+from specdistill.scoring.measure import EncodedPrompt, in_turn
+from specdistill.scoring.provenance import cpu_times, stolen
+from specdistill.scoring.rows import STALL, ratio, shares, survival
 from specdistill.scoring.scorecard import (
+    LEAST_VERIFY_RATIO,
     Baseline,
     Lossless,
     ModelCard,
@@ -25,7 +29,7 @@ from specdistill.scoring.scorecard import (
 from specdistill.scoring.slices import by_category, by_prompt_length
 from specdistill.scoring.statistics import speedup_interval
 from specdistill.scoring.trust import doubts
-from specdistill.scoring.verdict import verdict
+from specdistill.scoring.verdict import slow_verifying, verdict
 
 WARM_UP_TOKENS = 8
 
@@ -34,7 +38,8 @@ WARM_UP_TOKENS = 8
 class Answer:
     """An answer and what the engine counted meanwhile. By position in the round [γ]: in how many
     rounds there was a proposal (`offered`), it was tested, it was accepted. `rounds` are the
-    target's passes that emitted something; plain decoding has as many as tokens.
+    target's passes that emitted something; plain decoding has as many as tokens. `step_seconds` are
+    those of the rounds after the first, where the engine lets us see them.
     """
 
     tokens: list[int]
@@ -43,10 +48,23 @@ class Answer:
     offered: list[int]
     tested: list[int]
     accepted: list[int]
+    step_seconds: Sequence[float] = ()
 
 
 Ask = Callable[[Setting, EncodedPrompt, int], Answer]  # the last is the most tokens to emit
-Runs = Mapping[Setting, Sequence[Answer]]
+Runs = dict[Setting, list[Answer]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An answer of every prompt in every setting; `stalls` is the share of time that was left out
+    of them, `again` the temperature that was measured twice.
+    """
+
+    runs: Runs
+    steal: float | None
+    stalls: float
+    again: float | None
 
 
 def take_turns(
@@ -56,19 +74,84 @@ def take_turns(
     num_draft_tokens: Sequence[int],
     max_new_tokens: int,
     progress: Progress,
-) -> dict[Setting, list[Answer]]:
-    """Every prompt in every setting, plain decoding included, the settings `in_turn` on each
-    prompt, after a short run of each that does not count.
+) -> Measured:
+    """Every prompt in every setting, plainly before and after the drafts, the settings `in_turn`,
+    after a short run of each that does not count. As in our own engine, a temperature at which a
+    round cannot have been as fast as it seems is measured again, once.
     """
-    settings = [(t, g) for t in temperatures for g in (0, *num_draft_tokens)]
-    for setting in settings:
+    temperatures = list(dict.fromkeys(temperatures))
+    for setting in [(t, g) for t in temperatures for g in (0, *num_draft_tokens)]:
         ask(setting, prompts[0], WARM_UP_TOKENS)
-    runs: dict[Setting, list[Answer]] = {setting: [] for setting in settings}
-    for i, prompt in enumerate(prompts):
-        for setting in in_turn(settings, i):
-            runs[setting].append(ask(setting, prompt, max_new_tokens))
-        progress("score", i + 1, len(prompts), f"{len(settings)} settings a prompt")
-    return runs
+
+    def decode(at: Sequence[float], stage: str) -> dict[Setting, list[list[Answer]]]:
+        answers: dict[Setting, list[list[Answer]]] = {
+            (t, g): [[] for _ in prompts] for t in at for g in (0, *num_draft_tokens)
+        }
+        for i, prompt in enumerate(prompts):
+            for setting in in_turn(at, num_draft_tokens, i):
+                answers[setting][i].append(ask(setting, prompt, max_new_tokens))
+            progress(stage, i + 1, len(prompts), f"{len(answers)} settings a prompt")
+        return answers
+
+    before = cpu_times()
+    answers = decode(temperatures, "score")
+    runs, stalls = _without_stalls(answers)
+    fastest = max((s for s in runs if s[1]), key=lambda s: _speedup(s, runs))
+    again = fastest[0] if _round_ratio(fastest, runs) < LEAST_VERIFY_RATIO else None
+    if again is not None:
+        answers |= decode([again], "again")
+        runs, stalls = _without_stalls(answers)
+    return Measured(runs, stolen(before), stalls, again)
+
+
+def _without_stalls(answers: dict[Setting, list[list[Answer]]]) -> tuple[Runs, float]:
+    """The first answer of each, with the mean time of all; see `rows.without_stalls`. An engine
+    that shows no steps has only the runs of plain decoding to compare: one that took `STALL` times
+    as long as the other is left out.
+    """
+    wall = counted = 0.0
+    runs: Runs = {}
+    for setting, prompts in answers.items():
+        runs[setting] = []
+        for repeats in prompts:
+            steps = [step for answer in repeats for step in answer.step_seconds]
+            usual = median_low(steps) if len(steps) >= 3 else math.inf
+            seconds = [
+                a.seconds - sum(step - usual for step in a.step_seconds if step > STALL * usual)
+                for a in repeats
+            ]
+            alike = [spent for spent in seconds if spent <= STALL * min(seconds)]
+            runs[setting].append(replace(repeats[0], seconds=sum(alike) / len(alike)))
+            wall += sum(answer.seconds for answer in repeats) / len(repeats)
+            counted += sum(alike) / len(alike)
+    return runs, max(0.0, 1 - counted / wall) if wall > 0 else 0.0
+
+
+def _speedup(setting: Setting, runs: Runs) -> float:
+    """-inf where the clock saw no time pass."""
+    answers, plain = runs[setting], runs[setting[0], 0]
+    over = sum(len(a.tokens) for a in answers) * sum(a.seconds for a in plain)
+    under = sum(len(a.tokens) for a in plain) * sum(a.seconds for a in answers)
+    return over / under if under > 0 else -math.inf
+
+
+def _round_ratio(setting: Setting, runs: Runs) -> float:
+    """Time of a whole round, its draft steps and its share of the prompt too, over that of a plain
+    step: more than what a verify pass takes.
+    """
+    answers, plain = runs[setting], runs[setting[0], 0]
+    over = sum(a.seconds for a in answers) / sum(a.rounds for a in answers)
+    step = sum(a.seconds for a in plain) / sum(a.rounds for a in plain)
+    return over / step if step > 0 else math.nan
+
+
+def _slowed(runs: Runs, again: float | None) -> list[str]:
+    """What is wrong with the fastest setting, if its rounds took less time than plain steps."""
+    fastest = max((s for s in runs if s[1]), key=lambda s: _speedup(s, runs))
+    ratio = _round_ratio(fastest, runs)
+    if not ratio < LEAST_VERIFY_RATIO:
+        return []
+    return [slow_verifying("a whole round", fastest, ratio, again == fastest[0])]
 
 
 def scorecard(
@@ -76,13 +159,14 @@ def scorecard(
     draft: ModelCard,
     provenance: dict[str, Any],
     prompts: Sequence[EncodedPrompt],
-    runs: Runs,
+    measured: Measured,
     ties: Sequence[dict[str, Any]],
     seed: int,
 ) -> Scorecard:
     """The card of what was measured. Greedy texts are compared with the engine's own plain ones;
     `ties` explains differences, where that can be done.
     """
+    runs = measured.runs
     weight_ratio = draft.weight_bytes / target.weight_bytes
     drafted = [setting for setting in runs if setting[1]]
     rows = [_row(setting, runs, weight_ratio, seed) for setting in drafted]
@@ -97,12 +181,17 @@ def scorecard(
     return Scorecard(
         target=target,
         draft=draft,
-        provenance=provenance,
+        provenance=provenance
+        | {"steal": measured.steal, "stalls": measured.stalls, "measured_again": measured.again},
         baseline=baseline,
         rows=rows,
         per_prompt=per_prompt,
         lossless=Lossless((sum(greedy), len(greedy)), list(ties), math.nan, math.nan),
-        verdict=verdict(rows, doubts=doubts(baseline, rows, per_prompt)),
+        verdict=verdict(
+            rows,
+            doubts=[*doubts(baseline, rows, per_prompt), *_slowed(runs, measured.again)],
+            per_prompt=per_prompt,
+        ),
         by_category=by_category(per_prompt, seed),
         by_prompt_length=by_prompt_length(per_prompt, seed),
     )
@@ -119,7 +208,10 @@ def _row(setting: Setting, runs: Runs, weight_ratio: float, seed: int) -> Row:
     seconds, plain_seconds = ([a.seconds for a in some] for some in (answers, plain))
     rounds = sum(a.rounds for a in answers)
     block_efficiency = sum(emitted) / rounds
-    speed = sum(emitted) / sum(seconds)
+    speed, plain_speed = (
+        ratio(sum(tokens), sum(spent))
+        for tokens, spent in ((emitted, seconds), (plain_emitted, plain_seconds))
+    )
     return Row(
         temperature=temperature,
         num_draft_tokens=num,
@@ -136,7 +228,7 @@ def _row(setting: Setting, runs: Runs, weight_ratio: float, seed: int) -> Row:
         survival_by_position=survival(conditional),
         block_efficiency=block_efficiency,
         tokens_per_second=speed,
-        speedup=speed / (sum(plain_emitted) / sum(plain_seconds)),
+        speedup=ratio(speed, plain_speed),
         speedup_ci95=speedup_interval(emitted, seconds, plain_emitted, plain_seconds, seed),
         cost_ratio=math.nan,
         verify_ratio=math.nan,
@@ -149,7 +241,7 @@ def _row(setting: Setting, runs: Runs, weight_ratio: float, seed: int) -> Row:
 def _baseline(temperature: float, plain: Sequence[Answer]) -> Baseline:
     tokens, seconds = sum(len(a.tokens) for a in plain), sum(a.seconds for a in plain)
     steps = sum(a.rounds for a in plain)
-    return Baseline(temperature, tokens / seconds, len(plain), tokens, seconds / steps)
+    return Baseline(temperature, ratio(tokens, seconds), len(plain), tokens, seconds / steps)
 
 
 def _by_prompt(setting: Setting, prompts: Sequence[EncodedPrompt], runs: Runs) -> list[PromptRow]:

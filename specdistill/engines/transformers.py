@@ -7,11 +7,12 @@ each round, and every forward pass of the assistant proposes one token.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,8 +27,9 @@ from specdistill.errors import DecodingError, InputError
 from specdistill.models import LanguageModel
 from specdistill.progress import Progress, silent
 from specdistill.randomness import seeded
+from specdistill.scoring.choice import Setting
 from specdistill.scoring.lossless import explain_difference
-from specdistill.scoring.measure import EncodedPrompt, Setting
+from specdistill.scoring.measure import EncodedPrompt
 from specdistill.scoring.provenance import model_card, provenance
 from specdistill.scoring.scorecard import Scorecard
 
@@ -36,14 +38,16 @@ if TYPE_CHECKING:
 
 
 class _Rounds(BaseStreamer):
-    """How many tokens each round emitted and the assistant had proposed before."""
+    """How many tokens each round emitted, when, and the assistant had proposed before."""
 
     def __init__(self) -> None:
         self.passes = 0  # of the assistant, in the round that is under way
         self.sizes: list[tuple[int, int]] = []
+        self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
         self.sizes.append((value.numel(), self.passes))
+        self.times.append(time.perf_counter())
         self.passes = 0
 
     def end(self) -> None:
@@ -64,6 +68,7 @@ class _Rounds(BaseStreamer):
             offered=[sum(proposed > i for proposed, _ in rounds) for i in range(num)],
             tested=[sum(proposed > i <= kept for proposed, kept in rounds) for i in range(num)],
             accepted=[sum(kept > i for _, kept in rounds) for i in range(num)],
+            step_seconds=[b - a for a, b in pairwise(self.times[1:])],
         )
 
 
@@ -87,7 +92,8 @@ def score(
     def ask(setting: Setting, prompt: EncodedPrompt, count: int) -> Answer:
         return _generate(target, draft, prompt, setting, count, seed)
 
-    runs = take_turns(ask, prompts, temperatures, num_draft_tokens, max_new_tokens, progress)
+    measured = take_turns(ask, prompts, temperatures, num_draft_tokens, max_new_tokens, progress)
+    runs = measured.runs
     ties = [
         explain_difference(target, prompt.id, prompt.tokens, plain.tokens, answer.tokens)
         for (t, g), answers in runs.items()
@@ -97,7 +103,7 @@ def score(
     ]
     told = provenance(target, draft, seed, max_new_tokens, prompts)
     told |= {"engine": "transformers", "turns": "prompt by prompt, in one process"}
-    return scorecard(model_card(target), model_card(draft), told, prompts, runs, ties, seed)
+    return scorecard(model_card(target), model_card(draft), told, prompts, measured, ties, seed)
 
 
 class _Checked(LogitsProcessor):
@@ -192,6 +198,22 @@ def _settings(model: LanguageModel, sampling: Sampling, count: int) -> Iterator[
         model.model.generation_config = own
 
 
+@contextmanager
+def _proposing(draft: LanguageModel, num: int) -> Iterator[None]:
+    """`draft` as an assistant that always proposes `num` tokens; afterwards as it was."""
+    own = draft.model.generation_config
+    draft.model.generation_config = copy.deepcopy(own)
+    draft.model.generation_config.update(
+        num_assistant_tokens=num,
+        num_assistant_tokens_schedule="constant",
+        assistant_confidence_threshold=0.0,
+    )
+    try:
+        yield
+    finally:
+        draft.model.generation_config = own
+
+
 @torch.inference_mode()
 def _generate(
     target: LanguageModel,
@@ -204,24 +226,18 @@ def _generate(
     temperature, num = setting
     model: Any = target.model
     tokens = torch.tensor([prompt.tokens], device=target.device)
-    rounds, assistant = _Rounds(), None
+    rounds = _Rounds()
     hook = draft.model.register_forward_hook(rounds.count)
-    if num:
-        assistant = draft.model
-        draft.model.generation_config.update(
-            num_assistant_tokens=num,
-            num_assistant_tokens_schedule="constant",
-            assistant_confidence_threshold=0.0,
-        )
     own_seed = row_seed(seed, f"{prompt.id}:{num}")
     start = time.perf_counter()
     try:
-        with seeded(own_seed, target.device), _settings(target, Sampling(temperature), count):
+        sampled = _settings(target, Sampling(temperature), count)
+        with seeded(own_seed, target.device), sampled, _proposing(draft, num):
             out = model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
                 streamer=rounds,
-                assistant_model=assistant,
+                assistant_model=draft.model if num else None,
             )
     finally:
         hook.remove()

@@ -24,7 +24,8 @@ from specdistill.engines.measure import Answer, scorecard, take_turns
 from specdistill.errors import DecodingError, InputError
 from specdistill.models import LanguageModel
 from specdistill.progress import Progress, silent
-from specdistill.scoring.measure import EncodedPrompt, Setting
+from specdistill.scoring.choice import Setting
+from specdistill.scoring.measure import EncodedPrompt
 from specdistill.scoring.provenance import model_card, provenance
 from specdistill.scoring.scorecard import ModelCard, Scorecard
 
@@ -130,13 +131,15 @@ def score(
         def ask(setting: Setting, prompt: EncodedPrompt, count: int) -> Answer:
             return _ask(workers[setting[1]], setting, prompt, count, pair.eos_ids, seed)
 
-        runs = take_turns(ask, prompts, temperatures, num_draft_tokens, max_new_tokens, progress)
+        measured = take_turns(
+            ask, prompts, temperatures, num_draft_tokens, max_new_tokens, progress
+        )
     told = pair.facts | {"engine": "vllm", "turns": "prompt by prompt, in a process each"}
     told["versions"] = {"specdistill": told["versions"].get("specdistill"), **facts["versions"]}
     told["threads"] = threads or torch.get_num_threads()
     told["device"] = facts["device"] or told["device"]
     told["compiled"] = facts["compiled"]
-    return scorecard(pair.target, pair.draft, told, prompts, runs, [], seed)
+    return scorecard(pair.target, pair.draft, told, prompts, measured, [], seed)
 
 
 def _engine_settings(pair: Pair, num: int, longest: int, engines: int) -> dict[str, Any]:

@@ -48,6 +48,8 @@ def acceptance_chances(
     for r in output.rounds:
         tested += range(start, start + r.tested)
         start += len(r.tokens)
+    if not tested:
+        return torch.zeros(0, dtype=torch.float64)
     tokens = torch.tensor([prompt + output.tokens], device=target.device)
     drafter = ModelDrafter(draft, target.vocab_size)
     hidden_p = target.hidden(tokens)[0, tested]

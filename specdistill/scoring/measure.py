@@ -5,9 +5,10 @@ one process.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 from specdistill.data.chat import encode_prompt
 from specdistill.data.prompts import Prompt
@@ -19,9 +20,10 @@ from specdistill.progress import Progress, silent
 from specdistill.scoring import lossless
 from specdistill.scoring import rows as rows_of
 from specdistill.scoring.acceptance import expected_acceptance
-from specdistill.scoring.provenance import model_card, provenance
+from specdistill.scoring.choice import Setting
+from specdistill.scoring.provenance import cpu_times, model_card, provenance, stolen
 from specdistill.scoring.rows import Runs
-from specdistill.scoring.scorecard import Row, Scorecard, Verification
+from specdistill.scoring.scorecard import LEAST_VERIFY_RATIO, Row, Scorecard, Verification
 from specdistill.scoring.slices import by_category, by_prompt_length
 from specdistill.scoring.trust import doubts
 from specdistill.scoring.verdict import verdict
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MIN_PROMPTS = 4
-Setting = tuple[float, int]  # temperature and γ, which is 0 for plain decoding
+Times = dict[Setting, list[list[rows_of.Timed]]]  # by prompt, as often as it was decoded
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,23 @@ def encoded(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> li
     return [EncodedPrompt(p.id, encode_prompt(tokenizer, p), p.category) for p in prompts]
 
 
-def in_turn(settings: Sequence[Setting], number: int) -> list[Setting]:
-    """The settings in their order, starting from another one with each `number`, so that a drift
-    of the machine's speed falls on all of them alike.
+def in_turn(
+    temperatures: Sequence[float], num_draft_tokens: Sequence[int], number: int
+) -> list[Setting]:
+    """What a prompt is decoded in, in this order: at each temperature plainly, with every γ, and
+    plainly again, so that a drift of the machine's speed falls on both alike. Each `number` starts
+    from another temperature and another γ.
     """
-    first = number % len(settings)
-    return [*settings[first:], *settings[:first]]
+    return [
+        (t, g)
+        for t in _from(temperatures, number)
+        for g in (0, *_from(num_draft_tokens, number), 0)
+    ]
+
+
+def _from(values: Sequence[T], number: int) -> list[T]:
+    first = number % len(values)
+    return [*values[first:], *values[:first]]
 
 
 def score(
@@ -75,8 +89,10 @@ def score(
     `lenience` are `SpeculativeDecoder`'s: a card with lenience is LOSSY and says so.
 
     The settings take turns on each prompt, see `in_turn`, after a short untimed run of each. After
-    `max_seconds` no further prompt is begun, once there are four. `keep_text` keeps the first
-    prompt's answer in the fastest setting in the card, token by token.
+    `max_seconds` no further prompt is begun, once there are four. Where a verify pass of the
+    fastest setting took less time than a plain step, which cannot be, its temperature is measured
+    again, once. `keep_text` keeps the first prompt's answer in the fastest setting in the card,
+    token by token.
     """
     if not prompts:
         raise InputError("there are no prompts to score")
@@ -84,30 +100,28 @@ def score(
         raise InputError("score needs at least one num_draft_tokens and one temperature")
     check_lenience(mode, lenience, temperatures)
     decoders = _decoders(target, draft, num_draft_tokens, mode, lenience)
+    temperatures = list(dict.fromkeys(temperatures))
     settings = [(t, g) for t in temperatures for g in decoders]
     # Refuses what cannot be served, before any work; with a draft the same.
     decoders[0].cache_size([Request(p.id, p.tokens, max_new_tokens) for p in prompts])
     progress("score", 0, len(prompts), "a short run of each setting first")
     for t, g in settings:
         decoders[g].generate([prompts[0].tokens], max_new_tokens=8, sampling=Sampling(t), seed=seed)
-    runs = {setting: Runs() for setting in settings}
-    words = f"{len(settings)} settings a prompt"
-    begin = time.perf_counter()
-    for i, prompt in enumerate(prompts):
-        for turn, (t, g) in enumerate(in_turn(settings, i)):
-            progress("score", i + turn / len(settings), len(prompts), words)
-            start = time.perf_counter()
-            generation = decoders[g].run(
-                [Request(prompt.id, prompt.tokens, max_new_tokens, Sampling(t), seed)]
-            )
-            runs[t, g].seconds.append(time.perf_counter() - start)
-            runs[t, g].generations.append(generation)
-        late = max_seconds is not None and time.perf_counter() - begin > max_seconds
-        if late and i + 1 >= MIN_PROMPTS:
-            prompts = prompts[: i + 1]
-            words = "out of time; the rest is left out"
-            break
-    progress("score", len(prompts), len(prompts), words)
+
+    def decode(at: Sequence[float], words: str, seconds: float | None = None) -> Times:
+        requests = [Request(p.id, p.tokens, max_new_tokens, seed=seed) for p in prompts]
+        return _decode(decoders, requests, at, seconds, partial(progress, words))
+
+    before = cpu_times()
+    times = decode(temperatures, "score", max_seconds)
+    prompts = prompts[: len(times[settings[0]])]
+    runs, stalls = rows_of.without_stalls(times)
+    again = _slowed(runs)
+    if again is not None:  # once: a machine that is never at rest is told of, not waited for
+        times |= decode([again], "again")
+        runs, stalls = rows_of.without_stalls(times)
+    told = provenance(target, draft, seed, max_new_tokens, prompts)
+    told |= {"steal": stolen(before), "stalls": stalls, "measured_again": again}
 
     target_card, draft_card = model_card(target), model_card(draft)
     weight_ratio = draft_card.weight_bytes / target_card.weight_bytes
@@ -123,19 +137,19 @@ def score(
             ]
             rows.append(rows_of.row(t, g, runs[t, g], runs[t, 0], expected, weight_ratio, seed))
     progress("evidence", len(rows), len(settings), "losslessness")
-    baseline = [rows_of.baseline(t, runs[t, 0]) for t in dict.fromkeys(t for t, _ in settings)]
+    baseline = [rows_of.baseline(t, runs[t, 0]) for t in temperatures]
     per_prompt = [
         row
         for t, g in settings
         if g
         for row in rows_of.by_prompt(t, g, prompts, runs[t, g], runs[t, 0])
     ]
-    judged = verdict(rows, verification, doubts(baseline, rows, per_prompt))
+    judged = verdict(rows, verification, doubts(baseline, rows, per_prompt), per_prompt, again)
     fastest = (judged.best.temperature, judged.best.num_draft_tokens)
     card = Scorecard(
         target=target_card,
         draft=draft_card,
-        provenance=provenance(target, draft, seed, max_new_tokens, prompts),
+        provenance=told,
         baseline=baseline,
         rows=rows,
         per_prompt=per_prompt,
@@ -163,6 +177,45 @@ def score(
     )
     progress("evidence", 1, 1)
     return card
+
+
+def _decode(
+    decoders: Mapping[int, SpeculativeDecoder],
+    requests: Sequence[Request],
+    temperatures: Sequence[float],
+    max_seconds: float | None,
+    progress: Callable[[float, float, str], None],
+) -> Times:
+    """The requests at every temperature, `in_turn`, as far as there is time."""
+    times: Times = {(t, g): [] for t in temperatures for g in decoders}
+    words = f"{len(times)} settings a prompt"
+    begin = time.perf_counter()
+    for i, request in enumerate(requests):
+        for by_request in times.values():
+            by_request.append([])
+        turns = in_turn(temperatures, [g for g in decoders if g], i)
+        for turn, (t, g) in enumerate(turns):
+            progress(i + turn / len(turns), len(requests), words)
+            start = time.perf_counter()
+            generation = decoders[g].run([replace(request, sampling=Sampling(t))])
+            spent = time.perf_counter() - start
+            times[t, g][-1].append(rows_of.Timed(generation, spent))
+        late = max_seconds is not None and time.perf_counter() - begin > max_seconds
+        if late and MIN_PROMPTS <= i + 1 < len(requests):
+            words = "out of time; the rest is left out"
+            break
+    progress(len(requests), len(requests), words)
+    return times
+
+
+def _slowed(runs: Mapping[Setting, Runs]) -> float | None:
+    """The temperature of the fastest setting, where its verify passes took less time than plain
+    steps.
+    """
+    speeds = {(t, g): rows_of.speedup(found, runs[t, 0]) for (t, g), found in runs.items() if g}
+    t, g = max(speeds, key=lambda setting: speeds[setting])
+    slow = rows_of.verify_ratio(runs[t, g], runs[t, 0]) < LEAST_VERIFY_RATIO
+    return t if slow else None
 
 
 def _decoders(

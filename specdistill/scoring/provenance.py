@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,29 @@ def model_card(model: LanguageModel) -> ModelCard:
         vocab_size=model.vocab_size,
         sha256=model.sha256(),
     )
+
+
+def cpu_times(stat: Path = Path("/proc/stat")) -> tuple[int, int] | None:
+    """The time that a hypervisor gave to others (steal) and all time of the processors so far, in
+    ticks; None on systems that do not tell.
+    """
+    try:
+        name, *ticks = stat.read_text(encoding="ascii").split("\n", 1)[0].split()
+    except (OSError, ValueError):
+        return None
+    if name != "cpu" or len(ticks) < 8:
+        return None
+    counts = [int(tick) for tick in ticks[:8]]  # a guest's, which follow, are in user's
+    return counts[7], sum(counts)
+
+
+def stolen(before: tuple[int, int] | None) -> float | None:
+    """The share of the processors' time that went to others since `before`."""
+    now = cpu_times()
+    if before is None or now is None:
+        return None
+    steal, total = (b - a for a, b in zip(before, now, strict=True))
+    return steal / total if total > 0 else 0.0
 
 
 def provenance(

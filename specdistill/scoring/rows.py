@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
+from statistics import median_low
 from typing import TYPE_CHECKING
 
 from specdistill.decoding import Generation
 from specdistill.decoding.records import Output
+from specdistill.scoring.choice import Setting
 from specdistill.scoring.scorecard import Baseline, Example, Kind, PromptRow, Row
 from specdistill.scoring.statistics import planned_speedup, speedup_interval
 
@@ -18,48 +21,130 @@ if TYPE_CHECKING:
 
     from specdistill.scoring.measure import EncodedPrompt
 
+STEP_PARTS = ("draft", "target", "verify", "other")  # of a round
+PARTS = ("prefill", *STEP_PARTS, "loop")
+STALL = 3.0  # a step that took so many medians was held up by something else
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One prompt decoded once, and its wall time."""
+
+    generation: Generation
+    seconds: float
+
 
 @dataclass
 class Runs:
-    """All prompts in one setting: one generation and its wall time each."""
+    """All prompts in one setting, an entry each. A prompt that was decoded several times, as plain
+    decoding is, has the counts of one and the mean of the times, which are without stalls.
 
-    generations: list[Generation] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    `parts` split a prompt's seconds, see `Row.seconds`.
+    """
 
-    @property
-    def outputs(self) -> list[Output]:
-        return [g.outputs[0] for g in self.generations]
+    outputs: list[Output] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
+    draft_passes: list[int] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def emitted(self) -> list[int]:
         return [len(output.tokens) for output in self.outputs]
 
     @property
+    def seconds(self) -> list[float]:
+        return [sum(parts.values()) for parts in self.parts]
+
+    @property
     def rounds(self) -> int:
-        return sum(g.rounds for g in self.generations)
+        return sum(self.passes)
 
     @property
     def draft_steps(self) -> int:
-        return sum(g.draft_steps for g in self.generations)
+        return sum(self.draft_passes)
 
-    def seconds_without(self, index: int, *parts: str) -> float:
-        """The wall time of one prompt less these parts."""
-        spent = self.generations[index].seconds
-        return self.seconds[index] - sum(spent.get(name, 0.0) for name in parts)
-
-    def part(self, name: str) -> float:
-        return sum(g.seconds.get(name, 0.0) for g in self.generations)
+    def seconds_without(self, index: int, *names: str) -> float:
+        """The time of one prompt less these parts."""
+        return sum(spent for name, spent in self.parts[index].items() if name not in names)
 
     @property
-    def parts(self) -> dict[str, float]:
-        """`Row.seconds`: they add up to the wall time."""
-        names = ("prefill", "draft", "target", "verify", "other")
-        seconds = {name: self.part(name) for name in names}
-        return {**seconds, "loop": sum(self.seconds) - sum(seconds.values())}
+    def spent(self) -> dict[str, float]:
+        """`Row.seconds`: they add up to the time of all prompts."""
+        return {name: sum(parts[name] for parts in self.parts) for name in PARTS}
 
     @property
     def tokens_per_second(self) -> float:
-        return sum(self.emitted) / sum(self.seconds)
+        return ratio(sum(self.emitted), sum(self.seconds))
+
+
+def without_stalls(
+    timed: Mapping[Setting, Sequence[Sequence[Timed]]],
+) -> tuple[dict[Setting, Runs], float]:
+    """The runs of every setting, and the share of the time that was left out of them as stalls.
+    `timed` has for every prompt the times that it was decoded in the setting, one or more.
+
+    The rounds of a run do the same work, so one that took `STALL` times as long as the median, of
+    the run or, where that has fewer than three rounds, of the setting, was held up by something
+    else: it counts as the median. So does the time of a prompt's prefill, and that between rounds,
+    beside the prompt's other runs. Plain decoding and drafts are treated alike, so that neither
+    gains by it.
+    """
+    usual = _usual_of_prompts(timed)
+    found: dict[Setting, Runs] = {}
+    wall = 0.0
+    for setting, prompts in timed.items():
+        runs = found[setting] = Runs()
+        every = [step for repeats in prompts for run in repeats for step in _steps(run)]
+        for i, repeats in enumerate(prompts):
+            steps = [step for run in repeats for step in _steps(run)]
+            parts = _steady(steps, steps if len(steps) >= 3 else every)
+            for name in ("prefill", "loop"):
+                parts[name] = sum(
+                    usual[i][name] if spent > STALL * usual[i][name] else spent
+                    for spent in (_once(run)[name] for run in repeats)
+                )
+            first = repeats[0].generation
+            runs.outputs.append(first.outputs[0])
+            runs.passes.append(first.rounds)
+            runs.draft_passes.append(first.draft_steps)
+            runs.parts.append({name: parts[name] / len(repeats) for name in PARTS})
+            wall += sum(run.seconds for run in repeats) / len(repeats)
+    counted = sum(sum(runs.seconds) for runs in found.values())
+    return found, max(0.0, 1 - counted / wall) if wall > 0 else 0.0
+
+
+def _steps(run: Timed) -> list[dict[str, float]]:
+    """Its rounds, without the prefill."""
+    return [{name: step[name] for name in STEP_PARTS} for step in run.generation.round_seconds]
+
+
+def _once(run: Timed) -> dict[str, float]:
+    """What a run spends beside its rounds."""
+    rounds = run.generation.round_seconds
+    return {
+        "prefill": sum(step["prefill"] for step in rounds),
+        "loop": run.seconds - sum(sum(step.values()) for step in rounds),
+    }
+
+
+def _usual_of_prompts(
+    timed: Mapping[Setting, Sequence[Sequence[Timed]]],
+) -> list[dict[str, float]]:
+    """By prompt, the median of `_once` over all its runs, in all settings."""
+    by_prompt = zip(*timed.values(), strict=True)
+    every = [[_once(run) for repeats in prompt for run in repeats] for prompt in by_prompt]
+    names = ("prefill", "loop")
+    return [{name: median_low([once[name] for once in some]) for name in names} for some in every]
+
+
+def _steady(
+    steps: Sequence[dict[str, float]], alike: Sequence[dict[str, float]]
+) -> dict[str, float]:
+    """The sums by part, with the medians of `alike` in place of stalled steps."""
+    limit = STALL * median_low([sum(step.values()) for step in alike])
+    usual = {name: median_low([step[name] for step in alike]) for name in STEP_PARTS}
+    counted = [usual if sum(step.values()) > limit else step for step in steps]
+    return {name: sum(step[name] for step in counted) for name in STEP_PARTS}
 
 
 def baseline(temperature: float, plain: Runs) -> Baseline:
@@ -70,7 +155,7 @@ def baseline(temperature: float, plain: Runs) -> Baseline:
         prompts=len(plain.outputs),
         tokens=sum(plain.emitted),
         seconds_per_step=sum(plain.seconds) / plain.rounds,
-        seconds=plain.parts,
+        seconds=plain.spent,
     )
 
 
@@ -83,19 +168,19 @@ def by_prompt(
             prompt_id=prompt.id,
             temperature=temperature,
             num_draft_tokens=num,
-            emitted=runs.emitted[i],
-            rounds=runs.generations[i].rounds,
-            seconds=runs.seconds[i],
-            baseline_seconds=plain.seconds[i],
-            baseline_emitted=plain.emitted[i],
-            tested=sum(r.tested for r in runs.outputs[i].rounds),
-            accepted=sum(r.accepted for r in runs.outputs[i].rounds),
+            emitted=len(output.tokens),
+            rounds=runs.passes[i],
+            seconds=sum(runs.parts[i].values()),
+            baseline_seconds=sum(plain.parts[i].values()),
+            baseline_emitted=len(plain.outputs[i].tokens),
+            tested=sum(r.tested for r in output.rounds),
+            accepted=sum(r.accepted for r in output.rounds),
             verifying_seconds=runs.seconds_without(i, "draft", "prefill"),
             stepping_seconds=plain.seconds_without(i, "prefill"),
             category=prompt.category,
             prompt_tokens=len(prompt.tokens),
         )
-        for i, prompt in enumerate(prompts)
+        for i, (prompt, output) in enumerate(zip(prompts, runs.outputs, strict=True))
     ]
 
 
@@ -133,6 +218,21 @@ def survival(conditional: Sequence[float]) -> list[float]:
     return list(accumulate(conditional, mul))
 
 
+def speedup(runs: Runs, plain: Runs) -> float:
+    return ratio(runs.tokens_per_second, plain.tokens_per_second)
+
+
+def verify_ratio(runs: Runs, plain: Runs) -> float:
+    """Time of a verify pass over that of a plain step, the target's passes alone."""
+    step = plain.spent["target"] / plain.rounds
+    return ratio(runs.spent["target"] / runs.rounds, step)
+
+
+def ratio(over: float, under: float) -> float:
+    """NaN where the clock saw no time pass."""
+    return over / under if under > 0 else math.nan
+
+
 def row(
     temperature: float,
     num: int,
@@ -151,13 +251,14 @@ def row(
 
     kept = [sum(r.accepted > i for r in rounds) for i in range(num)]
     reached = [sum(r.tested > i for r in rounds) for i in range(num)]
-    alpha = accepted / tested if tested else float("nan")
+    alpha = accepted / tested if tested else math.nan
     positions = sum(n for _, n in expected)
     block_efficiency = emitted / len(rounds)
-    step = plain.part("target") / plain.rounds
-    draft_step = runs.part("draft") / runs.draft_steps if runs.draft_steps else float("nan")
-    verify_pass = runs.part("target") / runs.rounds
-    draft_steps = runs.draft_steps / runs.rounds  # below γ where an answer needs fewer tokens
+    step = plain.spent["target"] / plain.rounds
+    spent = runs.spent
+    draft_step = spent["draft"] / runs.draft_steps if runs.draft_steps else math.nan
+    verify_pass = spent["target"] / runs.rounds
+    drafting = spent["draft"] / runs.rounds  # fewer than γ steps where an answer needs fewer
     return Row(
         temperature=temperature,
         num_draft_tokens=num,
@@ -168,22 +269,20 @@ def row(
         accepted=accepted,
         emitted=emitted,
         acceptance_rate=alpha,
-        acceptance_rate_expected=sum(s for s, _ in expected) / positions
-        if positions
-        else float("nan"),
-        acceptance_per_proposal=accepted / proposed if proposed else float("nan"),
+        acceptance_rate_expected=sum(s for s, _ in expected) / positions if positions else math.nan,
+        acceptance_per_proposal=accepted / proposed if proposed else math.nan,
         acceptance_by_position=(conditional := shares(kept, reached)),
         survival_by_position=survival(conditional),
         block_efficiency=block_efficiency,
         tokens_per_second=runs.tokens_per_second,
-        speedup=runs.tokens_per_second / plain.tokens_per_second,
+        speedup=speedup(runs, plain),
         speedup_ci95=speedup_interval(
             runs.emitted, runs.seconds, plain.emitted, plain.seconds, seed
         ),
-        cost_ratio=draft_step / step,
-        verify_ratio=verify_pass / step,
-        predicted_speedup=block_efficiency * step / (draft_steps * draft_step + verify_pass),
-        planned_speedup=planned_speedup(alpha, num, draft_step / step),
+        cost_ratio=ratio(draft_step, step),
+        verify_ratio=verify_ratio(runs, plain),
+        predicted_speedup=ratio(block_efficiency * step, drafting + verify_pass),
+        planned_speedup=planned_speedup(alpha, num, ratio(draft_step, step)),
         mbsu=block_efficiency / (weight_ratio * num + 1),
-        seconds=runs.parts,
+        seconds=spent,
     )
