@@ -37,11 +37,11 @@ def cpu_times(stat: Path = Path("/proc/stat")) -> tuple[int, int] | None:
     """
     try:
         name, *ticks = stat.read_text(encoding="ascii").split("\n", 1)[0].split()
+        counts = [int(tick) for tick in ticks[:8]]  # a guest's, which follow, are in user's
     except (OSError, ValueError):
         return None
-    if name != "cpu" or len(ticks) < 8:
+    if name != "cpu" or len(counts) < 8:
         return None
-    counts = [int(tick) for tick in ticks[:8]]  # a guest's, which follow, are in user's
     return counts[7], sum(counts)
 
 

@@ -83,9 +83,13 @@ def _sums(row: Row, base: Baseline, prompts: Sequence[PromptRow]) -> list[str]:
                 f"{_setting(row)}: the card counts {total} {name}, its rows by prompt {summed}; "
                 "some were left out, score the pair again"
             )
+    seconds, plain_seconds = (
+        sum(getattr(prompt, name) for prompt in prompts) for name in ("seconds", "baseline_seconds")
+    )
+    if prompts and not (seconds > 0 and plain_seconds > 0):
+        found.append(f"{_setting(row)}: no time passed, so that there is no speed to tell")
     if not found and prompts:
-        speed = row.emitted / sum(prompt.seconds for prompt in prompts)
-        plain = base.tokens / sum(prompt.baseline_seconds for prompt in prompts)
+        speed, plain = row.emitted / seconds, base.tokens / plain_seconds
         for name, told, is_ in (
             ("tokens per second", row.tokens_per_second, speed),
             ("plain tokens per second", base.tokens_per_second, plain),

@@ -35,10 +35,11 @@ def verdict(
     if per_prompt:
         how = choose(per_prompt)
         best = replace(fastest, speedup=how.speedup.value, speedup_ci95=how.speedup[1:])
-    if not doubts and fastest.slowed:
+    if fastest.slowed:
         setting = (fastest.temperature, fastest.num_draft_tokens)
         again = setting[0] == measured_again
-        doubts = [slow_verifying("a verify pass", setting, fastest.verify_ratio, again)]
+        slow = slow_verifying("a verify pass", setting, fastest.verify_ratio, again)
+        doubts = [*doubts, slow]
     needed = break_even(best.acceptance_rate, best.num_draft_tokens, best.speedup)
     affordable = _break_even_cost_ratio(best)
     low, high = best.speedup_ci95

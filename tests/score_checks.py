@@ -1,0 +1,74 @@
+"""Figures of a score against what they must be by hand, for the tests and for planted bugs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from specdistill.decoding.records import Generation, Output, RowRound
+from specdistill.scoring.measure import EncodedPrompt
+from specdistill.scoring.rows import Timed, by_prompt, row, without_stalls
+from specdistill.scoring.scorecard import PromptRow
+from specdistill.scoring.statistics import ratio_of_sums
+
+
+def check_interval() -> None:
+    """With equal tokens and few prompts the log ratio's standard error is that of a mean: the
+    sample deviation, over n - 1, by √n, to second order in the spread.
+    """
+    for count in (3, 5, 8):
+        seconds = 1 + 0.02 * stats.norm.ppf((np.arange(count) + 0.5) / count)
+        ones = [1.0] * count
+        found = ratio_of_sums([ones, ones], [list(seconds), ones], seed=0)
+        half = stats.t.isf(0.025, count - 1) * seconds.std(ddof=1) / math.sqrt(count)
+        got = math.log(found.high / found.low) / 2
+        assert got == pytest.approx(half, rel=0.05), f"{count} prompts: {got:.4f}, not {half:.4f}"
+
+
+def prompt_runs(num: int) -> Timed:
+    """Two rounds of 4 seconds' prefill in all: of `num` proposals and of one, or plain steps."""
+    proposed = [num, 1] if num else [0] * 7
+    tokens = [num + 1, 2] if num else [1] * 7
+    steps = [
+        {
+            "prefill": 4.0 if not i else 0.0,
+            "draft": 0.25 * count,
+            "target": 1.0 + 0.1 * count,
+            "verify": 0.05,
+            "other": 0.02,
+        }
+        for i, count in enumerate(proposed)
+    ]
+    rounds = [
+        RowRound("p", [1] * t, count, count, count, i == len(proposed) - 1)
+        for i, (count, t) in enumerate(zip(proposed, tokens, strict=True))
+    ]
+    output = Output("p", [1] * sum(tokens), rounds)
+    seconds = sum(sum(step.values()) for step in steps) + 0.3
+    return Timed(Generation([output], {}, len(steps), sum(proposed), None, steps), seconds)
+
+
+def prompt_rows() -> tuple[PromptRow, ...]:
+    runs, _ = without_stalls({(0.0, 0): [[prompt_runs(0)] * 2], (0.0, 4): [[prompt_runs(4)]]})
+    prompts = [EncodedPrompt("p", [1, 2])]
+    return tuple(by_prompt(0.0, 4, prompts, runs[0.0, 4], runs[0.0, 0]))
+
+
+def check_row() -> None:
+    """Two rounds, of four draft steps and of one: 7 tokens in 5 draft steps and two verify passes,
+    against 7 plain steps. The prompt's prefill belongs to neither.
+    """
+    runs, _ = without_stalls({(0.0, 0): [[prompt_runs(0)] * 2], (0.0, 4): [[prompt_runs(4)]]})
+    found = row(0.0, 4, runs[0.0, 4], runs[0.0, 0], [(0.0, 0)], 0.1, 0)
+    assert found.block_efficiency == 3.5
+    assert found.cost_ratio == pytest.approx(0.25)
+    assert found.verify_ratio == pytest.approx(1.25), "(1.4 + 1.1) / 2"
+    assert found.predicted_speedup == pytest.approx(7 / (5 * 0.25 + 2.5))
+    (mine,) = prompt_rows()
+    assert mine.verifying_seconds == pytest.approx(2.5 + 2 * 0.07 + 0.3)
+    assert mine.stepping_seconds == pytest.approx(7 * 1.07 + 0.3)
+    assert mine.seconds == pytest.approx(4 + 1.25 + 2.5 + 0.14 + 0.3)
+    assert found.speedup == pytest.approx((7 / mine.seconds) / (7 / mine.baseline_seconds))
