@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -28,6 +29,12 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x)
 
+    def unpacked(self) -> nn.Linear:
+        """The layer as it was, with the same weight."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear
+
 
 def pack(language_model: LanguageModel, rows: int) -> LanguageModel:
     """Pack the linear layers of a float32 or bfloat16 CPU model for `rows` tokens a call, and
@@ -50,6 +57,16 @@ def pack(language_model: LanguageModel, rows: int) -> LanguageModel:
             model.set_output_embeddings(_packed(head, rows))
     language_model.head = cast("nn.Linear", model.get_output_embeddings())
     return language_model
+
+
+def widened(language_model: LanguageModel) -> LanguageModel:
+    """A copy in float32, not packed; the model itself stays as it is. Takes the memory of both."""
+    model = copy.deepcopy(language_model.model).float()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, PackedLinear):
+                setattr(parent, name, child.unpacked())
+    return dataclasses.replace(language_model, model=model)
 
 
 def _pack_layers(module: nn.Module, rows: int) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from specdistill.environment import Environment
     from specdistill.scoring.check import Check
     from specdistill.scoring.compare import Comparison, Standing
-    from specdistill.scoring.scorecard import CategoryRow, Scorecard
+    from specdistill.scoring.scorecard import CategoryRow, Lossless, Scorecard
 
 NARROW: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 0)}  # ten columns in 80 characters
 
@@ -218,16 +218,36 @@ def evidence_line(card: Scorecard) -> str:
     if card.verification.lossy:
         return f"{card.verification.label}: the text does not follow the target's distribution"
     same, compared = proof.greedy_identical
-    ties = sum(1 for tie in proof.ties if tie["within_rounding"])
-    greedy = f"greedy outputs token-identical: {same} of {compared}"
-    if same < compared:
-        greedy += f", {ties} explained as rounding ties"
+    greedy = f"greedy outputs token-identical: {same} of {compared}{identity_words(proof)}"
     if card.outside_engine:
         return f"{greedy}; nothing else was checked of {card.outside_engine}"
     return (
         f"{greedy}; target as its own draft: α = {proof.identity_acceptance:.3f}; "
         f"distribution test p = {proof.distribution_p_value:.3f}"
     )
+
+
+def identity_words(proof: Lossless) -> str:
+    """In which dtype greedy texts were compared, what rounding explains, and what float32 shows."""
+    same, compared = proof.greedy_identical
+    words = f" in {proof.dtype}" if proof.dtype else ""
+    if same < compared:
+        ties = sum(bool(tie["within_rounding"]) for tie in proof.ties)
+        each = (
+            "each difference a rounding tie"
+            if same + ties == compared
+            else (f"{ties} of the differences rounding ties")
+        )
+        words += f", {each}"
+    if proof.float32 is not None:
+        same, compared = proof.float32.greedy_identical
+        missing = proof.float32.missing
+        words += (
+            f"; not shown in float32: {missing}"
+            if missing
+            else (f"; {same} of {compared} in float32")
+        )
+    return words
 
 
 def checks_table(checks: Sequence[Check]) -> Table:
@@ -243,8 +263,13 @@ def checks_table(checks: Sequence[Check]) -> Table:
 def difference_lines(checks: Sequence[Check]) -> list[str]:
     """Where greedy texts part, and whether rounding can decide it."""
     return [
-        f"prompt {d['prompt_id']}, new token {d['position'] + 1}: the two best tokens are "
-        f"{d['top_two_gap']:.2g} apart, rounding is {d['rounding']:.2g}: "
+        f"prompt {d['prompt_id']}, new token {d['position'] + 1}: "
+        + (
+            "one text ends here and the other does not: "
+            if d["rounding"] is None
+            else f"the two tokens are {d['top_two_gap']:.2g} apart, rounding is "
+            f"{d['rounding']:.2g}: "
+        )
         + ("a tie" if d["within_rounding"] else "NOT explained by rounding")
         for check in checks
         for d in check.figures.get("differences", [])

@@ -165,7 +165,7 @@ def test_a_greedy_difference_passes_only_as_a_tie(
     difference = {"prompt_id": "0", "position": 2, "top_two_gap": 0.1, "rounding": 0.2}
     for within_rounding in (True, False):
         explained = {**difference, "within_rounding": within_rounding}
-        monkeypatch.setattr(lossless, "explain_difference", lambda *_, told=explained: told)
+        monkeypatch.setattr(lossless, "explain_difference", lambda *_, told=explained, **__: told)
         result = check.greedy(pair)
         assert result.passed == within_rounding
         assert result.figures["identical"] < result.figures["compared"] == 2

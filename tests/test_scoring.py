@@ -11,11 +11,13 @@ import pytest
 import torch
 from scipy import stats
 
+from specdistill import packing
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
+from specdistill.decoding.cache import CachedModel
 from specdistill.drafts import make_draft, save_draft
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, load
-from specdistill.scoring import lossless, measure
+from specdistill.scoring import lossless, measure, scorecard
 from specdistill.scoring.acceptance import acceptance_chances
 from specdistill.scoring.scorecard import Scorecard, Verification
 from specdistill.scoring.statistics import (
@@ -26,6 +28,7 @@ from specdistill.scoring.statistics import (
 )
 from specdistill.scoring.trust import objections
 from specdistill.scoring.verdict import verdict
+from specdistill.tables import evidence_line
 from specdistill_kernels import Lenience
 
 Tiny = Callable[..., LanguageModel]
@@ -349,18 +352,115 @@ def test_the_cache_of_a_score_is_a_row_for_every_setting(pair) -> None:
     assert size.bytes == plain + 2 * both.cache_size([request]).bytes
 
 
-def test_a_tie_is_told_from_an_error(tiny: Tiny) -> None:
-    target = tiny(1, layers=2)
-    prompt = [7, 8, 9]
-    plain = SpeculativeDecoder(target).generate([prompt], max_new_tokens=6).outputs[0].tokens
-    other = [*plain[:3], (plain[3] + 1) % 64, *plain[4:]]
-    error = lossless.explain_difference(target, "a", prompt, plain, other)
-    assert (error["position"], error["within_rounding"]) == (3, False)
-    chosen, runner_up = target.model(torch.tensor([prompt + plain[:3]])).logits[0, -1].topk(2)[1]
-    with torch.no_grad():  # make the two best tokens of that place equal: a tie by construction
-        target.head.weight[runner_up] = target.head.weight[chosen]
-    tie = lossless.explain_difference(target, "a", prompt, plain, other)
+def greedy_pair(
+    target: LanguageModel, monkeypatch: pytest.MonkeyPatch, size: float
+) -> tuple[lossless.GreedyPair, Callable[[], dict[str, object]]]:
+    """Answers that part as passes over several tokens raise a token by `size`; and what explains
+    it, as the same passes do.
+    """
+    run = CachedModel.run
+
+    def uneven(self: CachedModel, tokens: torch.Tensor, *rest: object) -> torch.Tensor:
+        out = run(self, tokens, *rest)
+        return out + size * target.head.weight[9] if tokens.shape[1] > 1 else out
+
+    monkeypatch.setattr(CachedModel, "run", uneven)
+    ((pair),) = lossless.greedy_pairs(target, target, [("a", [7, 8, 9])], 3, 12)
+    return pair, lambda: lossless.explain_difference(target, pair)
+
+
+def test_a_tie_is_told_from_an_error(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding decides a tie only where each side took the best token of its own pass."""
+    target = tiny(1, layers=2, dtype=torch.bfloat16)
+    monkeypatch.setattr(LanguageModel, "eos_ids", frozenset())
+    pair, explain = greedy_pair(target, monkeypatch, 0.1)
+    assert not pair.identical
+    tie = explain()
     assert tie["within_rounding"]
+    assert 0 < tie["top_two_gap"] <= 2 * tie["rounding"]
+    at = tie["position"]
+    wrong = [*pair.speculative.tokens]
+    wrong[at] = next(t for t in range(64) if t not in (pair.plain.tokens[at], wrong[at]))
+    plain, speculative = pair.plain, pair.speculative
+    swapped = dataclasses.replace(
+        pair,
+        plain=dataclasses.replace(plain, tokens=speculative.tokens),
+        speculative=dataclasses.replace(speculative, tokens=plain.tokens),
+    )
+    answer = dataclasses.replace(speculative, tokens=wrong)
+    for other in (dataclasses.replace(pair, speculative=answer), swapped):
+        assert not lossless.explain_difference(target, other)["within_rounding"]
+    shorter = dataclasses.replace(pair.plain, tokens=pair.plain.tokens[:at])
+    cut = lossless.explain_difference(target, dataclasses.replace(pair, plain=shorter))
+    assert (cut["within_rounding"], cut["top_two_gap"]) == (False, None)
+
+
+def test_what_is_too_large_for_rounding_explains_nothing(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes that differ by a fault of the engine differ in the same way when made again."""
+    target = tiny(1, layers=2)
+    monkeypatch.setattr(LanguageModel, "eos_ids", frozenset())
+    pair, explain = greedy_pair(target, monkeypatch, 0.1)
+    assert not pair.identical
+    assert not explain()["within_rounding"], "it is float32"
+
+
+def test_half_precision_is_shown_in_float32_too(pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = tuple(load(str(model.path), dtype="bfloat16") for model in pair)
+    asked = {"num_draft_tokens": [2], "temperatures": [0.0], "max_new_tokens": 8}
+    card = measure.score(*half, PROMPTS, **asked)
+    assert card.lossless.dtype == "bfloat16"
+    assert card.lossless.float32.greedy_identical == (4, 4)
+    assert card.lossless.float32.identity_acceptance == 1
+    assert "; 4 of 4 in float32" in evidence_line(card)
+    assert evidence_line(card).startswith("greedy outputs token-identical: ")
+    wrong = scorecard.Float32((3, 4), [], 1.0)
+    failed = dataclasses.replace(card.lossless, float32=wrong).failures
+    assert failed == [
+        "1 of 4 greedy texts differ from those of plain decoding in float32, and rounding does not "
+        "explain it"
+    ]
+    monkeypatch.setattr(lossless, "free_bytes", lambda device: 1000)
+    none = lossless.greedy_in_float32(*half, [("a", [5, 9])], 2, 0)
+    assert "are free on cpu" in none.missing
+    assert not none.failures
+    line = evidence_line(
+        dataclasses.replace(card, lossless=dataclasses.replace(card.lossless, float32=none))
+    )
+    assert "not shown in float32: copies of both models take" in line
+
+
+def test_a_float32_copy_is_of_the_packed_model_too(pair) -> None:
+    """And leaves it as it was, whether its layers are known or Transformers' own."""
+    for body in (True, False):
+        half = load(str(pair[0].path), dtype="bfloat16")
+        if not body:
+            half.body = None
+        expected = half.hidden(torch.tensor([[5, 9, 30]]))
+        packing.pack(half, 8)
+        wide = packing.widened(half)
+        stock = load(str(pair[0].path), dtype="bfloat16").model.float()
+        tokens = torch.tensor([[5, 9, 30]])
+        assert wide.dtype == torch.float32
+        assert torch.allclose(wide.logits(wide.hidden(tokens)), stock(tokens).logits, atol=1e-5)
+        assert half.dtype == torch.bfloat16
+        assert torch.allclose(half.hidden(tokens).float(), expected.float(), atol=0.1)
+
+
+def test_texts_of_the_engine_are_tested_at_the_drafts_own_columns(tiny: Tiny) -> None:
+    """A vocabulary out of order, or with an id twice, is seen though no copy of it would show it;
+    and a sound engine is accused as seldom as it should be.
+    """
+    target = tiny(1, layers=3)
+    draft = make_draft(target, [0, 1], torch.arange(48))
+    for seed in range(12):
+        assert lossless.emitted_p_value(target, draft, [5, 9, 30], seed, "token") > 1e-3
+    shuffled = torch.randperm(48, generator=torch.Generator().manual_seed(0))
+    twice = torch.arange(48).clamp(max=40)
+    for vocab in (shuffled, twice):
+        wrong = dataclasses.replace(draft, vocab=vocab)
+        assert lossless.emitted_p_value(target, wrong, [5, 9, 30], 0, "token") < 1e-4
 
 
 def test_planned_speedup_and_break_even_are_inverse() -> None:

@@ -104,7 +104,7 @@ class CachedModel:
         self.is_subset = False
         self.prompts: list[list[int]] = [[] for _ in range(batch)]  # what rows hold from slot 0
         with memory_errors(model, batch, capacity):
-            if cache_bytes(model, batch, capacity) > _free_bytes(model.device):
+            if cache_bytes(model, batch, capacity) > free_bytes(model.device):
                 raise MemoryError
             self.layers = [_RowLayer(self, token) for token in model.token_slots]
         self.cache = Cache(layers=list(self.layers))
@@ -253,7 +253,7 @@ def memory_errors(model: LanguageModel, batch: int, capacity: int) -> Iterator[N
             words in str(error).lower() for words in _OUT_OF_MEMORY
         ):
             raise
-        free = _free_bytes(model.device)
+        free = free_bytes(model.device)
         raise DecodingError(
             f"not enough memory on {model.device} to decode with {model.name}: keys and values of "
             f"{batch} rows of {_whole_buckets(capacity)} slots take "
@@ -271,7 +271,7 @@ _OUT_OF_MEMORY = (
 )
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Bytes that new tensors may take: what the CUDA device has left and torch keeps for reuse, or
     what Linux counts as available; elsewhere the machine's memory.
     """

@@ -21,6 +21,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.streamers import BaseStreamer
 
 from specdistill.decoding import Request, Round, RowRound, Sampling, SpeculativeDecoder
+from specdistill.decoding.records import Output
 from specdistill.decoding.sampling import row_seed
 from specdistill.engines.measure import Answer, scorecard, take_turns
 from specdistill.errors import DecodingError, InputError
@@ -28,7 +29,7 @@ from specdistill.models import LanguageModel
 from specdistill.progress import Progress, silent
 from specdistill.randomness import seeded
 from specdistill.scoring.choice import Setting
-from specdistill.scoring.lossless import explain_difference
+from specdistill.scoring.lossless import GreedyPair, explain_difference
 from specdistill.scoring.measure import EncodedPrompt
 from specdistill.scoring.provenance import model_card, provenance
 from specdistill.scoring.scorecard import Scorecard
@@ -95,7 +96,13 @@ def score(
     measured = take_turns(ask, prompts, temperatures, num_draft_tokens, max_new_tokens, progress)
     runs = measured.runs
     ties = [
-        explain_difference(target, prompt.id, prompt.tokens, plain.tokens, answer.tokens)
+        explain_difference(
+            target,
+            GreedyPair(
+                prompt.id, prompt.tokens, Output("", plain.tokens), Output("", answer.tokens)
+            ),
+            alone=False,
+        )
         for (t, g), answers in runs.items()
         if t == 0 and g
         for prompt, plain, answer in zip(prompts, runs[0, 0], answers, strict=True)

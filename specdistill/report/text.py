@@ -13,6 +13,7 @@ from specdistill.report.serving import serving
 from specdistill.scoring.choice import chosen
 from specdistill.scoring.scorecard import PLAIN_SLOWED, CategoryRow, ModelCard, Row, Scorecard
 from specdistill.scoring.verdict import judgement
+from specdistill.tables import identity_words
 
 CAPTIONS = {
     "speedup.png": "Speedup over plain decoding by number of draft tokens γ, with 95% intervals. "
@@ -248,16 +249,16 @@ def _lossless(card: Scorecard) -> str:
             "the speed of a lossless draft."
         )
     same, compared = proof.greedy_identical
-    rounding = sum(1 for tie in proof.ties if tie["within_rounding"])
+    rounding = sum(bool(tie["within_rounding"]) for tie in proof.ties)
     faults = compared - same - rounding
     greedy = "no outputs were compared."
     if compared:
-        greedy = f"{same} of {compared} outputs are token-identical to plain decoding."
+        words = identity_words(proof)
+        greedy = f"{same} of {compared} outputs are token-identical to plain decoding{words}."
     if rounding:
         greedy += (
-            f" Rounding explains {rounding}: where the texts part, the target's two best tokens "
-            "are closer than rounding, and one pass over several tokens rounds otherwise than "
-            "several passes over one."
+            f" Rounding decides {rounding}: where the texts part, each took the best token of its "
+            "own pass, and one pass over several tokens rounds otherwise than several over one."
         )
     if faults:
         greedy += f" **Nothing explains {faults}: do not serve this before the fault is found.**"
@@ -265,8 +266,8 @@ def _lossless(card: Scorecard) -> str:
         f"- Greedy decoding (T = 0): {greedy}",
         "- The target as its own draft: of the tokens tested, it accepted "
         f"{number(100 * proof.identity_acceptance, 2)}% (100% but for rounding).",
-        "- Sampling: a chi-square test of the tokens drawn against the target's probabilities "
-        f"gives p = {number(proof.distribution_p_value, 3)}; only a p near 0 speaks against it.\n",
+        "- Sampling: tests of the tokens drawn against the target's probabilities give "
+        f"p = {number(proof.distribution_p_value, 3)}; only a p near 0 speaks against it.\n",
         f"In sum, the output is {'' if proof.holds else '**not shown to be** '}lossless.",
     ]
     if card.outside_engine:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from specdistill.decoding import ModelDrafter
+from specdistill.decoding.cache import CachedModel
 from specdistill.decoding.records import Output
 from specdistill.models import LanguageModel
 from specdistill_kernels import Lenience, probabilities
@@ -53,7 +54,7 @@ def acceptance_chances(
     tokens = torch.tensor([prompt + output.tokens], device=target.device)
     drafter = ModelDrafter(draft, target.vocab_size)
     hidden_p = target.hidden(tokens)[0, tested]
-    hidden_q = draft.hidden(drafter.readable(tokens))[0, tested]
+    hidden_q = draft_states(drafter, tokens)[tested]
     chances = []
     for p_rows, q_rows in zip(hidden_p.split(256), hidden_q.split(256), strict=True):
         warm = torch.full((len(p_rows),), temperature, device=target.device)
@@ -61,5 +62,20 @@ def acceptance_chances(
         q = probabilities(draft.logits(q_rows)[:, : drafter.width], warm)
         bar = p if drafter.vocab is None else p[:, drafter.vocab]
         bar = bar if lenience is None else lenience(bar)
-        chances.append(torch.minimum(bar, q).sum(-1, dtype=torch.float64).cpu())
+        overlap = torch.minimum(bar, q).sum(-1, dtype=torch.float64)
+        chances.append(overlap.clamp(max=1.0).cpu())  # where p = q it rounds to either side of 1
     return torch.cat(chances)
+
+
+def draft_states(drafter: ModelDrafter, tokens: Tensor, chunk: int = 512) -> Tensor:
+    """Hidden states [n, d] of the draft over a text [1, n], positions beyond its last read as the
+    engine reads them.
+    """
+    count = tokens.shape[1]
+    cached = CachedModel(drafter.draft, 1, count)
+    read, places = drafter.readable(tokens), torch.arange(count, device=tokens.device)[None]
+    states = [
+        cached.run(read[:, i : i + chunk], places[:, i : i + chunk], min(i + chunk, count))
+        for i in range(0, count, chunk)
+    ]
+    return torch.cat(states, 1)[0]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from scipy import stats
 
 from specdistill.data.prompts import Prompt
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
@@ -19,12 +18,13 @@ from specdistill.models import LanguageModel
 from specdistill.progress import Progress, silent
 from specdistill.scoring import lossless
 from specdistill.scoring.acceptance import acceptance_chances
+from specdistill.scoring.lossless import FALSE_ALARM, GreedyPair
 from specdistill.scoring.measure import EncodedPrompt
 from specdistill.scoring.statistics import martingale_p_value
 from specdistill_kernels import Mode
 
-FALSE_ALARM = 1e-4  # how often a single check may fail though nothing is wrong
 NUM_DRAFT_TOKENS = 4
+TEXTS = 8  # sampled texts of a prompt, for their distribution
 QUESTIONS = (
     "Explain in three sentences why the sky is blue.",
     "Write a Python function that returns the n-th Fibonacci number.",
@@ -81,20 +81,23 @@ class Pair:
         self, draft: LanguageModel | None, temperature: float, batch_size: int | None = None
     ) -> dict[str, Output]:
         """Answers by prompt id: plain without a draft; all prompts in one batch by default."""
-        decoder = self._decoder(draft, batch_size or len(self.prompts))
+        decoder = self.decoder(draft, batch_size or len(self.prompts))
         generation = decoder.run(self._requests(temperature))
         return {output.request_id: output for output in generation.outputs}
 
     def cache_size(self) -> CacheSize:
         """What the largest cache will take, that of the target as its own draft."""
-        return self._decoder(self.target, len(self.prompts)).cache_size(self._requests(1.0))
+        return self.decoder(self.target, len(self.prompts)).cache_size(self._requests(1.0))
 
-    def _decoder(self, draft: LanguageModel | None, batch_size: int) -> SpeculativeDecoder:
+    def decoder(
+        self, draft: LanguageModel | None, batch_size: int, mode: Mode = "token"
+    ) -> SpeculativeDecoder:
         return SpeculativeDecoder(
             self.target,
             None if draft is None else ModelDrafter(draft, self.target.vocab_size),
             num_draft_tokens=0 if draft is None else NUM_DRAFT_TOKENS,
             batch_size=batch_size,
+            mode=mode,
         )
 
     def _requests(self, temperature: float) -> list[Request]:
@@ -118,22 +121,17 @@ class Pair:
         readable = ModelDrafter(self.draft, self.target.vocab_size).readable
         moved = []
         for model in (self.target, self.draft):
-            distances = []
-            for prompt in self.prompts[:4]:
-                text = torch.tensor(prompt.tokens + self.sampled[prompt.id].tokens)
-                passes = lossless.both_passes(model, readable(text).tolist(), 16)
-                p, other = (logits.double().softmax(-1) for logits in passes)
-                distances.append((p - other).abs().sum(-1) / 2)
+            texts = (
+                readable(torch.tensor(p.tokens + self.sampled[p.id].tokens)).tolist()
+                for p in self.prompts[:4]
+            )
+            distances = [lossless.moved_by_rounding(model, text) for text in texts]
             moved.append(torch.cat(distances).mean().item())
-        return max(torch.finfo(passes[0].dtype).eps, *moved)
+        return max(torch.finfo(torch.promote_types(model.dtype, torch.float32)).eps, *moved)
 
     def explained(self, trials: int, draws: int = 1) -> int:
-        """How many of `trials` may go another way by rounding, where each takes `draws` draws and
-        rounding is taken to be twice what was measured: the bound is passed less than once in
-        1 / FALSE_ALARM.
-        """
-        chance = min(1.0, 2 * draws * self.rounding)
-        return int(stats.binom.isf(FALSE_ALARM, trials, chance))
+        """See `lossless.explained_by_rounding`."""
+        return lossless.explained_by_rounding(self.rounding, trials, draws)
 
 
 def identity(pair: Pair) -> Check:
@@ -152,23 +150,45 @@ def identity(pair: Pair) -> Check:
 
 
 def greedy(pair: Pair) -> Check:
-    """Temperature 0: token-identical to plain decoding, or parting at a tie within rounding."""
-    plain, speculative = pair.decode(None, 0.0), pair.decode(pair.draft, 0.0)
-    differences = [
-        lossless.explain_difference(
-            pair.target, p.id, p.tokens, plain[p.id].tokens, speculative[p.id].tokens
+    """Temperature 0: token-identical to plain decoding, or parting at a tie within rounding. In
+    half precision, where rounding is large, prompts are decoded one by one, so that the passes of a
+    difference can be made again, and some of them in float32 too.
+    """
+    half = pair.target.dtype.itemsize < 4
+    prompts = [(p.id, p.tokens) for p in pair.prompts]
+    if half:
+        pairs = lossless.greedy_pairs(
+            pair.target, pair.draft, prompts, NUM_DRAFT_TOKENS, pair.max_new_tokens
         )
-        for p in pair.prompts
-        if plain[p.id].tokens != speculative[p.id].tokens
+    else:
+        plain, speculative = pair.decode(None, 0.0), pair.decode(pair.draft, 0.0)
+        pairs = [GreedyPair(id_, tokens, plain[id_], speculative[id_]) for id_, tokens in prompts]
+    differences = [
+        lossless.explain_difference(pair.target, each, alone=half)
+        for each in pairs
+        if not each.identical
     ]
     ties = sum(difference["within_rounding"] for difference in differences)
-    identical = len(plain) - len(differences)
+    identical = len(pairs) - len(differences)
+    measured = f"{identical} of {len(pairs)} identical" + (
+        f", {ties} part at a tie" if ties else ""
+    )
+    figures = {"identical": identical, "compared": len(pairs), "differences": differences}
+    passed = ties == len(differences)
+    if half:
+        wide = lossless.greedy_in_float32(
+            pair.target, pair.draft, prompts[: lossless.SHARE], NUM_DRAFT_TOKENS, pair.seed
+        )
+        same, compared = wide.greedy_identical
+        measured += f"; in float32 {wide.missing or f'{same} of {compared}'}"
+        figures |= {"float32": asdict(wide), "differences": differences + wide.ties}
+        passed = passed and not wide.failures
     return Check(
         "greedy text",
-        f"{identical} of {len(plain)} identical" + (f", {ties} part at a tie" if ties else ""),
+        measured,
         "that of plain decoding; it may part where rounding decides a tie",
-        ties == len(differences),
-        {"identical": identical, "compared": len(plain), "differences": differences},
+        passed,
+        figures,
     )
 
 
@@ -206,9 +226,11 @@ def acceptance(pair: Pair) -> Check:
 
 
 def distribution(pair: Pair, mode: Mode) -> Check:
-    """The tokens emitted at temperature 1, by the pair's own logits after some of the prompts."""
+    """The tokens emitted at temperature 1: by the pair's own logits after some of the prompts, and
+    in texts that its own engine samples after them.
+    """
     asked = pair.prompts[:4]
-    p_value = lossless.combined_p_value(
+    narrow = lossless.combined_p_value(
         [
             lossless.distribution_p_value(
                 pair.target, pair.draft, p.tokens, pair.seed + i, mode=mode
@@ -216,12 +238,22 @@ def distribution(pair: Pair, mode: Mode) -> Check:
             for i, p in enumerate(asked)
         ]
     )
+    requests = [
+        Request(f"{p.id}#{i}", p.tokens, pair.max_new_tokens, Sampling(1.0), pair.seed)
+        for p in asked
+        for i in range(TEXTS)
+    ]
+    outputs = pair.decoder(pair.draft, len(requests), mode).run(requests).outputs
+    texts = [(list(r.tokens), o) for r, o in zip(requests, outputs, strict=True)]
+    sampled = lossless.sampled_p_value(pair.target, pair.draft, texts, pair.seed)
+    p_value = min(1.0, 2 * min(narrow, sampled))
+    tokens = sum(len(o.tokens) for o in outputs)
     return Check(
         f"distribution, {mode} verification",
         f"p = {p_value:.2g}",
         f"p of at least {FALSE_ALARM:g}",
         p_value >= FALSE_ALARM,
-        {"p_value": p_value, "prompts": len(asked)},
+        {"p_value": p_value, "prompts": len(asked), "sampled_tokens": tokens},
     )
 
 

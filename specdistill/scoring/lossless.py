@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,37 +12,135 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
-from specdistill.decoding.cache import CachedModel
+from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
+from specdistill.decoding.cache import CachedModel, free_bytes
+from specdistill.decoding.records import Output
 from specdistill.models import LanguageModel
-from specdistill.scoring.scorecard import Lossless
+from specdistill.packing import widened
+from specdistill.scoring.acceptance import draft_states
+from specdistill.scoring.scorecard import LEAST_IDENTITY, Float32, Lossless
+from specdistill.scoring.statistics import martingale_p_value
 from specdistill_kernels import Mode, probabilities, sample, verify
 
-GreedyPair = tuple[
-    str, list[int], list[int], list[int]
-]  # prompt id, prompt, plain answer, speculative answer
+SHARE, SHARE_TOKENS = 6, 24  # prompts and new tokens of the greedy texts in float32
+ROWS, ROW_TOKENS = 16, 16  # sampled texts of a prompt, and their length
+NUM_DRAFT_TOKENS = 4
+FALSE_ALARM = 1e-4  # how often a single check may fail though nothing is wrong
+
+
+@dataclass(frozen=True)
+class GreedyPair:
+    """A prompt's greedy answers, both decoded alone, not in a batch."""
+
+    prompt_id: str
+    prompt: list[int]
+    plain: Output
+    speculative: Output
+
+    @property
+    def identical(self) -> bool:
+        return self.plain.tokens == self.speculative.tokens
 
 
 def evidence(
     target: LanguageModel,
     draft: LanguageModel,
-    prompt: list[int],
+    prompts: Sequence[tuple[str, list[int]]],
     greedy: Sequence[GreedyPair],
+    num_draft_tokens: int,
     seed: int,
     mode: Mode = "token",
     lossy: bool = False,
 ) -> Lossless:
-    """Greedy texts against plain decoding, the target as its own draft, and a chi-square test of
-    the emitted tokens, which a lossy rule does not get: it must fail.
+    """Greedy texts against plain decoding, in float32 too where the pair decodes in half precision;
+    the target as its own draft; and tests of the distribution of sampled tokens, which a lossy rule
+    does not get: it must fail. `prompts` are ids and tokens.
     """
-    same = sum(plain == speculative for _, _, plain, speculative in greedy)
-    ties = [explain_difference(target, *pair) for pair in greedy if pair[2] != pair[3]]
+    same = sum(pair.identical for pair in greedy)
+    ties = [explain_difference(target, pair) for pair in greedy if not pair.identical]
+    half = target.dtype.itemsize < 4 and not lossy
+    prompt = prompts[0][1]
+    identity, least = identity_acceptance(target, prompt, seed, mode)
     return Lossless(
         (same, len(greedy)),
         ties,
-        identity_acceptance(target, prompt, seed, mode),
-        float("nan") if lossy else distribution_p_value(target, draft, prompt, seed, mode=mode),
+        identity,
+        float("nan") if lossy else emitted_p_value(target, draft, prompt, seed, mode),
+        str(target.dtype).removeprefix("torch."),
+        least,
+        greedy_in_float32(target, draft, prompts[:SHARE], num_draft_tokens, seed) if half else None,
     )
+
+
+def emitted_p_value(
+    target: LanguageModel, draft: LanguageModel, prompt: list[int], seed: int, mode: Mode
+) -> float:
+    """p-value of "the emitted tokens follow the target", by `distribution_p_value` and by texts
+    that the pair's own engine samples (Bonferroni).
+    """
+    decoder = SpeculativeDecoder(
+        target,
+        ModelDrafter(draft, target.vocab_size),
+        num_draft_tokens=NUM_DRAFT_TOKENS,
+        batch_size=ROWS,
+        mode=mode,
+    )
+    room = target.max_length - len(prompt)
+    requests = [
+        Request(str(i), prompt, min(ROW_TOKENS, room), Sampling(1.0), seed) for i in range(ROWS)
+    ]
+    texts = [(prompt, output) for output in decoder.run(requests).outputs]
+    narrow = distribution_p_value(target, draft, prompt, seed, mode=mode)
+    return min(1.0, 2 * min(narrow, sampled_p_value(target, draft, texts, seed)))
+
+
+def greedy_in_float32(
+    target: LanguageModel,
+    draft: LanguageModel,
+    prompts: Sequence[tuple[str, list[int]]],
+    num_draft_tokens: int,
+    seed: int,
+) -> Float32:
+    """Greedy texts of the pair in float32, where next to nothing is left for rounding to decide.
+    Where memory does not suffice for copies of both models, it says so instead.
+    """
+    needed = sum(
+        p.numel() * (4 + p.element_size()) for m in (target, draft) for p in m.model.parameters()
+    )
+    if needed > (free := free_bytes(target.device)):
+        return Float32(
+            missing=f"copies of both models take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
+            f"are free on {target.device}"
+        )
+    try:
+        wide = widened(target)
+        pairs = greedy_pairs(wide, widened(draft), prompts, num_draft_tokens, SHARE_TOKENS)
+        return Float32(
+            (sum(pair.identical for pair in pairs), len(pairs)),
+            [explain_difference(wide, pair) for pair in pairs if not pair.identical],
+            identity_acceptance(wide, prompts[0][1], seed)[0],
+        )
+    except Exception as error:  # evidence beside a measurement, which it must not cost
+        return Float32(missing=f"{type(error).__name__}: {error}".split("\n")[0])
+
+
+def greedy_pairs(
+    target: LanguageModel,
+    draft: LanguageModel,
+    prompts: Sequence[tuple[str, list[int]]],
+    num_draft_tokens: int,
+    max_new_tokens: int,
+) -> list[GreedyPair]:
+    """Every prompt's greedy answers, one prompt at a time."""
+    drafter = ModelDrafter(draft, target.vocab_size)
+    plain = SpeculativeDecoder(target)
+    speculative = SpeculativeDecoder(target, drafter, num_draft_tokens=num_draft_tokens)
+    pairs = []
+    for id_, prompt in prompts:
+        request = Request(id_, prompt, min(max_new_tokens, target.max_length - len(prompt)))
+        outputs = [decoder.run([request]).outputs[0] for decoder in (plain, speculative)]
+        pairs.append(GreedyPair(id_, prompt, *outputs))
+    return pairs
 
 
 @torch.inference_mode()
@@ -62,46 +162,155 @@ def both_passes(model: LanguageModel, text: list[int], count: int) -> tuple[Tens
     return model.logits(at_once)[0], model.logits(torch.cat(steps, 1))[0]
 
 
-def explain_difference(
-    target: LanguageModel,
-    prompt_id: str,
-    prompt: list[int],
-    plain: list[int],
-    speculative: list[int],
-) -> dict[str, Any]:
-    """Is the first difference of two greedy answers a tie? One pass over many tokens rounds
-    differently from many passes over one; the size of that rounding is measured on this very text,
-    and a tie is a top-two gap of at most twice it.
+def moved_by_rounding(model: LanguageModel, text: list[int]) -> Tensor:
+    """Total variation between the distributions after `both_passes` at the end of a text [n]."""
+    p, other = (logits.double().softmax(-1) for logits in both_passes(model, text, 16))
+    return (p - other).abs().sum(-1) / 2
+
+
+def explained_by_rounding(rounding: float, trials: int, draws: int = 1) -> int:
+    """How many of `trials` may go another way by rounding, where each takes `draws` draws and
+    rounding is taken to be twice the measured share of probability that it moves: the bound is
+    passed less than once in 1 / `FALSE_ALARM`.
     """
+    return int(stats.binom.isf(FALSE_ALARM, trials, min(1.0, 2 * draws * rounding)))
+
+
+def explain_difference(
+    target: LanguageModel, pair: GreedyPair, alone: bool = True
+) -> dict[str, Any]:
+    """Is the first difference of two greedy answers a tie that rounding decides? Both passes are
+    made again, as wide as the engine's and after the same ones: the plain token must be the best of
+    the one, the draft's side that of the other, and what they differ by of the size of rounding.
+
+    The passes of answers that were not decoded `alone`, or by another engine, cannot be made again:
+    there both tokens must be nearer to the best than twice the rounding that is measured here.
+    """
+    plain, other = pair.plain.tokens, pair.speculative.tokens
     at = next(
-        (i for i, (a, b) in enumerate(zip(plain, speculative, strict=False)) if a != b),
-        min(len(plain), len(speculative)),
+        (i for i, (a, b) in enumerate(zip(plain, other, strict=False)) if a != b),
+        min(len(plain), len(other)),
     )
-    at_once, one_by_one = both_passes(target, prompt + plain[:at], 8)
-    rounding = (at_once - one_by_one).abs().max().item()
-    top = one_by_one[-1].topk(2).values
-    gap = (top[0] - top[1]).item()
+    difference = {"prompt_id": pair.prompt_id, "position": at}
+    if at == min(len(plain), len(other)):  # one of them ended too early, or too late
+        return {**difference, "top_two_gap": None, "rounding": None, "within_rounding": False}
+    tokens = torch.tensor([plain[at], other[at]], device=target.device)
+    if alone:
+        one, many = (logits_at(target, pair.prompt, o, at) for o in (pair.plain, pair.speculative))
+        gap = (one[tokens[0]] - one[tokens[1]]).item()
+        rounding = (one - many)[tokens].abs().max().item()
+        decided = [one.argmax().item(), many.argmax().item()] == tokens.tolist()
+    else:
+        at_once, one_by_one = both_passes(target, pair.prompt + plain[:at], 8)
+        one = one_by_one[-1]
+        gap = (one.max() - one[tokens].min()).item()
+        rounding = (at_once - one_by_one).abs().max().item()
+        decided = gap <= 2 * rounding
     return {
-        "prompt_id": prompt_id,
-        "position": at,
+        **difference,
         "top_two_gap": gap,
         "rounding": rounding,
-        "within_rounding": gap <= 2 * rounding,
+        "within_rounding": decided and rounding <= most_rounding(target, one),
     }
+
+
+def most_rounding(model: LanguageModel, logits: Tensor) -> float:
+    """The largest difference of a logit that passes for rounding: the root of the dtype's
+    precision, in the largest logit.
+    """
+    return math.sqrt(torch.finfo(model.dtype).eps) * logits.abs().max().item()
+
+
+@torch.inference_mode()
+def logits_at(target: LanguageModel, prompt: list[int], answer: Output, at: int) -> Tensor:
+    """The logits [V] from which the engine took token `at` of an answer, made again by passes as
+    wide as its rounds.
+    """
+    device, text = target.device, prompt + answer.tokens
+    widest = 1 + max(r.proposed for r in answer.rounds)
+    cached = CachedModel(target, 1, len(text) + widest)
+    cached.prefill(torch.tensor([0], device=device), [prompt[:-1]])
+    start, emitted = len(prompt) - 1, 0
+    for r in answer.rounds:
+        width = r.proposed + 1
+        read = (text[start : start + width] + [0] * width)[:width]  # whatever was rejected
+        places = torch.arange(start, start + width, device=device)[None]
+        hidden = cached.run(torch.tensor([read], device=device), places, start + width)
+        if at < emitted + len(r.tokens):
+            return target.logits(hidden)[0, at - emitted]
+        start, emitted = start + len(r.tokens), emitted + len(r.tokens)
+    raise IndexError(f"the answer has {emitted} tokens, not {at + 1}")
 
 
 def identity_acceptance(
     target: LanguageModel, prompt: list[int], seed: int, mode: Mode = "token"
-) -> float:
-    """Acceptance rate of the target as its own draft at temperature 1: 1, but for rounding."""
+) -> tuple[float, float]:
+    """Acceptance rate of the target as its own draft at temperature 1, and the least that rounding
+    explains: it is 1, but for rounding.
+    """
     decoder = SpeculativeDecoder(
-        target, ModelDrafter(target, target.vocab_size), num_draft_tokens=4, mode=mode
+        target,
+        ModelDrafter(target, target.vocab_size),
+        num_draft_tokens=NUM_DRAFT_TOKENS,
+        mode=mode,
     )
+    room = min(ROW_TOKENS, target.max_length - len(prompt))
     output = decoder.generate(
-        [prompt], max_new_tokens=16, sampling=Sampling(1.0), seed=seed
+        [prompt], max_new_tokens=room, sampling=Sampling(1.0), seed=seed
     ).outputs[0]
     tested = sum(r.tested for r in output.rounds)
-    return sum(r.accepted for r in output.rounds) / tested if tested else 1.0
+    if not tested:
+        return 1.0, LEAST_IDENTITY
+    rounding = moved_by_rounding(target, prompt + output.tokens).mean().item()
+    explained = explained_by_rounding(rounding, tested)
+    accepted = sum(r.accepted for r in output.rounds)
+    return accepted / tested, min(LEAST_IDENTITY, 1 - (explained + 0.5) / tested)
+
+
+@torch.inference_mode()
+def sampled_p_value(
+    target: LanguageModel,
+    draft: LanguageModel,
+    texts: Sequence[tuple[list[int], Output]],
+    seed: int,
+) -> float:
+    """p-value of "texts sampled at temperature 1 follow the target": prompts and answers of any
+    engine against the target's stock pass, at full width and with the draft's own columns.
+
+    A token's place in its own distribution is uniform whatever came before (Rosenblatt 1952); in
+    the order of q / p, a rule that leans to the draft has low places. Beside that (Kolmogorov and
+    Smirnov), no token may come more or less often than its probabilities add up to (Freedman).
+    """
+    drafter = ModelDrafter(draft, target.vocab_size)
+    coins = torch.Generator().manual_seed(seed)
+    places, expected, variance, count = [], 0.0, 0.0, 0.0
+    for prompt, output in texts:
+        if not output.tokens:
+            continue
+        tokens = torch.tensor([prompt + output.tokens], device=target.device)
+        rows = slice(len(prompt) - 1, -1)
+        warm = torch.ones(len(output.tokens), device=target.device)
+        p = probabilities(target.logits(target.hidden(tokens)[0, rows]), warm).double()
+        q_logits = draft.logits(draft_states(drafter, tokens)[rows])[:, : drafter.width]
+        q = torch.zeros_like(p)
+        q.index_add_(1, _columns(drafter), probabilities(q_logits, warm).double())
+        drawn = tokens[0, len(prompt) :, None]
+        lean = q / p.clamp(min=1e-300)
+        before = p.where(lean > lean.gather(1, drawn), 0).sum(1)
+        alike = p.where(lean == lean.gather(1, drawn), 0).sum(1)
+        coin = torch.rand(len(warm), generator=coins, dtype=torch.float64).to(p.device)
+        places += (before + coin * alike).clamp(0, 1).tolist()
+        expected, variance = expected + p.sum(0), variance + (p * (1 - p)).sum(0)
+        count = count + torch.zeros_like(p).scatter_(1, drawn, 1.0).sum(0)
+    if not places:
+        return 1.0
+    off, spread = (count - expected).abs(), variance
+    worst = [
+        martingale_p_value(off[i].item(), spread[i].item())
+        for i in (off / (spread + 1).sqrt()).topk(min(8, len(off))).indices
+    ]
+    uniform = float(stats.kstest(places, "uniform").pvalue)
+    return min(1.0, 2 * min(uniform, len(off) * min(worst)))
 
 
 @torch.inference_mode()
@@ -131,16 +340,14 @@ def distribution_p_value(
     p_logits = p_logits[places]
     hidden = draft.hidden(drafter.readable(tokens))[0, -64:][places]
     q_logits = draft.logits(hidden)[:, : drafter.width]
-    ids = drafter.vocab
-    if ids is None:
-        ids = torch.arange(drafter.width, device=target.device)
+    ids = _columns(drafter)
     half = min(width // 2, drafter.width)
     likely = [ids[q_logits.mean(0).topk(half).indices], p_logits.mean(0).topk(half).indices]
     kept = torch.cat(likely).unique()
-    shared = torch.isin(kept, ids)
+    columns = torch.isin(ids, kept).nonzero()[:, 0]
     p_rows = p_logits[:, kept].repeat(3, 1)[:3]  # a prompt of one token has one place
-    q_rows = q_logits[:, torch.searchsorted(ids, kept[shared])].repeat(2, 1)[:2]
-    draft_ids = shared.nonzero()[:, 0]  # where the draft's columns stand in the narrowed vocabulary
+    q_rows = q_logits[:, columns].repeat(2, 1)[:2]
+    draft_ids = torch.searchsorted(kept, ids[columns])  # as the draft's own columns stand
 
     batch = torch.arange(draws, device=target.device)
     row: dict[str, Any] = {
@@ -163,6 +370,13 @@ def distribution_p_value(
     p = probabilities(p_rows, torch.ones(3, device=target.device)).double().cpu()
     emitted = [out.tokens[out.num_accepted >= i, i] for i in range(3)]
     return combined_p_value([_p_value(tokens, p[i]) for i, tokens in enumerate(emitted)])
+
+
+def _columns(drafter: ModelDrafter) -> Tensor:
+    """The target id of each column of the draft's logits [Vd]."""
+    if drafter.vocab is not None:
+        return drafter.vocab
+    return torch.arange(drafter.width, device=drafter.draft.device)
 
 
 def combined_p_value(values: Sequence[float]) -> float:

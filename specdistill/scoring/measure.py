@@ -156,13 +156,14 @@ def score(
         lossless=lossless.evidence(
             target,
             draft,
-            prompts[0].tokens,
+            [(p.id, p.tokens) for p in prompts],
             [
-                (p.id, p.tokens, base.tokens, out.tokens)
+                lossless.GreedyPair(p.id, p.tokens, base, out)
                 for (t, g), r in runs.items()
                 if t == 0 and g
                 for p, base, out in zip(prompts, runs[0, 0].outputs, r.outputs, strict=True)
             ],
+            max(num_draft_tokens),
             seed,
             mode,
             lossy=verification.lossy,

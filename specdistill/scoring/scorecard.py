@@ -162,34 +162,50 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Float32:
+    """What a pair that decodes in half precision does on a share of the prompts in float32: greedy
+    texts, differences and identity as in `Lossless`; or why that is `missing`.
+    """
+
+    greedy_identical: tuple[int, int] = (0, 0)
+    ties: list[dict[str, Any]] = field(default_factory=list)
+    identity_acceptance: float = math.nan
+    missing: str = ""
+
+    @property
+    def failures(self) -> list[str]:
+        """What speaks against losslessness, a clause each."""
+        found = _unexplained(self.greedy_identical, self.ties, " in float32")
+        if self.identity_acceptance <= LEAST_IDENTITY:
+            found.append(_rejected(self.identity_acceptance, " in float32"))
+        return found
+
+
+@dataclass(frozen=True)
 class Lossless:
     """Evidence that the draft changes nothing: greedy texts equal to plain decoding [equal,
-    compared], differences that are rounding ties (top-two gap within rounding), acceptance of the
-    target as its own draft, chi-square p-value (NaN with lenience, where it is not to be had). An
-    outside engine's card has neither of the last two.
+    compared], where the others part and whether rounding decided it (`ties`), acceptance of the
+    target as its own draft and the least that rounding explains, p-value of the tests of sampled
+    tokens (NaN with lenience, where it is not to be had). All of it in `dtype`, which older cards
+    do not tell. An outside engine's card has neither acceptance nor p-value.
     """
 
     greedy_identical: tuple[int, int]
     ties: list[dict[str, Any]]
     identity_acceptance: float
     distribution_p_value: float
+    dtype: str = ""
+    least_identity_acceptance: float = LEAST_IDENTITY
+    float32: Float32 | None = None
 
     @property
     def failures(self) -> list[str]:
         """What speaks against it, a clause each."""
-        same, compared = self.greedy_identical
-        unexplained = compared - same - sum(bool(tie["within_rounding"]) for tie in self.ties)
-        found = []
-        if unexplained > 0:
-            found.append(
-                f"{unexplained} of {compared} greedy texts differ from those of plain decoding, "
-                "and rounding does not explain it"
-            )
-        if self.identity_acceptance <= LEAST_IDENTITY:
-            found.append(
-                f"as its own draft the target accepts {self.identity_acceptance:.3f} of its own "
-                "tokens"
-            )
+        found = _unexplained(self.greedy_identical, self.ties, "")
+        if self.identity_acceptance <= self.least_identity_acceptance:
+            found.append(_rejected(self.identity_acceptance, ""))
+        if self.float32 is not None:
+            found += self.float32.failures
         if self.distribution_p_value <= LEAST_P_VALUE:
             found.append(
                 "sampled tokens do not follow the target's distribution "
@@ -202,6 +218,21 @@ class Lossless:
         """Whether all of the evidence is there and nothing speaks against it."""
         absent = math.isnan(self.identity_acceptance) or math.isnan(self.distribution_p_value)
         return not self.failures and not absent
+
+
+def _unexplained(identical: tuple[int, int], ties: list[dict[str, Any]], where: str) -> list[str]:
+    same, compared = identical
+    count = compared - same - sum(bool(tie["within_rounding"]) for tie in ties)
+    if count <= 0:
+        return []
+    return [
+        f"{count} of {compared} greedy texts differ from those of plain decoding{where}, and "
+        "rounding does not explain it"
+    ]
+
+
+def _rejected(acceptance: float, where: str) -> str:
+    return f"as its own draft the target accepts {acceptance:.3f} of its own tokens{where}"
 
 
 @dataclass(frozen=True)
@@ -370,10 +401,7 @@ class Scorecard:
                     for item in raw["rows"]
                 ],
                 per_prompt=[PromptRow(**item) for item in raw["per_prompt"]],
-                lossless=replace(
-                    Lossless(**raw["lossless"]),
-                    greedy_identical=tuple(raw["lossless"]["greedy_identical"]),
-                ),
+                lossless=_read_lossless(raw["lossless"]),
                 verdict=_read_verdict(raw["verdict"]),
                 verification=_read_verification(raw.get("verification")),
                 by_category=_read_slices(raw.get("by_category", [])),
@@ -400,6 +428,16 @@ def _read_verdict(raw: dict[str, Any]) -> Verdict:
     verdict = Verdict(**{**raw, "best": Best(**raw["best"])})
     low, high = verdict.speedup_ci95
     return replace(verdict, speedup_ci95=(low, high))
+
+
+def _read_lossless(raw: dict[str, Any]) -> Lossless:
+    wide = raw.get("float32")
+    same, compared = raw["greedy_identical"]
+    if isinstance(wide, dict):
+        wide = Float32(**{**wide, "greedy_identical": tuple(wide["greedy_identical"])})
+    return Lossless(
+        **{**raw, "greedy_identical": (same, compared), "float32": wide if wide == wide else None}
+    )
 
 
 def _read_slices(raw: list[dict[str, Any]]) -> list[CategoryRow]:
