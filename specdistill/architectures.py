@@ -3,19 +3,83 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from specdistill.errors import ModelError
+from specdistill.checkpoint_files import CONFIG, read_json
+from specdistill.errors import ModelError, first_line
+
+MOST_LAYERS = 10_000
+# Settings of a config that count something: there is at least one of it.
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 
 
-def check_decodable(name: str, config: Any, trust_remote_code: bool) -> None:
+def read_config(name: str, folder: Path) -> Any:
+    """The configuration of a checkpoint, as Transformers reads it. Raises `ModelError` for one that
+    is damaged, or asks for code of its own.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    written = read_json(folder / CONFIG)
+    kind = written.get("model_type")
+    if "auto_map" in written and kind not in CONFIG_MAPPING:
+        raise ModelError(
+            f"{name} needs code out of its own folder (auto_map in its {CONFIG}), which is never "
+            "run here; take a model of a family that Transformers itself knows"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text = config.get_text_config()
+        sizes = {size: getattr(text, size, None) for size in _SIZES}
+    except Exception as error:  # readers of damaged settings raise many kinds
+        raise ModelError(
+            f"cannot load {name}: its {CONFIG} is damaged ({first_line(error)})"
+        ) from error
+    if sizes["max_position_embeddings"] == -1:  # no limit
+        del sizes["max_position_embeddings"]
+    for size, value in sizes.items():
+        one = min(value, default=0) if isinstance(value, list) else value  # some have one a layer
+        if one is not None and (not isinstance(one, int) or isinstance(one, bool) or one < 1):
+            raise ModelError(
+                f"cannot load {name}: its {CONFIG} says {size}: {value}; it must be 1 or more"
+            )
+    if (layers := sizes["num_hidden_layers"] or 0) > MOST_LAYERS:
+        raise ModelError(
+            f"cannot load {name}: its {CONFIG} says num_hidden_layers: {layers:,}; no model has "
+            f"more than {MOST_LAYERS:,}"
+        )
+    return config
+
+
+def empty_model(name: str, config: Any) -> Any:
+    """The modules a configuration describes, on the meta device. Raises `ModelError`."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # settings that fit no module raise many kinds
+        raise ModelError(
+            f"cannot load {name}: its {CONFIG} describes no language model that Transformers can "
+            f"build ({first_line(error)})"
+        ) from error
+
+
+def check_decodable(name: str, config: Any) -> None:
     """Refuse what the engine cannot decode, by the config and by the empty modules it describes:
     no weights are read. Raises `ModelError`.
     """
-    from transformers import AutoModelForCausalLM
-
     text = config.get_text_config()
     if config.is_encoder_decoder:
         raise ModelError(
@@ -24,8 +88,7 @@ def check_decodable(name: str, config: Any, trust_remote_code: bool) -> None:
     state = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     obstacle = None
     if not state:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = empty_model(name, config)
         if model._is_stateful:
             state = {"recurrent layers"}
         else:

@@ -163,8 +163,10 @@ def distill(
                 f"{checkpoint} is of another configuration, and {run / CONFIG}, which would tell "
                 "how it differs, is missing; put it back, or choose another run_dir"
             )
+        read = {"target": target, "draft": draft}
         for name, now in origins.items():
-            if state["origins"][name] != now:
+            before, model = state["origins"][name], read.get(name)
+            if before != now and not (model is not None and model.has_sha256(before)):
                 raise InputError(
                     f"{run} holds a run with another {name}: {getattr(config, name)} was changed "
                     "since it began; put back what was there, or choose another run_dir"
@@ -339,10 +341,10 @@ def _check_signal(config: DistillConfig, draft: LanguageModel, target: LanguageM
     to temperature 1.
     """
     manifest = read_manifest(Path(config.data))
-    if manifest.target_sha256 != target.sha256():
+    if not target.has_sha256(manifest.target_sha256):
         raise InputError(
             f"the signal in {config.data} was kept from {manifest.target}, another model than "
-            f"{target.name}"
+            f"{target.name} is now, by its weights or its config.json; generate anew"
         )
     kept = manifest.signal
     if kept == NONE:

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from specdistill.checkpoint_files import VOCAB_FILE
 from specdistill.errors import InputError, ModelError, StorageError
-from specdistill.models import VOCAB_FILE, LanguageModel
+from specdistill.models import LanguageModel
 from specdistill.randomness import seeded
 
 if TYPE_CHECKING:

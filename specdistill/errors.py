@@ -33,3 +33,9 @@ class TrainingError(SpecDistillError):
 
 class ServerError(SpecDistillError):
     """A server that cannot be reached, refuses, or does not speak the protocol."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library said, in one line."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]

@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from specdistill.errors import ModelError
+from specdistill.architectures import empty_model, read_config
+from specdistill.checkpoint_files import weight_files
+from specdistill.errors import ModelError, first_line
 from specdistill.models import (
     LanguageModel,
+    check_numbers,
     choose_device,
     choose_dtype,
     load,
     locate,
+    read_tokenizer,
     read_vocab,
 )
 from specdistill.options import Dtype
@@ -25,21 +29,18 @@ def load_head(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> Lang
     takes no memory and cannot run. A family that keeps its head under another name in its files
     than in its modules is read whole, and its body dropped. Raises `ModelError` as `load`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     path = locate(name)
     where = torch.device(choose_device(device))
     kind = choose_dtype(dtype, where)
+    config = read_config(name, path)
+    model = empty_model(name, config)
+    files = weight_files(path)
     try:
         vocab = read_vocab(path)
-        config = AutoConfig.from_pretrained(path)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=kind)
         head = model.get_output_embeddings()
-        parts = [_read(path, _names(model, part)) for part in head.parameters()]
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ModelError(f"cannot load the head of {name}: {error}") from error
+        parts = [_read(files, model, part) for part in head.parameters()]
+    except Exception as error:  # damaged files, impossible sizes, missing packages
+        raise ModelError(f"cannot load the head of {name}: {first_line(error)}") from error
     if any(part is None for part in parts):
         whole = load(name, dtype=dtype, device=device).head
         parts = [part.detach() for part in whole.parameters()]
@@ -47,18 +48,37 @@ def load_head(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> Lang
     for (label, _), part in zip(list(real.named_parameters()), parts, strict=True):
         assert part is not None
         setattr(real, label, nn.Parameter(part.to(where, kind), requires_grad=False))
-    model.set_output_embeddings(real)
+    check_numbers(name, real)
+    model.to(kind).set_output_embeddings(real)
+    tokenizer = read_tokenizer(name, path)
     return LanguageModel(name, path, model.eval().requires_grad_(False), tokenizer, vocab)
 
 
-def _names(model: nn.Module, part: Tensor) -> set[str]:
-    """Every name of a parameter: a tied head is saved as the embedding."""
-    return {n for n, p in model.named_parameters(remove_duplicate=False) if p is part}
-
-
-def _read(path: Path, names: set[str]) -> Tensor | None:
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in names & set(tensors.keys()):
-                return tensors.get_tensor(name)
+def _read(files: list[Path], model: nn.Module, part: Tensor) -> Tensor | None:
+    """A parameter of the head, as Transformers would load it: by its own name where the files have
+    that, whatever the config says of tying, and else as the embedding that it is tied to. None
+    where they have neither, or what may be the head under a name that is not understood here.
+    """
+    names = _names(model, part)
+    stored = {key: file for file in files for key in _keys(file)}  # of equals the last file's
+    own = names[0].rsplit(".", 2)[-2:]
+    for name in names:
+        if name in stored:
+            with safe_open(stored[name], framework="pt") as tensors:
+                tensor = tensors.get_tensor(name)
+            return tensor if tensor.shape == part.shape else None
+        if any(key.split(".")[-2:] == own for key in stored):
+            return None
     return None
+
+
+def _keys(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+def _names(model: nn.Module, part: Tensor) -> list[str]:
+    """Every name of a parameter, that of an embedding last."""
+    names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is part]
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    return sorted(names, key=lambda name: isinstance(owners[name], nn.Embedding))

@@ -20,14 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from specdistill.architectures import check_decodable
-from specdistill.errors import ModelError, StorageError
-from specdistill.hashes import file_sha256, weights_sha256
+from specdistill.architectures import check_decodable, read_config
+from specdistill.checkpoint_files import (
+    INDEX,
+    VOCAB_FILE,
+    WEIGHTS,
+    check_folder,
+    indexed_files,
+    weight_files,
+)
+from specdistill.errors import ModelError, StorageError, first_line
+from specdistill.hashes import file_sha256, hashes_of, model_sha256, tensors_sha256
 from specdistill.llama import LlamaBody, llama_body
 from specdistill.options import Dtype
 from specdistill.randomness import seeded
@@ -39,21 +46,6 @@ if TYPE_CHECKING:
 DEMO = "demo:smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-VOCAB_FILE = (
-    "draft_vocab.safetensors"  # present in the folder of a draft whose output vocabulary is trimmed
-)
-
-# What loading raises: damaged files, impossible sizes, packages that a family needs, full memory.
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    SafetensorError,
-)
 
 
 @dataclass
@@ -213,31 +205,39 @@ class LanguageModel:
         )
 
     def sha256(self) -> str:
-        """Hash of the weight files, in order of their names."""
-        return weights_sha256(self.path)
+        """Hash of the weights and of what the config makes of them, by the files; by the tensors of
+        a model that was made here and lies in no folder yet.
+        """
+        if self.path != Path():
+            return model_sha256(self.path)
+        return tensors_sha256(self.model.state_dict(), self.config.to_dict())
+
+    def has_sha256(self, recorded: str) -> bool:
+        """Whether a hash that was written down is this model's, by an earlier version too."""
+        known = {self.sha256()} if self.path == Path() else hashes_of(self.path)
+        return recorded in known
 
 
-def load(
-    name: str, *, dtype: Dtype = "auto", device: str = "auto", trust_remote_code: bool = False
-) -> LanguageModel:
-    """Load a target or a draft for inference. Raises `ModelError` where it is missing or cannot be
-    decoded step by step.
+def load(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageModel:
+    """Load a target or a draft for inference. Raises `ModelError` where it is missing or damaged,
+    cannot be decoded step by step, or needs code out of its own folder.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     path = locate(name)
     where = torch.device(choose_device(device))
     kind = choose_dtype(dtype, where)
+    config = read_config(name, path)
+    check_decodable(name, config)
+    files = weight_files(path)
     try:
         vocab = read_vocab(path)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        check_decodable(name, config, trust_remote_code)
         if vocab is None:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
                 dtype=kind,
                 use_safetensors=True,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=False,
                 output_loading_info=True,
             )
             model, report = loaded
@@ -248,8 +248,9 @@ def load(
             head = model.get_output_embeddings()
             shape = (head.in_features, len(vocab), head.bias is not None)
             model.set_output_embeddings(skip_init(nn.Linear, *shape, dtype=kind))
-            weights = load_file(path / "model.safetensors")
-            weights = {key: value.to(kind) for key, value in weights.items()}
+            weights = {
+                key: value.to(kind) for file in files for key, value in load_file(file).items()
+            }
             missing, unexpected = model.load_state_dict(weights, strict=False)
             missing += unexpected
             if (path / "generation_config.json").exists():
@@ -258,12 +259,39 @@ def load(
             raise ValueError(
                 f"its weights and its config.json disagree on {', '.join(sorted(missing)[:3])}"
             )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         model.to(where).eval().requires_grad_(False)
-    except _UNREADABLE as error:
-        raise ModelError(f"cannot load {name}: {_first_line(error)}") from error
+        check_numbers(name, model)
+    except ModelError:
+        raise
+    except Exception as error:  # damaged files, impossible sizes, missing packages, full memory
+        raise ModelError(f"cannot load {name}: {first_line(error)}") from error
     vocab = None if vocab is None else vocab.to(where)
-    return _with_known_logits(LanguageModel(name, path, model, tokenizer, vocab))
+    return _with_known_logits(LanguageModel(name, path, model, read_tokenizer(name, path), vocab))
+
+
+def check_numbers(name: str, model: nn.Module) -> None:
+    """Refuse weights that are no numbers, wherever in the model. Raises `ModelError`."""
+    for label, weight in model.named_parameters():
+        if weight.dtype.itemsize < 2 or not weight.is_floating_point():
+            continue  # quantised
+        total = weight.detach().sum(dtype=torch.promote_types(weight.dtype, torch.float32))
+        if not total.isfinite() and not weight.isfinite().all():  # the sum alone may overflow
+            raise ModelError(
+                f"{name} has weights that are NaN or infinite in {str(weight.dtype)[6:]}, first in "
+                f"{label}: the checkpoint is damaged, or needs a wider dtype"
+            )
+
+
+def read_tokenizer(name: str, path: Path) -> PreTrainedTokenizerBase:
+    """Raises `ModelError`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # it raises many kinds for what is missing or damaged
+        raise ModelError(
+            f"cannot load {name}: its tokenizer cannot be read ({first_line(error)})"
+        ) from error
 
 
 def check_pair(target: LanguageModel, draft: LanguageModel) -> None:
@@ -304,13 +332,7 @@ def stored_dtype(name: str) -> Dtype:
     say. It is what a checkpoint made of another is written in: "auto" would round by the machine.
     Raises `ModelError`.
     """
-    from transformers import AutoConfig
-
-    path = locate(name)
-    try:
-        kind = AutoConfig.from_pretrained(path).dtype
-    except _UNREADABLE as error:
-        raise ModelError(f"cannot load {name}: {_first_line(error)}") from error
+    kind = read_config(name, locate(name)).dtype
     known: dict[torch.dtype | None, Dtype] = {
         torch.float64: "float64",
         torch.bfloat16: "bfloat16",
@@ -380,10 +402,7 @@ def locate(name: str) -> Path:
             raise ModelError(f"there is no file {name}")
         return _convert_gguf(path)
     if path.is_dir():
-        if not (path / "config.json").exists():
-            raise ModelError(
-                f"{name} is a folder without config.json: not a Hugging Face checkpoint"
-            )
+        check_folder(name, path)
         return path
     if path.exists() or name.startswith((".", "/", "~")) or _is_local(path):
         raise ModelError(
@@ -451,11 +470,11 @@ def _convert_gguf(file: Path, expected_sha256: str | None = None) -> Path:
         partial.rename(folder)
     except OSError as error:
         if not folder.exists():  # another process may have been faster
-            raise StorageError(f"cannot convert {file.name}: {_first_line(error)}") from error
+            raise StorageError(f"cannot convert {file.name}: {first_line(error)}") from error
     except Exception as error:  # a damaged file makes the readers raise many kinds
         raise ModelError(
             f"cannot convert {file.name} (is it a whole GGUF file of a family that transformers "
-            f"knows?): {_first_line(error)}"
+            f"knows?): {first_line(error)}"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -463,21 +482,27 @@ def _convert_gguf(file: Path, expected_sha256: str | None = None) -> Path:
 
 
 def _download(name: str) -> Path:
+    """The files of a model from the hub that are read here: no code, and no second copy of the
+    weights in another format.
+    """
     from huggingface_hub import snapshot_download
 
+    def fetch(*patterns: str) -> Path:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+
     try:
-        return Path(
-            snapshot_download(
-                name,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"],
-            )
-        )
+        folder = fetch("*.json", "*.model", "*.txt", "*.jinja", VOCAB_FILE)
+        check_folder(name, folder)
+        index = folder / INDEX
+        return fetch(*(indexed_files(index) if index.exists() else [WEIGHTS]))
+    except ModelError:
+        raise
     except (
         Exception
     ) as error:  # the hub client raises many kinds: not found, gated, offline, bad name
         raise ModelError(
             f"{name!r} is neither a local folder nor a model the hub would give (it said: "
-            f"{_first_line(error)})"
+            f"{first_line(error)})"
         ) from error
 
 
@@ -501,8 +526,3 @@ def _with_known_logits(model: LanguageModel) -> LanguageModel:
             "its family is not supported"
         )
     return model
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

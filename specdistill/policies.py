@@ -225,11 +225,11 @@ def read_given(config: DistillConfig, reader: LanguageModel) -> list[Example]:
                 "and responses"
             )
         learnt = config.signal != "none" and name in ("target", "mixed")
-        if learnt and made_by.target_sha256 != reader.sha256():
+        if learnt and not reader.has_sha256(made_by.target_sha256):
             raise InputError(
                 f"{config.data} holds answers of {made_by.target}, another model than "
-                f"{reader.name}; generate answers of this target, or take a policy that makes its "
-                "own (fresh_target, draft, skd)"
+                f"{reader.name} is now, by its weights or its config.json; generate answers of "
+                "this target, or take a policy that makes its own (fresh_target, draft, skd)"
             )
         answers = read_examples(Path(config.data), signal=config.signal == "kept")
         return [e for e in answers if e.response_tokens]

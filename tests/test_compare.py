@@ -248,12 +248,13 @@ def test_a_card_whose_evidence_failed_is_not_ranked(
 
 
 def test_a_swapped_draft_is_caught(good: Scorecard, bad: Scorecard, tmp_path: Path) -> None:
-    from specdistill.hashes import weights_sha256
+    from specdistill.hashes import model_sha256
 
     folder = tmp_path / "run" / "draft"
     folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
     save_file({"w": torch.ones(3)}, folder / "model.safetensors")
-    mine = replace(good, draft=replace(good.draft, sha256=weights_sha256(folder)))
+    mine = replace(good, draft=replace(good.draft, sha256=model_sha256(folder)))
     mine.write(tmp_path / "run" / "scorecard.json")
     bad.write(tmp_path / "bad.json")
     cards = {str(tmp_path / "run"): mine, str(tmp_path / "bad.json"): bad}
@@ -263,6 +264,9 @@ def test_a_swapped_draft_is_caught(good: Scorecard, bad: Scorecard, tmp_path: Pa
     assert f"{folder} holds another draft" in reason
     assert mine.draft.sha256[:12] in reason
     assert "score it again" in reason
+    (folder / "model.safetensors").unlink()
+    (reason,) = obstacles(cards)
+    assert "holds neither model.safetensors" in reason
 
 
 # How often the intervals hold

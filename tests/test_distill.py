@@ -14,7 +14,6 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from small_runs import ask, make_world, run, settings
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -28,7 +27,7 @@ from specdistill.decoding import Request, Sampling, SpeculativeDecoder
 from specdistill.distill import distill, rate, split
 from specdistill.distiller import Distiller
 from specdistill.drafts import make_draft, origin, save_draft, set_origin
-from specdistill.errors import InputError, StorageError, TrainingError
+from specdistill.errors import InputError, ModelError, StorageError, TrainingError
 from specdistill.evaluation import Evaluation, decoded, overlap, with_answers
 from specdistill.models import LanguageModel
 from specdistill.packing import pack
@@ -667,12 +666,17 @@ def test_a_draft_that_diverges_between_its_samples_is_named(
 def test_a_draft_that_is_broken_from_the_start_is_named(
     world: dict[str, str], tmp_path: Path
 ) -> None:
-    shutil.copytree(world["draft"], tmp_path / "draft")
-    file = tmp_path / "draft" / "model.safetensors"
-    weights = load_file(file)
-    save_file({n: w * torch.nan for n, w in weights.items()}, file, metadata={"format": "pt"})
-    config = settings({**world, "draft": str(tmp_path / "draft")}, tmp_path / "run", decode=None)
+    """At load; and before any update where it was broken since."""
+    config = settings(world, tmp_path / "run", decode=None)
+    target, draft = (models.load(n, dtype="float32") for n in (config.target, config.draft))
+    with torch.no_grad():
+        for weight in draft.model.parameters():
+            weight *= torch.nan
     with pytest.raises(TrainingError, match="expected_alpha = nan before any update"):
+        distill(config, target, draft)
+    save_draft(draft, tmp_path / "draft")
+    config = settings({**world, "draft": str(tmp_path / "draft")}, tmp_path / "run", decode=None)
+    with pytest.raises(ModelError, match="draft has weights that are NaN or infinite"):
         run(config)
 
 

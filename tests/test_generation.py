@@ -456,7 +456,9 @@ def test_another_target_or_dtype_or_template_is_refused(
 ) -> None:
     answer(target, tmp_path / "data")
     save_draft(tiny(50, layers=4), tmp_path / "other")
-    with pytest.raises(StorageError, match="another target_sha256"):
+    with pytest.raises(
+        StorageError, match="another target, by the hash of its weights and its config"
+    ):
         answer(models.load(str(tmp_path / "other"), dtype="float64"), tmp_path / "data")
     with pytest.raises(StorageError, match="other settings"):
         answer(models.load(str(tiny_folder), dtype="float32"), tmp_path / "data")

@@ -1,5 +1,6 @@
 """Finding, loading and pairing models, and the arithmetic of one."""
 
+import hashlib
 import json
 import os
 import platform
@@ -30,10 +31,12 @@ from transformers import (
 )
 
 from specdistill import models, products
+from specdistill.checkpoint_files import weight_files
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
 from specdistill.drafts import make_draft, save_draft
 from specdistill.errors import ModelError, StorageError
-from specdistill.hashes import file_sha256, weights_sha256
+from specdistill.hashes import file_sha256, model_sha256
+from specdistill.heads import load_head
 from specdistill.models import LanguageModel, check_pair, load
 from specdistill.packing import PackedLinear, pack
 from specdistill.products import packs
@@ -83,13 +86,14 @@ def test_weights_have_one_hash_and_another_model_has_another(
 def test_weights_are_read_again_for_their_hash_only_where_they_changed(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"1" * 100)
+    (tmp_path / "config.json").write_text("{}")
     with mock.patch("specdistill.hashes.file_sha256", wraps=file_sha256) as read:
-        first = weights_sha256(tmp_path)
-        assert weights_sha256(tmp_path) == first
+        first = model_sha256(tmp_path)
+        assert model_sha256(tmp_path) == first
         assert read.call_count == 1
         file.write_bytes(b"2" * 100)
         os.utime(file, ns=(1, 1))  # on a coarse clock too
-        assert weights_sha256(tmp_path) != first
+        assert model_sha256(tmp_path) != first
         assert read.call_count == 2
 
 
@@ -685,3 +689,241 @@ def test_a_checkpoint_is_made_in_the_dtype_of_its_origin(tmp_path: Path) -> None
         json.dumps({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")})
     )
     assert models.stored_dtype(str(tmp_path / "float32")) == "float32"
+
+
+# Which files are the model
+
+
+def sharded(model: LanguageModel, folder: Path) -> None:
+    model.model.save_pretrained(folder, max_shard_size="5KB")
+    model.tokenizer.save_pretrained(folder)
+    assert (folder / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["tied by config", "old shards", "both", "strays", "old index"])
+def test_the_head_alone_is_that_of_the_whole_model(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    """And the whole model is what Transformers makes of the folder."""
+    folder = tmp_path / "m"
+    settings = {"tie_word_embeddings": False}
+    old, new = tiny(1, **settings), tiny(2, **settings)
+    if kind == "tied by config":
+        save_draft(new, folder)
+        config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+        (folder / "config.json").write_text(json.dumps(config))
+    elif kind == "strays":
+        sharded(new, folder)
+        save_file(old.model.state_dict(), folder / "consolidated.safetensors")
+        save_file(old.model.state_dict(), folder / "a-00001-of-00001.safetensors")
+    else:
+        sharded(new if kind == "both" else old, folder)
+        if kind == "old shards":
+            (folder / "model.safetensors.index.json").unlink()
+        one = old if kind == "both" else new
+        save_file(one.model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+    whole, bare = load(str(folder), dtype="float32"), load_head(str(folder), dtype="float32")
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(bare.head.weight, stock.lm_head.weight)
+    assert torch.equal(whole.head.weight, stock.lm_head.weight)
+    assert bare.sha256() == whole.sha256()
+
+
+def test_only_the_files_of_the_model_are_hashed_and_downloaded(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharded(tiny(1), tmp_path)
+    before = model_sha256(tmp_path)
+    (tmp_path / "consolidated.safetensors").write_bytes(b"as another program stores it")
+    (tmp_path / "model.fp16.safetensors").write_bytes(b"a variant")
+    (tmp_path / "modeling_mine.py").write_text("raise SystemExit")
+    assert model_sha256(tmp_path) == before
+    wanted: list[str] = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        wanted.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert models.locate("some/model") == tmp_path
+    fetched = {f.name for f in tmp_path.iterdir() for p in wanted if f.match(p)}
+    assert {f.name for f in weight_files(tmp_path)} <= fetched
+    assert not fetched & {"consolidated.safetensors", "model.fp16.safetensors", "modeling_mine.py"}
+
+
+def test_a_folder_without_whole_safetensors_says_what_is_there(tiny: Tiny, tmp_path: Path) -> None:
+    def folder(name: str) -> Path:
+        sharded(tiny(1), tmp_path / name)
+        return tmp_path / name
+
+    index = "model.safetensors.index.json"
+    lost = folder("lost")
+    sorted(lost.glob("model-*"))[0].unlink()
+    assert f"its {index} names model-00001-of" in refusal(str(lost))
+    outside = folder("outside")
+    (outside / index).write_text(json.dumps({"weight_map": {"w": "../other.safetensors"}}))
+    assert "names '../other.safetensors', which is no .safetensors file" in refusal(str(outside))
+    empty = folder("empty")
+    (empty / index).write_text("[]")
+    assert f"its {index} is no JSON object: list" in refusal(str(empty))
+    pickled = folder("pickled")
+    for file in pickled.glob("model*"):
+        file.unlink()
+    torch.save({}, pickled / "pytorch_model.bin")
+    assert "holds pytorch_model.bin and no model.safetensors" in refusal(str(pickled))
+    assert "convert them" in refusal(str(pickled))
+    stray = folder("stray")
+    (stray / index).unlink()
+    assert "is not read without an index" in refusal(str(stray))
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside weights", "alone"])
+def test_an_adapter_is_to_be_merged_first(tiny: Tiny, tmp_path: Path, beside: bool) -> None:
+    if beside:
+        save_draft(tiny(1), tmp_path / "m")
+    (tmp_path / "m").mkdir(exist_ok=True)
+    (tmp_path / "m" / "adapter_config.json").write_text("{}")
+    for read in (load, load_head, models.stored_dtype):
+        with pytest.raises(ModelError, match=r"holds an adapter .* merge it into its base"):
+            read(str(tmp_path / "m"))
+
+
+# What makes two models of the same weights
+
+
+def test_a_model_is_its_weights_and_what_its_config_makes_of_them(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    folder = tmp_path / "m"
+    save_draft(tiny(1), folder)
+    model = load(str(folder), dtype="float32")
+    before = model.sha256()
+    config = json.loads((folder / "config.json").read_text())
+    ends = json.loads((folder / "generation_config.json").read_text())
+
+    def hash_with(config: dict[str, object], ends: dict[str, object]) -> str:
+        (folder / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True))
+        (folder / "generation_config.json").write_text(json.dumps(ends))
+        return model_sha256(folder)
+
+    remarks = {"transformers_version": "6", "_name_or_path": "x", "architectures": None}
+    remarks |= {"dtype": "bfloat16", "specdistill": {"step": 3}, "use_cache": False}
+    assert hash_with(config | remarks, ends | {"temperature": 0.5}) == before
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0}
+    others = [
+        hash_with(config | {"rope_parameters": rope}, ends),
+        hash_with(config | {"rms_norm_eps": 1e-3}, ends),
+        hash_with(config | {"sliding_window": 9}, ends),
+        hash_with(config, ends | {"eos_token_id": [0, 7]}),
+    ]
+    assert len({before, *others}) == 5
+    assert not model.has_sha256(before)
+    hash_with(config, ends)
+    assert model.has_sha256(before)
+    weights = hashlib.sha256(b"model.safetensors")  # all that was hashed in earlier versions
+    weights.update(file_sha256(folder / "model.safetensors").encode())
+    assert model.has_sha256(weights.hexdigest())
+    assert model.sha256() != weights.hexdigest()
+
+
+def test_models_that_lie_in_no_folder_have_hashes_of_their_own(tiny: Tiny) -> None:
+    hashes = [
+        tiny(seed, **more).sha256()
+        for seed, more in ((1, {}), (2, {}), (1, {"rms_norm_eps": 1e-3}))
+    ]
+    assert len(set(hashes)) == 3
+    assert tiny(1).sha256() == hashes[0]
+
+
+# Configurations
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": 0},
+        {"hidden_size": -32},
+        {"num_key_value_heads": 0},
+        {"vocab_size": -1},
+        {"max_position_embeddings": 0},
+        {"num_hidden_layers": "two"},
+        {"num_hidden_layers": None},
+        {"num_hidden_layers": 10**12},
+        {"model_type": None},
+        {"model_type": 7},
+        {"hidden_act": "no such"},
+        {"rope_parameters": "none"},
+        {"hidden_size": 33},
+        {"vocab_size": 10**15},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_damaged_config_is_one_clear_error(
+    tiny: Tiny, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    save_draft(tiny(1), tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert "cannot load" in refusal(str(tmp_path / "m"))
+    with pytest.raises(ModelError, match="cannot load"):
+        load_head(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 10**5, "\0"])
+def test_a_config_that_is_no_json_object(tiny: Tiny, tmp_path: Path, text: str) -> None:
+    save_draft(tiny(1), tmp_path / "m")
+    (tmp_path / "m" / "config.json").write_text(text)
+    for read in (load, load_head, models.stored_dtype):
+        with pytest.raises(ModelError, match=r"its config.json"):
+            read(str(tmp_path / "m"))
+
+
+def test_code_in_a_folder_is_never_run_nor_asked_for(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, mark = tmp_path / "m", tmp_path / "executed"
+    save_draft(tiny(1), folder)
+    code = f"open({str(mark)!r}, 'a').close()\n"
+    config = json.loads((folder / "config.json").read_text())
+    mine = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    (folder / "config.json").write_text(json.dumps(config | mine))
+    (folder / "mine.py").write_text(code)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    for read in (load, load_head, models.stored_dtype):
+        with pytest.raises(ModelError, match="never run here"):
+            read(str(folder))
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    own = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | own))
+    for read in (load, load_head):
+        with pytest.raises(ModelError, match="tokenizer"):
+            read(str(folder))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "where", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight", "lm_head.weight"]
+)
+def test_weights_that_are_no_numbers_are_refused_by_name(
+    tiny: Tiny, tmp_path: Path, where: str, value: float
+) -> None:
+    model = tiny(1, tie_word_embeddings=False)
+    model.model.get_parameter(where)[3, 1] = value
+    save_draft(model, tmp_path / "m")
+    for dtype in ("float32", "bfloat16"):
+        assert f"NaN or infinite in {dtype}, first in {where}" in refusal(
+            str(tmp_path / "m"), dtype=dtype
+        )
+    if where == "lm_head.weight":
+        with pytest.raises(ModelError, match="NaN or infinite"):
+            load_head(str(tmp_path / "m"))
+
+
+def test_weights_beyond_half_precision_ask_for_a_wider_dtype(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny(1)
+    model.model.model.layers[0].mlp.down_proj.weight[0, 0] = 1e6
+    save_draft(model, tmp_path / "m")
+    assert "infinite in float16" in refusal(str(tmp_path / "m"), dtype="float16")
+    load(str(tmp_path / "m"), dtype="float32")

@@ -234,6 +234,7 @@ def of_others(folder: Path, name: str, theirs: Any, ours: Any) -> StorageError:
     told = {
         "settings": "other settings",
         "prompts_sha256": "other prompts, by their hash",
+        "target_sha256": "another target, by the hash of its weights and its config",
     }.get(name, f"another {name}")
     return StorageError(
         f"{folder} holds answers with {told} ({theirs}, now {ours}); choose another folder or "

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from specdistill.hashes import weights_sha256
+from specdistill.errors import ModelError
+from specdistill.hashes import hashes_of, model_sha256
 from specdistill.scoring.scorecard import Baseline, ModelCard, PromptRow, Row, Scorecard
 from specdistill.scoring.statistics import ratio_of_sums
 
@@ -58,10 +59,13 @@ def round_cost(prompts: Sequence[PromptRow]) -> Columns | None:
 
 
 def swapped_draft(draft: ModelCard, folder: Path) -> list[str]:
-    """A doubt where the weights in `folder` are not those that were scored."""
-    now = weights_sha256(folder)
-    if now == draft.sha256:
-        return []
+    """A doubt where the model in `folder` is not the one that was scored."""
+    try:
+        if draft.sha256 in hashes_of(folder):
+            return []
+        now = model_sha256(folder)
+    except ModelError as error:
+        return [f"{error}; it was scored as {draft.sha256[:12]}"]
     return [
         f"{folder} holds another draft (sha256 {now[:12]}) than the one that was scored "
         f"({draft.sha256[:12]}); score it again"
