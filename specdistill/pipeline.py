@@ -169,7 +169,8 @@ def _undistilled(
 ) -> Path:
     if not (folder / "config.json").exists():
         hidden = torch.cat([_hidden(e) for e in read_examples(data, signal=True)])
-        sample = hidden[torch.randperm(len(hidden), generator=torch.manual_seed(plan.seed))[:4096]]
+        generator = torch.Generator().manual_seed(plan.seed)
+        sample = hidden[torch.randperm(len(hidden), generator=generator)[:4096]]
         usage = expected_usage(target, sample)
         vocabulary = choose_vocabulary(target, usage, plan.vocab_size)
         note(

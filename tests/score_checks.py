@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from specdistill.decoding.records import Generation, Output, RowRound
+from specdistill.scoring.choice import choose
 from specdistill.scoring.measure import EncodedPrompt
 from specdistill.scoring.rows import Timed, by_prompt, row, without_stalls
 from specdistill.scoring.scorecard import PromptRow
@@ -72,3 +73,17 @@ def check_row() -> None:
     assert mine.stepping_seconds == pytest.approx(7 * 1.07 + 0.3)
     assert mine.seconds == pytest.approx(4 + 1.25 + 2.5 + 0.14 + 0.3)
     assert found.speedup == pytest.approx((7 / mine.seconds) / (7 / mine.baseline_seconds))
+
+
+def check_choice() -> None:
+    """Of eight γ worth nothing the best by chance, judged on other prompts, is worth nothing."""
+    logs = []
+    for trial in range(40):
+        noise = np.exp(np.random.default_rng(trial).normal(0, 0.1, (8, 8)))
+        rows = [
+            PromptRow(f"p{i}", 0.0, gamma, 50, 20, float(seconds), 1.0, 50)
+            for gamma, column in enumerate(noise, 1)
+            for i, seconds in enumerate(column)
+        ]
+        logs.append(math.log(choose(rows).speedup.value))
+    assert abs(np.mean(logs)) < 0.025, f"{np.mean(logs):.3f} on average, not 0"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from cards import simulate
 from scipy import stats
+from score_checks import check_choice
 
 from specdistill.scoring.choice import choose, chosen
 from specdistill.scoring.compare import compare
@@ -112,6 +113,10 @@ def test_each_half_is_judged_at_what_the_other_chose() -> None:
         assert sorted(after.values()).count(1) in (3, 4)
     assert choose(list(reversed(rows))).setting == ones.setting
     assert {r.prompt_id: r.num_draft_tokens for r in choose(list(reversed(rows))).rows} == at
+
+
+def test_the_best_by_chance_is_worth_nothing() -> None:
+    check_choice()
 
 
 def test_where_there_is_nothing_to_choose_all_prompts_judge() -> None:

@@ -32,11 +32,15 @@ from checks import (
     check_ties,
     check_toy_example,
 )
+from score_checks import check_choice, check_interval, check_row
 
 from specdistill.decoding.cache import CachedModel, attention_mask
 from specdistill.decoding.drafters import CombinedDrafter, ModelDrafter, _NgramIndex
 from specdistill.decoding.engine import SpeculativeDecoder
 from specdistill.decoding.sampling import row_seed
+from specdistill.scoring import rows
+from specdistill.scoring.choice import choose
+from specdistill.scoring.statistics import ratio_of_sums
 from specdistill_kernels import noise, reference
 from specdistill_kernels.reference import Proposals
 
@@ -56,6 +60,9 @@ CHECKS: dict[str, Callable[[], None]] = {
     "a certain token": check_certain,
     "a filter's edge": check_filter_edge,
     "look-up": check_look_up,
+    "a score's row": check_row,
+    "a score's interval": check_interval,
+    "a score's choice": check_choice,
     "tail mass": partial(check_tail, 20.0),
     "rounds": partial(check_rounds, "token"),
     "rounds, opposite": partial(check_rounds, "token", draft="opposite"),
@@ -394,6 +401,37 @@ MUTATIONS = [
                 _NgramIndex.follow,
                 "text[place : place + count]",
                 "text[place + 1 : place + 1 + count]",
+            )
+        ],
+    ),
+    Mutation(
+        "an interval by the spread of n, not n - 1, prompts",
+        "a score's interval",
+        [(ratio_of_sums, "error *= math.sqrt(num_prompts / (num_prompts - 1))", "pass")],
+    ),
+    Mutation(
+        "the prompt's prefill counts as verifying",
+        "a score's row",
+        [(rows.by_prompt, 'seconds_without(i, "draft", "prefill")', 'seconds_without(i, "draft")')],
+    ),
+    Mutation(
+        "the prompt's prefill counts as stepping",
+        "a score's row",
+        [(rows.by_prompt, 'plain.seconds_without(i, "prefill")', "plain.seconds[i]")],
+    ),
+    Mutation(
+        "a speedup predicted from γ draft steps a round, not those taken",
+        "a score's row",
+        [(rows.row, 'spent["draft"] / runs.rounds', "num * draft_step")],
+    ),
+    Mutation(
+        "γ is judged on the prompts that chose it",
+        "a score's choice",
+        [
+            (
+                choose,
+                "{True: _fastest(settings, other), False:",
+                "{False: _fastest(settings, other), True:",
             )
         ],
     ),
