@@ -25,12 +25,12 @@ from specdistill.data.store import Example as DataExample
 from specdistill.data.store import read_examples, read_manifest
 from specdistill.decoding import ModelDrafter, Request, Round, Sampling, SpeculativeDecoder
 from specdistill.drafts import make_draft, save_draft
-from specdistill.engines import transformers, vllm
+from specdistill.engines import measure, transformers, vllm
 from specdistill.errors import DecodingError, InputError, StorageError
 from specdistill.models import LanguageModel
 from specdistill.scoring.comparable import obstacles
 from specdistill.scoring.measure import EncodedPrompt
-from specdistill.scoring.scorecard import Scorecard
+from specdistill.scoring.scorecard import ModelCard, Scorecard
 from specdistill.tables import evidence_line, rows_table
 from specdistill_kernels.reference import probabilities
 
@@ -439,6 +439,132 @@ def test_a_vllm_that_ends_early_says_why(
         run_vllm(tmp_path / "python", pair)
     with pytest.raises(InputError, match="there is no interpreter"):
         run_vllm(tmp_path / "nothing", pair)
+
+
+def test_engines_that_do_not_fit_beside_each_other_are_refused_before_they_load(
+    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
+) -> None:
+    """Plain decoding and two γ, a third of 90% each; a pair of float64."""
+    weights = sum(8 * model.parameters() for model in pair)
+    python = stand_in(tmp_path)
+
+    def run_on(memory: float) -> Scorecard:
+        (tmp_path / "vllm" / "platforms.py").write_text(
+            "class current_platform:\n"
+            "    is_cpu = staticmethod(lambda: False)\n"
+            f"    get_device_total_memory = staticmethod(lambda: {int(memory)})\n"
+        )
+        return run_vllm(python, pair)
+
+    with pytest.raises(InputError, match=r"each of 2 γ, .*: score at most 1 γ at a time"):
+        run_on(2.9 * weights / vllm.MEMORY_SHARE)
+    with pytest.raises(InputError, match="it needs a larger device"):
+        run_on(1.9 * weights / vllm.MEMORY_SHARE)
+    with pytest.raises(DecodingError, match="AssertionError"):  # it begins to load
+        run_on(3.1 * weights / vllm.MEMORY_SHARE)
+
+
+def test_scoring_by_vllm_loads_the_pair_on_the_cpu(
+    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the dtype of the device that vLLM will have, which is to stay free for it."""
+    from specdistill.cli import scoring
+
+    loaded = []
+    real = models.load
+
+    def load(name: str, **settings: object) -> LanguageModel:
+        loaded.append(settings)
+        return real(name, **settings)
+
+    monkeypatch.setattr(models, "load", load)
+    monkeypatch.setattr(
+        models, "choose_device", lambda device: "cuda" if device == "auto" else device
+    )
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    python = stand_in(tmp_path)
+    (tmp_path / "prompts.txt").write_text("w5 w6 w7")
+    (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('not here')")
+    with pytest.raises(DecodingError, match="not here"):
+        scoring.score(
+            str(pair[0].path),
+            str(pair[1].path),
+            str(tmp_path / "prompts.txt"),
+            tmp_path / "card.json",
+            engine="vllm",
+            engine_python=python,
+        )
+    assert loaded == [{"dtype": "float16", "device": "cpu"}] * 2
+
+
+def test_transformers_leaves_the_users_draft_as_it_was(
+    pair: tuple[LanguageModel, LanguageModel],
+) -> None:
+    own = pair[1].model.generation_config
+    before = own.to_dict()
+    transformers.score(
+        *pair, PROMPTS[:2], num_draft_tokens=[2], temperatures=[0.0], max_new_tokens=4
+    )
+    assert pair[1].model.generation_config is own
+    assert own.to_dict() == before
+
+
+# A clock: plain decoding twice, and what seems faster than it can be
+
+
+def answers_by(clock: Callable[[float, int, int], float], asked: list[tuple[float, int]]):  # type: ignore[no-untyped-def]
+    """An engine that takes `clock(t, γ, number of the question)` seconds a round of two tokens, or
+    of one.
+    """
+
+    def ask(setting: tuple[float, int], prompt: EncodedPrompt, count: int) -> measure.Answer:
+        asked.append(setting)
+        rounds = count // 2 if setting[1] else count
+        steps = [clock(*setting, len(asked))] * rounds
+        counts = [rounds] * setting[1]
+        return measure.Answer([5] * count, sum(steps), rounds, counts, counts, counts)
+
+    return ask
+
+
+def engine_card(clock: Callable[[float, int, int], float]) -> tuple[Scorecard, int]:
+    asked: list[tuple[float, int]] = []
+    measured = measure.take_turns(
+        answers_by(clock, asked), PROMPTS, [0.0], [1, 2], 16, lambda *_: None
+    )
+    sizes = ModelCard("m", 10, 40, "float32", 64, "ab" * 32)
+    told = {"engine": "vllm", "versions": {}}
+    return measure.scorecard(sizes, sizes, told, PROMPTS, measured, [], 0), len(asked)
+
+
+def test_an_engine_decodes_plainly_before_and_after_the_drafts() -> None:
+    """The mean of both, but for one that stalled; γ chosen and judged by halves."""
+
+    def clock(_: float, gamma: int, number: int) -> float:
+        turn = (number - 4) % 4  # after the three of the warm-up
+        return 1.2 if gamma else {0: 0.9, 3: 1.1}.get(turn, 1.0)
+
+    card, asked = engine_card(clock)
+    assert asked == 3 + 6 * 4
+    assert card.rows[0].speedup == pytest.approx(2 / 1.2)
+    assert card.verdict.pays
+    assert "γ chosen on 3 prompts, judged on 3 others" in card.verdict.reason
+    assert card.provenance["measured_again"] is None
+    stalled, _ = engine_card(lambda t, g, n: 1.2 if g else 1.0 + 90 * (n == 4))
+    assert stalled.rows[0].speedup == pytest.approx(2 / 1.2)
+    assert stalled.provenance["stalls"] > 0.4
+
+
+def test_an_engine_whose_rounds_are_too_fast_is_measured_again() -> None:
+    card, asked = engine_card(lambda t, g, n: 0.9 if g else (1.3 if n < 20 else 0.8))
+    assert asked == 3 + 2 * 6 * 4
+    assert card.rows[0].speedup == pytest.approx(2 * 0.8 / 0.9)
+    assert card.verdict.pays
+    wrong, asked = engine_card(lambda t, g, n: 0.9 if g else 1.3)
+    assert asked == 3 + 2 * 6 * 4
+    assert not wrong.verdict.pays
+    assert "a whole round took 0.69 of a plain step, also when it was" in wrong.verdict.reason
+    assert math.isnan(wrong.verdict.best.speedup)
 
 
 # And the real one, where there is one

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
@@ -86,6 +86,8 @@ def score(
 
     measure.check_lenience(verification, rule, temperatures)
     asked = load_prompts(prompts, split=split, column=column, limit=limit)
+    if engine == "vllm":  # loads its own, and needs the device; of ours it needs facts alone
+        dtype, device = _dtype_of_device(dtype), "cpu"
     big, small = _load_pair(target, draft, dtype, device, packed=engine == "specdistill")
     encoded = measure.encoded(big.tokenizer, asked)
     score_pair: Callable[..., Scorecard]
@@ -258,6 +260,16 @@ def _check_engine(
             "--engine vllm and --engine-python go together: name the python of an environment that "
             "has vLLM"
         )
+
+
+def _dtype_of_device(dtype: options.Dtype) -> options.Dtype:
+    """What "auto" is on the device that models would be loaded to."""
+    import torch
+
+    from specdistill.models import choose_device, choose_dtype
+
+    kind = choose_dtype(dtype, torch.device(choose_device("auto")))
+    return cast("options.Dtype", str(kind).removeprefix("torch."))
 
 
 def _load_pair(

@@ -112,8 +112,9 @@ def score(
     interpreter `python`, which must have vLLM. Its own defaults decide how the draft proposes:
     greedily, at any temperature.
 
-    Raises `InputError` where `python` cannot be run, `DecodingError` where vLLM ends early or its
-    counters do not tell enough.
+    All engines are there at a time, so that they can take turns, and share the device's memory.
+    Raises `InputError` where `python` cannot be run or that memory is too small, `DecodingError`
+    where vLLM ends early or its counters do not tell enough.
     """
     if not python.is_file():
         raise InputError(f"there is no interpreter {python}; name the python of an environment")
@@ -122,9 +123,13 @@ def score(
     with ExitStack() as stack:
         workers = {}
         for done, num in enumerate(gammas):  # one after the other: each measures free memory
-            progress("start", done, len(gammas), f"γ = {num}" if num else "plain")
-            settings = _engine_settings(pair, num, longest, len(gammas))
-            workers[num] = stack.enter_context(_started(python, settings, threads))
+            share = (
+                f"plain; {len(gammas)} engines at {MEMORY_SHARE / len(gammas):.0%} of the memory"
+            )
+            progress("start", done, len(gammas), f"γ = {num}" if num else share)
+            workers[num] = stack.enter_context(_started(python, threads))
+            _check_memory(pair, workers[num].hear()["memory_bytes"], len(gammas))
+            workers[num].tell(_engine_settings(pair, num, longest, len(gammas)))
             facts = workers[num].hear()
         progress("start", len(gammas), len(gammas))
 
@@ -140,6 +145,26 @@ def score(
     told["device"] = facts["device"] or told["device"]
     told["compiled"] = facts["compiled"]
     return scorecard(pair.target, pair.draft, told, prompts, measured, [], seed)
+
+
+def _check_memory(pair: Pair, memory_bytes: int | None, engines: int) -> None:
+    """Before anything is loaded; None where there is no accelerator."""
+    if memory_bytes is None:
+        return
+    weights = sum(
+        model.parameters * getattr(torch, model.dtype).itemsize
+        for model in (pair.target, pair.draft)
+    )
+    usable = MEMORY_SHARE * memory_bytes
+    if weights < usable / engines:
+        return
+    fitting = int(usable // weights) - 1
+    remedy = f"score at most {fitting} γ at a time" if fitting > 0 else "it needs a larger device"
+    raise InputError(
+        f"vLLM's engines, for plain decoding and for each of {engines - 1} γ, would have "
+        f"{usable / engines / 1e9:.1f} GB each of the device's {memory_bytes / 1e9:.1f} GB; the "
+        f"pair's weights take {weights / 1e9:.1f} GB: {remedy}"
+    )
 
 
 def _engine_settings(pair: Pair, num: int, longest: int, engines: int) -> dict[str, Any]:
@@ -163,8 +188,10 @@ def _engine_settings(pair: Pair, num: int, longest: int, engines: int) -> dict[s
 
 
 @contextmanager
-def _started(python: Path, settings: dict[str, Any], threads: int | None) -> Iterator[_Worker]:
-    """A process that loads the engine; ended with the context, whatever happens."""
+def _started(python: Path, threads: int | None) -> Iterator[_Worker]:
+    """A process that says how much memory there is and loads the engine that it is told of; ended
+    with the context, whatever happens.
+    """
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     environment.pop("PYTHONPATH", None)  # it is another environment
@@ -176,9 +203,7 @@ def _started(python: Path, settings: dict[str, Any], threads: int | None) -> Ite
         with log.open("w", encoding="utf-8") as errors:
             process = _run(python, source, errors, folder, environment)
         try:
-            worker = _Worker(process, log)
-            worker.tell(settings)
-            yield worker
+            yield _Worker(process, log)
         finally:
             _end(process)
 

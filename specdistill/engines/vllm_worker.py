@@ -1,8 +1,9 @@
 """What `--engine-python` runs: one vLLM engine that answers one prompt after the other.
 
 It imports vLLM and the standard library, nothing of this project. Standard input and output carry
-a JSON document a line: first the arguments of `LLM`, answered by versions and device; then
-requests, each answered by its tokens, its seconds and the engine's counters so far.
+a JSON document a line: first ours with the device's memory; then the arguments of `LLM`, answered
+by versions and device; then requests, each answered by its tokens, its seconds and the engine's
+counters so far.
 """
 
 import json
@@ -51,6 +52,7 @@ def main() -> None:
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()  # where compiling takes minutes and gains little
+    answer({"memory_bytes": None if on_cpu else current_platform.get_device_total_memory()})
     engine = vllm.LLM(enforce_eager=on_cpu, **json.loads(sys.stdin.readline()))
     answer(
         {
