@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from specdistill.checkpoint_files import CONFIG, read_json
 from specdistill.errors import ModelError, first_line
@@ -125,3 +126,62 @@ def _obstacle(config: Any, model: Any) -> str | None:
     if getattr(config, "use_bidirectional_attention", None) is True:
         return "attends to later tokens"
     return None
+
+
+def decoder_layers(name: str, model: Any) -> tuple[str, nn.ModuleList]:
+    """The layers of the text model and where they are, such as "model.layers": other towers have
+    layers too, and may have as many. Raises `ModelError`.
+    """
+    text = model.get_decoder()
+    inside = {id(module) for module in text.modules()}
+    count = model.config.get_text_config().num_hidden_layers
+    for place, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and id(module) in inside:
+            return place, module
+    raise ModelError(f"{name}: found no list of {count} layers in its text model")
+
+
+def settle_window(name: str, model: Any) -> None:
+    """Make the configuration in memory say which layers slide as its modules do: a family that
+    knows no sliding window has no use for one that its config.json names, but Transformers' caches
+    would take it, and so would the masks made here.
+    """
+    config = model.config.get_text_config()
+    if not getattr(config, "sliding_window", None):
+        return
+    slides = _sliding_layers(name, model)
+    if getattr(config, "layer_types", None):
+        kinds = ["sliding_attention" if slid else "full_attention" for slid in slides]
+        if config.layer_types != kinds:
+            config.layer_types = kinds
+    elif not any(slides):
+        config.sliding_window = None
+
+
+@torch.inference_mode()
+def _sliding_layers(name: str, model: Any) -> list[bool]:
+    """Of each layer, whether it is handed a mask that slides, in a pass whose window is short."""
+    place, layers = decoder_layers(name, model)
+    text = model.get_submodule(place.rpartition(".")[0])
+    slides = [False] * len(layers)
+
+    def watch(index: int) -> Any:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for mask in (*args, *kwargs.values()):
+                if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-1] == len(tokens):
+                    first = mask[..., -1, 0]  # whether the last token does not see the first
+                    slides[index] = bool((~first if mask.dtype == torch.bool else first < -1).all())
+
+        return layers[index].register_forward_pre_hook(look, with_kwargs=True)
+
+    tokens, window = list(range(8)), text.config.sliding_window
+    hooks = [watch(index) for index in range(len(layers))]
+    text.config.sliding_window = 3
+    try:
+        device = next(text.parameters()).device
+        text(input_ids=torch.tensor([tokens], device=device), use_cache=False)
+    finally:
+        text.config.sliding_window = window
+        for hook in hooks:
+            hook.remove()
+    return slides

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from specdistill import architectures
 from specdistill.checkpoint_files import VOCAB_FILE
-from specdistill.errors import InputError, ModelError, StorageError
+from specdistill.errors import InputError, ModelError, StorageError, first_line
 from specdistill.models import LanguageModel
 from specdistill.randomness import seeded
 
@@ -97,7 +98,8 @@ def make_draft(
     random_seed: int | None = None,
 ) -> LanguageModel:
     """A new model with the given layers of the target, its embedding and its head (or the head's
-    rows `vocabulary`). With a seed it has the shape alone, and random weights.
+    rows `vocabulary`). With a seed it has the shape alone, and random weights. Raises `ModelError`
+    where these layers cannot stand by themselves.
     """
     from transformers import AutoModelForCausalLM
 
@@ -109,11 +111,22 @@ def make_draft(
         ):  # settings by layer, such as layer_types
             setattr(text, name, [value[i] for i in layers])
     text.num_hidden_layers = len(layers)
+    if shared := getattr(text, "num_kv_shared_layers", None):
+        own = target.num_layers - shared
+        if max(layers) >= own:
+            raise ModelError(
+                f"layers {own} to {target.num_layers - 1} of {target.name} have no keys and values "
+                f"of their own, but take those of earlier layers; take layers of 0 to {own - 1}"
+            )
+        text.num_kv_shared_layers = 0
     vars(config).pop(ORIGIN, None)  # not this draft's
     if vocabulary is not None:
         text.tie_word_embeddings = config.tie_word_embeddings = False
-    with seeded(random_seed or 0):
-        model = AutoModelForCausalLM.from_config(config, dtype=target.dtype)
+    try:
+        with seeded(random_seed or 0):
+            model = AutoModelForCausalLM.from_config(config, dtype=target.dtype)
+    except Exception as error:  # settings that fit no other number of layers raise many kinds
+        raise _unlike(target, layers, first_line(error)) from error
     model.generation_config = copy.deepcopy(target.model.generation_config)
     if random_seed is None:
         _copy_weights(target, layers, model)
@@ -121,11 +134,17 @@ def make_draft(
         head = target.head if random_seed is None else model.get_output_embeddings()
         model.set_output_embeddings(_select_rows(head, vocabulary))
     model.to(target.device).eval()
-    return LanguageModel("draft", Path(), model, target.tokenizer, vocabulary)
+    draft = LanguageModel("draft", Path(), model, target.tokenizer, vocabulary)
+    try:
+        with torch.inference_mode():
+            draft.hidden(torch.zeros((1, 2), dtype=torch.int64, device=draft.device))
+    except Exception as error:  # a layer that reads what another one left
+        raise _unlike(target, layers, first_line(error)) from error
+    return draft
 
 
 def _copy_weights(target: LanguageModel, layers: list[int], model: PreTrainedModel) -> None:
-    prefix = f"{_layers_name(target)}."
+    prefix = f"{architectures.decoder_layers(target.name, target.model)[0]}."
     source = target.model.state_dict()
     weights = {}
     for name, empty in model.state_dict().items():
@@ -134,12 +153,16 @@ def _copy_weights(target: LanguageModel, layers: list[int], model: PreTrainedMod
             index, rest = name[len(prefix) :].split(".", 1)
             origin = f"{prefix}{layers[int(index)]}.{rest}"
         if origin not in source or source[origin].shape != empty.shape:
-            raise ModelError(
-                f"cannot make a draft of the layers {layers} of {target.name}: its layers are not "
-                f"alike (nothing fits {name}); take other layers, or an existing model as draft"
-            )
+            raise _unlike(target, layers, f"nothing fits {name}")
         weights[name] = source[origin]
     model.load_state_dict(weights)
+
+
+def _unlike(target: LanguageModel, layers: list[int], reason: str) -> ModelError:
+    return ModelError(
+        f"cannot make a draft of the layers {layers} of {target.name}: its layers are not alike "
+        f"({reason}); take other layers, or an existing model as draft"
+    )
 
 
 def set_origin(draft: LanguageModel, config_sha256: str, step: int) -> None:
@@ -238,12 +261,4 @@ def _select_rows(head: nn.Module, rows: Tensor) -> nn.Linear:
 
 
 def decoder_layers(model: LanguageModel) -> nn.ModuleList:
-    return cast("nn.ModuleList", model.model.get_submodule(_layers_name(model)))
-
-
-def _layers_name(target: LanguageModel) -> str:
-    """Where the decoder layers are, such as "model.layers"."""
-    for name, module in target.model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == target.num_layers:
-            return name
-    raise ModelError(f"{target.name}: found no list of {target.num_layers} layers to keep some of")
+    return architectures.decoder_layers(model.name, model.model)[1]

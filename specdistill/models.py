@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from specdistill.architectures import check_decodable, read_config
+from specdistill.architectures import check_decodable, read_config, settle_window
 from specdistill.checkpoint_files import (
     INDEX,
     VOCAB_FILE,
@@ -108,15 +108,15 @@ class LanguageModel:
 
     @property
     def max_length(self) -> int:
-        """Positions the model has. Where its rotary frequencies change with the longest text of a
-        batch (LongRoPE), those before the change: later rows would depend on each other.
+        """Positions the model has: those of its config, or as many as its rotary frequencies are
+        stretched for. Where they change with the longest text of a batch (LongRoPE), those before
+        the change: later rows would depend on each other.
         """
+        given = getattr(self.config, "max_position_embeddings", None) or -1
+        positions = given if given > 0 else 2**31
         rope = getattr(self.config, "rope_parameters", None) or {}
-        limits = [getattr(self.config, "max_position_embeddings", None) or 2**31]
-        for part in (rope, *(part for part in rope.values() if isinstance(part, dict))):
-            if part.get("rope_type") == "longrope":
-                limits.append(part["original_max_position_embeddings"])
-        return int(min(limits))
+        parts = [part for part in rope.values() if isinstance(part, dict)]  # by kind of layer
+        return int(min(_stretched(part, positions) for part in parts or [rope]))
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -218,6 +218,19 @@ class LanguageModel:
         return recorded in known
 
 
+def _stretched(rope: dict[str, Any], positions: int) -> float:
+    """How many positions rotary frequencies are for, of a config that says `positions`: checkpoints
+    leave those as they were trained, or say what the factor makes of them.
+    """
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor") or 1.0
+    match rope.get("rope_type"):
+        case "longrope":
+            return min(positions, original or positions)
+        case "yarn" | "linear":
+            return max(positions, factor * (original or positions))
+    return positions
+
+
 def load(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageModel:
     """Load a target or a draft for inference. Raises `ModelError` where it is missing or damaged,
     cannot be decoded step by step, or needs code out of its own folder.
@@ -261,6 +274,7 @@ def load(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageM
             )
         model.to(where).eval().requires_grad_(False)
         check_numbers(name, model)
+        settle_window(name, model)
     except ModelError:
         raise
     except Exception as error:  # damaged files, impossible sizes, missing packages, full memory

@@ -3,6 +3,7 @@ is refused before its weights are read.
 """
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from specdistill.decoding import ModelDrafter, SpeculativeDecoder
 from specdistill.decoding.cache import CachedModel, cache_bytes
-from specdistill.drafts import make_draft, save_draft
+from specdistill.drafts import decoder_layers, make_draft, save_draft
 from specdistill.errors import InputError, ModelError
 from specdistill.models import LanguageModel, load
 
@@ -310,7 +311,7 @@ def test_an_image_model_reads_text() -> None:
         "model_type": "siglip_vision_model",
         "hidden_size": 16,
         "intermediate_size": 16,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": 4,
         "num_attention_heads": 2,
         "image_size": 16,
         "patch_size": 8,
@@ -331,6 +332,98 @@ def test_an_image_model_reads_text() -> None:
     prompts = [[token % 63 for token in prompt] for prompt in PROMPTS]
     expected = [generated(target, prompt, 10) for prompt in prompts]
     assert texts(target, target, prompts, 10, 3) == expected
+    draft = make_draft(target, [1, 3])  # of the text's layers: the tower has as many
+    ours, theirs = (decoder_layers(m) for m in (draft, target))
+    for mine, layer in zip(ours, (1, 3), strict=True):
+        for key, value in mine.state_dict().items():
+            assert torch.equal(value, theirs[layer].state_dict()[key])
+    assert texts(target, draft, prompts, 10, 3) == expected
+
+
+def test_layers_that_take_keys_and_values_of_others_are_refused() -> None:
+    settings = {**GATED, **MIXED, "head_dim": 8, "hidden_size_per_layer_input": 8}
+    settings |= {"vocab_size_per_layer_input": 64, "activation_sparsity_pattern": [0.0] * 4}
+    config = AutoConfig.for_model(
+        "gemma3n_text", **COMMON | settings, num_kv_shared_layers=2, laurel_rank=4
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    target = LanguageModel("shared", Path(), model, tiny_tokenizer(64))
+    with pytest.raises(ModelError, match=r"layers 2 to 3 of shared .* take layers of 0 to 1"):
+        make_draft(target, [0, 3])
+    with pytest.raises(ModelError, match=r"not alike \(nothing fits .*per_layer"):
+        make_draft(target, [0, 1])
+    assert make_draft(target, [0, 1], random_seed=1).num_layers == 2
+
+
+def strayed(name: str, folder: Path, **stray: object) -> LanguageModel:
+    """A model as loaded, of a config.json that says more than its family reads."""
+    model = family_model(name)
+    model.model.float()
+    save_draft(model, folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | stray))
+    return load(str(folder), dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "stray"),
+    [
+        ("llama", {"sliding_window": WINDOW}),
+        ("llama", MIXED),
+        ("llama", {**MIXED, "layer_types": ["sliding_attention"] * 4}),
+        ("gemma", {"sliding_window": WINDOW, "use_sliding_window": True}),
+        ("granite", MIXED),
+        ("mistral", {"layer_types": ["full_attention"] * 4}),
+        ("mistral", MIXED),
+        ("qwen2", {"sliding_window": WINDOW, "use_sliding_window": False}),
+        ("qwen2", {**MIXED, "use_sliding_window": True}),
+        ("qwen3_moe", {"sliding_window": WINDOW, "use_sliding_window": False}),
+        ("gemma2", {"layer_types": ["full_attention"] * 4}),
+    ],
+    ids=str,
+)
+def test_a_window_counts_where_the_model_uses_it(
+    tmp_path: Path, name: str, stray: dict[str, object]
+) -> None:
+    """By the model's own pass over the whole text, which has no cache that could take a window."""
+    model = strayed(name, tmp_path / "m", **stray)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    for prompt in PROMPTS:
+        tokens = list(prompt)
+        for _ in range(8):
+            tokens.append(
+                stock(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax().item()
+            )
+            if tokens[-1] in model.eos_ids:
+                break
+        expected = tokens[len(prompt) :]
+        assert texts(model, None, [prompt], 8, 1) == [expected]
+        assert generated(model, prompt, 8) == expected
+        assert texts(model, make_draft(model, [0, 2]), [prompt], 8, 1) == [expected]
+
+
+def test_positions_are_those_that_rotary_frequencies_are_stretched_for() -> None:
+    def positions(most: int, **rope: object) -> int:
+        config = AutoConfig.for_model("llama", **COMMON | GATED | {"max_position_embeddings": most})
+        config.rope_parameters = {"rope_theta": 1e4, **rope}
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        return LanguageModel("m", Path(), model, tiny_tokenizer(64)).max_length
+
+    yarn: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0}
+    assert positions(64, **yarn, original_max_position_embeddings=64) == 256
+    assert positions(256, **yarn, original_max_position_embeddings=64) == 256
+    assert positions(64, **yarn) == 256
+    assert positions(64, rope_type="linear", factor=2.0) == 128
+    assert positions(64, rope_type="dynamic", factor=2.0) == 64
+    assert positions(64, rope_type="default") == 64
+    text = AutoConfig.for_model("gemma3_text", **COMMON | FAMILIES["gemma3_text"])
+    text.rope_parameters["full_attention"] |= {"rope_type": "linear", "factor": 8.0}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(text)
+    by_kind = LanguageModel("m", Path(), model, tiny_tokenizer(64))
+    assert by_kind.max_length == 128  # of its sliding layers
 
 
 # What is refused
