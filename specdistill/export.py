@@ -15,6 +15,7 @@ import yaml
 from specdistill import drafts, models
 from specdistill.errors import InputError, ModelError, StorageError
 from specdistill.models import LanguageModel
+from specdistill.quoting import prose
 from specdistill.scoring.scorecard import Row, Scorecard
 from specdistill.scoring.trust import objections, swapped_draft
 from specdistill.serving import Engine, command, fenced, name_elsewhere
@@ -149,9 +150,10 @@ def model_card(
     """README.md of the exported folder, in the form that model hubs read."""
     outside = name_elsewhere(target)
     licence = LICENCES.get(target)
-    head = ["---", "library_name: transformers", "tags: [speculative-decoding, draft-model]"]
-    head += [f"base_model: {outside}"] if outside != "TARGET" else []
-    head += [f"license: {licence.lower()}"] if licence else []
+    head: dict[str, object] = {"library_name": "transformers"}
+    head["tags"] = ["speculative-decoding", "draft-model"]
+    head |= {"base_model": outside} if outside != "TARGET" else {}
+    head |= {"license": licence.lower()} if licence else {}
     vocabulary = f"{draft.full_vocab_size:,} tokens"
     if draft.vocab is not None:
         vocabulary += (
@@ -165,8 +167,8 @@ def model_card(
         "and answers it is made of; put the target's licence beside this file before you pass it on"
     )
     parts = [
-        "\n".join([*head, "---"]),
-        f"# A draft for {outside}",
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# A draft for {prose(outside)}",
         "A small model that proposes tokens for speculative decoding; the target decides, so the "
         "output stays the target's. It is no model to talk to. Made with SpecDistill.",
         f"- Parameters: {draft.model.num_parameters():,} as trained, {draft.num_layers} layers\n"
@@ -183,17 +185,19 @@ def _figures(card: Scorecard) -> str:
     head = "| T | γ | acceptance rate α | tokens per target call τ | speedup [95% interval] |"
     temperatures = sorted({row.temperature for row in card.rows})
     lines = [head, "|---|---|---|---|---|", *(_line(card.best_row(t)) for t in temperatures)]
-    device, threads = (card.provenance.get(name, "unknown") for name in ("device", "threads"))
-    where = card.outside_engine or f"SpecDistill {card.provenance['versions'].get('specdistill')}"
+    facts = {"device": "unknown", "threads": "unknown", "date": "date unknown"} | card.provenance
+    device, threads, date = (prose(str(facts[name])) for name in ("device", "threads", "date"))
+    own = f"SpecDistill {card.provenance.get('versions', {}).get('specdistill', '')}".strip()
     same, compared = card.lossless.greedy_identical
-    label = f" ({card.verification.label})" if card.verification.label else ""
+    label = f" ({prose(card.verification.label)})" if card.verification.label else ""
+    hashes = prose(card.target.sha256), prose(card.draft.sha256)
     return (
         f"## Measured{label}\n\n" + "\n".join(lines) + "\n\n"
-        f"By {where} with {card.rows[0].prompts} prompts on {device}, {threads} threads, "
-        f"{card.target.dtype}, {card.provenance.get('date', 'date unknown')}; {same} of {compared} "
-        "greedy texts were identical to plain decoding. Other engines and machines have other "
-        "speeds, and on another kind of prompts a draft accepts less.\n\n"
-        f"Target weights sha256 {card.target.sha256}, draft weights as scored {card.draft.sha256}."
+        f"By {prose(card.outside_engine or own)} with {card.rows[0].prompts} prompts on {device}, "
+        f"{threads} threads, {prose(card.target.dtype)}, {date}; {same} of {compared} greedy texts "
+        "were identical to plain decoding. Other engines and machines have other speeds, and on "
+        "another kind of prompts a draft accepts less.\n\n"
+        f"Target weights sha256 {hashes[0]}, draft weights as scored {hashes[1]}."
     )
 
 

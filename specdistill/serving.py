@@ -7,6 +7,7 @@ import shlex
 from typing import Literal
 
 from specdistill.models import DEMO
+from specdistill.quoting import block
 
 Engine = Literal["transformers", "vllm", "sglang"]
 # A name that only SpecDistill understands, and the model it was quantised from.
@@ -58,4 +59,4 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))"""
 
 def fenced(engine: Engine, text: str) -> str:
     """`command` as a block of Markdown."""
-    return f"```{'python' if engine == 'transformers' else 'sh'}\n{text}\n```"
+    return block(text, "python" if engine == "transformers" else "sh")

@@ -12,7 +12,7 @@ from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
 from specdistill.plots import read_metrics
 from specdistill.report.page import page
-from specdistill.report.text import document
+from specdistill.report.text import document, title
 from specdistill.scoring.scorecard import Scorecard
 
 
@@ -29,8 +29,9 @@ def write_report(run_dir: Path) -> Path:
     before = Scorecard.read(before_path) if before_path.exists() else None
     metrics = read_metrics(metrics_path) if metrics_path.exists() else []
     config, target = _read_config(run_dir / "config.yaml")
-    text = document(card, before, metrics, config, target or card.target.name, run_dir)
-    _write(run_dir / "report.html", page(text, card, run_dir))
+    target = target or card.target.name
+    text = document(card, before, metrics, config, target, run_dir)
+    _write(run_dir / "report.html", page(title(card, target), text, card, run_dir))
     path = run_dir / "report.md"  # last: a run that has it is finished
     _write(path, text)
     return path

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from jinja2 import Environment, StrictUndefined
 from markdown_it import MarkdownIt
 
-from specdistill.report.text import best_row, number
+from specdistill.report.text import best_row, drawn_pictures, number
 from specdistill.scoring.scorecard import Scorecard
 
 
@@ -22,23 +22,24 @@ class Figure(NamedTuple):
     note: str
 
 
-def page(text: str, card: Scorecard, run_dir: Path) -> str:
-    """`text` is the report in Markdown; its pictures lie in `run_dir` and are taken into the page.
-    What the text quotes, such as names of models, is never read as HTML.
+def page(title: str, text: str, card: Scorecard, run_dir: Path) -> str:
+    """`text` is the report in Markdown, whose first line the plain `title` replaces. The pictures
+    that SpecDistill drew in `run_dir` are taken into the page, no other file is; and nothing that
+    the text quotes, such as names of models, is read as HTML or as a link.
     """
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
-    heading, _, rest = text.partition("\n")
-    tokens = parser.parse(rest)
+    parser.disable(["link", "autolink", "reference"])
+    tokens = parser.parse(text.partition("\n")[2])
+    ours = {f"plots/{name}": run_dir / "plots" / name for name in drawn_pictures(run_dir / "plots")}
     for token in tokens:
         for child in token.children or []:
             if child.type == "image":
-                picture = run_dir / str(child.attrs["src"])
-                child.attrs["src"] = _inline(picture)
+                child.attrs["src"] = _inline(ours[str(child.attrs["src"])])
     body = parser.renderer.render(tokens, parser.options, {})
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     template = files("specdistill.report").joinpath("page.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(
-        title=heading.removeprefix("# "), body=body, figures=_figures(card), pays=card.verdict.pays
+        title=title, body=body, figures=_figures(card), pays=card.verdict.pays
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from specdistill.quoting import block, code
 from specdistill.scoring.scorecard import Row, Scorecard
 from specdistill.serving import Engine, command, fenced, name_elsewhere
 
@@ -27,9 +28,9 @@ def serving(card: Scorecard, best: Row, target: str, folder: Path) -> str:
     outside = name_elsewhere(target)
     if outside != target:
         parts.append(
-            f"Other programs do not know the name `{target}`; below, `{outside}` stands for it. "
-            "Where that has other weights (not quantised, say), the output is what the target "
-            "served would say by itself, while acceptance and speed need scoring again."
+            f"Other programs do not know the name {code(target)}; below, {code(outside)} stands "
+            "for it. Where that has other weights (not quantised, say), the output is what the "
+            "target served would say by itself, while acceptance and speed need scoring again."
         )
     if trimmed:
         parts.append(
@@ -49,4 +50,4 @@ def serving(card: Scorecard, best: Row, target: str, folder: Path) -> str:
 
 
 def _shell(*words: str) -> str:
-    return f"```sh\n{shlex.join(words)}\n```"
+    return block(shlex.join(words), "sh")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from specdistill.errors import InputError
+from specdistill.quoting import block, code, prose, visible
 from specdistill.report.serving import serving
 from specdistill.scoring.choice import chosen
 from specdistill.scoring.scorecard import PLAIN_SLOWED, CategoryRow, ModelCard, Row, Scorecard
@@ -28,6 +30,7 @@ CAPTIONS = {
     "draft's, or the target's after a rejection, or a bonus.",
     "training.png": "The loss during training, and what it bought on held-out prompts.",
 }
+PNG = b"\x89PNG\r\n\x1a\n"  # how every such file begins
 WORDS = """\
 - **T**: sampling temperature, 0 is greedy. **γ**: draft tokens proposed in one round.
 - **α**, acceptance rate: accepted / tested draft tokens; tested are those up to and including the \
@@ -66,9 +69,15 @@ def document(
         serving(card, best, target, run_dir / "draft"),
         _limits(card, best),
         _how_measured(card),
-        f"## Configuration\n\n```yaml\n{config.strip()}\n```" if config else "",
+        f"## Configuration\n\n{block(config.strip(), 'yaml')}" if config else "",
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def title(card: Scorecard, target: str) -> str:
+    """The report's, as plain text."""
+    words = f"A draft for {visible(target)}"
+    return f"{words} ({visible(card.label)})" if card.label else words
 
 
 def best_row(card: Scorecard) -> Row:
@@ -89,21 +98,21 @@ def best_row(card: Scorecard) -> Row:
 def _verdict(card: Scorecard, best: Row, target: str) -> str:
     low, high = (number(end, 2) for end in best.speedup_ci95)
     speed = (
-        f"with it, `{target}` decodes {number(best.speedup, 2)} times as fast as without it "
+        f"with it, {code(target)} decodes {number(best.speedup, 2)} times as fast as without it "
         f"(T = {best.temperature:g}, γ = {best.num_draft_tokens}; 95% interval {low} to {high})"
     )
     if math.isnan(best.speedup):
         speed = "the measurement is wrong, so that there is no speedup to tell"
     proof = "and the output does not change"
     if card.verification.lossy:
-        proof = f"but the output is not the target's ({card.verification.label})"
+        proof = f"but the output is not the target's ({prose(card.verification.label)})"
     elif not card.lossless.holds:
         proof = "but that the output does not change was NOT shown"
     judged = "FAILED" if card.failures else judgement(best, card.verdict.pays)
     return (
-        f"# {_labelled(f'A draft for {target}', card)}\n\n"
+        f"# {_labelled(f'A draft for {prose(target)}', card)}\n\n"
         f"**{judged}: {speed}, {proof}.**\n\n"
-        f"Why: {card.verdict.reason}"
+        f"Why: {prose(card.verdict.reason)}"
     )
 
 
@@ -118,8 +127,8 @@ def _what_was_done(
             "## What was done\n",
             "A small draft model for one target and one kind of prompts was scored by real "
             "speculative decoding: every round counted and timed, against the target alone.\n",
-            f"- Target: `{target}`, {_size(card.target)}",
-            f"- Draft: `{card.draft.name}`, {_size(card.draft)}",
+            f"- Target: {code(target)}, {_size(card.target)}",
+            f"- Draft: {code(card.draft.name)}, {_size(card.draft)}",
             f"- Training: {', '.join(trained) or 'the run folder holds no record of it'}",
             f"- Prompts: {best.prompts} per setting; {best.emitted:,} tokens emitted at the best",
         ]
@@ -129,7 +138,7 @@ def _what_was_done(
 def _size(model: ModelCard) -> str:
     return (
         f"{model.parameters / 1e6:,.1f} M parameters, {model.weight_bytes / 1e6:,.1f} MB read per "
-        f"token, {model.dtype}, vocabulary {model.vocab_size:,}"
+        f"token, {prose(model.dtype)}, vocabulary {model.vocab_size:,}"
     )
 
 
@@ -215,18 +224,18 @@ def _all_settings(card: Scorecard) -> str:
         ]
         for row in sorted(card.rows, key=lambda row: (row.temperature, row.num_draft_tokens))
     ]
-    words = WORDS
+    words, label = WORDS, prose(card.verification.label)
     if any(row.slowed for row in card.rows):
         words += f"\n- **Plain slowed**: {PLAIN_SLOWED}."
     if card.verification.lossy:
         words += (
-            f"\n- **{card.verification.label}**: a draft token is kept with probability "
+            f"\n- **{label}**: a draft token is kept with probability "
             "min(1, f(p)/q) instead of min(1, p/q), with f(p) = p/ε (lin), p/ε² (sq) or p^ε (exp); "
             "expected α is then the mean of Σ min(f(p), q)."
         )
-    elif card.verification.label:
+    elif label:
         words += (
-            f"\n- **{card.verification.label.capitalize()}**: a round's draft tokens are accepted "
+            f"\n- **{label.capitalize()}**: a round's draft tokens are accepted "
             "as a whole, with the same distribution as one by one; α then says nothing of "
             "Σ min(p, q), so there is no expected α."
         )
@@ -235,15 +244,15 @@ def _all_settings(card: Scorecard) -> str:
 
 def _labelled(text: str, card: Scorecard) -> str:
     """With what is unusual about the card."""
-    return f"{text} ({card.label})" if card.label else text
+    return f"{text} ({prose(card.label)})" if card.label else text
 
 
 def _lossless(card: Scorecard) -> str:
-    proof = card.lossless
+    proof, label = card.lossless, prose(card.verification.label)
     if card.verification.lossy:
         return (
             "## Does the output stay the same?\n\n"
-            f"**No: {card.verification.label}.** The lenience accepts draft tokens more often than "
+            f"**No: {label}.** The lenience accepts draft tokens more often than "
             "the target's distribution allows, so the output follows neither the target nor the "
             "draft, and its quality has to be judged on its own. Score without `--lenience` for "
             "the speed of a lossless draft."
@@ -270,9 +279,9 @@ def _lossless(card: Scorecard) -> str:
         f"p = {number(proof.distribution_p_value, 3)}; only a p near 0 speaks against it.\n",
         f"In sum, the output is {'' if proof.holds else '**not shown to be** '}lossless.",
     ]
-    if card.outside_engine:
+    if engine := prose(card.outside_engine):
         evidence[1:] = [
-            f"\nNothing else was checked of {card.outside_engine}; `specdistill check` tests the "
+            f"\nNothing else was checked of {engine}; `specdistill check` tests the "
             "pair in SpecDistill's own engine."
         ]
     lines = [
@@ -284,23 +293,37 @@ def _lossless(card: Scorecard) -> str:
     if proof.ties:
         columns = list(dict.fromkeys(key for tie in proof.ties for key in tie))
         cells = [[_cell(tie.get(column, "")) for column in columns] for tie in proof.ties]
-        head = [column.replace("_", " ") for column in columns]
+        head = [prose(column.replace("_", " ")) for column in columns]
         lines.append(f"\nWhere texts part:\n\n{_table(head, cells)}")
     return "\n".join(lines)
 
 
+def drawn_pictures(folder: Path) -> list[str]:
+    """Names of the pictures in `folder` that SpecDistill drew: no link to a file elsewhere, nor a
+    file that is no picture.
+    """
+    return [name for name in CAPTIONS if _is_picture(folder / name)]
+
+
+def _is_picture(file: Path) -> bool:
+    if file.is_symlink() or not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(len(PNG)) == PNG
+
+
 def _pictures(folder: Path) -> str:
-    names = [name for name in CAPTIONS if (folder / name).exists()]
+    names = drawn_pictures(folder)
     pictures = [f"![{CAPTIONS[name]}](plots/{name})\n\n{CAPTIONS[name]}" for name in names]
     return "\n\n".join(["## Pictures", *pictures]) if pictures else ""
 
 
 def _limits(card: Scorecard, best: Row) -> str:
-    device = card.provenance.get("device", "device unknown")
+    device = prose(str(card.provenance.get("device", "device unknown")))
     other = []
-    if card.verification.label:
+    if label := prose(card.verification.label):
         other = [
-            f"- How tokens were accepted: {card.verification.label}. The programs above have their "
+            f"- How tokens were accepted: {label}. The programs above have their "
             "own ways, so their acceptance and speed differ."
         ]
     still = "" if card.verification.lossy else "the output is still the target's, but "
@@ -350,9 +373,9 @@ def _how_measured(card: Scorecard) -> str:
             "so, and steal what others had of the processors. "
         )
     return (
-        f"## How it was measured\n\nRuns with and without the draft took turns, {turns}, "
+        f"## How it was measured\n\nRuns with and without the draft took turns, {prose(turns)}, "
         f"so that drift of the machine cancels. {stalls}scorecard.json holds every figure."
-        "\n\n" + "\n".join(f"- {name}: {_cell(value)}" for name, value in facts.items())
+        "\n\n" + "\n".join(f"- {_name(name)}: {_cell(value)}" for name, value in facts.items())
     )
 
 
@@ -371,7 +394,12 @@ def _cell(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.3g}" if math.isfinite(value) else "–"
-    return "–" if value is None else str(value).replace("|", "\\|").replace("\n", " ")
+    return "–" if value is None else prose(str(value))
+
+
+def _name(text: str) -> str:
+    """At the beginning of a line, where more than in its middle has a meaning."""
+    return text if re.fullmatch(r"\w[\w ]*", text) and not text[0].isdigit() else code(text)
 
 
 def _duration(seconds: float) -> str:
