@@ -7,7 +7,7 @@ interrupted run goes on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +25,10 @@ from specdistill.drafts import choose_vocabulary, expected_usage, make_draft, sa
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
 from specdistill.plots import plot_all
-from specdistill.progress import Progress, silent
+from specdistill.progress import Note, Progress, silent, unsaid
 from specdistill.report import write_report
 from specdistill.scoring.measure import EncodedPrompt, encoded, score
 from specdistill.scoring.scorecard import Scorecard
-
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -58,15 +56,11 @@ class QuickstartPlan:
     seed: int = 0
 
 
-def _ignore(line: str) -> None:
-    """The default for notes: nobody reads them."""
-
-
 def quickstart(
     run_dir: Path,
     plan: QuickstartPlan | None = None,
     progress: Progress = silent,
-    note: Note = _ignore,
+    note: Note = unsaid,
 ) -> tuple[Scorecard, Scorecard]:
     """Returns the scorecards before and after. Raises `InputError` where `run_dir` holds a finished
     run.
@@ -132,7 +126,7 @@ def quickstart(
         distill(config, target, student, resume=True, in_place=True, progress=progress)
     after = scored("scorecard.json", run_dir / "draft", heldout, plan.num_draft_tokens)
     progress("report", 0, 1)
-    plot_all(run_dir)
+    plot_all(run_dir, note=note)
     write_report(run_dir)
     progress("report", 1, 1)
     return before, after

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
+
+Note = Callable[[str], None]  # a line that a user should read
 
 
 class Progress(Protocol):
@@ -12,3 +15,7 @@ class Progress(Protocol):
 
 def silent(stage: str, done: float, total: float, detail: str = "") -> None:
     """The default: nobody looks."""
+
+
+def unsaid(line: str) -> None:
+    """The default for notes: nobody reads them."""

@@ -33,6 +33,7 @@ from specdistill.plots import (
     read_metrics,
     save,
 )
+from specdistill.quoting import visible
 from specdistill.scoring.scorecard import (
     Baseline,
     Best,
@@ -572,3 +573,50 @@ def test_an_unusual_verification_is_the_title_of_every_picture() -> None:
             assert titles(draw(usual)) == ""
     lossy = replace(make_before(), verification=Verification("token", "lin:0.5"))
     assert titles(figure_acceptance(usual, lossy)) == "LOSSY, lenience lin:0.5"
+
+
+def test_a_run_that_was_not_scored_yet_shows_its_training(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    for name in ("scorecard.json", "scorecard_before.json"):
+        (tmp_path / name).unlink()
+    assert [path.name for path in plot_all(tmp_path)] == ["training.png"]
+    (tmp_path / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match="there is no scorecard"):
+        plot_all(tmp_path)
+
+
+def test_a_picture_that_cannot_be_drawn_takes_no_other_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path)
+    drawn = plot_all(tmp_path)
+
+    def fails(*_: Any) -> None:
+        raise ZeroDivisionError("no width")
+
+    monkeypatch.setattr("specdistill.plots.figure_speedup", fails)
+    said: list[str] = []
+    again = plot_all(tmp_path, note=said.append)
+    assert {path.name for path in drawn} - {path.name for path in again} == {"speedup.png"}
+    assert said == ["speedup.png could not be drawn: ZeroDivisionError: no width"]
+    assert not (tmp_path / "plots" / "speedup.png").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["$x_{", "$$", "_hidden", "http://a.b/c?d=$e$", "a\x1b[2J\n", "漢" * 9000]
+)
+def test_names_are_drawn_as_text(tmp_path: Path, name: str) -> None:
+    card = replace(make_after(), example=Example(name, 0.0, 4, [(name[:50], "accepted")]))
+    parts = {name: 0.1, **card.rows[0].seconds}
+    card = replace(card, rows=[replace(row, seconds=parts) for row in card.rows])
+    card.write(tmp_path / "scorecard.json")
+    said: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(plot_all(tmp_path, note=said.append)) == 5
+        figure = figure_runs({name: make_metrics()})
+        save(figure, tmp_path / "runs.png")
+        save(figure_sweep([(name, name, 1.0)], name), tmp_path / "sweep.png")
+    assert said == []
+    (legend,) = figure.legends
+    assert visible(name)[:20] in legend.get_texts()[0].get_text().replace("\\$", "$")

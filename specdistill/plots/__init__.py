@@ -6,15 +6,18 @@ NaN leaves a gap; an empty panel says so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from specdistill.errors import SpecDistillError
 from specdistill.plots.acceptance import figure_acceptance, figure_survival, figure_text
 from specdistill.plots.speed import figure_speedup, figure_time
 from specdistill.plots.style import save
 from specdistill.plots.training import figure_runs, figure_sweep, figure_training, read_metrics
+from specdistill.progress import Note, unsaid
 from specdistill.scoring.comparable import card_file
 from specdistill.scoring.scorecard import Scorecard
 
@@ -34,31 +37,33 @@ __all__ = [
 ]
 
 
-def plot_all(run_dir: Path, out: Path | None = None) -> list[Path]:
+def plot_all(run_dir: Path, out: Path | None = None, note: Note = unsaid) -> list[Path]:
     """Draw what the files of `run_dir` allow into `out` (`run_dir/plots`); returns the pictures'
-    paths.
+    paths. `note` is told of each that could not be drawn; the others are.
 
-    `scorecard.json` must be there; `scorecard_before.json` and `metrics.jsonl` need not.
+    Either `scorecard.json` or `metrics.jsonl` must be there; `scorecard_before.json` need not.
     Raises `InputError` for a file that cannot be read, `StorageError` for one not written.
     """
-    card = Scorecard.read(run_dir / "scorecard.json")
-    before_path, metrics_path = run_dir / "scorecard_before.json", run_dir / "metrics.jsonl"
-    before = Scorecard.read(before_path) if before_path.exists() else None
-    drafts = {"before distillation": before} if before else {}
-    figures: dict[str, Figure] = {
-        "acceptance.png": figure_acceptance(card, before),
-        "survival.png": figure_survival({"this draft": card, **drafts}),
-        "speedup.png": figure_speedup(card),
-        "time.png": figure_time(card),
-    }
+    card_path, metrics_path = run_dir / "scorecard.json", run_dir / "metrics.jsonl"
+    before_path = run_dir / "scorecard_before.json"
+    scored = card_path.exists() or not metrics_path.exists()
+    figures: dict[str, Callable[[], Figure]] = {}
+    if scored:
+        card = Scorecard.read(card_path)
+        before = Scorecard.read(before_path) if before_path.exists() else None
+        drafts = {"before distillation": before} if before else {}
+        figures["acceptance.png"] = partial(figure_acceptance, card, before)
+        figures["survival.png"] = partial(figure_survival, {"this draft": card, **drafts})
+        figures["speedup.png"] = partial(figure_speedup, card)
+        figures["time.png"] = partial(figure_time, card)
+        if card.example is not None:
+            figures["text.png"] = partial(figure_text, card.example)
     if metrics_path.exists():
-        figures["training.png"] = figure_training(read_metrics(metrics_path))
-    if card.example is not None:
-        figures["text.png"] = figure_text(card.example)
-    return _save_all(figures, out or run_dir / "plots")
+        figures["training.png"] = partial(figure_training, read_metrics(metrics_path))
+    return _save_all(figures, out or run_dir / "plots", note)
 
 
-def plot_together(sources: Sequence[Path], out: Path) -> list[Path]:
+def plot_together(sources: Sequence[Path], out: Path, note: Note = unsaid) -> list[Path]:
     """Several drafts in one picture, into `out`: their survival curves, and what training bought
     where run folders tell. Sources are scorecards or run folders. Raises as `plot_all`.
     """
@@ -66,13 +71,22 @@ def plot_together(sources: Sequence[Path], out: Path) -> list[Path]:
     cards = {str(source): Scorecard.read(card_file(source)) for source in sources}
     metrics = [folder / "metrics.jsonl" for folder in folders]
     runs = {str(file.parent): read_metrics(file) for file in metrics if file.exists()}
-    figures = {"survival.png": figure_survival(cards)}
+    figures: dict[str, Callable[[], Figure]] = {"survival.png": partial(figure_survival, cards)}
     if runs:
-        figures["runs.png"] = figure_runs(runs)
-    return _save_all(figures, out)
+        figures["runs.png"] = partial(figure_runs, runs)
+    return _save_all(figures, out, note)
 
 
-def _save_all(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
-    for name, figure in figures.items():
-        save(figure, folder / name)
-    return [folder / name for name in figures]
+def _save_all(figures: Mapping[str, Callable[[], Figure]], folder: Path, note: Note) -> list[Path]:
+    saved = []
+    for name, draw in figures.items():
+        try:
+            save(draw(), folder / name)
+        except SpecDistillError:
+            raise
+        except Exception as error:  # of matplotlib's many kinds: what is finished goes before it
+            (folder / name).unlink(missing_ok=True)  # an earlier one would be taken for this
+            note(f"{name} could not be drawn: {type(error).__name__}: {error}")
+        else:
+            saved.append(folder / name)
+    return saved

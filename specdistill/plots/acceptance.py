@@ -10,6 +10,7 @@ from matplotlib.patches import Patch, Rectangle
 from scipy import stats
 
 from specdistill.plots import style
+from specdistill.quoting import drawn, visible
 from specdistill.scoring.scorecard import Example, Kind, Row, Scorecard
 
 
@@ -166,7 +167,7 @@ def figure_text(example: Example) -> Figure:
     kept = sum(kind == "accepted" for _, kind in example.pieces)
     more = f" (the first {MAX_LINES} lines)" if len(lines) > MAX_LINES else ""
     title = (
-        f"prompt {example.prompt_id}, {style.t_is(example.temperature)}, γ = "
+        f"prompt {drawn(example.prompt_id, 40)}, {style.t_is(example.temperature)}, γ = "
         f"{example.num_draft_tokens}: {kept} of {len(example.pieces)} tokens are the draft's{more}"
     )
     style.legend(figure, keys, title=title)
@@ -182,7 +183,7 @@ def _wrapped(pieces: Sequence[tuple[str, Kind]]) -> list[list[tuple[int, str, Ki
     for piece, kind in pieces:
         for text in piece.replace("\t", " ").splitlines(keepends=True) or ["·"]:
             ends = text.endswith("\n")
-            shown = text.replace("\n", "⏎")[:COLUMNS]
+            shown = visible(text.replace("\n", "⏎"))[:COLUMNS]
             if column + len(shown) > COLUMNS:
                 lines.append([])
                 column = 0

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from specdistill.plots import style
+from specdistill.quoting import drawn
 from specdistill.scoring.scorecard import Row, Scorecard
 
 # The parts of `Row.seconds`, from the models' work to ours: name, colour, hatch.
@@ -79,8 +80,7 @@ def figure_time(card: Scorecard) -> Figure:
         for part, (name, colour, hatch) in looks.items():
             widths = [_milliseconds_per_token(row, part) for row in rows]
             places = range(1, len(rows) + 1)
-            drawn = axes.barh(places, widths, left=ends, height=0.7, label=name)
-            for bar in drawn:
+            for bar in axes.barh(places, widths, left=ends, height=0.7, label=drawn(name)):
                 bar.set(facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0)
             ends = [end + width for end, width in zip(ends, widths, strict=True)]
         for place, end in enumerate([plain, *ends]):
@@ -99,7 +99,7 @@ def figure_time(card: Scorecard) -> Figure:
             axes, [_milliseconds_per_token(row, part) for row in rows for part in looks], "x"
         )
     keys = [
-        Patch(facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0, label=name)
+        Patch(facecolor=colour, hatch=hatch, edgecolor="white", linewidth=0, label=drawn(name))
         for name, colour, hatch in looks.values()
     ]
     style.legend(figure, keys, title=style.label(card))

@@ -8,6 +8,7 @@ marks, line styles or hatches say the same in black and white.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -21,6 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from specdistill.errors import StorageError
+from specdistill.quoting import drawn
 from specdistill.scoring.scorecard import Row, Scorecard
 
 BLACK, GREY, LIGHT_GREY = "#000000", "#767676", "#BBBBBB"
@@ -75,11 +77,11 @@ def styles() -> Iterable[tuple[str, str]]:
 
 def label(*cards: Scorecard) -> str:
     """The title of what is not the usual: an outside engine, block verification, a LOSSY one."""
-    return "; ".join(dict.fromkeys(card.label for card in cards if card.label))
+    return drawn("; ".join(dict.fromkeys(card.label for card in cards if card.label)))
 
 
 def mark(colour: str, marker: str, label: str) -> dict[str, Any]:
-    return {"color": colour, "marker": marker, "ms": MARK, "label": label}
+    return {"color": colour, "marker": marker, "ms": MARK, "label": drawn(label)}
 
 
 def key(label: str, colour: str, line: str, marker: str = "", **look: Any) -> Artist:
@@ -126,6 +128,8 @@ def finish(axes: Axes, values: Iterable[float], grid: Literal["x", "y"] = "y") -
 def save(figure: Figure, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png", dpi=DOTS_PER_INCH)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
+            figure.savefig(path, format="png", dpi=DOTS_PER_INCH)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}; is there room?") from error

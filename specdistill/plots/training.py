@@ -16,6 +16,7 @@ from matplotlib.ticker import EngFormatter
 
 from specdistill.errors import InputError
 from specdistill.plots import style
+from specdistill.quoting import drawn
 from specdistill.scoring.statistics import planned_tokens
 
 
@@ -183,14 +184,16 @@ def figure_sweep(rows: Sequence[tuple[str, str, float]], label: str) -> Figure:
                 words.set_fontweight("bold")
                 corner = (j - 0.46, i - 0.44)
                 axes.add_patch(Rectangle(corner, 0.92, 0.88, fill=False, ec=style.VERMILLION, lw=2))
-    ticks = [textwrap.fill(policy, 16) for policy in policies]
-    axes.set_xticks(range(len(policies)), ticks, fontsize=style.POINTS)
-    axes.set_yticks(range(len(losses)), losses, fontsize=style.POINTS)
+    across, down = (
+        [textwrap.fill(drawn(name, 48), 16) for name in names] for names in (policies, losses)
+    )
+    axes.set_xticks(range(len(policies)), across, fontsize=style.POINTS)
+    axes.set_yticks(range(len(losses)), down, fontsize=style.POINTS)
     axes.set_xlabel("data policy", fontsize=style.POINTS)
     axes.set_ylabel("loss", fontsize=style.POINTS)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     bar = figure.colorbar(image, ax=axes)
-    bar.set_label(label, fontsize=style.POINTS)
+    bar.set_label(textwrap.fill(drawn(label), 40), fontsize=style.POINTS)
     bar.ax.tick_params(labelsize=style.POINTS)
     return figure
