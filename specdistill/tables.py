@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Column, Table
 
 from specdistill.scoring.scorecard import PLAIN_SLOWED, Row
@@ -67,7 +66,7 @@ def slices_tables(card: Scorecard) -> list[Table]:
         table = Table(*head, title=_title(title, card), **NARROW)
         for row in rows:
             table.add_row(
-                escape(row.category),
+                row.category,
                 str(row.prompts),
                 _number(row.acceptance_rate, 3),
                 f"{row.block_efficiency:.2f}",
@@ -93,7 +92,7 @@ def environment_table(found: Environment) -> Table:
     table.add_row("memory", f"{found.memory_bytes / 1e9:.1f} GB")
     for part in found.optional:
         said = part.version or f"missing: {part.remedy}"
-        table.add_row(escape(part.purpose), escape(f"{part.package} {said}"))
+        table.add_row(part.purpose, f"{part.package} {said}")
     return table
 
 

@@ -994,14 +994,15 @@ def test_a_full_disk_ends_a_distillation_with_a_message(
     assert resumed.document["step"] == 9
 
 
-def test_our_own_errors_are_told_and_others_are_not_hidden() -> None:
+def test_our_own_errors_are_told_and_others_are_called_faults_of_ours() -> None:
     with mock.patch(
         "specdistill.cli.console.must_be_new", side_effect=InputError("[no] markup: /x")
     ):
         done = run("init", "--target", "t", "--out", "o")
     assert (done.code, done.err) == (2, "error: [no] markup: /x\n")
-    with (
-        mock.patch("specdistill.cli.console.must_be_new", side_effect=ZeroDivisionError),
-        pytest.raises(ZeroDivisionError),
-    ):
-        run("init", "--target", "t", "--out", "o")
+    with mock.patch("specdistill.cli.console.must_be_new", side_effect=ZeroDivisionError):
+        done = run("init", "--target", "t", "--out", "o")
+        assert done.code == 70
+        assert done.err.startswith("error: ZeroDivisionError")
+        with pytest.raises(ZeroDivisionError):
+            run("init", "--target", "t", "--out", "o", "--debug")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -18,8 +19,18 @@ from specdistill.cli import (
     sweeping,
     training,
 )
+from specdistill.cli.process import interrupting_signals, lasting_streams
 from specdistill.errors import SpecDistillError
 
+_OF_THE_DISK = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+    errno.EIO,
+}
 COMMANDS = (
     quickstart.quickstart,
     training.init,
@@ -53,25 +64,64 @@ _AFTER_INTERRUPT = dict.fromkeys(
 
 
 def main() -> None:
-    """Run a command; our own errors become one line and exit code 2, an interrupt 130. `--debug`
-    shows tracebacks.
+    """Run a command; our own errors become one line and exit code 2, an interrupt 130, and what
+    nobody foresaw 70. `--debug` shows tracebacks.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would run through ours
     debug = "--debug" in sys.argv[1:]
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    with lasting_streams() as (out, _), interrupting_signals():
+        try:
+            _run(arguments, debug)
+        finally:
+            out.flush()
+            if out.lost:
+                console.note(f"what was printed is lost: {out.lost}; results are in their files")
+
+
+def _run(arguments: list[str], debug: bool) -> None:
     try:
         app(arguments, standalone_mode=True)
-    except SpecDistillError as error:
-        if debug:
-            raise
-        console.note(f"error: {error}")
-        sys.exit(2)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != 130:  # what typer makes of an interrupt
             raise
         command = next((a for a in arguments if a in _AFTER_INTERRUPT), "")
         console.note(f"interrupted{_AFTER_INTERRUPT.get(command, '')}")
         sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        line, code = _last_words(error)
+        console.note(f"error: {line}")
+        sys.exit(code)
+
+
+def _last_words(error: Exception) -> tuple[str, int]:
+    """The line and the exit code that an error ends with: 2 where the user can put it right."""
+    if isinstance(error, SpecDistillError):
+        return str(error), 2
+    said = " ".join(str(error).split()) or type(error).__name__
+    # By name, as importing torch for its error would take seconds.
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in said
+    ):
+        return (
+            f"the memory does not suffice ({said[:200]}); take fewer rows at once (--batch-size, "
+            "training.batch_tokens), shorter texts, a lower dtype or a smaller model",
+            2,
+        )
+    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        return (
+            f"{error.filename or 'a file'}: {error.strerror}; make room, or name another place",
+            2,
+        )
+    return (
+        f"{type(error).__name__}: {said[:500]}; this is a fault of SpecDistill itself: run with "
+        "--debug to see where, and report it",
+        70,
+    )
 
 
 def _version(wanted: bool) -> None:

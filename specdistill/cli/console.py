@@ -15,6 +15,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from specdistill.errors import InputError, StorageError
+from specdistill.quoting import shortened, visible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +27,22 @@ if TYPE_CHECKING:
     from specdistill.models import LanguageModel
     from specdistill.progress import Progress
 
-err = Console(stderr=True)
+LONGEST_EXAMPLE = 400  # characters of the example that is shown
+
+
+class Screen(Console):
+    """Shows text as it is: no markup or emoji in it is read, and no order to the terminal gets
+    through, in tables and their titles neither.
+    """
+
+    def __init__(self, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, **look: Any) -> Text:
+        return super().render_str(visible(text, keep="\n"), **look)
+
+
+err = Screen(stderr=True)
 
 
 def setup(threads: int | None) -> None:
@@ -68,16 +84,17 @@ def progress() -> Iterator[Progress]:
     """
     if err.is_terminal:
         columns = (
-            TextColumn("{task.description:<9}"),
+            TextColumn("{task.description:<9}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[detail]}", markup=False),
         )
-        with Bars(
-            *columns, TimeElapsedColumn(), TextColumn("{task.fields[detail]}"), console=err
-        ) as bars:
+        with Bars(*columns, console=err) as bars:
             tasks: dict[str, Any] = {}
 
             def draw(stage: str, done: float, total: float, detail: str = "") -> None:
+                detail = visible(detail)
                 if stage not in tasks or bars.tasks[tasks[stage]].finished:
                     tasks[stage] = bars.add_task(stage, total=total, detail=detail)
                 bars.update(tasks[stage], completed=done, total=total, detail=detail)
@@ -118,35 +135,28 @@ def note_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
     given, trained = len(example.prompt_tokens), len(example.response_tokens)
     note(f"the first example: {given} tokens are given, {trained} trained on (between the bars)")
     before, after = (
-        _shortened(_visible(str(tokenizer.decode(tokens))))
+        shortened(visible(str(tokenizer.decode(tokens)), keep="\n"), LONGEST_EXAMPLE)
         for tokens in (example.prompt_tokens, example.response_tokens)
     )
     err.print(Text.assemble((before, "dim"), "|", (after, "green"), "|"), soft_wrap=True)
 
 
-def _visible(text: str) -> str:
-    """With control characters, which may be a terminal's orders, as escapes."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
-
-
-def _shortened(text: str, most: int = 400) -> str:
-    return text if len(text) <= most else f"{text[: most // 2]} [...] {text[-most // 2 :]}"
-
-
 def print_lines(screen: Console, lines: list[str]) -> None:
     for line in lines:
-        screen.print(line, markup=False, highlight=False, soft_wrap=True)
+        screen.print(line, soft_wrap=True)
 
 
 def note(line: str) -> None:
-    err.print(line, markup=False, highlight=False, soft_wrap=True)
+    err.print(line, soft_wrap=True)
 
 
 def screen_for(as_json: bool) -> Console:
     """Where tables go: stdout, or stderr when stdout ends in a JSON document."""
-    return err if as_json else Console()
+    return err if as_json else Screen()
 
 
 def finish(as_json: bool, document: dict[str, Any]) -> None:
     if as_json:
-        print(json.dumps(document))
+        from specdistill.scoring.scorecard import nullable
+
+        print(json.dumps(nullable(document)))

@@ -219,9 +219,15 @@ def plot(
     alone = len(sources) == 1 and not sources[0].is_file()
     if not alone and out is None:
         raise InputError("pictures of scorecards or of several runs need --out, a folder for them")
-    drawn = plot_together(sources, out) if not alone and out else plot_all(sources[0], out)
+    note = console.note
+    if not alone and out:
+        drawn = plot_together(sources, out, note)
+    else:
+        drawn = plot_all(sources[0], out, note)
     files = [str(file) for file in drawn]
-    if alone and out is None:
+    if alone and not (sources[0] / "scorecard.json").exists():
+        note(f"{sources[0]} has no scorecard.json yet: its training alone is drawn, no report")
+    elif alone and out is None:
         report = write_report(sources[0])
         files += [str(report), str(report.with_suffix(".html"))]
     for source in () if alone else sources:
