@@ -130,6 +130,7 @@ def save(figure: Figure, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
+            warnings.filterwarnings("ignore", "constrained_layout not applied")  # names too wide
             figure.savefig(path, format="png", dpi=DOTS_PER_INCH)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}; is there room?") from error

@@ -262,7 +262,7 @@ def _lossless(card: Scorecard) -> str:
     faults = compared - same - rounding
     greedy = "no outputs were compared."
     if compared:
-        words = identity_words(proof)
+        words = prose(identity_words(proof))
         greedy = f"{same} of {compared} outputs are token-identical to plain decoding{words}."
     if rounding:
         greedy += (
