@@ -102,9 +102,11 @@ def simulate(
                     per_prompt[-prompts:],
                     float(drafting.sum()),
                     float(verifying.sum()),
+                    float(plain.sum() / lengths.sum()),
                     intervals,
                 )
             )
+    greedy = sum(row.temperature == 0 for row in per_prompt)
     return Scorecard(
         target=ModelCard("my/target", 1_000_000, 4_000_000, "float32", 512, "ab" * 32),
         draft=ModelCard(f"run/{draft}", 100_000, 400_000, "float32", 512, (draft * 64)[:64]),
@@ -123,8 +125,8 @@ def simulate(
         baseline=baseline,
         rows=rows,
         per_prompt=per_prompt,
-        lossless=Lossless((prompts, prompts), [], 1.0, 0.4),
-        verdict=verdict(rows),
+        lossless=Lossless((greedy, greedy), [], 1.0, 0.4),
+        verdict=verdict(rows, per_prompt=per_prompt if intervals else ()),
         by_category=by_category(per_prompt, 0) if intervals else [],
     )
 
@@ -135,6 +137,7 @@ def _row(
     prompts: list[PromptRow],
     drafting: float,
     verifying: float,
+    step: float,
     intervals: bool,
 ) -> Row:
     emitted, rounds = (sum(getattr(p, name) for p in prompts) for name in ("emitted", "rounds"))
@@ -166,8 +169,8 @@ def _row(
         speedup=speedup,
         speedup_ci95=interval,
         cost_ratio=DRAFT_STEP,
-        verify_ratio=VERIFY,
-        predicted_speedup=emitted / rounds / (gamma * DRAFT_STEP + VERIFY),
+        verify_ratio=verifying / rounds / step,
+        predicted_speedup=emitted * step / (drafting + verifying),
         planned_speedup=planned_speedup(rate, gamma, DRAFT_STEP),
         mbsu=emitted / rounds / (gamma * 0.1 + 1),
         seconds={"prefill": 0.0, "draft": drafting, "target": verifying},

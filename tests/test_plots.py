@@ -52,6 +52,19 @@ from specdistill.scoring.scorecard import (
 SPEEDUPS = {0.0: (1.38, 1.57, 1.74, 1.80, 1.77), 1.0: (1.19, 1.27, 1.31, 1.29, 1.18)}
 
 
+@pytest.fixture(autouse=True)
+def any_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cards here are drawn, not measured: what they say in sum has no rows by prompt behind it.
+    That such a card is refused is tested in test_trust.py.
+    """
+    believe_cards(monkeypatch)
+
+
+def believe_cards(patch: pytest.MonkeyPatch) -> None:
+    for module in ("plots", "report"):
+        patch.setattr(f"specdistill.{module}.sound_card", Scorecard.read)
+
+
 def make_row(temperature: float, gamma: int, alpha: float, speedup: float) -> Row:
     """A row of 48 prompts and 4,000 tokens whose counts, rates and times agree."""
     c, v = 0.074, 1.0 + 0.02 * gamma

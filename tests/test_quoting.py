@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
-from test_plots import write_run
+from test_plots import believe_cards, write_run
 
 from specdistill.errors import SpecDistillError
 from specdistill.plots import plot_all
@@ -88,12 +88,14 @@ def shown(character: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("run")
     write_run(folder)
     (folder / "config.yaml").write_text("target: my/target\n", encoding="utf-8")
-    plot_all(folder)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        believe_cards(patch)  # they are drawn, not measured
+        plot_all(folder)
+        yield folder
 
 
 def test_no_text_of_a_card_is_read_as_markdown_or_html(run_dir: Path) -> None:

@@ -17,7 +17,14 @@ from typing import Any
 import matplotlib.image
 import pytest
 from cards import simulate
-from test_plots import make_after, make_before, make_metrics, unmeasured, write_run
+from test_plots import (
+    any_figures,  # noqa: F401, a fixture
+    make_after,
+    make_before,
+    make_metrics,
+    unmeasured,
+    write_run,
+)
 
 from specdistill.errors import InputError, StorageError
 from specdistill.plots import plot_all
@@ -399,7 +406,9 @@ def test_what_is_missing_is_said_or_left_out(tmp_path: Path) -> None:
 
 def test_what_was_not_measured_is_a_dash(run_dir: Path) -> None:
     card = make_after()
-    rows = [row if row.temperature == 0 else unmeasured(row) for row in card.rows]
+    rows = [
+        row if row.temperature == 0 else replace(unmeasured(row), emitted=1) for row in card.rows
+    ]
     proof = replace(card.lossless, distribution_p_value=math.nan, identity_acceptance=math.nan)
     baseline = [replace(base, tokens_per_second=math.nan) for base in card.baseline]
     provenance = {**card.provenance, "git": None}

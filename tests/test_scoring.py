@@ -336,7 +336,7 @@ def test_a_card_without_the_field_was_exact(card: Scorecard, tmp_path: Path) -> 
     assert raw.pop("verification") == {"mode": "token", "lenience": None, "lossy": False}
     (tmp_path / "old.json").write_text(json.dumps(raw))
     assert Scorecard.read(tmp_path / "old.json") == card
-    raw["verification"] = {"mode": "token"}
+    raw["verification"] = {"mode": "tokens"}
     (tmp_path / "half.json").write_text(json.dumps(raw))
     with pytest.raises(InputError, match="not a complete"):
         Scorecard.read(tmp_path / "half.json")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,12 +19,15 @@ from scipy import stats
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder, engine
 from specdistill.decoding.cache import CachedModel
 from specdistill.drafts import make_draft, save_draft
+from specdistill.errors import InputError
 from specdistill.models import LanguageModel, load
+from specdistill.plots import plot_all
+from specdistill.report import write_report
 from specdistill.scoring import lossless, measure
-from specdistill.scoring.scorecard import Row, Scorecard
+from specdistill.scoring.scorecard import Best, Row, Scorecard
 from specdistill.scoring.slices import by_category, by_prompt_length
 from specdistill.scoring.statistics import acceptance_for, planned_tokens
-from specdistill.scoring.trust import doubts
+from specdistill.scoring.trust import contradictions, doubts, objections, sound_card
 from specdistill.scoring.verdict import verdict
 
 PROMPTS = [
@@ -216,6 +221,175 @@ def test_a_slowed_baseline_does_not_pay(pair, card: Scorecard) -> None:
     assert slow.verdict.reason.startswith("These figures cannot be trusted: T = 0, γ = 1: a round ")
     assert "plain decoding was slowed down" in slow.verdict.reason
     assert "cannot be trusted" not in card.verdict.reason
+
+
+# What a card says in sum against what its rows by prompt give
+
+
+def row_changes(**changes: object) -> Callable[[Scorecard], Scorecard]:
+    return lambda card: replace(card, rows=[replace(card.rows[0], **changes), *card.rows[1:]])
+
+
+def slice_changes(**changes: object) -> Callable[[Scorecard], Scorecard]:
+    def change(card: Scorecard) -> Scorecard:
+        first, *others = card.by_category
+        return replace(card, by_category=[replace(first, **changes), *others])
+
+    return change
+
+
+def verdict_changes(**changes: object) -> Callable[[Scorecard], Scorecard]:
+    return lambda card: replace(card, verdict=replace(card.verdict, **changes))
+
+
+def proof_changes(**changes: object) -> Callable[[Scorecard], Scorecard]:
+    return lambda card: replace(card, lossless=replace(card.lossless, **changes))
+
+
+def base_changes(**changes: object) -> Callable[[Scorecard], Scorecard]:
+    return lambda card: replace(card, baseline=[replace(card.baseline[0], **changes)])
+
+
+FORGED: dict[str, tuple[Callable[[Scorecard], Scorecard], str]] = {
+    "speedup": (row_changes(speedup=9.0), "the card tells speedup of 9,"),
+    "interval": (row_changes(speedup_ci95=(1.9, 2.0)), "tells an interval of [1.9, 2]"),
+    "tested": (row_changes(tested=1), "tells tested tokens of 1,"),
+    "accepted": (row_changes(accepted=9000), "tells accepted tokens of 9000"),
+    "α": (row_changes(acceptance_rate=0.99), "tells an acceptance rate of 0.99"),
+    "per proposal": (row_changes(acceptance_per_proposal=0.99), "tells accepted / proposed of"),
+    "τ": (row_changes(block_efficiency=2.9), "tells a block efficiency of 2.9"),
+    "survival": (row_changes(survival_by_position=[0.9, 0.9]), "tells survival at position 1"),
+    "MBSU": (row_changes(mbsu=2.5), "tells an MBSU of 2.5"),
+    "planned": (row_changes(planned_speedup=2.5), "tells a planned speedup of 2.5"),
+    "predicted": (row_changes(predicted_speedup=2.5), "tells a predicted speedup of 2.5"),
+    "v": (row_changes(verify_ratio=1.01), "tells a verify ratio of 1.01"),
+    "time": (row_changes(seconds={"draft": 1.0, "target": 9.0}), "tells seconds by part of 10"),
+    "plain speed": (base_changes(tokens_per_second=1.0), "plain tokens per second of 1,"),
+    "plain step": (base_changes(seconds_per_step=1.0), "plain decoding: the card tells seconds"),
+    "category": (slice_changes(category="else"), "does not have the categories"),
+    "speedup of a category": (slice_changes(speedup=9.0), "by_category, reply, T = 0, γ = 2"),
+    "interval of a category": (slice_changes(speedup_ci95=(8.0, 9.5)), "an interval of [8, 9.5]"),
+    "pays": (verdict_changes(pays=False), "is that the draft does not pay, its rows by prompt say"),
+    "best": (verdict_changes(best=Best(0.0, 2, 1.5)), "say that it pays at T = 0, γ = 4"),
+    "best speed": (verdict_changes(best=Best(0.0, 4, 3.0)), "the card tells a speedup of 3,"),
+    "break-even": (verdict_changes(break_even_acceptance=0.1), "tells a break-even of 0.1"),
+    "verdict's interval": (verdict_changes(speedup_ci95=(2.9, 3.1)), "an interval of [2.9, 3.1]"),
+    "fewer texts": (proof_changes(greedy_identical=(24, 24)), "compares 24 greedy texts"),
+}
+
+
+@pytest.fixture(scope="module")
+def measured() -> Scorecard:
+    return simulate({(0.0, 2): 0.7, (0.0, 4): 0.75})
+
+
+@pytest.mark.parametrize("figure", FORGED)
+def test_a_figure_that_is_not_that_of_the_prompts_is_named(
+    measured: Scorecard, tmp_path: Path, figure: str
+) -> None:
+    assert objections(measured) == []
+    change, words = FORGED[figure]
+    forged = change(measured)
+    assert any(words in objection for objection in objections(forged))
+    forged.write(tmp_path / "scorecard.json")
+    for draw in (plot_all, write_report):
+        with pytest.raises(InputError, match="contradicts itself, score the pair again: "):
+            draw(tmp_path)
+
+
+def test_counts_and_texts_that_cannot_be_are_named(measured: Scorecard) -> None:
+    first, *others = measured.per_prompt
+    longer = [replace(first, emitted=first.emitted + 1), *others]
+    row = replace(measured.rows[0], emitted=measured.rows[0].emitted + 1)
+    found = contradictions(replace(measured, per_prompt=longer, rows=[row, *measured.rows[1:]]))
+    assert "calls 48 greedy texts identical to plain ones, but only 47 are as long" in found[0]
+    wrong = replace(first, accepted=first.tested + 1)
+    found = contradictions(replace(measured, per_prompt=[wrong, *others]))
+    assert any(f"{wrong.accepted} of {first.tested} tested tokens" in each for each in found)
+
+
+def test_a_card_that_distrusts_itself_is_drawn_and_does_not_pay(tmp_path: Path) -> None:
+    """Its figures are those of its prompts; the verdict says what is wrong with them."""
+    slow = simulate({(0.0, 2): 0.7, (0.0, 4): 0.75}, slowed=1.5)
+    slow.write(tmp_path / "slow.json")
+    assert sound_card(tmp_path / "slow.json").verdict.reason.startswith("These figures cannot be")
+    proud = replace(slow, verdict=replace(slow.verdict, pays=True))
+    proud.write(tmp_path / "proud.json")
+    with pytest.raises(InputError, match="that the draft pays, and its figures cannot be trusted"):
+        sound_card(tmp_path / "proud.json")
+
+
+def test_a_real_card_and_one_of_before_contradict_nothing(card: Scorecard) -> None:
+    """Cards were written before γ was chosen on half of the prompts."""
+    assert contradictions(card) == []
+    old = simulate({(0.0, 2): 0.7, (0.0, 4): 0.75})
+    row = max(old.rows, key=lambda row: row.speedup)
+    first = replace(
+        verdict(old.rows), speedup_ci95=(math.nan, math.nan), best=Best(0.0, 4, row.speedup)
+    )
+    assert contradictions(replace(old, verdict=first)) == []
+
+
+# Files that are no card
+
+
+BROKEN: dict[str, tuple[Callable[[dict], object], str]] = {
+    "a field of another type": (lambda r: r["rows"][0].update(speedup="fast"), "rows.0.speedup"),
+    "a short interval": (lambda r: r["rows"][0].update(speedup_ci95=[1.0]), "rows.0.speedup_ci95"),
+    "zero seconds": (lambda r: r["per_prompt"][0].update(seconds=0.0), "per_prompt.0.seconds"),
+    "a null hash": (lambda r: r["target"].update(sha256=None), "target.sha256"),
+    "NaN in words": (lambda r: r["lossless"].update(distribution_p_value="NaN"), "lossless"),
+    "NaN itself": (lambda r: r["rows"][0].update(speedup=math.nan), "rows.0.speedup"),
+    "a negative count": (lambda r: r["rows"][0].update(rounds=-1), "rows.0.rounds"),
+    "no rows": (lambda r: r.update(rows=[]), "rows: List should have at least 1"),
+    "no plain decoding": (lambda r: r.update(baseline=[]), "baseline: List should have"),
+    "a huge number": (lambda r: r["rows"][0].update(emitted=10**30), "rows.0.emitted"),
+    "an infinite one": (lambda r: r["rows"][0].update(speedup=math.inf), "rows.0.speedup"),
+    "a setting twice": (lambda r: r["rows"].append(r["rows"][0]), "rows has (0.0, 2) twice"),
+    "a prompt twice": (lambda r: r["per_prompt"].append(r["per_prompt"][0]), "'p0') twice"),
+    "a γ of none": (lambda r: r["rows"][0].update(num_draft_tokens=0), "num_draft_tokens"),
+    "too many positions": (
+        lambda r: r["rows"][0].update(acceptance_by_position=[0.5] * 3),
+        "a row of γ = 2 has 3 rates",
+    ),
+    "more identical than compared": (
+        lambda r: r["lossless"].update(greedy_identical=[9, 8]),
+        "lossless.greedy_identical",
+    ),
+    "a tie that says nothing": (lambda r: r["lossless"].update(ties=[{}]), "lossless.ties"),
+    "ties of nothing": (
+        lambda r: r["lossless"].update(ties=[{"within_rounding": True}]),
+        "more ties than greedy texts",
+    ),
+    "lossy or not": (lambda r: r["verification"].update(lossy=True), "says lossy: True"),
+    "versions of another type": (lambda r: r["provenance"].update(versions=[]), "versions"),
+    "no provenance": (lambda r: r.update(provenance=None), "provenance"),
+    "an unknown field": (lambda r: r["rows"][0].update(wins=1), "rows.0.wins"),
+    "half an example": (lambda r: r.update(example={"prompt_id": "a"}), "example"),
+    "a list of rows that is none": (lambda r: r.update(rows={"a": 1}), "rows"),
+    "a truth that is a number": (lambda r: r["verdict"].update(pays=1), "verdict.pays"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_file_that_is_no_card_is_refused_in_one_line(
+    measured: Scorecard, tmp_path: Path, fault: str
+) -> None:
+    breaking, words = BROKEN[fault]
+    raw = json.loads(json.dumps(measured.document()))
+    breaking(raw)
+    (tmp_path / "card.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=r"card\.json is not a complete scorecard: ") as refused:
+        Scorecard.read(tmp_path / "card.json")
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "9" * 5000, "[]", "null", '"a"', "{}", "\0", ""])
+def test_a_file_that_is_no_json_of_ours_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "card.json").write_text(text)
+    with pytest.raises(InputError, match=r"card\.json"):
+        Scorecard.read(tmp_path / "card.json")
 
 
 # The verdict in words

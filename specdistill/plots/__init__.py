@@ -19,7 +19,7 @@ from specdistill.plots.style import save
 from specdistill.plots.training import figure_runs, figure_sweep, figure_training, read_metrics
 from specdistill.progress import Note, unsaid
 from specdistill.scoring.comparable import card_file
-from specdistill.scoring.scorecard import Scorecard
+from specdistill.scoring.trust import sound_card
 
 __all__ = [
     "figure_acceptance",
@@ -49,8 +49,8 @@ def plot_all(run_dir: Path, out: Path | None = None, note: Note = unsaid) -> lis
     scored = card_path.exists() or not metrics_path.exists()
     figures: dict[str, Callable[[], Figure]] = {}
     if scored:
-        card = Scorecard.read(card_path)
-        before = Scorecard.read(before_path) if before_path.exists() else None
+        card = sound_card(card_path)
+        before = sound_card(before_path) if before_path.exists() else None
         drafts = {"before distillation": before} if before else {}
         figures["acceptance.png"] = partial(figure_acceptance, card, before)
         figures["survival.png"] = partial(figure_survival, {"this draft": card, **drafts})
@@ -68,7 +68,7 @@ def plot_together(sources: Sequence[Path], out: Path, note: Note = unsaid) -> li
     where run folders tell. Sources are scorecards or run folders. Raises as `plot_all`.
     """
     folders = [source for source in sources if source.is_dir()]
-    cards = {str(source): Scorecard.read(card_file(source)) for source in sources}
+    cards = {str(source): sound_card(card_file(source)) for source in sources}
     metrics = [folder / "metrics.jsonl" for folder in folders]
     runs = {str(file.parent): read_metrics(file) for file in metrics if file.exists()}
     figures: dict[str, Callable[[], Figure]] = {"survival.png": partial(figure_survival, cards)}

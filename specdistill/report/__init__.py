@@ -13,7 +13,7 @@ from specdistill.files import write_whole
 from specdistill.plots import read_metrics
 from specdistill.report.page import page
 from specdistill.report.text import document, title
-from specdistill.scoring.scorecard import Scorecard
+from specdistill.scoring.trust import sound_card
 
 
 def write_report(run_dir: Path) -> Path:
@@ -24,9 +24,9 @@ def write_report(run_dir: Path) -> Path:
     `plots/` need not. Raises `InputError` for a file that cannot be read or a card without the row
     its verdict names, `StorageError` if a report cannot be written.
     """
-    card = Scorecard.read(run_dir / "scorecard.json")
+    card = sound_card(run_dir / "scorecard.json")
     before_path, metrics_path = run_dir / "scorecard_before.json", run_dir / "metrics.jsonl"
-    before = Scorecard.read(before_path) if before_path.exists() else None
+    before = sound_card(before_path) if before_path.exists() else None
     metrics = read_metrics(metrics_path) if metrics_path.exists() else []
     config, target = _read_config(run_dir / "config.yaml")
     target = target or card.target.name

@@ -9,13 +9,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    with_config,
+)
+from typing_extensions import TypedDict
 
 from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
+from specdistill.limits import MAX_DRAFT_TOKENS
 
 if TYPE_CHECKING:
     from specdistill_kernels import Lenience, Mode
@@ -31,6 +45,74 @@ PLAIN_SLOWED = (
 )
 
 
+# What a field may hold, which `Scorecard.read` insists on; nothing checks it while a card is made.
+
+
+def _null_is_nan(value: Any, handler: ValidatorFunctionWrapHandler) -> float:
+    return math.nan if value is None else float(handler(value))
+
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Natural = Annotated[int, Field(ge=1, le=2**53)]
+Gamma = Annotated[int, Field(ge=1, le=MAX_DRAFT_TOKENS)]
+Temperature = Annotated[float, Field(ge=0, le=1e6)]
+Number = Annotated[float, Field(gt=-1e15, lt=1e15)]
+Positive = Annotated[float, Field(gt=0, lt=1e15)]
+Share = Annotated[float, Field(ge=0, le=1.001)]  # older ones round to above 1
+Measured = Annotated[Number, WrapValidator(_null_is_nan)]  # null where it could not be
+MeasuredPositive = Annotated[Positive, WrapValidator(_null_is_nan)]
+MeasuredShare = Annotated[Share, WrapValidator(_null_is_nan)]
+Interval = tuple[MeasuredPositive, MeasuredPositive]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _explained(ties: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for tie in ties:
+        if not isinstance(tie.get("within_rounding"), bool):
+            raise ValueError("each must say whether it is within_rounding")
+    return ties
+
+
+def _counted(identical: tuple[int, int]) -> tuple[int, int]:
+    if identical[0] > identical[1]:
+        raise ValueError("more are identical than were compared")
+    return identical
+
+
+Identical = Annotated[tuple[Count, Count], AfterValidator(_counted)]
+Ties = Annotated[list[dict[str, Any]], AfterValidator(_explained)]
+
+
+class Provenance(TypedDict, total=False):
+    """What is read of `Scorecard.provenance`, which may hold more."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)  # type: ignore[misc]
+
+    device: str
+    threads: Natural
+    dtype: str
+    versions: dict[str, str | None]
+    git: str | None
+    seed: Count
+    date: str
+    engine: str
+    max_new_tokens: Natural
+    prompts_sha256: str
+    draft_origin: dict[str, Any] | None
+    turns: str
+
+
+def _known_facts(facts: dict[str, Any]) -> dict[str, Any]:
+    return dict(_facts().validate_python(facts))
+
+
+@cache
+def _facts() -> TypeAdapter[Provenance]:
+    return TypeAdapter(Provenance)
+
+
+@with_config(Strict)
 @dataclass(frozen=True)
 class ModelCard:
     """One model of the pair. `weight_bytes` are the bytes read for one token: an embedding that is
@@ -38,27 +120,29 @@ class ModelCard:
     """
 
     name: str
-    parameters: int
-    weight_bytes: int
+    parameters: Natural
+    weight_bytes: Natural
     dtype: str
-    vocab_size: int
-    sha256: str
+    vocab_size: Natural
+    sha256: Sha256
 
 
+@with_config(Strict)
 @dataclass(frozen=True)
 class Baseline:
     """Plain decoding by the same engine at one temperature. `seconds` are `Row.seconds`' parts;
     older cards have none.
     """
 
-    temperature: float
-    tokens_per_second: float
-    prompts: int
-    tokens: int
-    seconds_per_step: float
-    seconds: dict[str, float] = field(default_factory=dict)
+    temperature: Temperature
+    tokens_per_second: MeasuredPositive
+    prompts: Natural
+    tokens: Natural
+    seconds_per_step: Number
+    seconds: dict[str, Number] = field(default_factory=dict)
 
 
+@with_config(Strict)
 @dataclass(frozen=True)
 class Row:
     """Speculative decoding at one temperature and one γ, over all prompts. See the words in the
@@ -70,29 +154,29 @@ class Row:
     target's forward), the verify function and the rest of a round, and the loop around it.
     """
 
-    temperature: float
-    num_draft_tokens: int
-    prompts: int
-    rounds: int
-    proposed: int
-    tested: int
-    accepted: int
-    emitted: int
-    acceptance_rate: float
-    acceptance_rate_expected: float
-    acceptance_per_proposal: float
-    acceptance_by_position: list[float]
-    survival_by_position: list[float]
-    block_efficiency: float
-    tokens_per_second: float
-    speedup: float
-    speedup_ci95: tuple[float, float]
-    cost_ratio: float
-    verify_ratio: float
-    predicted_speedup: float
-    planned_speedup: float
-    mbsu: float
-    seconds: dict[str, float] = field(default_factory=dict)
+    temperature: Temperature
+    num_draft_tokens: Gamma
+    prompts: Natural
+    rounds: Natural
+    proposed: Count
+    tested: Count
+    accepted: Count
+    emitted: Natural
+    acceptance_rate: MeasuredShare
+    acceptance_rate_expected: MeasuredShare
+    acceptance_per_proposal: MeasuredShare
+    acceptance_by_position: list[Share]
+    survival_by_position: list[Share]
+    block_efficiency: Positive
+    tokens_per_second: MeasuredPositive
+    speedup: MeasuredPositive
+    speedup_ci95: Interval
+    cost_ratio: Measured
+    verify_ratio: Measured
+    predicted_speedup: Measured
+    planned_speedup: Measured
+    mbsu: Positive
+    seconds: dict[str, Number] = field(default_factory=dict)
 
     @property
     def slowed(self) -> bool:
@@ -103,6 +187,7 @@ class Row:
         return self.verify_ratio < LEAST_VERIFY_RATIO
 
 
+@with_config(Strict)
 @dataclass(frozen=True)
 class PromptRow:
     """One prompt in one setting; what the paired bootstrap resamples. `verifying_seconds` are those
@@ -112,21 +197,22 @@ class PromptRow:
     """
 
     prompt_id: str
-    temperature: float
-    num_draft_tokens: int
-    emitted: int
-    rounds: int
-    seconds: float
-    baseline_seconds: float
-    baseline_emitted: int
-    tested: int | None = None
-    accepted: int | None = None
-    verifying_seconds: float | None = None
-    stepping_seconds: float | None = None
+    temperature: Temperature
+    num_draft_tokens: Gamma
+    emitted: Natural
+    rounds: Natural
+    seconds: Positive
+    baseline_seconds: Positive
+    baseline_emitted: Natural
+    tested: Count | None = None
+    accepted: Count | None = None
+    verifying_seconds: Number | None = None
+    stepping_seconds: Number | None = None
     category: str | None = None
-    prompt_tokens: int | None = None
+    prompt_tokens: Natural | None = None
 
 
+@with_config(Strict)
 @dataclass(frozen=True)
 class CategoryRow:
     """A `Row` in short, of the prompts of one category, or of one band of lengths such as "64–127
@@ -134,20 +220,21 @@ class CategoryRow:
     """
 
     category: str
-    temperature: float
-    num_draft_tokens: int
-    prompts: int
-    tested: int
-    accepted: int
-    acceptance_rate: float
-    block_efficiency: float
-    speedup: float
-    speedup_ci95: tuple[float, float]
+    temperature: Temperature
+    num_draft_tokens: Gamma
+    prompts: Natural
+    tested: Count
+    accepted: Count
+    acceptance_rate: MeasuredShare
+    block_efficiency: Positive
+    speedup: MeasuredPositive
+    speedup_ci95: Interval
 
 
 Kind = Literal["accepted", "residual", "bonus"]
 
 
+@with_config(Strict)
 @dataclass(frozen=True)
 class Example:
     """One answer, token by token, and how each came about: an accepted proposal, the token drawn
@@ -156,20 +243,21 @@ class Example:
     """
 
     prompt_id: str
-    temperature: float
-    num_draft_tokens: int
+    temperature: Temperature
+    num_draft_tokens: Gamma
     pieces: list[tuple[str, Kind]]
 
 
+@with_config(Strict)
 @dataclass(frozen=True)
 class Float32:
     """What a pair that decodes in half precision does on a share of the prompts in float32: greedy
     texts, differences and identity as in `Lossless`; or why that is `missing`.
     """
 
-    greedy_identical: tuple[int, int] = (0, 0)
-    ties: list[dict[str, Any]] = field(default_factory=list)
-    identity_acceptance: float = math.nan
+    greedy_identical: Identical = (0, 0)
+    ties: Ties = field(default_factory=list)
+    identity_acceptance: MeasuredShare = math.nan
     missing: str = ""
 
     @property
@@ -181,6 +269,7 @@ class Float32:
         return found
 
 
+@with_config(Strict)
 @dataclass(frozen=True)
 class Lossless:
     """Evidence that the draft changes nothing: greedy texts equal to plain decoding [equal,
@@ -190,12 +279,12 @@ class Lossless:
     do not tell. An outside engine's card has neither acceptance nor p-value.
     """
 
-    greedy_identical: tuple[int, int]
-    ties: list[dict[str, Any]]
-    identity_acceptance: float
-    distribution_p_value: float
+    greedy_identical: Identical
+    ties: Ties
+    identity_acceptance: MeasuredShare
+    distribution_p_value: MeasuredShare
     dtype: str = ""
-    least_identity_acceptance: float = LEAST_IDENTITY
+    least_identity_acceptance: Share = LEAST_IDENTITY
     float32: Float32 | None = None
 
     @property
@@ -235,18 +324,19 @@ def _rejected(acceptance: float, where: str) -> str:
     return f"as its own draft the target accepts {acceptance:.3f} of its own tokens{where}"
 
 
+@with_config(Strict)
 @dataclass(frozen=True)
 class Verification:
     """How proposals were verified: singly ("token") or as a whole ("block"), both exact; or singly
     with a lenience such as "lin:0.5", which is LOSSY: the text no longer follows the target.
     """
 
-    mode: str = "token"
+    mode: Literal["token", "block"] = "token"
     lenience: str | None = None
-    lossy: bool = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "lossy", self.lenience is not None)
+    @property
+    def lossy(self) -> bool:
+        return self.lenience is not None
 
     @classmethod
     def of(cls, mode: Mode, lenience: Lenience | None) -> Verification:
@@ -260,13 +350,15 @@ class Verification:
         return "" if self.mode == "token" else f"{self.mode} verification"
 
 
+@with_config(Strict)
 @dataclass(frozen=True)
 class Best:
-    temperature: float
-    num_draft_tokens: int
-    speedup: float
+    temperature: Temperature
+    num_draft_tokens: Gamma
+    speedup: MeasuredPositive
 
 
+@with_config(Strict)
 @dataclass(frozen=True)
 class Verdict:
     """Does the draft pay? `break_even_acceptance` is the acceptance rate, and
@@ -282,21 +374,22 @@ class Verdict:
 
     pays: bool
     best: Best
-    break_even_acceptance: float
+    break_even_acceptance: Measured
     reason: str
-    break_even_cost_ratio: float = math.nan
-    speedup_ci95: tuple[float, float] = (math.nan, math.nan)
-    chosen_on: int = 0
-    judged_on: int = 0
+    break_even_cost_ratio: Measured = math.nan
+    speedup_ci95: Interval = (math.nan, math.nan)
+    chosen_on: Count = 0
+    judged_on: Count = 0
 
 
+@with_config(Strict)
 @dataclass(frozen=True)
 class Scorecard:
     target: ModelCard
     draft: ModelCard
-    provenance: dict[str, Any]
-    baseline: list[Baseline]
-    rows: list[Row]
+    provenance: Annotated[dict[str, Any], AfterValidator(_known_facts)]
+    baseline: Annotated[list[Baseline], Field(min_length=1)]
+    rows: Annotated[list[Row], Field(min_length=1)]
     per_prompt: list[PromptRow]
     lossless: Lossless
     verdict: Verdict
@@ -365,7 +458,9 @@ class Scorecard:
 
     def document(self) -> dict[str, Any]:
         """As JSON can hold it: what could not be measured (NaN) is null."""
-        return nullable(asdict(self))
+        raw = asdict(self)
+        raw["verification"]["lossy"] = self.verification.lossy
+        return nullable(raw)
 
     def write(self, path: Path) -> None:
         """Raises `StorageError` where the file cannot be written; an older one then stays."""
@@ -382,34 +477,76 @@ class Scorecard:
             ) from None
         except OSError as error:
             raise InputError(f"cannot read scorecard {path}: {error.strerror}") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not JSON ({error}); name a scorecard.json") from error
         if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
             got = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
             raise InputError(f"{path} has schema {got!r}; this version reads {SCHEMA!r}")
-        for part in ("baseline", "rows", "by_category", "by_prompt_length", "lossless", "verdict"):
-            if part in raw:
-                raw[part] = _map_leaves(raw[part], lambda x: math.nan if x is None else x)
         try:
-            return cls(
-                target=ModelCard(**raw["target"]),
-                draft=ModelCard(**raw["draft"]),
-                provenance=raw["provenance"],
-                baseline=[Baseline(**item) for item in raw["baseline"]],
-                rows=[
-                    replace(Row(**item), speedup_ci95=tuple(item["speedup_ci95"]))
-                    for item in raw["rows"]
-                ],
-                per_prompt=[PromptRow(**item) for item in raw["per_prompt"]],
-                lossless=_read_lossless(raw["lossless"]),
-                verdict=_read_verdict(raw["verdict"]),
-                verification=_read_verification(raw.get("verification")),
-                by_category=_read_slices(raw.get("by_category", [])),
-                by_prompt_length=_read_slices(raw.get("by_prompt_length", [])),
-                example=_read_example(raw.get("example")),
-            )
-        except (KeyError, TypeError, ValueError) as error:
+            _set_lossy(raw.get("verification"))
+            card = _cards().validate_json(json.dumps(raw))
+            _check_lists(card)
+        except ValidationError as error:
+            first, *more = error.errors(include_url=False)
+            where = ".".join(map(str, first["loc"]))
+            also = f" (and {len(more)} more)" if more else ""
+            raise InputError(
+                f"{path} is not a complete scorecard: {where}: {first['msg']}{also}; score the "
+                "pair again"
+            ) from error
+        except ValueError as error:
             raise InputError(f"{path} is not a complete scorecard: {error}") from error
+        return card
+
+
+@cache
+def _cards() -> TypeAdapter[Scorecard]:
+    return TypeAdapter(Scorecard)
+
+
+def _set_lossy(verification: Any) -> None:
+    """What the lenience says is no field of its own. Raises `ValueError` where they disagree."""
+    if not isinstance(verification, dict):
+        return
+    lossy = verification.pop("lossy", None)
+    if lossy is not None and lossy is not (verification.get("lenience") is not None):
+        raise ValueError(f"verification says lossy: {lossy} beside its lenience")
+
+
+def _check_lists(card: Scorecard) -> None:
+    """Raises `ValueError` for what is there twice, or by more positions than were proposed."""
+    lists: list[tuple[str, Iterable[Hashable]]] = [
+        ("baseline", [base.temperature for base in card.baseline]),
+        ("rows", [(row.temperature, row.num_draft_tokens) for row in card.rows]),
+        (
+            "per_prompt",
+            [(row.temperature, row.num_draft_tokens, row.prompt_id) for row in card.per_prompt],
+        ),
+    ]
+    for name, part in (
+        ("by_category", card.by_category),
+        ("by_prompt_length", card.by_prompt_length),
+    ):
+        lists.append((name, [(r.temperature, r.num_draft_tokens, r.category) for r in part]))
+    for name, keys in lists:
+        seen = set()
+        for key in keys:
+            if key in seen:
+                raise ValueError(f"{name} has {key} twice")
+            seen.add(key)
+    for row in card.rows:
+        sizes = len(row.acceptance_by_position), len(row.survival_by_position)
+        if sizes[0] != sizes[1] or sizes[0] > row.num_draft_tokens:
+            raise ValueError(
+                f"a row of γ = {row.num_draft_tokens} has {sizes[0]} rates of acceptance by "
+                f"position and {sizes[1]} of survival"
+            )
+    for proof in (card.lossless, card.lossless.float32):
+        if (
+            proof is not None
+            and len(proof.ties) > proof.greedy_identical[1] - proof.greedy_identical[0]
+        ):
+            raise ValueError("there are more ties than greedy texts that differ")
 
 
 def _failed(verdict: Verdict, failures: list[str]) -> Verdict:
@@ -422,32 +559,6 @@ def _failed(verdict: Verdict, failures: list[str]) -> Verdict:
             f"{best.num_draft_tokens}, temperature {best.temperature:g}, counts for nothing."
         )
     return replace(verdict, pays=False, reason=reason)
-
-
-def _read_verdict(raw: dict[str, Any]) -> Verdict:
-    verdict = Verdict(**{**raw, "best": Best(**raw["best"])})
-    low, high = verdict.speedup_ci95
-    return replace(verdict, speedup_ci95=(low, high))
-
-
-def _read_lossless(raw: dict[str, Any]) -> Lossless:
-    wide = raw.get("float32")
-    same, compared = raw["greedy_identical"]
-    if isinstance(wide, dict):
-        wide = Float32(**{**wide, "greedy_identical": tuple(wide["greedy_identical"])})
-    return Lossless(
-        **{**raw, "greedy_identical": (same, compared), "float32": wide if wide == wide else None}
-    )
-
-
-def _read_slices(raw: list[dict[str, Any]]) -> list[CategoryRow]:
-    return [replace(CategoryRow(**i), speedup_ci95=tuple(i["speedup_ci95"])) for i in raw]
-
-
-def _read_example(raw: dict[str, Any] | None) -> Example | None:
-    if raw is None:
-        return None
-    return Example(**{**raw, "pieces": [(text, kind) for text, kind in raw["pieces"]]})
 
 
 def nullable(document: dict[str, Any]) -> dict[str, Any]:
@@ -468,13 +579,6 @@ def write_json(document: dict[str, Any], path: Path) -> None:
         raise StorageError(
             f"cannot write {path}: {error.strerror}; free space or choose another folder"
         ) from error
-
-
-def _read_verification(raw: dict[str, Any] | None) -> Verification:
-    """Cards written before there was a choice have none: single tokens, exactly."""
-    if raw is None:
-        return Verification()
-    return Verification(raw["mode"], raw["lenience"])
 
 
 def _map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
