@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -63,10 +64,13 @@ class Sweep:
 
 @dataclass
 class Result:
-    """Scorecards by the name of a run, and why the others have none."""
+    """Scorecards by the name of a run, and why the others have none, or one that is FAILED and
+    takes no part; `tracebacks` are of those that an exception ended.
+    """
 
     cards: dict[str, Scorecard] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    tracebacks: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def comparison(self) -> Comparison | list[str]:
@@ -163,9 +167,15 @@ def run_sweep(sweep: Sweep, progress: Progress = silent) -> Result:
                     target = models.load(config.target, dtype=config.dtype, device=config.device)
                     packing.pack(target, 8)
                 _run(config, sweep.score, target, within).write(card)
-            result.cards[name] = Scorecard.read(card)
+            scored = Scorecard.read(card)
         except Exception as error:  # of whatever kind, the other runs go on
             result.failed[name] = f"{type(error).__name__}: {error}"
+            result.tracebacks[name] = traceback.format_exc()
+        else:
+            if scored.failures:
+                result.failed[name] = scored.verdict.reason
+            else:
+                result.cards[name] = scored
     write_json(document(sweep, result), sweep.folder / DOCUMENT)
     _draw(sweep, result)
     return result
@@ -242,6 +252,7 @@ def document(sweep: Sweep, result: Result) -> dict[str, Any]:
         name: {
             "settings": dict(point),
             "failed": result.failed.get(name),
+            "traceback": result.tracebacks.get(name),
             "rows": [asdict(row) for row in result.cards[name].rows]
             if name in result.cards
             else [],

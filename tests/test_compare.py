@@ -176,6 +176,23 @@ def test_a_target_is_the_same_under_another_name(good: Scorecard, bad: Scorecard
     assert obstacles({"good": good, "bad": moved}) == []
 
 
+def test_what_else_differs_is_said(good: Scorecard, bad: Scorecard, tmp_path: Path) -> None:
+    other = simulate({**BAD, (0.0, 3): 0.4}, draft="b", seed=2)
+    other = told(replace(other, verification=Verification("block")), git="0123abc")
+    found = compare({"good": good, "other": other})
+    assert found.remarks == [
+        "seed differs: 1 in good, 2 in other",
+        "verification differs: token verification in good, block verification in other",
+        "the program's commit differs: unknown in good, 0123abc in other",
+        "γ differs: 2, 4 in good, 2, 3, 4 in other",
+    ]
+    assert found.document()["remarks"] == found.remarks
+    assert compare({"good": good, "again": good}).remarks == []
+    good.write(tmp_path / "good.json")
+    other.write(tmp_path / "other.json")
+    assert "seed differs: 1 in " in run("compare", *sorted(tmp_path.glob("*.json"))).out
+
+
 def test_no_common_temperature_is_refused(good: Scorecard) -> None:
     warm = simulate({(1.0, 3): 0.5}, draft="b")
     (reason,) = obstacles({"good": good, "warm": warm})

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from unittest import mock
@@ -113,6 +114,33 @@ def test_precisions_are_compared_and_no_kind_of_failure_ends_a_sweep(file: Path)
         result = run_sweep(sweep)
     assert list(result.cards) == ["fp32_0", "bf16_0"]
     assert result.failed == {"fp32_1": "OSError: no file", "bf16_1": "OSError: no file"}
+    kept = json.loads((sweep.folder / "sweep.json").read_text())["runs"]["fp32_1"]["traceback"]
+    assert kept.startswith("Traceback")
+    assert 'raise OSError("no file")' in kept
+
+
+def test_a_run_that_is_not_lossless_is_not_ranked(file: Path, tmp_path: Path) -> None:
+    """It is named with the reason, and the exit code is 1."""
+    good = simulate({(0.0, 2): 0.5}, draft="a")
+    wrong = replace(good, lossless=replace(good.lossless, distribution_p_value=1e-9))
+    made = iter([good, wrong, simulate({(0.0, 2): 0.5}, draft="b"), good])
+    with mock.patch("specdistill.sweep._run", side_effect=lambda *_: next(made)):
+        done = run("sweep", file, "--json")
+    assert done.code == 1
+    document = json.loads(done.out)
+    failed = {name: r["failed"] for name, r in document["runs"].items() if r["failed"]}
+    assert list(failed) == [NAMES[1]]
+    assert failed[NAMES[1]].startswith("FAILED, not lossless: ")
+    assert f"{NAMES[1]} failed: FAILED, not lossless" in done.err
+    standings = document["comparison"]["standings"]
+    assert {s["card"] for s in standings} == {NAMES[0], NAMES[2], NAMES[3]}
+
+
+def test_debug_shows_where_a_run_failed(file: Path) -> None:
+    with mock.patch("specdistill.sweep._run", side_effect=RuntimeError("here")):
+        plain, debug = (run("sweep", file, *more) for more in ([], ["--debug"]))
+    assert "Traceback" not in plain.out
+    assert "Traceback" in debug.out
 
 
 def test_a_failed_run_is_reported_and_done_again_alone(file: Path, tmp_path: Path) -> None:

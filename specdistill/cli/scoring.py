@@ -197,7 +197,8 @@ def compare(
         raise typer.Exit(1) from None
     for table in tables.leaderboard(found):
         screen.print(table)
-    console.print_lines(screen, [f"{difference.sentence}." for difference in found.differences])
+    sentences = [*found.remarks, *(difference.sentence for difference in found.differences)]
+    console.print_lines(screen, [f"{sentence}." for sentence in sentences])
     if out is not None:
         write_json(found.document(), out)
     console.finish(as_json, found.document())

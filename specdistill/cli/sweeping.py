@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -36,11 +37,14 @@ def sweep(
     screen = console.screen_for(as_json)
     screen.print(tables.sweep_table(result.cards))
     console.print_lines(screen, [f"{name} failed: {why}" for name, why in result.failed.items()])
+    if "--debug" in sys.argv:
+        console.print_lines(screen, [f"{n}: {text}" for n, text in result.tracebacks.items()])
     found = result.comparison
     if isinstance(found, Comparison):
         for table in tables.leaderboard(found):
             screen.print(table)
-        console.print_lines(screen, [f"{difference.sentence}." for difference in found.from_best()])
+        sentences = [difference.sentence for difference in found.from_best()]
+        console.print_lines(screen, [f"{sentence}." for sentence in [*found.remarks, *sentences]])
         console.print_lines(screen, [f"Every pair is in {plan.folder / sweeping.DOCUMENT}."])
     elif len(result.cards) > 1:
         again = f"to score a run again, delete its {sweeping.CARD} and give the same command"

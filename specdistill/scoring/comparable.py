@@ -63,7 +63,7 @@ def _different(one: Scorecard, other: Scorecard) -> dict[str, tuple[str, str]]:
     ours, theirs = _conditions(one), _conditions(other)
     if one.target.sha256 == other.target.sha256:  # under whatever name
         theirs["target"] = ours["target"]
-    return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+    return _unlike(ours, theirs)
 
 
 def _conditions(card: Scorecard) -> dict[str, str]:
@@ -81,6 +81,31 @@ def _conditions(card: Scorecard) -> dict[str, str]:
         "engine": ", ".join([engine, *libraries]),
         "machine": f"{told.get('device')}, {told.get('threads')} threads",
     }
+
+
+def remarks(cards: Cards) -> list[str]:
+    """In what comparable cards differ that may tell in their figures, a sentence each."""
+    (first, one), *others = cards.items()
+    return [
+        f"{field} differs: {mine} in {first}, {its} in {name}"
+        for name, other in others
+        for field, (mine, its) in _unlike(_circumstances(one), _circumstances(other)).items()
+    ]
+
+
+def _circumstances(card: Scorecard) -> dict[str, str]:
+    """A seed draws other texts at temperatures above 0; of more γ, the fastest is faster."""
+    grid = sorted({row.num_draft_tokens for row in card.rows})
+    return {
+        "seed": str(card.provenance.get("seed")),
+        "verification": card.verification.label or "token verification",
+        "the program's commit": str(card.provenance.get("git") or "unknown"),
+        "γ": ", ".join(map(str, grid)),
+    }
+
+
+def _unlike(ours: Mapping[str, str], theirs: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
 
 
 def common_temperatures(cards: Cards) -> list[float]:

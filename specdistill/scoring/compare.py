@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
 
 from specdistill.errors import InputError
 from specdistill.scoring.choice import choose
-from specdistill.scoring.comparable import Cards, common_temperatures, obstacles
+from specdistill.scoring.comparable import Cards, common_temperatures, obstacles, remarks
 from specdistill.scoring.scorecard import PromptRow, Row, Scorecard, nullable
 from specdistill.scoring.statistics import Ratio, prompts_needed, ratio_of_sums
 from specdistill.scoring.verdict import prompts as count_of
@@ -80,10 +80,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`standings` by temperature, and within each the fastest first."""
+    """`standings` by temperature, and within each the fastest first. `remarks` are what else the
+    cards differ in.
+    """
 
     standings: list[Standing]
     differences: list[Difference]
+    remarks: list[str] = field(default_factory=list)
 
     def from_best(self) -> list[Difference]:
         """Those that the fastest card of a temperature is part of."""
@@ -101,6 +104,7 @@ class Comparison:
                 "comparable": True,
                 "standings": [asdict(standing) for standing in self.standings],
                 "differences": differences,
+                "remarks": self.remarks,
             }
         )
 
@@ -139,7 +143,7 @@ def compare(cards: Cards, seed: int = 0) -> Comparison:
             _difference(faster, slower, cards, best, seed)
             for faster, slower in combinations(ranked, 2)
         ]
-    return Comparison(standings, differences)
+    return Comparison(standings, differences, remarks(cards))
 
 
 def _standing(name: str, card: Scorecard, row: Row) -> Standing:
@@ -171,8 +175,8 @@ def _difference(
     }
     fast, slow = (_by_prompt(chosen[name].rows) for name in (faster, slower))
     if fast.keys() != slow.keys():
-        raise InputError(
-            f"{faster} and {slower} name the same prompts differently; score one of them again"
+        raise Incomparable(
+            [f"{faster} and {slower} name the same prompts differently; score one of them again"]
         )
     pairs = [(fast[key], slow[key]) for key in fast]
     ratio = ratio_of_sums(
