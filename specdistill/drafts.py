@@ -5,9 +5,8 @@ uses.
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from torch.nn.utils import skip_init
 from specdistill import architectures
 from specdistill.checkpoint_files import VOCAB_FILE
 from specdistill.errors import InputError, ModelError, StorageError, first_line
+from specdistill.files import replacing
 from specdistill.models import LanguageModel
 from specdistill.randomness import seeded
 
@@ -175,30 +175,34 @@ def origin(draft: LanguageModel) -> dict[str, Any] | None:
     return getattr(draft.model.config, ORIGIN, None)
 
 
-def save_draft(draft: LanguageModel, folder: Path) -> None:
+def save_draft(draft: LanguageModel, folder: Path) -> LanguageModel:
     """Write a checkpoint folder that `models.load` reads; without a trimmed vocabulary any Hugging
-    Face program reads it. config.json comes last: a folder that has one is whole.
+    Face program reads it. It takes the place of a checkpoint that is there, with all its files, and
+    is there whole or not at all. Returns the same draft under the folder's name.
+
+    Raises `StorageError`, also where `folder` holds anything else.
     """
-    new = folder.with_name(folder.name + ".new")
+    if folder.is_dir() and (held := {*folder.iterdir()}):
+        if folder / "config.json" not in held or any(file.is_dir() for file in held):
+            raise StorageError(
+                f"{folder} holds other things than a checkpoint; name another folder or empty it"
+            )
+    elif folder.exists():
+        raise StorageError(f"{folder} is a file, and a draft needs a folder; name another")
     try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        draft.model.save_pretrained(new, max_shard_size="1TB" if draft.vocab is not None else "5GB")
-        draft.tokenizer.save_pretrained(new)
-        if draft.vocab is not None:
-            save_file({"ids": draft.vocab.cpu()}, new / VOCAB_FILE)
-        folder.mkdir(exist_ok=True)
-        for file in sorted(new.iterdir(), key=lambda file: file.name == "config.json"):
-            file.replace(folder / file.name)
+        with replacing(folder) as new:
+            new.mkdir()
+            size = "1TB" if draft.vocab is not None else "5GB"
+            draft.model.save_pretrained(new, max_shard_size=size)
+            draft.tokenizer.save_pretrained(new)
+            if draft.vocab is not None:
+                save_file({"ids": draft.vocab.cpu()}, new / VOCAB_FILE)
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"cannot write the draft to {folder}: {getattr(error, 'strerror', None) or error}; "
             "free space or choose another folder"
         ) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    draft.path = folder
-    draft.name = str(folder)
+    return replace(draft, name=str(folder), path=folder)
 
 
 def widen(draft: LanguageModel) -> LanguageModel:
