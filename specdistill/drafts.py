@@ -5,8 +5,9 @@ uses.
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,7 @@ from torch.nn.utils import skip_init
 from specdistill import architectures
 from specdistill.checkpoint_files import VOCAB_FILE
 from specdistill.errors import InputError, ModelError, StorageError, first_line
-from specdistill.files import replacing
-from specdistill.models import LanguageModel
+from specdistill.models import LanguageModel, check_tokens
 from specdistill.randomness import seeded
 
 if TYPE_CHECKING:
@@ -40,7 +40,12 @@ class Vocabulary:
 
 
 def count_tokens(target: LanguageModel, texts: Iterable[list[int]]) -> Tensor:
-    """How often each token occurs in token lists, [V] float64."""
+    """How often each token occurs in token lists, [V] float64. Raises `InputError` for ids that
+    the target does not embed.
+    """
+    texts = list(texts)
+    for text in texts:
+        check_tokens(target, text, "the data to count tokens in")
     tokens = torch.tensor([token for text in texts for token in text], dtype=torch.int64)
     return torch.bincount(tokens, minlength=target.vocab_size).double()
 
@@ -175,34 +180,30 @@ def origin(draft: LanguageModel) -> dict[str, Any] | None:
     return getattr(draft.model.config, ORIGIN, None)
 
 
-def save_draft(draft: LanguageModel, folder: Path) -> LanguageModel:
+def save_draft(draft: LanguageModel, folder: Path) -> None:
     """Write a checkpoint folder that `models.load` reads; without a trimmed vocabulary any Hugging
-    Face program reads it. It takes the place of a checkpoint that is there, with all its files, and
-    is there whole or not at all. Returns the same draft under the folder's name.
-
-    Raises `StorageError`, also where `folder` holds anything else.
+    Face program reads it. config.json comes last: a folder that has one is whole.
     """
-    if folder.is_dir() and (held := {*folder.iterdir()}):
-        if folder / "config.json" not in held or any(file.is_dir() for file in held):
-            raise StorageError(
-                f"{folder} holds other things than a checkpoint; name another folder or empty it"
-            )
-    elif folder.exists():
-        raise StorageError(f"{folder} is a file, and a draft needs a folder; name another")
+    new = folder.with_name(folder.name + ".new")
     try:
-        with replacing(folder) as new:
-            new.mkdir()
-            size = "1TB" if draft.vocab is not None else "5GB"
-            draft.model.save_pretrained(new, max_shard_size=size)
-            draft.tokenizer.save_pretrained(new)
-            if draft.vocab is not None:
-                save_file({"ids": draft.vocab.cpu()}, new / VOCAB_FILE)
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        draft.model.save_pretrained(new, max_shard_size="1TB" if draft.vocab is not None else "5GB")
+        draft.tokenizer.save_pretrained(new)
+        if draft.vocab is not None:
+            save_file({"ids": draft.vocab.cpu()}, new / VOCAB_FILE)
+        folder.mkdir(exist_ok=True)
+        for file in sorted(new.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(folder / file.name)
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"cannot write the draft to {folder}: {getattr(error, 'strerror', None) or error}; "
             "free space or choose another folder"
         ) from error
-    return replace(draft, name=str(folder), path=folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    draft.path = folder
+    draft.name = str(folder)
 
 
 def widen(draft: LanguageModel) -> LanguageModel:

@@ -27,7 +27,7 @@ from specdistill.decoding.records import (
 from specdistill.decoding.sampling import GREEDY, Sampling, SamplingBatch, row_seed
 from specdistill.errors import DecodingError, InputError
 from specdistill.limits import MAX_DRAFT_TOKENS
-from specdistill.models import LanguageModel
+from specdistill.models import LanguageModel, check_tokens
 from specdistill_kernels import Lenience, Mode, Verdict, verify
 
 
@@ -193,13 +193,7 @@ class SpeculativeDecoder:
     def _check_size(self, request: Request) -> None:
         if not request.tokens:
             raise InputError(f"request {request.id}: the prompt has no tokens")
-        ids = self.target.full_vocab_size
-        if min(request.tokens) < 0 or max(request.tokens) >= ids:
-            raise InputError(
-                f"request {request.id}: the prompt's ids are {min(request.tokens)} to "
-                f"{max(request.tokens)}, and {self.target.name} reads 0 to {ids - 1}; encode it "
-                "with the target's own tokenizer"
-            )
+        check_tokens(self.target, request.tokens, f"request {request.id}: the prompt")
         if request.max_new_tokens < 1:
             raise InputError(
                 f"request {request.id}: max_new_tokens must be at least 1; got "
