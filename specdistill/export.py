@@ -5,22 +5,22 @@ loaded and compared after it was written.
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
 
-from specdistill import drafts, gguf_files, models
+from specdistill import drafts, models
 from specdistill.errors import InputError, ModelError, StorageError
-from specdistill.files import replacing
 from specdistill.models import LanguageModel
 from specdistill.quoting import prose
 from specdistill.scoring.scorecard import Row, Scorecard
 from specdistill.scoring.trust import objections, swapped_draft
 from specdistill.serving import Engine, command, fenced, name_elsewhere
 
-LICENCES = {gguf_files.DEMO: "Apache-2.0"}  # of targets that SpecDistill itself offers
+LICENCES = {models.DEMO: "Apache-2.0"}  # of targets that SpecDistill itself offers
 DEFAULT_NUM_DRAFT_TOKENS = 4  # for an unscored draft
 
 
@@ -52,14 +52,18 @@ def export(draft: str, out: Path, engine: Engine, scorecard: Path | None = None)
     target = card.target.name if card else _named_target(model.path)
     gamma = card.verdict.best.num_draft_tokens if card else DEFAULT_NUM_DRAFT_TOKENS
     serve = command(engine, name_elsewhere(target), str(out), gamma)
+    part = out.with_name(f"{out.name}.part")
     try:
-        with replacing(out) as new:
-            drafts.save_draft(drafts.widen(model), new)
-            difference, leaked = check_written(model, new)
-            text = model_card(model, target, card, engine, serve, leaked)
-            (new / "README.md").write_text(text, encoding="utf-8")
+        shutil.rmtree(part, ignore_errors=True)
+        drafts.save_draft(drafts.widen(model), part)
+        difference, leaked = check_written(model, part)
+        text = model_card(model, target, card, engine, serve, leaked)
+        (part / "README.md").write_text(text, encoding="utf-8")
+        part.replace(out)
     except OSError as error:
         raise StorageError(f"cannot write {out}: {error.strerror}; is there room?") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     found = None if card is None else str(scorecard or _beside(model.path))
     return Exported(str(out), model.full_vocab_size, serve, difference, leaked, found, notes)
 

@@ -32,7 +32,7 @@ from specdistill.data.store import (
 from specdistill.decoding import Generation, ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
-from specdistill.models import LanguageModel
+from specdistill.models import LanguageModel, check_tokens
 from specdistill_kernels import Lenience, Mode, Verdict, sample
 
 BATCH = 64  # rows decoded together
@@ -241,12 +241,16 @@ def read_given(config: DistillConfig, reader: LanguageModel) -> list[Example]:
     examples = []
     for text in _texts(config.data):
         prompt = text.prompt
-        if prompt.response is None:
+        response = prompt.one_response()
+        if response is None:
             raise InputError(
                 f"{config.data}: prompt {prompt.id!r} has no response to learn from; give one to "
                 "each, or let the target answer with `specdistill generate`"
             )
-        tokens, mask = encode_example(reader.tokenizer, prompt, prompt.response, ended=text.ended)
+        tokens, mask = encode_example(
+            reader.tokenizer, prompt, response, ended=text.ended, ends=reader.eos_ids
+        )
+        check_tokens(reader, tokens, f"{config.data}: prompt {prompt.id!r}")
         start = mask.index(True)
         examples.append(Example(prompt.id, tokens[:start], tokens[start:], prompt.category))
     return examples

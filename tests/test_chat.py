@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from specdistill.data.chat import encode_example, encode_prompt
+from specdistill.data.chat import encode_example, encode_prompt, tells_date
 from specdistill.data.prompts import Prompt
 from specdistill.errors import InputError
 
@@ -354,3 +355,178 @@ def test_prompt_of_no_tokens() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("x", "")
     assert "'q7' encodes to no tokens" in refusal(tokenizer, ask("xx"), "well")
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+CALL = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CHATML_TOOLS = (
+    "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}"
+    "{% else %}{{ '<think></think>' }}{% endif %}{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function | tojson + '</call>' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_tools_are_asked_and_calls_and_reasoning_are_trained() -> None:
+    tokenizer = byte_tokenizer(CHATML_TOOLS)
+    calling = replace(ask("Hi"), variables={"tools": TOOLS}, answer={"tool_calls": [CALL]})
+    asked = tokenizer.decode(encode_prompt(tokenizer, calling))
+    assert '"name": "weather"' in asked
+    call = '<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call>'
+    for said in ("Let me look.", ""):
+        given, spoken = split(tokenizer, *encode_example(tokenizer, calling, said))
+        assert (given, spoken) == (asked, f"<think></think>{said}{call}<|im_end|>")
+    thinking = replace(ask("Hi"), answer={"reasoning_content": "Greet."})
+    given, spoken = split(tokenizer, *encode_example(tokenizer, thinking, "Hello."))
+    assert (given, spoken) == (CHATML_OPENING, "<think>Greet.</think>Hello.<|im_end|>")
+    turns = (*thinking.messages, {"role": "assistant", "content": "", "tool_calls": [CALL]})
+    earlier = replace(ask("Hi"), messages=(*turns, {"role": "user", "content": "And?"}))
+    assert call in tokenizer.decode(encode_prompt(tokenizer, earlier))
+
+
+def test_the_template_for_tools_is_taken_where_there_are_several() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {"default": CHATML, "tool_use": CHATML_TOOLS}
+    with_tools = replace(ask("Hi"), variables={"tools": TOOLS})
+    assert "weather" in tokenizer.decode(encode_prompt(tokenizer, with_tools))
+    assert tokenizer.decode(encode_prompt(tokenizer, ask("Hi"))) == CHATML_OPENING
+    tokenizer.chat_template = {"tool_use": CHATML_TOOLS, "rag": CHATML}
+    assert "templates tool_use, rag, and none of them is 'default'" in asking(tokenizer, ask("Hi"))
+
+
+def asking(tokenizer: PreTrainedTokenizerFast, prompt: Prompt) -> str:
+    with pytest.raises(InputError) as caught:
+        encode_prompt(tokenizer, prompt)
+    return str(caught.value)
+
+
+ASSISTANT = {"role": "assistant", "content": "So"}
+NO_SYSTEM = CHATML.replace("in messages", "in messages if m.role != 'system'")
+LEFT_OUT = {
+    "tools": (CHATML, {"variables": {"tools": TOOLS}}, "leaves out 'tools'"),
+    "documents": (CHATML_TOOLS, {"variables": {"documents": [{"text": "d"}]}}, "out 'documents'"),
+    "a setting": (CHATML, {"variables": {"enable_thinking": False}}, "out 'enable_thinking'"),
+    "a field": (
+        CHATML + "{{ '/no_think' if not enable_thinking }}",
+        {"unread": frozenset({"enable_thinking", "source"})},
+        "reads 'enable_thinking', which the row has, but not where",
+    ),
+    "system": (NO_SYSTEM, {"messages": ask("Hi", system="Be brief.").messages}, "of role 'system'"),
+    "calls": (
+        CHATML,
+        {"messages": (*ask("Hi").messages, ASSISTANT | {"tool_calls": [CALL]}, *ask("x").messages)},
+        "leaves out 'tool_calls' of message 2",
+    ),
+    "reasoning": (
+        CHATML,
+        {"messages": (*ask("Hi").messages, ASSISTANT | {"thinking": "r"}, *ask("x").messages)},
+        "leaves out 'thinking' of message 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_nothing_is_left_out_of_a_prompt_in_silence(name: str) -> None:
+    template, changes, reason = LEFT_OUT[name]
+    prompt = replace(ask("Hi"), **changes)
+    message = asking(byte_tokenizer(template), prompt)
+    assert "'q7'" in message
+    assert reason in message
+
+
+@pytest.mark.parametrize("answer", [{"tool_calls": [CALL]}, {"reasoning_content": "Greet."}])
+def test_nothing_is_left_out_of_an_answer_in_silence(answer: dict) -> None:
+    (key,) = answer
+    prompt = replace(ask("Hi"), answer=answer)
+    message = refusal(byte_tokenizer(CHATML), prompt, "well")
+    assert f"'q7': the tokenizer's chat template leaves out the answer's {key!r}" in message
+    assert f"'q7' has {key!r}, and the tokenizer has no chat template" in refusal(
+        byte_tokenizer(), prompt, "well"
+    )
+
+
+def test_without_a_template_tools_are_refused() -> None:
+    prompt = replace(ask("Hi"), variables={"tools": TOOLS})
+    assert "'q7' has 'tools', and the tokenizer has no chat template" in asking(
+        byte_tokenizer(), prompt
+    )
+
+
+def test_a_template_that_tells_the_date_tells_the_same_one_always() -> None:
+    tokenizer = byte_tokenizer("{{ strftime_now('%d %b %Y %H:%M:%S.%f') + '\n' }}" + CHATML)
+    assert tells_date(tokenizer)
+    assert not tells_date(byte_tokenizer(CHATML))
+    asked = tokenizer.decode(encode_prompt(tokenizer, ask("Hi")))
+    assert asked == "01 Jan 2026 00:00:00.000000\n" + CHATML_OPENING
+    ids, mask = encode_example(tokenizer, ask("Hi"), "well")
+    assert split(tokenizer, ids, mask) == (asked, "well<|im_end|>")
+
+
+BROKEN = {
+    "raise": ("{{ raise_exception('No.') }}", "refuses these messages: No."),
+    "undefined": ("{{ messages[0].x + 'y' }}", "no attribute 'x'"),
+    "type": ("{{ 1 + 'y' }}", "TypeError: unsupported operand"),
+    "zero": ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    "syntax": ("{% for m in messages %}", "template cannot be read: Unexpected end"),
+    "sandbox": ("{{ messages.__class__.__mro__ }}", "unsafe"),
+    "chance": ("{{ ['a', 'b'] | random }}", "something by chance"),
+    "endless": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+        "OverflowError: it counts further than 1,000,000",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_template_that_fails_is_named(name: str) -> None:
+    template, reason = BROKEN[name]
+    tokenizer = byte_tokenizer(template)
+    message = asking(tokenizer, ask("Hi"))
+    assert reason in message
+    assert "chat template" in message
+    if name not in ("syntax", "chance"):
+        assert "'q7'" in message
+
+
+GLM = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def ends(tokenizer: PreTrainedTokenizerFast, *markers: str) -> list[int]:
+    return tokenizer.convert_tokens_to_ids(list(markers))
+
+
+def test_a_turn_ends_where_decoding_stops() -> None:
+    """By the next turn's marker where that ends the model's answers, and by no other one."""
+    tokenizer = byte_tokenizer(GLM)
+
+    def end(*markers: str) -> str:
+        ids, mask = encode_example(tokenizer, ask("Hi"), "well", ends=ends(tokenizer, *markers))
+        return split(tokenizer, ids, mask)[1]
+
+    assert end("</s>", "<|user|>") == "well<|user|>"
+    assert end("</s>") == end() == "well</s>"
+    assert end("<|end|>") == "well</s>"
+
+
+@pytest.mark.parametrize(
+    ("closing", "spoken"),
+    [
+        ("<|end|>\n<|end|>", "<|end|>"),  # the first, be they alike
+        ("<|end|>\n</s>", "<|end|>"),  # or not
+        ("<|eot_id|></s>\n</s>", "<|eot_id|></s>"),  # one that ends nothing belongs to the next
+        ("<|eot_id|><|im_end|>", "<|eot_id|>"),
+    ],
+)
+def test_the_first_of_several_end_markers_ends_the_turn(closing: str, spoken: str) -> None:
+    tokenizer = byte_tokenizer(CHATML.replace("<|im_end|>\n", closing))
+    ids, mask = encode_example(
+        tokenizer, ask("Hi"), "well", ends=ends(tokenizer, "</s>", "<|end|>")
+    )
+    assert split(tokenizer, ids, mask)[1] == "well" + spoken

@@ -18,7 +18,7 @@ from specdistill.drafts import (
     save_draft,
     widen,
 )
-from specdistill.errors import InputError, ModelError, StorageError
+from specdistill.errors import InputError, ModelError
 from specdistill.models import LanguageModel
 
 Tiny = Callable[..., LanguageModel]
@@ -220,35 +220,3 @@ def test_layers_that_are_not_alike_are_refused(tiny: Tiny) -> None:
     assert make_draft(target, [0, 2]).num_layers == 2
     with pytest.raises(ModelError, match="not alike"):
         make_draft(target, [1, 2])
-
-
-def test_a_draft_takes_the_place_of_all_that_was_one(tiny: Tiny, tmp_path: Path) -> None:
-    """A vocabulary or a shard of the draft before would be read with the new weights."""
-    target, folder = tiny(5), tmp_path / "d"
-    draft = make_draft(target, [0], torch.arange(0, 64, 2))
-    saved = save_draft(draft, folder)
-    assert (saved.name, saved.path) == (str(folder), folder)
-    assert (draft.name, draft.path) == ("draft", Path()), "what is given is left as it was"
-    (folder / "model-00001-of-00002.safetensors").touch()
-    save_draft(make_draft(target, [0, 1]), folder)
-    again = models.load(str(folder), dtype="float32")
-    assert (again.vocab, again.vocab_size, again.num_layers) == (None, 64, 2)
-    assert [file.name for file in folder.glob("*.safetensors")] == ["model.safetensors"]
-    assert [file.name for file in tmp_path.iterdir()] == ["d"]
-
-
-@pytest.mark.parametrize("what", ["a folder within", "no checkpoint", "a file"])
-def test_a_draft_takes_the_place_of_nothing_else(tiny: Tiny, tmp_path: Path, what: str) -> None:
-    folder = tmp_path / "d"
-    if what == "a folder within":
-        save_draft(tiny(5), folder)
-        (folder / "runs").mkdir()
-    elif what == "no checkpoint":
-        folder.mkdir()
-        (folder / "thesis.tex").touch()
-    else:
-        folder.touch()
-    before = sorted(folder.rglob("*"))
-    with pytest.raises(StorageError, match="name another"):
-        save_draft(tiny(5), folder)
-    assert sorted(folder.rglob("*")) == before

@@ -11,7 +11,7 @@ import pytest
 from test_cli import run
 
 from specdistill.errors import StorageError
-from specdistill.files import UNFINISHED, held, replacing, write_whole
+from specdistill.files import held, write_whole
 
 fcntl = pytest.importorskip("fcntl", reason="there are no such locks on this system")
 
@@ -122,69 +122,3 @@ def test_a_file_is_whole(tmp_path: Path) -> None:
     write_whole(tmp_path / "a", "old")
     write_whole(tmp_path / "a", "new")
     assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("a", "new")]
-
-
-def test_what_lies_beside_is_nobodys_to_overwrite(tmp_path: Path) -> None:
-    """Neither a file that has the name of a temporary one, nor what a link leads to."""
-    (tmp_path / "a.new").write_text("the user's")
-    (tmp_path / "victim").write_text("the user's")
-    (tmp_path / "a").symlink_to(tmp_path / "victim")
-    write_whole(tmp_path / "a", "new")
-    assert (tmp_path / "a").read_text() == "new"
-    assert (tmp_path / "a.new").read_text() == (tmp_path / "victim").read_text() == "the user's"
-    (tmp_path / "folder.new").mkdir()
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "kept").touch()
-    (tmp_path / "folder").symlink_to(tmp_path / "elsewhere")
-    for _ in range(2):
-        with replacing(tmp_path / "folder") as new:
-            new.mkdir()
-            (new / "file").touch()
-    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["file"]
-    assert (tmp_path / "elsewhere" / "kept").exists()
-    names = {"a", "a.new", "victim", "folder", "folder.new", "elsewhere"}
-    assert {file.name for file in tmp_path.iterdir()} == names
-
-
-@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
-def test_what_fails_leaves_nothing_behind(tmp_path: Path, kind: type[BaseException]) -> None:
-    write_whole(tmp_path / "a", "old")
-
-    def fail() -> None:
-        with replacing(tmp_path / "a") as new:
-            assert new.parent.name.startswith(UNFINISHED)
-            assert new.parent.stat().st_mode & 0o77 == 0, "nobody else may put a link there"
-            new.write_text("half")
-            raise kind
-
-    with pytest.raises(kind):
-        fail()
-    assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("a", "old")]
-
-
-def test_what_is_written_may_be_read_by_whom_the_user_lets(tmp_path: Path) -> None:
-    (tmp_path / "plain").touch()
-    (tmp_path / "plain-folder").mkdir()
-    write_whole(tmp_path / "a", "new")
-    with replacing(tmp_path / "folder") as new:
-        new.mkdir()
-    for ours, plain in (("a", "plain"), ("folder", "plain-folder")):
-        assert (tmp_path / ours).stat().st_mode == (tmp_path / plain).stat().st_mode
-
-
-def test_who_holds_a_folder_may_ask_again(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    with held(folder):
-        with held(tmp_path / "." / "run"):
-            pass
-        asked = [sys.executable, "-c", HOLD, str(folder)]
-        done = subprocess.run(asked, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-        assert "another process is at work" in done.stderr
-    assert not folder.exists(), "it was made for this alone"
-    with held(folder):
-        with replacing(folder) as new:
-            new.mkdir()
-            (new / "file").touch()
-        with held(folder):
-            pass
-    assert (folder / "file").exists()

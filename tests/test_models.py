@@ -30,7 +30,7 @@ from transformers import (
     T5Config,
 )
 
-from specdistill import gguf_files, models, products
+from specdistill import models, products
 from specdistill.checkpoint_files import weight_files
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
 from specdistill.drafts import make_draft, save_draft
@@ -133,10 +133,10 @@ def test_a_demo_of_another_content_is_refused_with_both_hashes(
 ) -> None:
     wrong = tmp_path / "SmolLM2.gguf"
     wrong.write_bytes(b"not the right one")
-    monkeypatch.setattr(models, "demo_file", lambda: wrong)
+    monkeypatch.setattr(models, "_demo_file", lambda: wrong)
     message = refusal("demo:smollm2")
     assert file_sha256(wrong) in message
-    assert gguf_files.DEMO_SHA256 in message
+    assert models.DEMO_SHA256 in message
     assert "reinstall" in message
     assert not cache.exists()
 
@@ -366,11 +366,11 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("SPECDISTILL_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert gguf_files.cache_folder() == tmp_path / ".cache" / "specdistill"
+    assert models.cache_folder() == tmp_path / ".cache" / "specdistill"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert gguf_files.cache_folder() == tmp_path / "xdg" / "specdistill"
+    assert models.cache_folder() == tmp_path / "xdg" / "specdistill"
     monkeypatch.setenv("SPECDISTILL_CACHE", "~/mine")
-    assert gguf_files.cache_folder() == tmp_path / "mine"
+    assert models.cache_folder() == tmp_path / "mine"
 
 
 # Pairs

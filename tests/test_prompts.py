@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specdistill.data.prompts import Prompt, load_prompts
+from specdistill.data.prompts import Prompt, load_prompts, prompts_sha256
 from specdistill.errors import InputError
 
 
@@ -62,14 +64,14 @@ def test_jsonl_messages(jsonl: Path) -> None:
     turns = [system(""), user("Hi"), assistant("Hello."), user("And?")]
     source = write_lines(
         jsonl,
-        {"messages": [user("Hi") | {"name": "Ann"}]},
+        {"messages": [user("Hi") | {"name": "Ann", "weight": None}]},
         {"messages": turns},
         {"messages": [*turns, assistant("No.")]},
         {"messages": turns, "answer": "So."},
         {"messages": [*turns, assistant(" ")], "answer": "So."},
     )
     assert load_prompts(source) == [
-        Prompt("1", (user("Hi"),)),
+        Prompt("1", (user("Hi") | {"name": "Ann"},)),
         Prompt("2", tuple(turns)),
         Prompt("3", tuple(turns), response="No."),
         Prompt("4", tuple(turns), response="So."),
@@ -165,20 +167,54 @@ BAD_ROWS = {
         "message 2 has role 'tool'",
         "system, user, assistant",
     ),
-    "two responses": (
-        {"prompt": "x", "answer": "y", "response": "z"},
-        "'response' and in 'answer'",
-    ),
-    "response besides the last message": (
-        {"messages": [user("x"), assistant("y")], "answer": "z"},
-        "'answer' and in the last message",
-    ),
     "response of another type": ({"prompt": "x", "answer": 0}, "'answer' must be text; got int"),
     "id of another type": ({"prompt": "x", "id": 1.5}, "'id' must be text; got float"),
     "boolean id": ({"prompt": "x", "id": True}, "'id' must be text; got bool"),
     "category of another type": (
         {"prompt": "x", "category": 3},
         "'category' must be text; got int",
+    ),
+    "a key twice": ('{"prompt": "x", "prompt": "y"}', "not valid JSON", "'prompt' stands twice"),
+    "a NUL": ('{"prompt": "x\0"}', "a NUL at position 14", "UTF-8, not UTF-16"),
+    "a picture": ({"prompt": "x", "images": ["a.png"]}, "has 'images'", "only text"),
+    "a picture in a turn": ({"messages": [user("x") | {"image": "a"}]}, "message 1 has 'image'"),
+    "a part that is a picture": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image"}]}
+            ]
+        },
+        "the content of message 1 is a list of the parts 'text', 'image'",
+    ),
+    "functions": ({"prompt": "x", "functions": [{"name": "f"}]}, "list them under 'tools'"),
+    "earlier turns apart": (
+        {"prompt": "x", "history": [["a", "b"]]},
+        "earlier turns in 'messages'",
+    ),
+    "tools of another type": ({"prompt": "x", "tools": {"a": 1}}, "'tools' must be a list of obj"),
+    "tools that are no JSON": ({"prompt": "x", "tools": "[{"}, "'tools' is a text that is not"),
+    "half a pair in tools": ('{"prompt": "x", "tools": [{"a": "\\ud83d"}]}', "half of a surrogate"),
+    "settings of another type": ({"prompt": "x", "chat_template_kwargs": [1]}, "must be an object"),
+    "calls of another type": (
+        {"messages": [user("x"), {"role": "assistant", "tool_calls": "f()"}]},
+        "'tool_calls' of message 2 must be a list",
+    ),
+    "a call of nothing": (
+        {"messages": [user("x"), {"role": "assistant", "tool_calls": [{"id": "1"}]}]},
+        "a tool call of message 2 names no function",
+    ),
+    "a call with arguments that are no JSON": (
+        {
+            "messages": [
+                user("x"),
+                {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]},
+            ]
+        },
+        "'arguments' in message 2 is a text that is not valid JSON",
+    ),
+    "two system messages": (
+        {"system": "a", "messages": [system("b"), user("x")]},
+        "a system message in 'system' and in the messages",
     ),
     "half a surrogate pair": (r'{"prompt": "x\ud83d"}', "half of a surrogate pair at character 2"),
 }
@@ -192,6 +228,70 @@ def test_bad_line_is_named(name: str, jsonl: Path) -> None:
     assert f"{source}, line 3: " in message
     assert all(part in message for part in expected)
     assert "line 1" not in message
+
+
+CALL = {"function": {"name": "f", "arguments": {"city": "Oslo"}}}
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+def test_what_a_row_says_besides_text_stays_with_it(jsonl: Path) -> None:
+    """Tools, calls, reasoning and settings of the template, in the spellings that data sets use."""
+    said = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    quoted = {"function": CALL["function"] | {"arguments": '{"city": "Oslo"}'}}
+    source = write_lines(
+        jsonl,
+        {"tools": TOOLS, "messages": [user("x"), said]},
+        {"tools": json.dumps(TOOLS), "prompt": "x", "chat_template_kwargs": {"brief": True}},
+        {"messages": [user("x"), said | {"tool_calls": [quoted]}, user("y")]},
+        {"messages": [user("x"), assistant("a") | {"reasoning_content": "r"}], "tools": []},
+        {"prompt": "x", "response": "a", "reasoning": "r", "documents": [{"text": "d"}]},
+        {"prompt": "x", "system": "s", "mood": "good"},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]},
+    )
+    x = (user("x"),)
+    called = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    found = load_prompts(source)
+    assert found == [
+        Prompt("1", x, None, "", {"tool_calls": [CALL]}, {"tools": TOOLS}),
+        Prompt("2", x, variables={"tools": TOOLS, "brief": True}),
+        Prompt("3", (*x, called, user("y"))),
+        Prompt("4", x, None, "a", {"reasoning_content": "r"}),
+        Prompt("5", x, None, "a", {"reasoning_content": "r"}, {"documents": [{"text": "d"}]}),
+        Prompt("6", (system("s"), *x)),
+        Prompt("7", x),
+    ]
+    assert found[5].unread == {"mood"}
+    assert found[2].beside_text == ["tool_calls"]
+    assert len({prompts_sha256([replace(p, id="1")]) for p in found}) == 6, "1 and 4 to 7 differ"
+
+
+def test_the_hash_of_plain_prompts_is_what_it_was() -> None:
+    plain = Prompt("1", (user("x"),))
+    old = json.dumps([["1", [{"role": "user", "content": "x"}]]])
+    assert prompts_sha256([plain]) == hashlib.sha256(old.encode()).hexdigest()
+
+
+def test_several_responses_are_a_fault_only_where_one_is_needed(jsonl: Path) -> None:
+    turns = [user("x"), assistant("last")]
+    rows = [
+        {"prompt": "x", "answer": "42", "response": "It is 42.", "gold": "6"},
+        {"messages": turns, "answer": "42", "gold": "6"},
+    ]
+    source = write_lines(jsonl, *rows, {"prompt": "x", "answer": "42", "response": "42"})
+    one, two, three = load_prompts(source)
+    assert one.response is two.response is None
+    assert three.one_response() == "42", "they agree"
+    with pytest.raises(InputError, match=r"'1' has a response in 'response' and in 'answer'; keep"):
+        one.one_response()
+    with pytest.raises(InputError, match=r"'2' has a response in 'answer' and in the last message"):
+        two.one_response()
+    write_lines(jsonl, *rows)
+    for column, texts in {"answer": ["42", "42"], "gold": ["6", "6"]}.items():
+        chosen = load_prompts(source, response_column=column)
+        assert [p.one_response() for p in chosen] == texts
+    assert load_prompts(source, response_column="response", limit=1)[0].response == "It is 42."
+    assert "line 1: there is no response in the last" in refusal(source, response_column="messages")
+    assert "has no effect on demo:train" in refusal("demo:train", response_column="answer")
 
 
 def test_repeated_id_names_both_lines(jsonl: Path) -> None:
@@ -317,6 +417,23 @@ def test_data_set_column_of_messages(data_set: str) -> None:
         Prompt("1", (user("C"),), response="R"),
         Prompt("2", (user("C"),), response="R"),
     ]
+
+
+def test_data_set_of_calls_and_of_two_responses(data_set: str) -> None:
+    """Arrow gives every turn the keys of all, null where it has none."""
+    (Path(data_set) / "test.jsonl").unlink()
+    call = assistant("") | {"tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    row = {"chat": [user("C"), call], "tools": json.dumps(TOOLS), "answer": "4", "response": "It"}
+    write_lines(Path(data_set) / "train.jsonl", *[row] * 2)
+    where = {"split": "train", "column": "chat", "limit": 1}
+    (prompt,) = load_prompts(data_set, **where)
+    assert prompt.messages == (user("C"),)
+    assert prompt.variables == {"tools": TOOLS}
+    assert prompt.rivals == ("'response'", "'answer'", "the last message")
+    (chosen,) = load_prompts(data_set, **where, response_column="chat")
+    assert chosen.answer == {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    assert load_prompts(data_set, **where, response_column="answer")[0].response == "4"
+    assert "has no column 'gold'" in refusal(data_set, **where, response_column="gold")
 
 
 def test_data_set_needs_split_and_column(data_set: str) -> None:

@@ -115,12 +115,15 @@ def progress() -> Iterator[Progress]:
 
 def note_models(target: LanguageModel, *drafts: LanguageModel, decoding: bool = True) -> None:
     """How the models run; where they decode, what of the target's own settings does not apply."""
+    from specdistill.data.chat import DATE, tells_date
     from specdistill.decoding.sampling import unsupported_settings
 
     for model in (target, *drafts):
         note(f"{model.name}: {model.dtype} on {model.device}")
     if decoding and (ignored := unsupported_settings(target.model.generation_config)):
         note(f"{target.name}: its generation config's {', '.join(ignored)} is not applied")
+    if tells_date(target.tokenizer):
+        note(f"{target.name}: its chat template tells the date, and is told {DATE:%d %B %Y} always")
 
 
 def note_cache(size: CacheSize) -> None:

@@ -83,6 +83,10 @@ def generate(
     seed: Annotated[int, typer.Option()] = 0,
     batch_size: BatchSize = 32,
     limit: Limit = None,
+    response_column: Annotated[
+        str | None,
+        typer.Option(help="Field of the prompts' own answers, for --scorer, if there are several."),
+    ] = None,
     signal: Annotated[
         str,
         typer.Option(
@@ -148,6 +152,8 @@ def generate(
     from specdistill.data.styles import styled
     from specdistill.decoding import Sampling
 
+    if scorer is None:
+        _refuse_given(context, "no --scorer, which alone reads it,", ("response_column",))
     samplings = [Sampling(t, top_k, top_p, min_p) for t in options.temperatures(temperature)]
     filters = Filters(min_tokens, max_repetition, drop_truncated, drop_duplicates, retries)
     if draft is None:
@@ -168,7 +174,9 @@ def generate(
     removing = filters.remove or best_of is not None
     console.setup(threads)
     asked = styled(
-        load_prompts(prompts, split=split, column=column, limit=limit),
+        load_prompts(
+            prompts, split=split, column=column, response_column=response_column, limit=limit
+        ),
         style,
         examples=[] if examples is None else load_prompts(examples),
         shots=shots,
@@ -371,8 +379,9 @@ def _finish_text(
             "not sample (some do if the checkpoint's generation_config.json has do_sample: true)"
         )
     if apart := sum(answer.reasoning is not None for answer in said):
-        line = f"{apart} answers came with reasoning apart from the text, which no draft learns"
-        lines.append(f"{line}: serve without a reasoning parser to have it")
+        line = f"{apart} answers came with reasoning apart from the text, which a draft learns "
+        line += "where its chat template writes 'reasoning_content'"
+        lines.append(f"{line}; else serve without a reasoning parser to have it")
     console.print_lines(console.screen_for(as_json), lines)
     _refuse_nothing(said, out, settled.removed)
     told = {"out": str(out), **counts, "reasoning_apart": apart, **settled.counts}

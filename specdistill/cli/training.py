@@ -56,7 +56,7 @@ def init(
         vocabulary = drafts.choose_vocabulary(model, usage, vocab_size)
     ids = None if vocabulary is None else vocabulary.ids
     draft = drafts.make_draft(model, kept, ids, random_seed=random_seed)
-    draft = drafts.save_draft(draft, out)
+    drafts.save_draft(draft, out)
     ratio = draft.weight_bytes() / model.weight_bytes()
     table = Table("", "target", "draft", title=f"{out}")
     table.add_row("parameters", f"{model.parameters():,}", f"{draft.parameters():,}")

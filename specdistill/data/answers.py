@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from specdistill.data import filters
 from specdistill.data.filters import DUPLICATE, repeated
-from specdistill.data.prompts import Prompt
+from specdistill.data.prompts import REASONING, Prompt
 from specdistill.data.scorers import Candidate
 from specdistill.data.selection import Selection
 from specdistill.data.store import MANIFEST, must_be_ours, of_others
@@ -295,7 +295,8 @@ def read_answers(folder: Path) -> list[Answer]:
 
 
 def _row_answer(row: Mapping[str, Any]) -> Answer:
-    prompt = Prompt(row["id"], tuple(row["messages"]), row["category"], row["response"])
+    beside = {REASONING[0]: row["reasoning"]} if row["reasoning"] else {}
+    prompt = Prompt(row["id"], tuple(row["messages"]), row["category"], row["response"], beside)
     return Answer(prompt, row["ended"], row["reasoning"])
 
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+import datetime
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, cast
 
+from jinja2 import Environment, meta, nodes
 from jinja2.exceptions import TemplateError
 
-from specdistill.data.prompts import Prompt
+from specdistill.data.prompts import BESIDE_TEXT, REASONING, VARIABLES, Prompt
 from specdistill.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBE = "An answer that no template takes for anything else."
+# What a template that tells the date is told: else the tokens of one file change overnight.
+DATE = datetime.datetime(2026, 1, 1)
+MOST_STEPS = 1_000_000  # that a template may count in one rendering
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -24,10 +32,11 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     what it puts after it (EOS).
 
     Raises:
-        InputError: the template refuses the messages; several messages and no template; no tokens.
+        InputError: the template refuses or fails on the messages, or leaves out some of what the
+            prompt holds; several messages, or tools, and no template; no tokens.
     """
     if tokenizer.chat_template:
-        ids = _ids(tokenizer, _render(tokenizer, prompt, prompt.messages, header=True))
+        ids = _ids(tokenizer, _opening(tokenizer, prompt))
     else:
         encoding = tokenizer(_bare_text(prompt), return_special_tokens_mask=True)
         ids = cast("list[int]", encoding["input_ids"])
@@ -40,27 +49,36 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 
 
 def encode_example(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str, *, ended: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    response: str,
+    *,
+    ended: bool = True,
+    ends: Collection[int] = (),
 ) -> tuple[list[int], list[bool]]:
     """Token ids of prompt, response and end-of-turn marker [T], and the response-only mask [T].
-    A response that was cut has not `ended` and gets no marker.
+    A response that was cut has not `ended` and gets no marker. `ends` are the ids that end an
+    answer of the model. With the response goes what `prompt.answer` has beside it.
 
     The ids start with exactly `encode_prompt`'s. The mask is True for the response and the marker
     and False for the rest: the prompt, its header, and text that the template puts before the
     response on its own (an empty think block). What a template writes after the marker is left
-    out. Where nothing closes the turn, the tokenizer's EOS does, as that is where decoding stops.
+    out. Where nothing closes the turn, the next turn's first marker does if it is one of `ends`,
+    and else the tokenizer's EOS, as that is where decoding stops.
     `pad` plays no part, so pad = eos is safe, and the mask is never all False or all True.
 
     Raises:
         InputError: as `encode_prompt`; an empty response; a template whose rendering of the answer
             does not continue the prompt or changes the answer; nothing that ends the turn.
     """
-    if not response.strip():
+    if not response.strip() and not prompt.answer:
         raise InputError(f"prompt {prompt.id!r} has an empty response; there is nothing to learn")
     prompt_ids = encode_prompt(tokenizer, prompt)
     if tokenizer.chat_template:
-        opening, scaffold, spoken, marker = _render_example(tokenizer, prompt, response)
+        opening, scaffold, spoken, marker = _render_example(tokenizer, prompt, response, ends)
     else:
+        if prompt.answer:
+            raise _without_template(prompt, list(prompt.answer))
         opening, scaffold, spoken, marker = _bare_text(prompt), "", response, _eos(tokenizer)
     spoken += marker if ended else ""
     scaffold_ids = _continuation_ids(tokenizer, opening, scaffold)
@@ -73,12 +91,12 @@ def encode_example(
 
 
 def _render_example(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, response: str, ends: Collection[int]
 ) -> tuple[str, str, str, str]:
     """Render (prompt with header, text the template adds before the answer, answer, marker)."""
 
-    def after_opening(answer: str) -> str:
-        turns = [*prompt.messages, {"role": "assistant", "content": answer}]
+    def after_opening(answer: str, beside: Mapping[str, Any], *more: Mapping[str, Any]) -> str:
+        turns = [*prompt.messages, {"role": "assistant", "content": answer, **beside}, *more]
         full = _render(tokenizer, prompt, turns, header=False)
         if not full.startswith(opening):
             raise InputError(
@@ -92,8 +110,8 @@ def _render_example(
     opening = _render(tokenizer, prompt, prompt.messages, header=True)
     # A known answer shows what the template writes around any answer; searching for the real one
     # could find it inside a marker.
-    scaffold, found, closing = after_opening(_PROBE).partition(_PROBE)
-    rest = after_opening(response)
+    scaffold, found, closing = after_opening(_PROBE, {}).partition(_PROBE)
+    rest = after_opening(response, prompt.answer)
     if not found or not rest.endswith(closing):
         raise InputError(f"prompt {prompt.id!r}: the chat template does not write answers as given")
     if scaffold.strip() and opening == _render(tokenizer, prompt, prompt.messages, header=False):
@@ -102,13 +120,26 @@ def _render_example(
             "but not for add_generation_prompt=True, so decoding would start without it; correct "
             "the template"
         )
+
+    def following() -> str:
+        """What the template writes between an answer and the next question."""
+        asked = {"role": "user", "content": _PROBE}
+        return after_opening(_PROBE, {}, asked).split(_PROBE)[1]
+
+    marker = _end_of_turn(tokenizer, closing, ends, following)
     # The answer may hold reasoning of its own, which then stands in the scaffold's place. White
     # space around the answer is the model's to write, whether the template adds it or strips it.
     body = rest.removesuffix(closing)
+    for key in prompt.answer:
+        others = {name: value for name, value in prompt.answer.items() if name != key}
+        if after_opening(response, others) == rest:
+            raise _left_out(prompt, f"the answer's {key!r}")
+    if prompt.answer and response.strip() in body:
+        return opening, "", body, marker
     for given in ("", scaffold):
         spoken = body.removeprefix(given)
         if body.startswith(given) and spoken.strip() == response.strip():
-            return opening, given, spoken, _end_of_turn(tokenizer, closing)
+            return opening, given, spoken, marker
     raise InputError(
         f"prompt {prompt.id!r}: the chat template rewrites the response (templates may drop its "
         f"reasoning): {_difference(response.strip(), body.strip())}. Train on the target's own "
@@ -116,14 +147,34 @@ def _render_example(
     )
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, closing: str) -> str:
-    """Cut what the template writes after an answer behind the marker that ends the turn."""
-    added = (token.content for token in tokenizer.added_tokens_decoder.values())
-    markers = [marker for marker in added if marker.strip() and marker in closing]
-    if markers:
-        first = min(markers, key=lambda marker: (closing.index(marker), -len(marker)))
-        return closing[: closing.index(first) + len(first)]
-    return closing.rstrip() or _eos(tokenizer)
+def _end_of_turn(
+    tokenizer: PreTrainedTokenizerBase,
+    closing: str,
+    ends: Collection[int],
+    following: Callable[[], str],
+) -> str:
+    """Cut what the template writes after an answer behind the marker that ends the turn: its first
+    one, with those that stand right behind it up to one of `ends`.
+    """
+    added = tokenizer.added_tokens_decoder
+    stops = {str(added[id_].content) for id_ in ends if id_ in added}
+    any_marker = [re.escape(token.content) for token in added.values() if token.content.strip()]
+    # Of markers that begin alike the longest.
+    pattern = re.compile("|".join(sorted(any_marker, key=len, reverse=True)) or r"(?!)")
+    if first := pattern.search(closing):
+        end = first.end()
+        marker: re.Match[str] | None = first
+        while marker and marker[0] not in stops:
+            marker = pattern.match(closing, marker.end())
+        return closing[: marker.end() if marker else end]
+    if closing.strip():
+        return closing.rstrip()
+    if stops:  # some models end their turn by the marker of the next
+        between = following()
+        first = pattern.search(between)
+        if first and first[0] in stops and not between[: first.start()].strip():
+            return between[: first.end()]
+    return _eos(tokenizer)
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -132,32 +183,158 @@ def _eos(tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.eos_token)
 
 
+def _opening(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+    """The prompt, rendered with its header. Raises `InputError` where the template leaves out some
+    of it.
+    """
+
+    def rendered(changed: Prompt) -> str | None:
+        try:
+            return _render(tokenizer, changed, changed.messages, header=True)
+        except InputError:  # it saw the change
+            return None
+
+    template = _template(tokenizer, prompt)
+    reads = _reads(template)
+    text = _render(tokenizer, prompt, prompt.messages, header=True)
+    for number, turn in enumerate(prompt.messages):
+        content = turn["content"].strip()
+        if content and content not in text:
+            turns = list(prompt.messages)
+            turns[number] = {**turn, "content": _PROBE}
+            if rendered(replace(prompt, messages=tuple(turns))) == text:
+                raise _left_out(prompt, f"message {number + 1}, of role {turn['role']!r},")
+        for key in BESIDE_TEXT:
+            known = REASONING if key in REASONING else (key,)  # Transformers passes all three
+            if key in turn and not any(re.search(rf"\b{name}\b", template) for name in known):
+                raise _left_out(prompt, f"{key!r} of message {number + 1}")
+    for name in prompt.variables:
+        others = {key: value for key, value in prompt.variables.items() if key != name}
+        if name not in reads or (
+            name in VARIABLES and rendered(replace(prompt, variables=others)) == text
+        ):
+            raise _left_out(prompt, f"{name!r}")
+    if missed := sorted(prompt.unread & reads):
+        raise InputError(
+            f"prompt {prompt.id!r}: the chat template reads {missed[0]!r}, which the row has, but "
+            "not where templates are given it; write it in the row's 'chat_template_kwargs', as in "
+            f'{{"chat_template_kwargs": {{"{missed[0]}": ...}}}}, or rename it'
+        )
+    return text
+
+
+def _left_out(prompt: Prompt, part: str) -> InputError:
+    return InputError(
+        f"prompt {prompt.id!r}: the tokenizer's chat template leaves out {part}, so the models "
+        "would not see it; remove it from the row, or take a tokenizer whose template writes it"
+    )
+
+
+def _without_template(prompt: Prompt, parts: Sequence[str]) -> InputError:
+    return InputError(
+        f"prompt {prompt.id!r} has {', '.join(map(repr, parts))}, and the tokenizer has no chat "
+        "template to write that; remove it, or take a tokenizer with a chat template"
+    )
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+    """The template that is used, which may be one for tools among several."""
+    try:
+        return str(tokenizer.get_chat_template(tools=prompt.variables.get("tools")))
+    except ValueError as error:
+        names = ", ".join(tokenizer.chat_template)
+        raise InputError(
+            f"the tokenizer has the chat templates {names}, and none of them is 'default'; name "
+            "one so in its folder"
+        ) from error
+
+
+@lru_cache
+def _reads(template: str) -> frozenset[str]:
+    """The variables that a template reads. Raises `InputError` for one that is not always the same,
+    or none at all.
+    """
+    # The tag is Transformers' own, and marks what is written without changing it.
+    source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        tree = environment.parse(source)
+    except (TemplateError, RecursionError) as error:
+        raise InputError(
+            f"the tokenizer's chat template cannot be read: {error}; correct it"
+        ) from error
+    reads = meta.find_undeclared_variables(tree)
+    if "lipsum" in reads or any(node.name == "random" for node in tree.find_all(nodes.Filter)):
+        raise InputError(
+            "the tokenizer's chat template writes something by chance, so no prompt would be asked "
+            "twice alike; correct it"
+        )
+    return frozenset(reads)
+
+
+def tells_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template writes the date, which is always `DATE`."""
+    templates = tokenizer.chat_template or ""
+    every = templates.values() if isinstance(templates, dict) else [templates]
+    return any("strftime_now" in template for template in every)
+
+
+class _Steps:
+    """`range`, until a rendering has counted to `MOST_STEPS`: no template goes on for ever."""
+
+    def __init__(self) -> None:
+        self.left = MOST_STEPS
+
+    def __call__(self, *bounds: int) -> range:
+        steps = range(*bounds)
+        self.left -= len(steps)
+        if self.left < 0:
+            raise OverflowError(f"it counts further than {MOST_STEPS:,}")
+        return steps
+
+
 def _render(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
     header: bool,
 ) -> str:
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    template = _template(tokenizer, prompt)
+    _reads(template)
     try:
+        # It is compiled once; without this the clock and the loops would be the machine's.
+        known = _compile_jinja_template(template).environment.globals
+        known |= {"strftime_now": DATE.strftime, "range": _Steps()}
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=header
+            [dict(message) for message in messages],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=header,
+            **prompt.variables,
         )
-    except (TemplateError, ValueError) as error:
+    except Exception as error:  # a template is a program of somebody else's
+        reason = str(error) or type(error).__name__
+        if not isinstance(error, (TemplateError, ValueError)):
+            reason = f"{type(error).__name__}: {reason}"
         raise InputError(
-            f"prompt {prompt.id!r}: the tokenizer's chat template refuses these messages: {error}"
+            f"prompt {prompt.id!r}: the tokenizer's chat template refuses these messages: {reason}"
         ) from error
     return cast("str", text)
 
 
 def _bare_text(prompt: Prompt) -> str:
+    if prompt.beside_text:
+        raise _without_template(prompt, prompt.beside_text)
     if len(prompt.messages) > 1:
         raise InputError(
             f"prompt {prompt.id!r} has {len(prompt.messages)} messages, but the tokenizer has no "
             "chat template to join them; give prompts of one user message, or a tokenizer with a "
             "chat template"
         )
-    return prompt.messages[0]["content"]
+    return str(prompt.messages[0]["content"])
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,23 @@ from specdistill.errors import InputError
 
 ROLES = ("system", "user", "assistant")
 RESPONSE_FIELDS = ("response", "completion", "answer")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+BESIDE_TEXT = (*REASONING, "tool_calls")  # what a turn may say besides its content
+VARIABLES = ("tools", "documents")  # what a template may be given besides messages
+TEMPLATE_SETTINGS = "chat_template_kwargs"
 
 _SOURCES = "a .jsonl or .txt file, demo:train, demo:heldout, a datasets id or a data set folder"
 # A missing "prompts.csv" must not be looked for on the hub, where dots in names are legal.
 _OTHER_SUFFIXES = (".arrow", ".csv", ".gz", ".json", ".md", ".parquet", ".tsv", ".yaml", ".zip")
 _TEXT_DTYPES = ("string", "large_string")
+_SYSTEM_FIELDS = ("system", "system_prompt")
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+# What would change what is asked or answered, and is read under another name.
+_ELSEWHERE = {
+    "functions": "list them under 'tools'",
+    "function_call": "write it as 'tool_calls'",
+    "history": "write it as earlier turns in 'messages'",
+}
 _DATASETS_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -30,26 +42,55 @@ _DATASETS_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 class Prompt:
     """What the models are asked: chat messages ending with a user turn.
 
-    `messages` hold "role" and "content"; a bare prompt is one user message. `response` is the data
-    set's own answer where it gives one.
+    `messages` hold "role", "content" and whatever else the source says of a turn; a bare prompt is
+    one user message. `response` is the data set's own answer where it gives one, and `answer` what
+    that has besides text, as in `BESIDE_TEXT`. `variables` are given to the chat template: tools,
+    documents, settings.
     """
 
     id: str
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Mapping[str, Any], ...]
     category: str | None = None
     response: str | None = None
+    answer: Mapping[str, Any] = field(default_factory=dict)
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    rivals: tuple[str, ...] = field(default=(), compare=False)  # several responses, none chosen
+    unread: frozenset[str] = field(default=frozenset(), compare=False)  # the row's other fields
+
+    def one_response(self) -> str | None:
+        """The response; None where there is none. Raises `InputError` where there are several."""
+        if self.rivals:
+            raise InputError(
+                f"prompt {self.id!r} has a response in {' and in '.join(self.rivals)}; keep one, "
+                "or choose by --response-column where the command has it"
+            )
+        return self.response
+
+    @property
+    def beside_text(self) -> list[str]:
+        """Names of what it holds that no plain text can say."""
+        said = {key for turn in self.messages for key in turn if key in BESIDE_TEXT}
+        return [*self.variables, *sorted(said)]
 
 
 def load_prompts(
-    source: str, *, split: str | None = None, column: str | None = None, limit: int | None = None
+    source: str,
+    *,
+    split: str | None = None,
+    column: str | None = None,
+    response_column: str | None = None,
+    limit: int | None = None,
 ) -> list[Prompt]:
     """Read the prompts of `source`, or the first `limit` of them.
 
     `source` is `demo:train` or `demo:heldout`; a `.jsonl` file with {"prompt": ...} or
-    {"messages": [...]} a line, and "id", "category" and one of `RESPONSE_FIELDS` where wanted; a
-    `.txt` file with a prompt a line; or a `datasets` id or folder, which needs `split` and
-    `column` (of text or of messages). A last assistant message becomes the response. Ids are line
-    numbers from 1 where the source gives none, and always row numbers for `datasets`.
+    {"messages": [...]} a line; a `.txt` file with a prompt a line; or a `datasets` id or folder,
+    which needs `split` and `column` (of text or of messages). A line may have "id", "category",
+    "system", "tools", "documents", "chat_template_kwargs" and a response: the last assistant
+    message or one of `RESPONSE_FIELDS`. Where there are several that differ, `response_column`
+    names the one that is meant, or any other field; else none is taken, and `Prompt.one_response`
+    refuses. Ids are line numbers from 1 where the source gives none, and always row numbers for
+    `datasets`.
 
     Raises:
         InputError: an unusable source, option or line; the message names the line.
@@ -58,7 +99,7 @@ def load_prompts(
         raise InputError(f"limit is {limit}; it must be at least 1, or left out to read all")
     prompts: list[Prompt] = []
     first_use: dict[str, str] = {}
-    for where, prompt in itertools.islice(_open(source, split, column), limit):
+    for where, prompt in itertools.islice(_open(source, split, column, response_column), limit):
         if prompt.id in first_use:
             raise InputError(
                 f"{where}: id {prompt.id!r} was already used in {first_use[prompt.id]}; ids must "
@@ -73,11 +114,15 @@ def load_prompts(
 
 def prompts_sha256(prompts: Sequence[Prompt]) -> str:
     """Hash of what is asked, in its order."""
-    asked = json.dumps([[p.id, list(p.messages)] for p in prompts])
-    return hashlib.sha256(asked.encode()).hexdigest()
+    asked = [
+        [p.id, list(p.messages), *([dict(p.variables)] if p.variables else [])] for p in prompts
+    ]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
-def _open(source: str, split: str | None, column: str | None) -> Iterator[tuple[str, Prompt]]:
+def _open(
+    source: str, split: str | None, column: str | None, response_column: str | None
+) -> Iterator[tuple[str, Prompt]]:
     """Pick the reader for `source`; readers yield (where it stands, prompt)."""
     path = Path(source)
     suffix = path.suffix.lower()
@@ -89,15 +134,20 @@ def _open(source: str, split: str | None, column: str | None) -> Iterator[tuple[
                     f"{option} {value!r} has no effect on {source}; it is for datasets ids and "
                     "folders only, so leave it out"
                 )
+    if response_column is not None and (is_demo or suffix == ".txt"):
+        raise InputError(
+            f"response_column {response_column!r} has no effect on {source}, which has no "
+            "responses; leave it out"
+        )
     if is_demo:
         return _read_demo(source)
     if is_file:
-        return _read_jsonl(path) if suffix == ".jsonl" else _read_txt(path)
+        return _read_jsonl(path, response_column) if suffix == ".jsonl" else _read_txt(path)
     if os.path.isfile(source) or (suffix in _OTHER_SUFFIXES and not os.path.isdir(source)):
         raise InputError(f"{source} is not a kind of prompt file; give {_SOURCES}")
     if not os.path.isdir(source) and not _DATASETS_ID.fullmatch(source):
         raise InputError(f"there is no file or folder {source!r}; give {_SOURCES}")
-    return _read_dataset(source, split, column)
+    return _read_dataset(source, split, column, response_column)
 
 
 def _read_demo(source: str) -> Iterator[tuple[str, Prompt]]:
@@ -110,27 +160,29 @@ def _read_demo(source: str) -> Iterator[tuple[str, Prompt]]:
 
 def _read_txt(path: Path) -> Iterator[tuple[str, Prompt]]:
     for number, where, line in _lines(path):
-        yield where, Prompt(str(number), _user(line))
+        yield where, Prompt(str(number), _user(_text(line, where, "the prompt")))
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Prompt]]:
+def _read_jsonl(path: Path, response_column: str | None) -> Iterator[tuple[str, Prompt]]:
     for number, where, line in _lines(path):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = str(error)  # as of a number of 5,000 digits
-            if isinstance(error, json.JSONDecodeError):  # its own text says "line 1"
-                reason = f"{error.msg} at column {error.colno}"
-            raise InputError(
-                f"{where}: not valid JSON, {reason}; each line must be one object such as "
-                '{"prompt": "..."}'
-            ) from error
+        advice = 'each line must be one object such as {"prompt": "..."}'
+        row = _json(line, where, "not valid JSON", advice)
         if not isinstance(row, dict):
             raise InputError(
                 f'{where}: each line must be one object such as {{"prompt": "..."}}; '
                 f"got {type(row).__name__}"
             )
-        yield where, _prompt(row, where, number)
+        yield where, _prompt(row, where, number, response_column)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises `ValueError` for a key that stands twice: one of them would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
@@ -151,6 +203,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
                         f"{where}: byte 0x{raw[error.start]:02x} at position {error.start + 1} is "
                         "not UTF-8; save the file as UTF-8"
                     ) from error
+                if "\0" in line:
+                    raise InputError(
+                        f"{where}: a NUL at position {line.index(chr(0)) + 1}, which no text has; "
+                        "save the file as UTF-8, not UTF-16"
+                    )
                 if line.strip():
                     yield number, where, line
     except FileNotFoundError as error:
@@ -160,7 +217,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def _read_dataset(
-    source: str, split: str | None, column: str | None
+    source: str, split: str | None, column: str | None, response_column: str | None
 ) -> Iterator[tuple[str, Prompt]]:
     import datasets  # heavy, and needed for this kind of source only
 
@@ -176,33 +233,60 @@ def _read_dataset(
     columns = ", ".join(rows.column_names)
     if column is None:
         raise InputError(f"data set {source!r} needs the column of its prompts; it has {columns}")
-    if column not in rows.column_names:
-        raise InputError(f"data set {source!r} has no column {column!r}; it has {columns}")
+    for name in filter(None, (column, response_column)):
+        if name not in rows.column_names:
+            raise InputError(f"data set {source!r} has no column {name!r}; it has {columns}")
+    if media := [name for name in rows.column_names if name in _MEDIA]:
+        raise InputError(f"data set {source!r} has a column {media[0]!r}; only text can be asked")
     # Other columns mean what the data set's author likes: a class label called "answer" is no
     # response, and ids that repeat are not the user's to mend, so rows are numbered.
+    texts = (*RESPONSE_FIELDS, *REASONING, *_SYSTEM_FIELDS, "category")
     extras = [
         name
-        for name in (*RESPONSE_FIELDS, "category")
-        if name != column and getattr(rows.features.get(name), "dtype", None) in _TEXT_DTYPES
+        for name in rows.column_names
+        if name != column
+        and (
+            name == response_column
+            or name in (*VARIABLES, TEMPLATE_SETTINGS)
+            or (name in texts and getattr(rows.features[name], "dtype", None) in _TEXT_DTYPES)
+        )
     ]
+    others = frozenset(rows.column_names) - {column, *extras, "id", "prompt", "messages"}
+    chosen = "messages" if response_column == column else response_column
     for number, row in enumerate(rows.select_columns([column, *extras]), 1):
         where = f"{source}, split {split}, column {column}, row {number}"
-        field = "messages" if isinstance(row[column], list) else "prompt"
-        yield where, _prompt({field: row.pop(column), **row}, where, number)
+        asked = _without_nulls(row.pop(column))  # Arrow fills in what other rows have
+        field_ = "messages" if isinstance(asked, list) else "prompt"
+        given = {name: _without_nulls(value) for name, value in row.items()}
+        yield where, _prompt({field_: asked, **given}, where, number, chosen, others)
 
 
-def _prompt(row: Mapping[str, Any], where: str, number: int) -> Prompt:
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _prompt(
+    row: Mapping[str, Any],
+    where: str,
+    number: int,
+    response_column: str | None,
+    others: frozenset[str] = frozenset(),
+) -> Prompt:
+    """A row of any source. `others` are fields of it that were not even read."""
     if ("prompt" in row) == ("messages" in row):
         fields = ", ".join(map(repr, row)) or "no fields"
         raise InputError(f"{where}: give one of 'prompt' and 'messages'; got {fields}")
-    answers = {repr(field): row.get(field) for field in RESPONSE_FIELDS}
+    _refuse_unreadable(row, f"{where}: the row")
+    last: Mapping[str, Any] = {}
     if "prompt" in row:
         messages = _user(_text(row["prompt"], where, "'prompt'"))
     else:
         messages = _messages(row["messages"], where)
         if messages and messages[-1]["role"] == "assistant":
-            answers["the last message"] = messages[-1]["content"]
-            messages = messages[:-1]
+            *earlier, last = messages
+            messages = tuple(earlier)
     if not messages or messages[-1]["role"] != "user":
         raise InputError(
             f"{where}: the messages do not end with a user turn; put the question last, with at "
@@ -210,12 +294,8 @@ def _prompt(row: Mapping[str, Any], where: str, number: int) -> Prompt:
         )
     if not all(turn["content"].strip() for turn in messages if turn["role"] == "user"):
         raise InputError(f"{where}: the prompt is empty; give it text or remove the line")
-    answers = {
-        place: text for place, text in answers.items() if text is not None and str(text).strip()
-    }
-    if len(answers) > 1:
-        raise InputError(f"{where}: got a response in {' and in '.join(answers)}; keep one")
-    response = next((_text(text, where, place) for place, text in answers.items()), None)
+    messages = (*_system(row, messages, where), *messages)
+    response, answer, rivals = _response(row, last, where, response_column)
     identifier, category = row.get("id"), row.get("category")
     if identifier is None:
         identifier = number
@@ -223,20 +303,111 @@ def _prompt(row: Mapping[str, Any], where: str, number: int) -> Prompt:
         identifier = _text(identifier, where, "'id'")
     if category is not None:
         category = _text(category, where, "'category'")
-    return Prompt(str(identifier), messages, category, response)
+    unread = (others | row.keys()) - {"prompt", "messages", "id", "category", *_READ}
+    variables = _variables(row, where)
+    return Prompt(
+        str(identifier), messages, category, response, answer, variables, rivals, frozenset(unread)
+    )
 
 
-def _user(text: str) -> tuple[Mapping[str, str], ...]:
+_READ = {*RESPONSE_FIELDS, *VARIABLES, *_SYSTEM_FIELDS, TEMPLATE_SETTINGS}
+
+
+def _refuse_unreadable(holder: Mapping[str, Any], where: str) -> None:
+    """Raises `InputError` for what would be lost though it belongs to what is asked."""
+    for key in _MEDIA:
+        if holder.get(key):
+            raise InputError(f"{where} has {key!r}, and only text can be asked; remove the line")
+    for key, advice in _ELSEWHERE.items():
+        if holder.get(key):
+            raise InputError(f"{where} has {key!r}, which is not read; {advice}")
+
+
+def _system(
+    row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], where: str
+) -> tuple[Mapping[str, Any], ...]:
+    """The system message that a row gives beside what is asked."""
+    given = [name for name in _SYSTEM_FIELDS if row.get(name) not in (None, "")]
+    if not given:
+        return ()
+    text = _text(row[given[0]], where, repr(given[0]))
+    if len(given) > 1 or any(turn["role"] == "system" for turn in messages):
+        other = repr(given[1]) if len(given) > 1 else "the messages"
+        raise InputError(f"{where}: got a system message in {given[0]!r} and in {other}; keep one")
+    return ({"role": "system", "content": text},)
+
+
+def _response(
+    row: Mapping[str, Any], last: Mapping[str, Any], where: str, chosen: str | None
+) -> tuple[str | None, Mapping[str, Any], tuple[str, ...]]:
+    """The row's own answer, what that has besides text, and where several are, their places."""
+    beside = {key: last[key] for key in BESIDE_TEXT if key in last}
+    texts: dict[str, str] = {}
+    for name in (*RESPONSE_FIELDS, *([chosen] if chosen else [])):
+        if name != "messages" and row.get(name) is not None:
+            value = row[name]
+            if str(value).strip():
+                texts[repr(name)] = _text(value, where, repr(name))
+    if last and (last["content"].strip() or beside):
+        texts["the last message"] = last["content"]
+    if chosen is not None:
+        place = "the last message" if chosen == "messages" else repr(chosen)
+        if place not in texts:
+            raise InputError(f"{where}: there is no response in {place}, which was chosen")
+        texts = {place: texts[place]}
+    if len(set(texts.values())) > 1:
+        return None, {}, tuple(texts)
+    place, response = next(iter(texts.items()), ("", None))
+    if "the last message" in texts:
+        return response, beside, ()
+    apart = [row[key] for key in REASONING if isinstance(row.get(key), str) and row[key].strip()]
+    if response is None or not apart:
+        return response, {}, ()
+    return response, {REASONING[0]: _text(apart[0], where, "the reasoning")}, ()
+
+
+def _variables(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What the row gives the chat template; JSON may stand in a text, as it does in data sets."""
+    found: dict[str, Any] = {}
+    for name, kind in (*((n, list) for n in VARIABLES), (TEMPLATE_SETTINGS, dict)):
+        value = row.get(name)
+        if isinstance(value, str) and value.strip():
+            fault = f"{name!r} is a text that is not valid JSON"
+            value = _json(value, where, fault, "write it as JSON, or leave it out")
+        if value is None or value in ("", [], {}):
+            continue
+        items = value if isinstance(value, list) else []
+        if not isinstance(value, kind) or not all(isinstance(item, dict) for item in items):
+            wanted = "a list of objects" if kind is list else "an object"
+            raise InputError(f"{where}: {name!r} must be {wanted}; got {type(value).__name__}")
+        _text(json.dumps(value, ensure_ascii=False, default=str), where, repr(name))
+        found |= {name: value} if kind is list else value
+    return found
+
+
+def _json(text: str, where: str, fault: str, advice: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        reason = str(error)  # as of a number of 5,000 digits
+        if isinstance(error, json.JSONDecodeError):  # its own text says "line 1"
+            reason = f"{error.msg} at column {error.colno}"
+        raise InputError(f"{where}: {fault}, {reason}; {advice}") from error
+
+
+def _user(text: str) -> tuple[Mapping[str, Any], ...]:
     return ({"role": "user", "content": text},)
 
 
-def _messages(value: object, where: str) -> tuple[Mapping[str, str], ...]:
-    """Check chat messages. Only role and content of a turn are kept: no prompt here calls tools."""
+def _messages(value: object, where: str) -> tuple[Mapping[str, Any], ...]:
+    """Check chat messages. All that a turn says stays with it, for the chat template to see."""
     if not isinstance(value, list):
         raise InputError(f"{where}: 'messages' must be a list; got {type(value).__name__}")
-    turns: list[Mapping[str, str]] = []
+    turns: list[Mapping[str, Any]] = []
     for number, message in enumerate(value, 1):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        beside = isinstance(message, dict) and any(message.get(key) for key in BESIDE_TEXT)
+        wanted = {"role"} if beside else {"role", "content"}
+        if not isinstance(message, dict) or not wanted <= message.keys():
             raise InputError(
                 f"{where}: message {number} must be an object with 'role' and 'content'"
             )
@@ -245,9 +416,51 @@ def _messages(value: object, where: str) -> tuple[Mapping[str, str], ...]:
                 f"{where}: message {number} has role {message['role']!r}; it must be one of "
                 f"{', '.join(ROLES)}"
             )
-        content = _text(message["content"], where, f"the content of message {number}")
-        turns.append({"role": message["role"], "content": content})
+        _refuse_unreadable(message, f"{where}: message {number}")
+        content = message.get("content")
+        content = "" if content is None and beside else _content(content, where, number)
+        others = {k: v for k, v in message.items() if v not in (None, "", [], {})}
+        turn = {**others, "role": message["role"], "content": content}
+        for key in REASONING:
+            if key in turn:
+                _text(turn[key], where, f"{key!r} of message {number}")
+        if "tool_calls" in turn:
+            turn["tool_calls"] = _calls(turn["tool_calls"], where, number)
+        said = json.dumps(turn, ensure_ascii=False, default=str)  # as of dates in a data set
+        turns.append(json.loads(_text(said, where, f"message {number}")))
     return tuple(turns)
+
+
+def _content(value: object, where: str, number: int) -> str:
+    """The text of a message, which may stand in a list of a single part."""
+    what = f"the content of message {number}"
+    if isinstance(value, list):
+        kinds = [part.get("type") if isinstance(part, dict) else None for part in value]
+        if kinds != ["text"]:
+            raise InputError(
+                f"{where}: {what} is a list of the parts {', '.join(map(repr, kinds)) or 'none'}; "
+                "only text can be asked, in one piece, since templates join parts differently"
+            )
+        value = value[0].get("text")
+    return _text(value, where, what)
+
+
+def _calls(value: object, where: str, number: int) -> list[dict[str, Any]]:
+    """Tool calls, with arguments as objects: templates write a text of JSON as a quoted text."""
+    if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
+        raise InputError(f"{where}: 'tool_calls' of message {number} must be a list of objects")
+    calls = []
+    for call in value:
+        function = call.get("function", call)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InputError(f"{where}: a tool call of message {number} names no function")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            fault = f"'arguments' in message {number} is a text that is not valid JSON"
+            arguments = _json(arguments or "{}", where, fault, "write an object")
+        whole = {**function, "arguments": arguments}
+        calls.append({**call, "function": whole} if "function" in call else whole)
+    return calls
 
 
 def _text(value: object, where: str, what: str) -> str:

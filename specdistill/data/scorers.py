@@ -74,12 +74,13 @@ def log_probability(prompt: Prompt, candidates: Sequence[Candidate]) -> list[flo
 
 def exact_match(prompt: Prompt, candidates: Sequence[Candidate]) -> list[float]:
     """0 for the final answer that the prompt's own response has, −inf for any other."""
-    if not prompt.response:
+    response = prompt.one_response()
+    if not response:
         raise InputError(
             f"prompt {prompt.id!r} has no answer of its own, with which the scorer 'exact-match' "
             'compares; give each one, as in {"prompt": "...", "answer": "42"}'
         )
-    wanted = final_answer(prompt.response)
+    wanted = final_answer(response)
     return [0.0 if final_answer(c.text) == wanted else -math.inf for c in candidates]
 
 

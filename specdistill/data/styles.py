@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from specdistill.data.prompts import Prompt
 from specdistill.errors import InputError
@@ -23,10 +24,11 @@ def instruction(prompt: Prompt, examples: Sequence[Prompt]) -> Prompt:
 def in_context(prompt: Prompt, examples: Sequence[Prompt]) -> Prompt:
     """Examples with their responses as earlier turns, behind what a system message says."""
     system = [turn for turn in prompt.messages[:1] if turn["role"] == "system"]
-    shown: list[Mapping[str, str]] = []
+    shown: list[Mapping[str, Any]] = []
     for example in examples:
         shown += [turn for turn in example.messages if turn["role"] != "system"]
-        shown.append({"role": "assistant", "content": example.response or ""})
+        said = {"role": "assistant", "content": example.one_response() or "", **example.answer}
+        shown.append(said)
     return replace(prompt, messages=(*system, *shown, *prompt.messages[len(system) :]))
 
 
@@ -71,7 +73,7 @@ def styled(
             f"style {style!r}"
         )
     for example in examples:
-        if not example.response:
+        if not example.one_response():
             raise InputError(
                 f"example {example.id!r} has no response to show; give each one, as in "
                 '{"prompt": "...", "response": "..."}'

@@ -33,7 +33,7 @@ def token_lists(source: str, tokenizer: PreTrainedTokenizerBase) -> list[list[in
         return [example.response_tokens for example in read_examples(Path(source), signal=False)]
     else:
         prompts = load_prompts(source)
-    texts = [p.response for p in prompts if p.response] or [
+    texts = [r for p in prompts if (r := p.one_response())] or [
         m["content"] for p in prompts for m in p.messages
     ]
     return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

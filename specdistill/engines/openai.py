@@ -98,6 +98,12 @@ def answer(
     """
     if not prompts or not samplings:
         raise InputError("there are no prompts to answer, or no sampling to answer with")
+    for prompt in prompts:
+        if prompt.beside_text:
+            raise InputError(
+                f"prompt {prompt.id!r} has {', '.join(map(repr, prompt.beside_text))}, and a "
+                "server is asked text alone; remove the row, or let a local target answer"
+            )
     if any(sampling.top_k or sampling.min_p for sampling in samplings):
         raise InputError(
             "OpenAI's protocol has temperature and top-p, and no top-k or min-p: leave these out"
@@ -224,7 +230,10 @@ class _Asking:
         scored = {"logprobs": True} if selection.reads_log_probability else {}
         return {
             "model": self.server.model,
-            "messages": list(prompt.messages),
+            "messages": [
+                {key: turn[key] for key in ("role", "content", "name") if key in turn}
+                for turn in prompt.messages
+            ],
             "max_tokens": self.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
