@@ -318,7 +318,8 @@ class Distiller:
         assert self.hints is not None
         assert self.target is not None
         ours = [states[_name(self.draft, layer)] for layer in self.hints.draft_layers]
-        return ours, [signal[_name(self.target, layer)] for layer in self.hints.target_layers]
+        theirs = [signal[_name(self.target, layer)] for layer in self.hints.target_layers]
+        return ours, [states.to(ours[0].dtype) for states in theirs]  # kept ones may be narrower
 
 
 @contextmanager

@@ -67,7 +67,7 @@ class LanguageModel:
         self.config = self.model.config.get_text_config()
         self.head = cast("nn.Linear", self.model.get_output_embeddings())
         self.wide_head: nn.Linear | None = None  # in float32, where `pack` made one
-        self._wide_weight: Tensor | None = None
+        self._wide: tuple[tuple[Any, ...], Tensor] | None = None  # see `_wide_weight`
 
     @property
     def device(self) -> torch.device:
@@ -152,15 +152,22 @@ class LanguageModel:
         exact ties, and a tie decided differently by two passes looks like a decoding error.
         """
         if self.dtype in (torch.float32, torch.float64):
-            out = self.head(hidden)
+            out = self.head(hidden.to(self.dtype))  # kept states may be of another
         elif self.wide_head is not None:
             out = self.wide_head(hidden.float())
         else:
-            if self._wide_weight is None or self.head.weight.requires_grad:
-                self._wide_weight = self.head.weight.float()
             bias = None if self.head.bias is None else self.head.bias.float()
-            out = nn.functional.linear(hidden.float(), self._wide_weight, bias)
+            out = nn.functional.linear(hidden.float(), self._wide_weight(), bias)
         return self.scale_logits(out)
+
+    def _wide_weight(self) -> Tensor:
+        """The head's weight in float32, made again where it has changed since."""
+        weight = self.head.weight
+        version = -1 if weight.is_inference() else weight._version
+        state = (id(weight), weight.data_ptr(), version, weight.requires_grad)
+        if self._wide is None or self._wide[0] != state or weight.requires_grad:
+            self._wide = state, weight.float()
+        return self._wide[1]
 
     def scale_logits(self, logits: Tensor) -> Tensor:
         """What some families do after the head: multiplier (Cohere), divisor (Granite), soft cap

@@ -521,6 +521,37 @@ def test_logits_are_float32_for_half_precision_too(tiny: Tiny, bias: bool) -> No
     assert double.logits(double.hidden(TOKENS)).dtype == torch.float64
 
 
+def test_logits_follow_a_head_of_half_precision(tiny: Tiny) -> None:
+    """Changed under gradients or in place, or another one: no copy in float32 outlives it."""
+    model = tiny(0, dtype=torch.bfloat16, tie_word_embeddings=False)
+    hidden = model.hidden(TOKENS)
+
+    def right() -> bool:
+        exact = nn.functional.linear(hidden.float(), model.head.weight.float())
+        return torch.equal(model.logits(hidden), exact)
+
+    assert right()
+    model.head.weight.requires_grad_(True)
+    assert right()
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    model.head.weight.requires_grad_(False)
+    assert right()
+    model.head.weight.mul_(2)
+    assert right()
+    model.head.weight = nn.Parameter(torch.randn_like(model.head.weight), requires_grad=False)
+    assert right()
+
+
+def test_states_of_any_dtype_make_logits(tiny: Tiny) -> None:
+    hidden = tiny(0).hidden(TOKENS)
+    expected = tiny(0).logits(hidden)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for states in (hidden.bfloat16(), hidden, hidden.double()):
+            logits = tiny(0, dtype=dtype).logits(states)
+            assert torch.allclose(logits.float(), expected, atol=0.1)
+
+
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_parameters_and_bytes_read_for_a_token(tiny: Tiny, tied: bool) -> None:
     model = tiny(0, layers=3, dtype=torch.bfloat16, tie_word_embeddings=tied)
