@@ -148,6 +148,7 @@ def check(
     console.setup(threads)
     from specdistill.data.prompts import load_prompts
     from specdistill.scoring import check as checks
+    from specdistill.scoring.lossless import FALSE_ALARM
     from specdistill.scoring.measure import encoded
 
     asked = checks.built_in_prompts(limit)
@@ -162,7 +163,7 @@ def check(
     screen = console.screen_for(as_json)
     screen.print(tables.checks_table(results))
     verdict = "lossless, as far as was checked" if passed else "NOT lossless"
-    chance = f"a check that looks at chance fails in fewer than 1 of {1 / checks.FALSE_ALARM:,.0f}"
+    chance = f"a check that looks at chance fails in fewer than 1 of {1 / FALSE_ALARM:,.0f}"
     console.print_lines(
         screen, [*tables.difference_lines(results), f"{verdict}; {chance} sound runs"]
     )

@@ -24,7 +24,7 @@ from specdistill.scoring.statistics import martingale_p_value
 from specdistill_kernels import Mode
 
 NUM_DRAFT_TOKENS = 4
-TEXTS = 8  # sampled texts of a prompt, for their distribution
+TEXTS, TEXT_TOKENS = 4, 16  # sampled texts of a prompt, for their distribution
 QUESTIONS = (
     "Explain in three sentences why the sky is blue.",
     "Write a Python function that returns the n-th Fibonacci number.",
@@ -239,7 +239,13 @@ def distribution(pair: Pair, mode: Mode) -> Check:
         ]
     )
     requests = [
-        Request(f"{p.id}#{i}", p.tokens, pair.max_new_tokens, Sampling(1.0), pair.seed)
+        Request(
+            f"{p.id}#{i}",
+            p.tokens,
+            min(TEXT_TOKENS, pair.max_new_tokens),
+            Sampling(1.0),
+            pair.seed,
+        )
         for p in asked
         for i in range(TEXTS)
     ]

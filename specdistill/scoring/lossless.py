@@ -22,15 +22,15 @@ from specdistill.scoring.scorecard import LEAST_IDENTITY, Float32, Lossless
 from specdistill.scoring.statistics import martingale_p_value
 from specdistill_kernels import Mode, probabilities, sample, verify
 
-SHARE, SHARE_TOKENS = 6, 24  # prompts and new tokens of the greedy texts in float32
-ROWS, ROW_TOKENS = 16, 16  # sampled texts of a prompt, and their length
+SHARE, SHARE_TOKENS = 6, 16  # prompts and new tokens of the greedy texts in float32
+ROWS, ROW_TOKENS = 8, 16  # sampled texts of a prompt, and their length
 NUM_DRAFT_TOKENS = 4
 FALSE_ALARM = 1e-4  # how often a single check may fail though nothing is wrong
 
 
 @dataclass(frozen=True)
 class GreedyPair:
-    """A prompt's greedy answers, both decoded alone, not in a batch."""
+    """A prompt's greedy answers."""
 
     prompt_id: str
     prompt: list[int]
@@ -101,8 +101,9 @@ def greedy_in_float32(
     num_draft_tokens: int,
     seed: int,
 ) -> Float32:
-    """Greedy texts of the pair in float32, where next to nothing is left for rounding to decide.
-    Where memory does not suffice for copies of both models, it says so instead.
+    """Greedy texts of the pair in float32, where next to nothing is left for rounding to decide,
+    all in one batch, which reads the weights for all of them at once. Where memory does not suffice
+    for copies of both models, it says so instead.
     """
     needed = sum(
         p.numel() * (4 + p.element_size()) for m in (target, draft) for p in m.model.parameters()
@@ -114,10 +115,12 @@ def greedy_in_float32(
         )
     try:
         wide = widened(target)
-        pairs = greedy_pairs(wide, widened(draft), prompts, num_draft_tokens, SHARE_TOKENS)
+        pairs = greedy_pairs(
+            wide, widened(draft), prompts, num_draft_tokens, SHARE_TOKENS, batch_size=len(prompts)
+        )
         return Float32(
             (sum(pair.identical for pair in pairs), len(pairs)),
-            [explain_difference(wide, pair) for pair in pairs if not pair.identical],
+            [explain_difference(wide, pair, alone=False) for pair in pairs if not pair.identical],
             identity_acceptance(wide, prompts[0][1], seed)[0],
         )
     except Exception as error:  # evidence beside a measurement, which it must not cost
@@ -130,17 +133,27 @@ def greedy_pairs(
     prompts: Sequence[tuple[str, list[int]]],
     num_draft_tokens: int,
     max_new_tokens: int,
+    batch_size: int = 1,
 ) -> list[GreedyPair]:
-    """Every prompt's greedy answers, one prompt at a time."""
+    """Every prompt's greedy answers, plain and with the draft."""
+    requests = [
+        Request(id_, prompt, min(max_new_tokens, target.max_length - len(prompt)))
+        for id_, prompt in prompts
+    ]
     drafter = ModelDrafter(draft, target.vocab_size)
-    plain = SpeculativeDecoder(target)
-    speculative = SpeculativeDecoder(target, drafter, num_draft_tokens=num_draft_tokens)
-    pairs = []
-    for id_, prompt in prompts:
-        request = Request(id_, prompt, min(max_new_tokens, target.max_length - len(prompt)))
-        outputs = [decoder.run([request]).outputs[0] for decoder in (plain, speculative)]
-        pairs.append(GreedyPair(id_, prompt, *outputs))
-    return pairs
+    plain, speculative = (
+        decoder.run(requests).outputs
+        for decoder in (
+            SpeculativeDecoder(target, batch_size=batch_size),
+            SpeculativeDecoder(
+                target, drafter, num_draft_tokens=num_draft_tokens, batch_size=batch_size
+            ),
+        )
+    )
+    return [
+        GreedyPair(id_, prompt, one, other)
+        for (id_, prompt), one, other in zip(prompts, plain, speculative, strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -283,7 +296,10 @@ def sampled_p_value(
     """
     drafter = ModelDrafter(draft, target.vocab_size)
     coins = torch.Generator().manual_seed(seed)
-    places, expected, variance, count = [], 0.0, 0.0, 0.0
+    places: list[float] = []
+    expected, variance, count = (
+        torch.zeros(target.vocab_size, dtype=torch.float64, device=target.device) for _ in range(3)
+    )
     for prompt, output in texts:
         if not output.tokens:
             continue
@@ -300,14 +316,15 @@ def sampled_p_value(
         alike = p.where(lean == lean.gather(1, drawn), 0).sum(1)
         coin = torch.rand(len(warm), generator=coins, dtype=torch.float64).to(p.device)
         places += (before + coin * alike).clamp(0, 1).tolist()
-        expected, variance = expected + p.sum(0), variance + (p * (1 - p)).sum(0)
-        count = count + torch.zeros_like(p).scatter_(1, drawn, 1.0).sum(0)
+        expected += p.sum(0)
+        variance += (p * (1 - p)).sum(0)
+        count.index_add_(0, drawn[:, 0], torch.ones_like(coin))
     if not places:
         return 1.0
-    off, spread = (count - expected).abs(), variance
+    off = (count - expected).abs()
     worst = [
-        martingale_p_value(off[i].item(), spread[i].item())
-        for i in (off / (spread + 1).sqrt()).topk(min(8, len(off))).indices
+        martingale_p_value(off[i].item(), variance[i].item())
+        for i in (off / (variance + 1).sqrt()).topk(min(8, len(off))).indices
     ]
     uniform = float(stats.kstest(places, "uniform").pvalue)
     return min(1.0, 2 * min(uniform, len(off) * min(worst)))
