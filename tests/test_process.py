@@ -9,15 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cards import simulate
+from rich.text import Text
 
 from specdistill.cli import application, console
 from specdistill.cli.process import interrupting_signals
 from specdistill.errors import InputError
+from specdistill.tables import rows_table
 
 COMPARE = (sys.executable, "-m", "specdistill", "compare")
 
@@ -53,9 +56,11 @@ def test_what_nobody_foresaw_is_one_line_and_70(
     assert "run with --debug" in said
     assert said.count("\n") == 1
     assert "\x1b" not in said
-    monkeypatch.setattr(sys, "argv", ["specdistill", "compare", "--debug"])
-    with pytest.raises(ZeroDivisionError):
-        application.main()
+    assert end(monkeypatch, ZeroDivisionError("division \x1b[2J"), "--debug") == 70
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback")
+    assert "in fails" in said
+    assert "\x1b" not in said
 
 
 def test_what_the_user_can_put_right_is_2(
@@ -71,6 +76,17 @@ def test_what_the_user_can_put_right_is_2(
     capsys.readouterr()
     assert end(monkeypatch, OSError(28, "No space left on device", "x.json")) == 2
     assert "x.json: No space left on device" in capsys.readouterr().err
+    for error in (NotADirectoryError(20, "Not a directory", "a/b"), IsADirectoryError(21, "", "a")):
+        assert end(monkeypatch, error) == 2
+    for text in (
+        "I/O error: No space left on device (os error 28)",  # safetensors'
+        "[enforce fail] PytorchStreamWriter failed writing file data/0: file write failed",
+    ):
+        assert end(monkeypatch, RuntimeError(text)) == 2
+        assert "make room" in capsys.readouterr().err
+    for text in ("CUDA error: out of memory", "DefaultCPUAllocator: not enough memory: 64 bytes"):
+        assert end(monkeypatch, RuntimeError(text)) == 2
+        assert "--batch-size" in capsys.readouterr().err
     assert end(monkeypatch, RecursionError()) == 70
 
 
@@ -155,3 +171,52 @@ def test_bars_show_text_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = screen.file.getvalue()
     assert "b [v2]" in shown
     assert "\x1b]0;" not in shown
+
+
+def test_no_other_writer_gives_the_terminal_orders(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Libraries write names into their warnings; rich alone may colour."""
+
+    def warns(*_: Any, **__: Any) -> None:
+        sys.stdout.write("a\x1b[2J\u202e\tb\n")
+        sys.stderr.write("c\x9b2J\n")
+        warnings.warn("e \x1b[31m", stacklevel=1)
+        console.Screen().print(Text("f", style="red"))
+
+    monkeypatch.setattr(application, "app", warns)
+    monkeypatch.setattr(sys, "argv", ["specdistill", "env"])
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_: sys.stderr.write(f"{message}\n")
+        application.main()
+    shown = capsys.readouterr()
+    assert shown.out == "a\\x1b[2J\\u202e\tb\n\x1b[31mf\x1b[0m\n"
+    assert "c\\x9b2J" in shown.err
+    assert "e \\x1b[31m" in shown.err
+    assert not {"\x1b", "\x9b", "\x07"} & set(shown.err)
+
+
+@pytest.mark.parametrize("columns", ["1", "20", "79"])
+def test_a_narrow_terminal_costs_no_figure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], columns: str
+) -> None:
+    card = simulate({(0.0, 4): 0.7, (1.0, 8): 0.6}, draft="a")
+    monkeypatch.setenv("COLUMNS", "80")
+    console.screen_for(as_json=False).print(rows_table(card))
+    usual = capsys.readouterr().out
+    assert "…" not in usual
+    monkeypatch.setenv("COLUMNS", columns)
+    console.screen_for(as_json=False).print(rows_table(card))
+    assert capsys.readouterr().out == usual
+
+
+def test_a_dumb_terminal_is_told_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    screen = console.Screen()
+    screen.file, screen._force_terminal = io.StringIO(), True
+    monkeypatch.setattr(console, "err", screen)
+    with console.progress() as progress:
+        progress("stage", 0, 2, "a")
+        assert "stage 0% a" in screen.file.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -30,7 +31,14 @@ _OF_THE_DISK = {
     errno.EPERM,
     errno.ENAMETOOLONG,
     errno.EIO,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EFBIG,
 }
+# How libraries whose errors are no `OSError` say it.
+_FULL = ("No space left on device", "PytorchStreamWriter failed")
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 COMMANDS = (
     quickstart.quickstart,
     training.init,
@@ -90,7 +98,7 @@ def _run(arguments: list[str], debug: bool) -> None:
         sys.exit(130)
     except Exception as error:
         if debug:
-            raise
+            console.note(traceback.format_exc().rstrip())
         line, code = _last_words(error)
         console.note(f"error: {line}")
         sys.exit(code)
@@ -105,7 +113,7 @@ def _last_words(error: Exception) -> tuple[str, int]:
     if (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in said
+        or any(words in said for words in _OUT_OF_MEMORY)
     ):
         return (
             f"the memory does not suffice ({said[:200]}); take fewer rows at once (--batch-size, "
@@ -117,6 +125,8 @@ def _last_words(error: Exception) -> tuple[str, int]:
             f"{error.filename or 'a file'}: {error.strerror}; make room, or name another place",
             2,
         )
+    if any(words in said for words in _FULL):
+        return f"a file cannot be written ({said[:200]}); make room, or name another place", 2
     return (
         f"{type(error).__name__}: {said[:500]}; this is a fault of SpecDistill itself: run with "
         "--debug to see where, and report it",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.table import Table
 from rich.text import Text
 
 from specdistill.errors import InputError, StorageError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from specdistill.progress import Progress
 
 LONGEST_EXAMPLE = 400  # characters of the example that is shown
+TABLE_WIDTH = 80  # the least; a narrower terminal breaks lines, which loses no figure
 
 
 class Screen(Console):
@@ -40,6 +42,14 @@ class Screen(Console):
 
     def render_str(self, text: str, **look: Any) -> Text:
         return super().render_str(visible(text, keep="\n"), **look)
+
+    def print(self, *objects: Any, **look: Any) -> None:
+        if self.width < TABLE_WIDTH and any(isinstance(each, Table) for each in objects):
+            wide = Screen(stderr=self.stderr)
+            wide.file, wide.width = self.file, TABLE_WIDTH
+            wide.print(*objects, **look)
+        else:
+            super().print(*objects, **look)
 
 
 err = Screen(stderr=True)
@@ -79,10 +89,10 @@ def must_be_free(file: Path, overwrite: bool) -> None:
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """Bars on a terminal; elsewhere a line whenever a stage begins, ends, or ten seconds have
-    passed.
+    """Bars on a terminal that can draw them; elsewhere a line whenever a stage begins, ends, or ten
+    seconds have passed.
     """
-    if err.is_terminal:
+    if err.is_terminal and not err.is_dumb_terminal:
         columns = (
             TextColumn("{task.description:<9}", markup=False),
             BarColumn(),

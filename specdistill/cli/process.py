@@ -13,6 +13,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import Any, TextIO
 
+from specdistill.quoting import visible
+
 
 class Lasting:
     """A stream whose loss ends no work: what cannot be encoded is escaped, and what cannot be
@@ -49,10 +51,26 @@ class Lasting:
             os.close(nowhere)
 
 
+class Plain:
+    """A stream to which libraries write, in their warnings say: with names that others gave, whose
+    orders to a terminal are escaped. What rich draws goes past it.
+    """
+
+    def __init__(self, stream: Lasting) -> None:
+        self.rich_proxied_file = stream  # where rich looks
+
+    def write(self, text: str) -> int:
+        self.rich_proxied_file.write(visible(text, keep="\n\r\t"))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+
 @contextmanager
 def lasting_streams() -> Iterator[tuple[Lasting, Lasting]]:
-    """stdout and stderr that last as long as the command; where the caller closed one, it goes
-    nowhere.
+    """stdout and stderr that last as long as the command and take no orders to a terminal but
+    rich's; where the caller closed one, it goes nowhere.
     """
     before = sys.stdout, sys.stderr
     with ExitStack() as stack:
@@ -60,7 +78,7 @@ def lasting_streams() -> Iterator[tuple[Lasting, Lasting]]:
             Lasting(stream or stack.enter_context(open(os.devnull, "w", encoding="utf-8")))
             for stream in before
         )
-        sys.stdout, sys.stderr = out, err
+        sys.stdout, sys.stderr = Plain(out), Plain(err)  # type: ignore[assignment]
         try:
             yield out, err
         finally:
