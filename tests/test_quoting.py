@@ -17,6 +17,7 @@ from specdistill.errors import SpecDistillError
 from specdistill.plots import plot_all
 from specdistill.quoting import block, code, drawn, prose, shortened, visible
 from specdistill.report import write_report
+from specdistill.report.text import _name
 
 HOSTILE = (
     "![x](/etc/hostname)",
@@ -190,3 +191,14 @@ def test_long_text_is_shortened_in_its_middle() -> None:
     assert shortened("a" * 50 + "b" * 50, 21) == "aaaaaaa [...] bbbbbbb"
     assert shortened("short", 21) == "short"
     assert drawn("$x$") == r"\$x\$"
+
+
+def test_names_of_facts_begin_a_line_and_are_no_markdown() -> None:
+    assert [_name(text) for text in ("max_new_tokens", "draft weights")] == [
+        "max_new_tokens",
+        "draft weights",
+    ]
+    for text in (*HOSTILE, "_a_", "a _b_", "__a__", "1. a", "- a", "+ a", "", "a:"):
+        assert structure(f"- {_name(text)}: b") == {"bullet_list_open": 1, "list_item_open": 1} | {
+            "link_open": 0
+        }, text

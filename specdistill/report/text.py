@@ -363,7 +363,7 @@ def _how_measured(card: Scorecard) -> str:
     facts["target weights"] = f"sha256 {card.target.sha256}"
     facts["draft weights"] = f"sha256 {card.draft.sha256}"
     if origin := facts.pop("draft_origin", None):
-        made = f"of step {origin['step']}, configuration {origin['config_sha256']}"
+        made = f"of step {origin.get('step')}, configuration {origin.get('config_sha256')}"
         facts["draft weights"] += f", {made}"
     stalls = ""
     if "stalls" in facts:  # not in older cards
@@ -399,7 +399,8 @@ def _cell(value: object) -> str:
 
 def _name(text: str) -> str:
     """At the beginning of a line, where more than in its middle has a meaning."""
-    return text if re.fullmatch(r"\w[\w ]*", text) and not text[0].isdigit() else code(text)
+    words = r"[^\W_]\w*( [^\W_]\w*)*"
+    return text if re.fullmatch(words, text) and not text[0].isdigit() else code(text)
 
 
 def _duration(seconds: float) -> str:
