@@ -14,7 +14,7 @@ import re
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -29,8 +29,8 @@ from specdistill.distill import distill
 from specdistill.distiller import configured_objective
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
-from specdistill.plots import figure_sweep, save
-from specdistill.progress import Progress, silent
+from specdistill.plots import figure_sweep, save_each
+from specdistill.progress import Note, Progress, silent, unsaid
 from specdistill.run_folder import DRAFT, METRICS, check_run, flat
 from specdistill.scoring.compare import Comparison, Incomparable, compare, refusal
 from specdistill.scoring.measure import encoded, score
@@ -141,10 +141,10 @@ def short_labels(key: str, values: Sequence[Any]) -> list[str]:
     return bare if len(set(bare)) == len(set(whole)) else whole
 
 
-def run_sweep(sweep: Sweep, progress: Progress = silent) -> Result:
+def run_sweep(sweep: Sweep, progress: Progress = silent, note: Note = unsaid) -> Result:
     """Distil and score every run that is not done, then write sweep.json and, where the grid has
-    losses and policies, sweep.png. Raises `InputError` where the folder holds runs scored in
-    another way, or on data that has changed since.
+    losses and policies, sweep.png; `note` is told where that cannot be drawn. Raises `InputError`
+    where the folder holds runs scored in another way, or on data that has changed since.
     """
     _check_score(sweep)
     _check_data(sweep)
@@ -177,7 +177,7 @@ def run_sweep(sweep: Sweep, progress: Progress = silent) -> Result:
             else:
                 result.cards[name] = scored
     write_json(document(sweep, result), sweep.folder / DOCUMENT)
-    _draw(sweep, result)
+    _draw(sweep, result, note)
     return result
 
 
@@ -263,11 +263,12 @@ def document(sweep: Sweep, result: Result) -> dict[str, Any]:
     return nullable({"schema": SCHEMA, "runs": runs, "comparison": compared})
 
 
-def _draw(sweep: Sweep, result: Result) -> None:
+def _draw(sweep: Sweep, result: Result, note: Note) -> None:
     first, *more = sweep.points.values()
     if {"loss", "policy"} <= first.keys():
         varied = [key for key in first if any(point[key] != first[key] for point in more)]
         how, others = sweep.score, [key for key in varied if key not in ("loss", "policy")]
         mean = f", mean over {', '.join(others)}" if others else ""
         words = f"τ at T = {how.temperatures[0]:g}, γ = {how.num_draft_tokens[0]}{mean}"
-        save(figure_sweep(heat_map(sweep, result), words), sweep.folder / "sweep.png")
+        figures = {"sweep.png": partial(figure_sweep, heat_map(sweep, result), words)}
+        save_each(figures, sweep.folder, note)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cards import simulate
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -488,6 +489,24 @@ def test_several_drafts_are_drawn_together(tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["survival.png", "runs.png"]
     assert all(map(is_picture, paths))
     assert [p.name for p in plot_together(sources[2:], tmp_path / "two")] == ["survival.png"]
+    (tmp_path / "a" / "scorecard.json").unlink()
+    said: list[str] = []
+    names = [p.name for p in plot_together(sources[:2], tmp_path / "three", said.append)]
+    assert names == ["survival.png", "runs.png"]
+    assert said == [f"{tmp_path / 'a'} has no scorecard.json yet: its training alone is drawn"]
+    (tmp_path / "b" / "scorecard.json").unlink()
+    assert [p.name for p in plot_together(sources[:2], tmp_path / "four")] == ["runs.png"]
+
+
+def test_cards_that_cannot_be_compared_are_drawn_with_a_word(tmp_path: Path) -> None:
+    sources = [tmp_path / "a.json", tmp_path / "b.json"]
+    card = simulate({(0.0, 4): 0.7}, draft="a")
+    other = replace(card, provenance={**card.provenance, "device": "another machine"})
+    card.write(sources[0])
+    other.write(sources[1])
+    said: list[str] = []
+    assert plot_together(sources, tmp_path / "out", said.append)
+    assert any("machine differs" in line and "with care" in line for line in said)
 
 
 def test_training_shows_the_metrics() -> None:

@@ -33,7 +33,7 @@ def sweep(
     number = len(plan.configs)
     console.note(f"{number} run{'s' * (number > 1)} in {plan.folder}")
     with held(plan.folder), console.progress() as progress:
-        result = sweeping.run_sweep(plan, progress)
+        result = sweeping.run_sweep(plan, progress, console.note)
     screen = console.screen_for(as_json)
     screen.print(tables.sweep_table(result.cards))
     console.print_lines(screen, [f"{name} failed: {why}" for name, why in result.failed.items()])

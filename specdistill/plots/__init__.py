@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -18,7 +19,8 @@ from specdistill.plots.speed import figure_speedup, figure_time
 from specdistill.plots.style import save
 from specdistill.plots.training import figure_runs, figure_sweep, figure_training, read_metrics
 from specdistill.progress import Note, unsaid
-from specdistill.scoring.comparable import card_file
+from specdistill.scoring.comparable import card_file, obstacles
+from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.trust import sound_card
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "plot_together",
     "read_metrics",
     "save",
+    "save_each",
 ]
 
 
@@ -60,24 +63,39 @@ def plot_all(run_dir: Path, out: Path | None = None, note: Note = unsaid) -> lis
             figures["text.png"] = partial(figure_text, card.example)
     if metrics_path.exists():
         figures["training.png"] = partial(figure_training, read_metrics(metrics_path))
-    return _save_all(figures, out or run_dir / "plots", note)
+    return save_each(figures, out or run_dir / "plots", note)
 
 
 def plot_together(sources: Sequence[Path], out: Path, note: Note = unsaid) -> list[Path]:
     """Several drafts in one picture, into `out`: their survival curves, and what training bought
-    where run folders tell. Sources are scorecards or run folders. Raises as `plot_all`.
+    where run folders tell. Sources are scorecards or run folders, of which one that is not scored
+    yet has its training drawn alone. `note` is told of that, and why the cards could not be
+    compared. Raises as `plot_all`.
     """
-    folders = [source for source in sources if source.is_dir()]
-    cards = {str(source): sound_card(card_file(source)) for source in sources}
-    metrics = [folder / "metrics.jsonl" for folder in folders]
-    runs = {str(file.parent): read_metrics(file) for file in metrics if file.exists()}
-    figures: dict[str, Callable[[], Figure]] = {"survival.png": partial(figure_survival, cards)}
+    cards: dict[str, Scorecard] = {}
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for source in sources:
+        metrics = source / "metrics.jsonl"
+        if metrics.exists():
+            runs[str(source)] = read_metrics(metrics)
+        if metrics.exists() and not card_file(source).exists():
+            note(f"{source} has no scorecard.json yet: its training alone is drawn")
+        else:
+            cards[str(source)] = sound_card(card_file(source))
+    figures: dict[str, Callable[[], Figure]] = {}
+    if cards:
+        figures["survival.png"] = partial(figure_survival, cards)
     if runs:
         figures["runs.png"] = partial(figure_runs, runs)
-    return _save_all(figures, out, note)
+    for why in obstacles(cards) if len(cards) > 1 else ():
+        note(f"to be compared with care: {why}")
+    return save_each(figures, out, note)
 
 
-def _save_all(figures: Mapping[str, Callable[[], Figure]], folder: Path, note: Note) -> list[Path]:
+def save_each(figures: Mapping[str, Callable[[], Figure]], folder: Path, note: Note) -> list[Path]:
+    """Draw and save by file name what can be drawn; `note` is told of the others. Returns the
+    files. Raises `StorageError` where one cannot be written.
+    """
     saved = []
     for name, draw in figures.items():
         try:
