@@ -2,6 +2,7 @@
 loop.
 """
 
+from specdistill.decoding.detokenizer import Detokenizer
 from specdistill.decoding.drafters import CombinedDrafter, Drafter, ModelDrafter, NgramDrafter
 from specdistill.decoding.engine import SpeculativeDecoder
 from specdistill.decoding.records import CacheSize, Generation, Output, Request, Round, RowRound
@@ -11,6 +12,7 @@ __all__ = [
     "GREEDY",
     "CacheSize",
     "CombinedDrafter",
+    "Detokenizer",
     "Drafter",
     "Generation",
     "ModelDrafter",

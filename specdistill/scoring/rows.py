@@ -10,7 +10,7 @@ from operator import mul
 from statistics import median_low
 from typing import TYPE_CHECKING
 
-from specdistill.decoding import Generation
+from specdistill.decoding import Detokenizer, Generation
 from specdistill.decoding.records import Output
 from specdistill.scoring.choice import Setting
 from specdistill.scoring.scorecard import Baseline, Example, Kind, PromptRow, Row
@@ -195,12 +195,11 @@ def example(
         rest = len(r.tokens) - r.accepted  # none where the answer ended within the proposals
         kinds += ["accepted"] * r.accepted
         kinds += ["residual" if r.accepted < r.tested else "bonus"] * rest
-    pieces: list[tuple[str, Kind]] = []
-    done = ""
-    for count, kind in enumerate(kinds, 1):
-        text = str(tokenizer.decode(output.tokens[:count])).rstrip("\ufffd")
-        pieces.append((text[len(done) :], kind))
-        done = text
+    text = Detokenizer(tokenizer)
+    told = [text.add([token]) for token, _ in zip(output.tokens, kinds, strict=False)]
+    if told:
+        told[-1] += text.end()
+    pieces = list(zip(told, kinds, strict=False))
     temperature, num = setting
     return Example(prompt_id, temperature, num, pieces)
 
