@@ -20,6 +20,7 @@ from specdistill.checkpoints import (
 )
 from specdistill.config import DistillConfig
 from specdistill.data.answers import holds_answers
+from specdistill.data.likeness import nearly_among, write_trained
 from specdistill.data.signal import NONE, kept_tokens, read_states
 from specdistill.data.store import MANIFEST, Example, read_manifest
 from specdistill.distiller import Distiller, trainable
@@ -224,6 +225,13 @@ def distill(
     words = f"{len(training)} answers to train on, {len(heldout)} held out"
     if {tuple(e.prompt_tokens) for e in heldout} & {tuple(e.prompt_tokens) for e in training}:
         words += ", some of a prompt that is trained on, too"
+    reader = (target or draft).tokenizer
+    asked, learnt = (
+        [str(reader.decode(e.prompt_tokens, skip_special_tokens=True)) for e in part]
+        for part in (heldout, training)
+    )
+    if leads and (alike := len(nearly_among(asked, learnt))):
+        words += f", {alike} of them on prompts nearly like one that is trained on"
     words += _smaller_writer(config, draft)
     words += f"; going on from step {state['step']}" if state["step"] else ""
     progress("distil", spent(state, config), 1.0, words)
@@ -265,6 +273,7 @@ def distill(
     set_origin(draft, config_hash, state["best"]["kept_step"])
     if leads:
         save_draft(draft, run / DRAFT)
+        write_trained(run / DRAFT, learnt)
     record(state["best"])
     accelerator.wait_for_everyone()  # the draft is there for all of them
     for tracker in accelerator.trackers:

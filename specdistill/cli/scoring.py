@@ -83,6 +83,7 @@ def score(
     console.setup(threads)
     from specdistill.data.prompts import load_prompts
     from specdistill.scoring import measure
+    from specdistill.scoring.provenance import trained_line
 
     measure.check_lenience(verification, rule, temperatures)
     asked = load_prompts(prompts, split=split, column=column, limit=limit)
@@ -90,6 +91,11 @@ def score(
         dtype, device = _dtype_of_device(dtype), "cpu"
     big, small = _load_pair(target, draft, dtype, device, packed=engine == "specdistill")
     encoded = measure.encoded(big.tokenizer, asked)
+    if copies := len(asked) - len(encoded):
+        console.note(
+            f"{copies} of {len(asked)} prompts are copies of others, and are left out: "
+            f"{len(encoded)} are scored"
+        )
     score_pair: Callable[..., Scorecard]
     if engine == "specdistill":
         console.note_cache(measure.cache_size(big, small, encoded, gammas, max_new_tokens))
@@ -120,7 +126,8 @@ def score(
     screen = console.screen_for(as_json)
     for table in (tables.rows_table(card), *tables.slices_tables(card)):
         screen.print(table)
-    console.print_lines(screen, [tables.evidence_line(card), card.verdict.reason])
+    lines = [tables.evidence_line(card), card.verdict.reason, trained_line(card)]
+    console.print_lines(screen, [line for line in lines if line])
     console.finish(as_json, card.document())
     if card.failures:
         raise typer.Exit(1)

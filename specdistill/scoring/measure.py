@@ -47,8 +47,14 @@ class EncodedPrompt:
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> list[EncodedPrompt]:
-    """The prompts behind the tokenizer's chat template."""
-    return [EncodedPrompt(p.id, encode_prompt(tokenizer, p), p.category) for p in prompts]
+    """The prompts behind the tokenizer's chat template, each of them once: copies say nothing new,
+    and would make an interval over prompts narrower than what is known.
+    """
+    distinct: dict[tuple[int, ...], EncodedPrompt] = {}
+    for p in prompts:
+        tokens = encode_prompt(tokenizer, p)
+        distinct.setdefault(tuple(tokens), EncodedPrompt(p.id, tokens, p.category))
+    return list(distinct.values())
 
 
 def in_turn(

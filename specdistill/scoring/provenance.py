@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from specdistill.data.likeness import fingerprint, read_trained
 from specdistill.drafts import origin
 from specdistill.models import LanguageModel
 from specdistill.provenance import device_name, git_commit, versions
-from specdistill.scoring.scorecard import OWN_ENGINE, ModelCard
+from specdistill.scoring.scorecard import OWN_ENGINE, ModelCard, Scorecard
 
 if TYPE_CHECKING:
     from specdistill.scoring.measure import EncodedPrompt
@@ -78,4 +79,33 @@ def provenance(
             json.dumps([[p.id, p.tokens] for p in prompts]).encode()
         ).hexdigest(),
         "draft_origin": origin(draft),
+        "trained_prompts": _trained_prompts(draft, prompts),
     }
+
+
+def _trained_prompts(
+    draft: LanguageModel, prompts: Sequence[EncodedPrompt]
+) -> dict[str, Any] | None:
+    """How many prompts the draft was trained on, a hash of them, and how many of those scored are
+    among them; None where nobody knows.
+    """
+    known = read_trained(draft.path)
+    if not known:
+        return None
+    texts = [str(draft.tokenizer.decode(p.tokens, skip_special_tokens=True)) for p in prompts]
+    return {
+        "prompts": len(known),
+        "sha256": hashlib.sha256("\n".join(sorted(known)).encode()).hexdigest(),
+        "scored": sum(fingerprint(text) in known for text in texts),
+    }
+
+
+def trained_line(card: Scorecard) -> str:
+    """What to say of a score on prompts of training; empty where there is nothing."""
+    trained = card.provenance.get("trained_prompts") or {}
+    if not trained.get("scored"):
+        return ""
+    return (
+        f"{trained['scored']} of {card.rows[0].prompts} prompts were trained on: on new ones the "
+        "draft accepts less; score it on others"
+    )

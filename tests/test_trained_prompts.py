@@ -1,0 +1,76 @@
+"""A run says what its held-out prompts have in common with those it trains on, and a score which of
+its prompts the draft was trained on; no prompt counts twice.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from small_runs import ask, make_world, settings
+
+from specdistill import models
+from specdistill.data.chat import encode_prompt
+from specdistill.data.likeness import TRAINED, fingerprint, read_trained
+from specdistill.data.prompts import Prompt
+from specdistill.distill import distill, split
+from specdistill.policies import read_given
+from specdistill.scoring.measure import encoded, score
+from specdistill.scoring.provenance import trained_line
+
+
+def test_a_score_on_prompts_of_training_says_so(tiny_folder: Path, tmp_path: Path) -> None:
+    world = make_world(tmp_path, tiny_folder)
+    config = settings(world, tmp_path / "run", training={"max_steps": 2}, decode=None)
+    target = models.load(world["target"], dtype="float32")
+    said: list[str] = []
+    draft = models.load(world["draft"], dtype="float32")
+    distill(config, target, draft, progress=lambda *a: said.append(str(a[-1])))
+    assert any("8 held out" in line for line in said)
+    _, training = split(read_given(config, target), config.heldout)
+    texts = [target.tokenizer.decode(e.prompt_tokens, skip_special_tokens=True) for e in training]
+    made = tmp_path / "run" / "draft"
+    assert read_trained(made) == {fingerprint(text) for text in texts}
+
+    ids = [e.id for e in training[:2]]
+    learnt = [prompt for prompt in ask(40) if prompt.id in ids]
+    new = [Prompt(f"new{i}", ({"role": "user", "content": f"w{i} w{i} w9"},)) for i in range(7, 10)]
+    asked = encoded(target.tokenizer, [*learnt, *new])
+
+    def scored(folder: Path) -> str:
+        pair = target, models.load(str(folder), dtype="float32")
+        card = score(*pair, asked, num_draft_tokens=[2], temperatures=[0.0], max_new_tokens=4)
+        trained = card.provenance["trained_prompts"]
+        assert (trained is None) == (not (folder / TRAINED).exists())
+        return trained_line(card)
+
+    assert scored(made).startswith("2 of 5 prompts were trained on: on new ones")
+    assert scored(Path(world["draft"])) == ""
+
+
+def test_near_duplicates_on_both_sides_are_said(tiny_folder: Path, tmp_path: Path) -> None:
+    world = make_world(tmp_path, tiny_folder)
+    words = " ".join(f"w{i}" for i in range(10, 22))
+    rows = [f'{{"prompt": "{words} w{30 + i}", "response": "w7 w8"}}\n' for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    world |= {"data": str(tmp_path / "rows.jsonl")}
+    # What all of them share is no likeness, so some ask something else.
+    others = [f'{{"prompt": "w{i} w{i + 9}", "response": "w7"}}\n' for i in range(30, 42)]
+    (tmp_path / "rows.jsonl").write_text("".join([*rows, *others]))
+    more = {"policy": "fixed", "signal": "live", "decode": None, "heldout": 12}
+    config = settings(world, tmp_path / "run", training={"max_steps": 1}, **more)
+    target = models.load(world["target"], dtype="float32")
+    said: list[str] = []
+    draft = models.load(world["draft"], dtype="float32")
+    distill(config, target, draft, progress=lambda *a: said.append(str(a[-1])))
+    heldout, _ = split(read_given(config, target), 12)
+    alike = sum(int(e.id) <= 12 for e in heldout)
+    assert alike
+    assert any(f"{alike} of them on prompts nearly like one that is" in line for line in said)
+
+
+def test_copies_of_a_prompt_are_scored_once(tiny_folder: Path) -> None:
+    tokenizer = models.load(str(tiny_folder), dtype="float32").tokenizer
+    copies = [Prompt(f"c{i}", ask(1)[0].messages) for i in range(40)]
+    found = encoded(tokenizer, [*copies, *ask(3)])
+    assert [p.id for p in found] == ["c0", "1", "2"]
+    assert found[0].tokens == encode_prompt(tokenizer, copies[0])
