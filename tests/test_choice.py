@@ -1,6 +1,7 @@
 """The best of many settings is not believed on the prompts that chose it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +9,16 @@ from cards import simulate
 from scipy import stats
 from score_checks import check_choice
 
+from specdistill.errors import InputError
+from specdistill.plots.speed import figure_speedup
+from specdistill.report.page import _figures
+from specdistill.report.text import document
+from specdistill.scoring import comparable
 from specdistill.scoring.choice import choose, chosen
 from specdistill.scoring.compare import compare
 from specdistill.scoring.scorecard import PromptRow, Row
 from specdistill.scoring.verdict import verdict
+from specdistill.tables import before_after_table, rows_table
 
 
 def rows_worth(
@@ -125,7 +132,7 @@ def test_where_there_is_nothing_to_choose_all_prompts_judge() -> None:
     assert (one.chosen_on, one.judged_on, one.words, one.wider) == (0, 0, "", 1.0)
     alone = choose([row for row in rows if row.prompt_id == "p3"])
     assert np.isnan(alone.speedup.low)
-    with pytest.raises(ValueError, match="no prompt was decoded in every setting"):
+    with pytest.raises(InputError, match="no prompt was decoded in every setting"):
         choose([])
     assert chosen(1, 2) == "γ chosen on 1 prompt, judged on 2 others, and the other way round"
     assert chosen(1, 1) == "γ chosen on 1 prompt, judged on 1 other, and the other way round"
@@ -177,3 +184,38 @@ def test_a_slowed_baseline_has_no_speedup() -> None:
     again = verdict([slow_row(0.81)], measured_again=0.0).reason
     assert "0.81 of a plain step, also when it was measured again;" in again
     assert "again" not in verdict([slow_row(0.81)], measured_again=1.0).reason
+
+
+def test_a_slowed_card_shows_its_speedup_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in tables, not in the report, not in a picture, and no comparison has it."""
+    sound = simulate({(0.0, 3): 0.8, (1.0, 3): 0.5})
+    rows = [replace(row, speedup=2.4321, speedup_ci95=(1.72, 3.44)) for row in sound.rows[:1]]
+    rows = [replace(row, verify_ratio=0.9) for row in rows] + sound.rows[1:]
+    card = replace(sound, rows=rows, verdict=verdict(rows))
+    assert np.isnan(card.best_row(0.0).speedup)
+    assert card.slices("by_category") == []
+    assert sound.slices("by_category")
+    text = document(card, None, [], "", "my/target", tmp_path)
+    assert "**Whether the draft pays cannot be shown: the measurement is wrong" in text
+    assert "| plain slowed |" in text
+    assert "- **Plain slowed**: a verify pass does all" in text
+    assert "2.43" not in text
+    assert "2.43" not in " ".join(figure.value for figure in _figures(card))
+    for table in (rows_table(card), before_after_table(card, card)):
+        cells = [str(cell) for column in table.columns for cell in column.cells]
+        assert "plain slowed" in cells
+        assert not any("2.43" in cell for cell in cells)
+        assert "v < 0.95" in str(table.caption)
+    drawn = [
+        value
+        for axes in figure_speedup(card).axes
+        for line in axes.lines
+        for value in np.asarray(line.get_ydata(), dtype=float)
+    ]
+    assert not any(abs(value - 2.4321) < 1e-6 for value in drawn)
+    slow = replace(sound, rows=[replace(sound.rows[0], verify_ratio=0.9), *sound.rows[1:]])
+    monkeypatch.setattr(comparable, "objections", lambda _: [])  # its rows by prompt are sound
+    (why,) = comparable.obstacles({"a": slow, "b": sound})
+    assert why.startswith("a: T = 0, γ = 3: a verify pass took 0.90 of a plain step; a verify pass")

@@ -20,6 +20,9 @@ from specdistill.decoding.records import Generation, Output, RowRound
 from specdistill.drafts import make_draft
 from specdistill.engines import transformers
 from specdistill.models import LanguageModel
+from specdistill.plots.acceptance import figure_acceptance, figure_survival
+from specdistill.plots.speed import figure_speedup, figure_time
+from specdistill.report.text import document
 from specdistill.scoring import lossless, measure
 from specdistill.scoring.provenance import cpu_times, stolen
 from specdistill.scoring.rows import PARTS, Timed, without_stalls
@@ -170,9 +173,14 @@ def test_answers_of_one_token_leave_nothing_to_propose(pair, tmp_path: Path) -> 
         assert "nan" not in card.verdict.reason
         card.write(tmp_path / "card.json")
         assert Scorecard.read(tmp_path / "card.json").rows[0].proposed == 0
-        assert "nan" not in "".join(
-            str(cell) for column in rows_table(card).columns for cell in column.cells
-        )
+        cells = [str(cell) for column in rows_table(card).columns for cell in column.cells]
+        assert not any("nan" in cell for cell in cells)
+        text = document(card, None, [], "", "my/target", tmp_path)
+        assert "**Whether the draft pays cannot be shown: " in text
+        assert "nan" not in text
+        figure_survival({"a": card})
+        for figure in (figure_speedup, figure_time, figure_acceptance):
+            figure(card)
 
 
 def test_answers_of_one_token_by_transformers(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from matplotlib.patches import Patch
 
 from specdistill.plots import style
 from specdistill.quoting import drawn
+from specdistill.scoring.choice import judged
 from specdistill.scoring.scorecard import Row, Scorecard
 
 # The parts of `Row.seconds`, from the models' work to ours: name, colour, hatch.
@@ -24,8 +25,9 @@ TIME_PARTS = {
 
 def figure_speedup(card: Scorecard) -> Figure:
     """Speedup over plain decoding by γ, a panel per temperature: measured with 95% intervals,
-    predicted from measured times (dashed), planned by the closed form (dotted)."""
-    groups = style.by_temperature(card.rows)
+    predicted from measured times (dashed), planned by the closed form (dotted). A row whose plain
+    decoding was slowed down has no speedup to draw."""
+    groups = style.by_temperature([judged(row, ()) for row in card.rows])
     figure, panels = style.panels(len(groups), style.PANEL_HEIGHT, share_y=True)
     for axes, (temperature, rows) in zip(panels, groups.items(), strict=False):
         colour, marker = style.temperature_styles(card)[temperature]

@@ -13,6 +13,7 @@ from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, NamedTuple
 
+from specdistill.errors import InputError
 from specdistill.scoring.statistics import Ratio, ratio_of_sums
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Choice(NamedTuple):
 def choose(per_prompt: Sequence[PromptRow]) -> Choice:
     """Of the settings of `per_prompt`, by the prompts that were decoded in all of them. The halves
     are by the hash of the prompts' ids, so that the card alone decides, and not the prompts' order.
-    Raises `ValueError` where no prompt was decoded in all.
+    Raises `InputError` where no prompt was decoded in all.
     """
     settings: dict[Setting, dict[str, PromptRow]] = {}
     for row in per_prompt:
@@ -59,7 +60,7 @@ def choose(per_prompt: Sequence[PromptRow]) -> Choice:
     shared = set.intersection(*(set(rows) for rows in settings.values())) if settings else set()
     ids = [id_ for id_ in dict.fromkeys(row.prompt_id for row in per_prompt) if id_ in shared]
     if not ids:
-        raise ValueError("no prompt was decoded in every setting")
+        raise InputError("no prompt was decoded in every setting; score the draft again")
     fastest = _fastest(settings, ids)
     if len(settings) == 1 or len(ids) == 1:
         rows, halves = [settings[fastest][id_] for id_ in ids], (0, 0)
@@ -74,12 +75,13 @@ def choose(per_prompt: Sequence[PromptRow]) -> Choice:
 
 
 def judged(row: Row, per_prompt: Sequence[PromptRow]) -> Row:
-    """The fastest row with the speedup that `choose` finds for the settings of `per_prompt`, if
-    there are any; NaN where it was slowed.
+    """The fastest row with the speedup that `choose` finds for the settings of `per_prompt`, if it
+    is among them; NaN where it was slowed.
     """
     if row.slowed:
         return replace(row, speedup=math.nan, speedup_ci95=(math.nan, math.nan))
-    if not per_prompt:
+    setting = (row.temperature, row.num_draft_tokens)
+    if setting not in {(p.temperature, p.num_draft_tokens) for p in per_prompt}:
         return row
     speedup = choose(per_prompt).speedup
     return replace(row, speedup=speedup.value, speedup_ci95=(speedup.low, speedup.high))

@@ -12,6 +12,7 @@ from specdistill.errors import InputError
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.statistics import ratio_of_sums
 from specdistill.scoring.trust import NOISE, objections, of_setting, round_cost, swapped_draft
+from specdistill.scoring.verdict import slow_verifying
 
 Cards = Mapping[str, Scorecard]  # by the name they are shown under
 
@@ -46,6 +47,7 @@ def obstacles(cards: Cards) -> list[str]:
         beside = card_file(Path(name)).parent / "draft"
         if card_file(Path(name)).name == "scorecard.json" and beside.is_dir():
             found += [f"{name}: {doubt}" for doubt in swapped_draft(card.draft, beside)]
+    found = found or _slowed(cards)
     if found:
         return found
     (first, one), *others = cards.items()
@@ -56,6 +58,20 @@ def obstacles(cards: Cards) -> list[str]:
         ]
     found += _no_temperature(cards)
     return found or _baselines(cards)
+
+
+def _slowed(cards: Cards) -> list[str]:
+    """Cards that tell no speedup, as their plain decoding was slowed down."""
+    found = []
+    for name, card in cards.items():
+        for temperature in common_temperatures(cards):
+            rows = [row for row in card.rows if row.temperature == temperature]
+            best = max(rows, key=lambda row: row.speedup)
+            if best.slowed:
+                setting = (temperature, best.num_draft_tokens)
+                why = slow_verifying("a verify pass", setting, best.verify_ratio)
+                found.append(f"{name}: {why}; score it again")
+    return found
 
 
 def _different(one: Scorecard, other: Scorecard) -> dict[str, tuple[str, str]]:

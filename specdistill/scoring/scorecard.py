@@ -450,7 +450,11 @@ class Scorecard:
         return judged(fastest, [p for p in self.per_prompt if p.temperature == temperature])
 
     def slices(self, name: Literal["by_category", "by_prompt_length"]) -> list[CategoryRow]:
-        """Those of the verdict's setting, if there are several: a single one is the whole."""
+        """Those of the verdict's setting, if there are several: a single one is the whole. None
+        where there is no speedup to tell.
+        """
+        if math.isnan(self.verdict.best.speedup):
+            return []
         best = (self.verdict.best.temperature, self.verdict.best.num_draft_tokens)
         rows: list[CategoryRow] = getattr(self, name)
         found = [row for row in rows if (row.temperature, row.num_draft_tokens) == best]

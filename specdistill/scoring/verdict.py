@@ -43,7 +43,7 @@ def verdict(
     needed = break_even(best.acceptance_rate, best.num_draft_tokens, best.speedup)
     affordable = _break_even_cost_ratio(best)
     low, high = best.speedup_ci95
-    pays = low > 1 and not doubts
+    pays = low > 1 and best.tested > 0 and not doubts
     interval = "" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]"
     where = f"at γ = {best.num_draft_tokens}, temperature {best.temperature:g}"
     measured = f"{best.speedup:.2f} times plain decoding{interval} {where}"
@@ -56,10 +56,10 @@ def verdict(
             f"{best.verify_ratio:.2f} of a plain step"
         )
     judged = judgement(best, pays)
-    if doubts:
-        reason = f"These figures cannot be trusted: {'; '.join(doubts)}."
-    elif not best.tested:
+    if not best.tested:
         reason = f"{UNKNOWN}: no draft token was tested, as no answer was long enough {where}."
+    elif doubts:
+        reason = f"These figures cannot be trusted: {'; '.join(doubts)}."
     elif judged == UNKNOWN:
         judged = f"{judged} with {prompts(best.prompts)}"
         reason = f"{judged}: {measured}; {why}.{_more_prompts(best)}"
@@ -80,7 +80,7 @@ def verdict(
     )
 
 
-def slow_verifying(what: str, setting: Setting, ratio: float, measured_again: bool) -> str:
+def slow_verifying(what: str, setting: Setting, ratio: float, measured_again: bool = False) -> str:
     """`what` took `ratio` plain steps, too few."""
     again = ", also when it was measured again" if measured_again else ""
     return (
