@@ -16,6 +16,7 @@ from test_cli import run
 
 from specdistill.distill import distill
 from specdistill.errors import InputError
+from specdistill.progress import unsaid
 from specdistill.scoring.measure import score
 from specdistill.sweep import Result, _draw, heat_map, load_sweep, run_sweep, short_labels
 from specdistill.tables import sweep_table
@@ -228,10 +229,14 @@ def test_the_picture_names_only_what_it_is_a_mean_over(file: Path) -> None:
         sweep = load_sweep(file, [f"grid.seed={seeds}"])
         with (
             mock.patch("specdistill.sweep.figure_sweep") as drawn,
-            mock.patch("specdistill.sweep.save"),
+            mock.patch("specdistill.plots.save"),
         ):
-            _draw(sweep, Result())
+            _draw(sweep, Result(), unsaid)
         assert drawn.call_args.args[1] == words
+    said: list[str] = []
+    with mock.patch("specdistill.sweep.figure_sweep", side_effect=ValueError("too wide")):
+        _draw(sweep, Result(), said.append)
+    assert said == ["sweep.png could not be drawn: ValueError: too wide"]
 
 
 def test_settings_are_left_out_of_a_picture_where_names_suffice() -> None:
