@@ -32,14 +32,16 @@ from checks import (
     check_ties,
     check_toy_example,
 )
+from evidence_checks import check_failed, check_figures, check_tie
 from score_checks import check_choice, check_interval, check_row
 
 from specdistill.decoding.cache import CachedModel, attention_mask
 from specdistill.decoding.drafters import CombinedDrafter, ModelDrafter, _NgramIndex
 from specdistill.decoding.engine import SpeculativeDecoder
 from specdistill.decoding.sampling import row_seed
-from specdistill.scoring import rows
+from specdistill.scoring import rows, scorecard, trust
 from specdistill.scoring.choice import choose
+from specdistill.scoring.lossless import explain_difference
 from specdistill.scoring.statistics import ratio_of_sums
 from specdistill_kernels import noise, reference
 from specdistill_kernels.reference import Proposals
@@ -63,6 +65,9 @@ CHECKS: dict[str, Callable[[], None]] = {
     "a score's row": check_row,
     "a score's interval": check_interval,
     "a score's choice": check_choice,
+    "a tie": check_tie,
+    "a verdict that failed": check_failed,
+    "a card's figures": check_figures,
     "tail mass": partial(check_tail, 20.0),
     "rounds": partial(check_rounds, "token"),
     "rounds, opposite": partial(check_rounds, "token", draft="opposite"),
@@ -434,6 +439,41 @@ MUTATIONS = [
                 "{False: _fastest(settings, other), True:",
             )
         ],
+    ),
+    Mutation(
+        "every difference of greedy texts passes for a tie",
+        "a tie",
+        [(explain_difference, "decided and rounding <= most_rounding(target, one)", "True")],
+    ),
+    Mutation(
+        "a tie is decided by its size alone",
+        "a tie",
+        [(explain_difference, "decided and rounding", "rounding")],
+    ),
+    Mutation(
+        "greedy texts that differ without a reason do not count",
+        "a verdict that failed",
+        [(scorecard._unexplained, "if count <= 0:", "if True:")],
+    ),
+    Mutation(
+        "evidence that failed leaves the verdict as it was",
+        "a verdict that failed",
+        [(scorecard.Scorecard.__post_init__, "if self.failures:", "if False:")],
+    ),
+    Mutation(
+        "a draft pays though its evidence failed",
+        "a verdict that failed",
+        [(scorecard._failed, "pays=False", "pays=verdict.pays")],
+    ),
+    Mutation(
+        "rates in sum are believed",
+        "a card's figures",
+        [(trust.contradictions, "_derived(row, base, prompts, weights)", "[]")],
+    ),
+    Mutation(
+        "intervals are believed",
+        "a card's figures",
+        [(trust.contradictions, "_interval(row, prompts, seed)", "[]")],
     ),
 ]
 
