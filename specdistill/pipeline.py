@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specdistill import models, packing
+from specdistill import gguf_files, models, packing
 from specdistill.config import DistillConfig, Training
 from specdistill.data.generation import generate, signal_bytes
 from specdistill.data.prompts import load_prompts
@@ -36,7 +36,7 @@ class QuickstartPlan:
     """What quickstart does; the defaults fit two CPU cores and eight minutes. The seconds bound the
     stages where a machine is slower than that."""
 
-    target: str = models.DEMO
+    target: str = gguf_files.DEMO
     train_prompts: str = "demo:train"
     heldout_prompts: str = "demo:heldout"
     answers: int = 240

@@ -6,7 +6,7 @@ import json
 import shlex
 from typing import Literal
 
-from specdistill.models import DEMO
+from specdistill.gguf_files import DEMO
 from specdistill.quoting import block
 
 Engine = Literal["transformers", "vllm", "sglang"]

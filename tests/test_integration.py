@@ -17,20 +17,21 @@ from specdistill.data.prompts import load_prompts
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
 from specdistill.drafts import make_draft, save_draft, widen
 from specdistill.errors import InputError
+from specdistill.gguf_files import DEMO
 from specdistill.models import LanguageModel
 from specdistill.scoring.scorecard import Scorecard
 
 
 @pytest.fixture(scope="module")
 def smollm2() -> LanguageModel:
-    return packing.pack(models.load(models.DEMO, dtype="float32"), 8)
+    return packing.pack(models.load(DEMO, dtype="float32"), 8)
 
 
 def test_greedy_text_with_a_draft_is_that_without(smollm2: LanguageModel) -> None:
     prompts = [encode_prompt(smollm2.tokenizer, p) for p in load_prompts("demo:heldout", limit=3)]
     plain = SpeculativeDecoder(smollm2).generate(prompts, max_new_tokens=24)
     draft = make_draft(
-        models.load(models.DEMO, dtype="float32"), [0, 1], torch.arange(0, smollm2.vocab_size, 3)
+        models.load(DEMO, dtype="float32"), [0, 1], torch.arange(0, smollm2.vocab_size, 3)
     )
     for drafter, batch_size in ((ModelDrafter(draft, smollm2.vocab_size), 3), (None, 2)):
         decoder = SpeculativeDecoder(
@@ -103,7 +104,7 @@ def test_quickstart_in_small_leaves_a_complete_run(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["expected_alpha"] >= rows[0]["expected_alpha"]
     assert load_config(run / "config.yaml").training.batch_tokens == 512
-    assert yaml.safe_load((run / "config.yaml").read_text())["target"] == models.DEMO
+    assert yaml.safe_load((run / "config.yaml").read_text())["target"] == DEMO
     draft = models.load(str(run / "draft"))
     assert draft.vocab_size == plan.vocab_size
     save_draft(widen(draft), tmp_path / "wide")

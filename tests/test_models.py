@@ -4,9 +4,11 @@ import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -15,7 +17,7 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from test_cli import run
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,7 +32,7 @@ from transformers import (
     T5Config,
 )
 
-from specdistill import models, products
+from specdistill import gguf_files, models, products
 from specdistill.checkpoint_files import weight_files
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
 from specdistill.drafts import make_draft, save_draft
@@ -133,10 +135,10 @@ def test_a_demo_of_another_content_is_refused_with_both_hashes(
 ) -> None:
     wrong = tmp_path / "SmolLM2.gguf"
     wrong.write_bytes(b"not the right one")
-    monkeypatch.setattr(models, "_demo_file", lambda: wrong)
+    monkeypatch.setattr(models, "demo_file", lambda: wrong)
     message = refusal("demo:smollm2")
     assert file_sha256(wrong) in message
-    assert models.DEMO_SHA256 in message
+    assert gguf_files.DEMO_SHA256 in message
     assert "reinstall" in message
     assert not cache.exists()
 
@@ -275,12 +277,22 @@ def test_auto_is_bfloat16_only_where_the_processor_multiplies_it(
 # GGUF files and the cache folder
 
 
-def write_gguf(model: LanguageModel, file: Path) -> None:
-    """The tiny Llama as llama.cpp would store it: rotary halves interleaved, a byte-level BPE."""
+def write_gguf(
+    model: LanguageModel,
+    file: Path,
+    *,
+    arch: str = "llama",
+    without: str | None = None,
+    factors: Tensor | None = None,
+    **more: int | float | str | bool,
+) -> None:
+    """The tiny Llama as llama.cpp would store it: rotary halves interleaved, a byte-level BPE.
+    `more` are further keys, with two underscores for a dot.
+    """
     import gguf
 
     config = model.config
-    writer = gguf.GGUFWriter(file, "llama")
+    writer = gguf.GGUFWriter(file, arch)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -297,8 +309,20 @@ def write_gguf(model: LanguageModel, file: Path) -> None:
     writer.add_token_merges(["A B"])
     writer.add_token_types([3] + [1] * (len(words) - 1))
     writer.add_eos_token_id(0)
+    add = {
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        str: writer.add_string,
+        bool: writer.add_bool,
+    }
+    for key, value in more.items():
+        add[type(value)](key.replace("__", "."), value)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", factors.numpy())
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.model.state_dict().items():
+        if name == without:
+            continue
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         count = next((n for part, n in heads.items() if part in name), None)
         if count is not None:
@@ -348,6 +372,109 @@ def test_a_damaged_gguf_file_is_refused_and_leaves_nothing(
     assert not list(cache.iterdir())
 
 
+SCALED = {
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "llama3 of other positions": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SCALED)
+def test_the_rotary_scaling_of_a_gguf_file_is_the_models(
+    tiny: Tiny, tmp_path: Path, cache: Path, kind: str
+) -> None:
+    source, rope_type = tiny(0), kind.split()[0]
+    plain = source.model.model.rotary_emb.inv_freq.clone()
+    config = source.config
+    theta = 500_000.0 if kind == "llama3" else config.rope_parameters["rope_theta"]
+    plain = 1 / theta ** (torch.arange(len(plain)) / len(plain))
+    config.rope_parameters = {"rope_type": rope_type, "rope_theta": theta, **SCALED[kind]}
+    source.model.model.rotary_emb = type(source.model.model.rotary_emb)(config)
+    said: dict[str, Any] = {}
+    if rope_type == "llama3":
+        said["factors"] = plain / source.model.model.rotary_emb.inv_freq
+    else:
+        said["llama__rope__scaling__type"] = rope_type
+        said["llama__rope__scaling__factor"] = 4.0
+        said["llama__rope__scaling__original_context_length"] = 32
+    write_gguf(source, tmp_path / "tiny.gguf", **said)
+    ours = load(str(tmp_path / "tiny.gguf"), dtype="float32")
+    tokens = torch.randint(0, 60, (1, 100), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = source.logits(source.hidden(tokens))
+        assert torch.allclose(ours.logits(ours.hidden(tokens)), expected, atol=1e-4)
+    if kind == "llama3":
+        assert ours.config.rope_parameters["rope_type"] == "llama3"
+
+
+def test_every_end_that_a_gguf_file_names_ends_an_answer(
+    tiny: Tiny, tmp_path: Path, cache: Path
+) -> None:
+    ids = {"tokenizer__ggml__eot_token_id": 7, "tokenizer__ggml__eom_token_id": 9}
+    write_gguf(tiny(0), tmp_path / "tiny.gguf", **ids)
+    model = load(str(tmp_path / "tiny.gguf"))
+    assert model.eos_ids == {0, 7, 9}
+    assert len(model.tokenizer) == model.vocab_size, "no tokens beyond the embedding"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"without": "model.layers.1.mlp.up_proj.weight"}, "no tensor for .*layers.1.mlp.up_proj"),
+        ({"split__count": 2, "split__no": 0}, "one of 2 files"),
+        ({"split__tensors__count": 99}, "of 99 tensors"),
+        ({"llama__rope__scaling__type": "longrope"}, "rope.scaling.type: longrope"),
+        ({"llama__attention__sliding_window": 16}, "attention.sliding_window: 16"),
+        ({"llama__final_logit_softcapping": 30.0}, "final_logit_softcapping: 30"),
+        ({"llama__logit_scale": 0.5}, "logit_scale: 0.5"),
+        ({"llama__expert_count": 8}, "expert_count: 8"),
+        ({"llama__something_new": 1}, "llama.something_new: 1"),
+        ({"tokenizer__ggml__eot_token_id": 640}, "eot_token_id: 640"),
+        ({"tokenizer__ggml__pre": "of-tomorrow"}, "pre: of-tomorrow"),
+        ({"general__type": "mmproj"}, "no language model but mmproj"),
+        ({"arch": "clip"}, "no language model"),
+        ({"arch": "rwkv7"}, "cannot convert"),
+        ({"factors": torch.ones(3)}, "3 rotary factors"),
+    ],
+)
+def test_what_the_converted_model_would_not_do_is_refused(
+    tiny: Tiny, tmp_path: Path, cache: Path, change: dict[str, Any], message: str
+) -> None:
+    write_gguf(tiny(0), tmp_path / "tiny.gguf", **change)
+    assert re.search(message, refusal(str(tmp_path / "tiny.gguf")))
+    assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_weights_of_a_gguf_file_that_are_no_numbers(
+    tiny: Tiny, tmp_path: Path, cache: Path
+) -> None:
+    source = tiny(0)
+    source.head.weight[3, 3] = torch.nan
+    write_gguf(source, tmp_path / "tiny.gguf")
+    assert "NaN" in refusal(str(tmp_path / "tiny.gguf"))
+
+
+def test_a_part_of_a_split_gguf_file_is_known_by_its_name(
+    tiny: Tiny, tmp_path: Path, cache: Path
+) -> None:
+    write_gguf(tiny(0), tmp_path / "t-00001-of-00002.gguf")
+    message = refusal(str(tmp_path / "t-00001-of-00002.gguf"))
+    assert "one of 2 files, of which t-00002-of-00002.gguf is missing" in message
+    write_gguf(tiny(0), tmp_path / "u-00001-of-00001.gguf")
+    assert load(str(tmp_path / "u-00001-of-00001.gguf")).eos_ids == {0}
+
+
 def test_a_missing_gguf_file() -> None:
     assert "there is no file ./none.gguf" in refusal("./none.gguf")
 
@@ -366,11 +493,11 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("SPECDISTILL_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert models.cache_folder() == tmp_path / ".cache" / "specdistill"
+    assert gguf_files.cache_folder() == tmp_path / ".cache" / "specdistill"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert models.cache_folder() == tmp_path / "xdg" / "specdistill"
+    assert gguf_files.cache_folder() == tmp_path / "xdg" / "specdistill"
     monkeypatch.setenv("SPECDISTILL_CACHE", "~/mine")
-    assert models.cache_folder() == tmp_path / "mine"
+    assert gguf_files.cache_folder() == tmp_path / "mine"
 
 
 # Pairs
