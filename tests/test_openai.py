@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
+from urllib.parse import quote
 from urllib.request import urlopen
 
 import pytest
@@ -131,9 +132,10 @@ def test_a_model_that_wants_the_limit_by_another_name(tmp_path: Path) -> None:
         assert body["max_completion_tokens"] == 32
         return echo(body, before)
 
-    with serving(newer) as (url, _):
-        ask(url, tmp_path / "data")
+    with serving(newer) as (url, fake):
+        ask(url, tmp_path / "data", concurrency=1)
     assert texts(tmp_path / "data") == EVERYTHING
+    assert len(fake.requests) == len(PROMPTS) + 1, "learnt once"
 
 
 @pytest.mark.parametrize("most", [1, 3])
@@ -738,17 +740,102 @@ def test_the_key_is_in_no_file_message_or_output(tmp_path: Path) -> None:
 # What is refused before anything is asked
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x/v1", "", "http://", "v1"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *(
+            "localhost:8000",
+            "ftp://x/v1",
+            "",
+            "http://",
+            "v1",
+            "http://a b/v1",
+            "http://x:99999/v1",
+        ),
+        *("http://x:port/v1", "http://[::1/v1", "http://x/v1?key=hidden", "http://x/v1#hidden"),
+        *("http://me:hidden@x:0/v1", "http://x/\x1b[2J", "http://x:8000/v1\n"),
+    ],
+)
 def test_addresses_that_are_none(url: str) -> None:
-    with pytest.raises(InputError, match="must look like http://localhost:8000/v1"):
+    with pytest.raises(InputError, match="must look like http://localhost:8000/v1") as caught:
         Server(url, "big")
+    assert "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("end", ["\r", "\n", "\t", "\r\n", " "])
+def test_white_space_around_the_key_is_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + end)
+    with serving(echo) as (url, fake):
+        ask(url, tmp_path / "data")
+    assert {h["authorization"] for h in fake.headers} == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize("key", ["sk-a\nb", "sk-a\x00b", "sk-a b", "sk-\u00e4b"])
+def test_a_key_that_no_header_may_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    if "\0" in key:
+        monkeypatch.setattr(os.environ, "get", lambda name, default=None: key)
+    else:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(InputError, match="OPENAI_API_KEY holds a space") as caught:
+        ask("http://localhost:1/v1", tmp_path / "data")
+    assert "sk-" not in str(caught.value)
+
+
+@pytest.mark.parametrize("quoted", [repr, json.dumps, quote, lambda key: quote(key, safe="")])
+def test_a_key_that_is_quoted_is_not_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quoted: Callable[[str], str]
+) -> None:
+    key = "sk-\\this'/\"must+not&be/seen"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+
+    def reply(body: dict[str, Any], before: int) -> Reply:
+        number = int(body["messages"][-1]["content"].split()[-1])
+        if number % 2:
+            return failure(400, f"odd {quoted(key)}")
+        return completion(f"answer {number} {quoted(key)}", reasoning_content=quoted(key))
+
+    with serving(reply) as (url, _):
+        refused = ask(url, tmp_path / "data")[1]
+    seen = [*refused.values(), *(f.read_text() for f in (tmp_path / "data").iterdir())]
+    assert any("***" in text for text in seen)
+    for text in seen:
+        assert "not" not in text.replace("another", "")
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        *([], [[]], 3, "text", None, {"choices": {}}, {"choices": [3]}, {"choices": [[]]}),
+        {"choices": [{"message": []}]},
+        {"choices": [{"message": {"content": ["a"]}}]},
+        {"choices": [{"message": {"content": "a", "reasoning_content": {"a": 1}}}]},
+    ],
+)
+def test_documents_of_other_types_are_no_answers(tmp_path: Path, document: object) -> None:
+    with serving(lambda body, before: ok(document)) as (url, _), pytest.raises(ServerError):
+        ask(url, tmp_path / "data", PROMPTS[:2])
+
+
+def test_what_a_server_says_moves_no_cursor(tmp_path: Path) -> None:
+    with (
+        serving(lambda body, before: failure(401, "no\x1b[2J\x9b")) as (url, _),
+        pytest.raises(ServerError) as caught,
+    ):
+        ask(url, tmp_path / "data")
+    assert "no\\x1b[2J" in str(caught.value)
+    assert str(caught.value).isprintable()
 
 
 def test_settings_that_have_no_meaning(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no top-k or min-p"):
         ask("http://x/v1", tmp_path, samplings=[Sampling(1.0, top_k=5)])
-    with pytest.raises(InputError, match="concurrency must be at least 1; got 0"):
-        ask("http://x/v1", tmp_path, concurrency=0)
+    for number in (0, 10**9):
+        with pytest.raises(InputError, match=f"concurrency must be at least 1.*; got {number}"):
+            ask("http://x/v1", tmp_path, concurrency=number)
     with pytest.raises(InputError, match="no prompts"):
         ask("http://x/v1", tmp_path, [])
 

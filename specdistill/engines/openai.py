@@ -8,7 +8,11 @@ judge, an answer that is none, is asked for again here.
 from __future__ import annotations
 
 import asyncio
+import base64
+import html
+import json
 import os
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +20,7 @@ from math import isfinite, nan
 from pathlib import Path
 from statistics import StatisticsError, fmean
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, quote_plus, urlsplit
 
 from specdistill.data.answers import AnswerStore, Choices, Reply, Settled, settle
 from specdistill.data.asking import answer_id, round_seed
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
 
 KEY = "OPENAI_API_KEY"
 CLIENT_RETRIES = 8  # about 40 s of backing off, or as often as long as the server says
+MOST_AT_ONCE = 1024  # questions under way
+SECONDS = 600.0  # an answer may take, from the question to its last byte
 REPLIES = 3  # how often an answer that is none is asked for
 BACKOFF = 0.5  # seconds before the second reply is asked for; doubles
 REFUSALS = 16  # in a row, with which the trouble is not with single prompts
@@ -51,19 +57,44 @@ class Server:
     concurrency: int = 8
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        problem = _problem(self.base_url)
+        if problem:
             raise InputError(
-                f"--base-url must look like http://localhost:8000/v1; got {self.public!r}"
+                f"--base-url must look like http://localhost:8000/v1; got {self.public!r} "
+                f"({problem})"
             )
-        if self.concurrency < 1:
-            raise InputError(f"concurrency must be at least 1; got {self.concurrency}")
+        if not 1 <= self.concurrency <= MOST_AT_ONCE:
+            raise InputError(
+                f"concurrency must be at least 1, and at most {MOST_AT_ONCE:,}; got "
+                f"{self.concurrency}"
+            )
 
     @property
     def public(self) -> str:
         """The URL without what may be secret in it: user, password and query."""
-        parts = urlsplit(self.base_url)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        address = re.split(r"[?#]", self.base_url, maxsplit=1)[0]
+        scheme, mark, rest = address.rpartition("://")
+        return scheme + mark + rest.rpartition("@")[2]
+
+
+def _problem(url: str) -> str | None:
+    """Why it is no base URL."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        return "its port is none" if "ort" in str(error) else "its host is none"
+    if re.search(r"[^!-~]", url):
+        return "spaces, control characters and other letters than ASCII's have no place in it"
+    if parts.scheme not in ("http", "https"):
+        return "it begins with neither http:// nor https://"
+    if not parts.hostname or not re.fullmatch(r"[\w.:%-]+", parts.hostname):
+        return "it names no host"
+    if port == 0:
+        return "its port is none"
+    if "?" in url or "#" in url:
+        return "a base URL has no query and no fragment"
+    return None
 
 
 class _Refused(Exception):
@@ -158,6 +189,7 @@ class _Asking:
     refused: dict[tuple[str, int], str] = field(default_factory=dict)  # attempts
     refused_in_a_row: set[str] = field(default_factory=set)  # prompts
     open: set[str] = field(default_factory=set)  # prompts
+    limit: str = "max_tokens"  # by which name the server knows the limit of an answer
 
     def settled(self) -> Settled:
         return settle(self.prompts, self.store.replies, self.choices, self._retries, self.refused)
@@ -201,7 +233,7 @@ class _Asking:
     async def _ask(self, prompt: Prompt, attempt: int) -> None:
         try:
             question = self._question(prompt, attempt)
-            reply = await _reply(self.client, self.server, question, prompt.id, attempt)
+            reply = await self._reply(question, prompt.id, attempt)
         except _Refused as reason:
             self.refused[prompt.id, attempt] = str(reason)
             self.refused_in_a_row.add(prompt.id)
@@ -222,6 +254,62 @@ class _Asking:
                 self.open.discard(prompt.id)
         self._tell()
 
+    async def _reply(self, question: dict[str, Any], id_: str, attempt: int) -> Reply:
+        import openai
+
+        server, reason, tries = self.server, "", 0
+        while tries < REPLIES:
+            limit = self.limit
+            asked = {**question, limit: self.max_new_tokens}
+            try:
+                reply = await asyncio.wait_for(
+                    self.client.chat.completions.create(**asked), SECONDS * (CLIENT_RETRIES + 1)
+                )
+                return _read(reply, id_, attempt, "logprobs" in question)
+            except openai.APIStatusError as error:
+                status, words = error.status_code, _words(error)
+                if status in (401, 403):
+                    raise ServerError(
+                        f"{server.public} refuses the key: {words}; check the environment variable "
+                        f"{KEY}, and --target and --base-url"
+                    ) from None
+                if status == 404:
+                    raise ServerError(
+                        f"{server.public} does not serve {server.model!r}: {words}; check --target "
+                        "and --base-url"
+                    ) from None
+                if status == 400 and limit == "max_tokens" and "max_completion_tokens" in words:
+                    # OpenAI's newer models know the limit by this name alone.
+                    self.limit = "max_completion_tokens"
+                    continue
+                if status != 429 and status < 500:
+                    raise _Refused(words) from None
+                wait = _line(error.response.headers.get("retry-after", ""))
+                raise ServerError(
+                    f"{server.public} fails or limits the rate: {words}"
+                    f"{f' (it asks to wait {wait} s)' if wait else ''}; what was answered is kept, "
+                    "run the same command again to go on"
+                ) from None
+            except openai.APIConnectionError as error:
+                raise ServerError(
+                    f"cannot reach {server.public}: {_words(error.__cause__ or error)}; what was "
+                    "answered is kept, run the same command again to go on"
+                ) from None
+            except TimeoutError:
+                raise ServerError(
+                    f"{server.public} sends no end of an answer; what was answered is kept, run "
+                    "the same command again to go on"
+                ) from None
+            # What the client does not check: JSON that is none, or of other types.
+            except (_NoAnswer, ValueError, TypeError, AttributeError, LookupError) as error:
+                reason = _words(error)
+            except (openai.OpenAIError, RecursionError, OverflowError) as error:
+                reason = _words(error)
+            tries += 1
+            if tries < REPLIES:
+                await asyncio.sleep(BACKOFF * 2 ** (tries - 1))
+        raise _Refused(f"{REPLIES} replies without an answer, the last: {reason}")
+
     def _question(self, prompt: Prompt, attempt: int) -> dict[str, Any]:
         sampling = own_sampling(self.samplings, self.seed, prompt.id)
         selection = self.choices.selection
@@ -234,7 +322,6 @@ class _Asking:
                 {key: turn[key] for key in ("role", "content", "name") if key in turn}
                 for turn in prompt.messages
             ],
-            "max_tokens": self.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": seed >> 32,  # 31 bits: what every server takes
@@ -261,53 +348,20 @@ def _client(server: Server) -> AsyncOpenAI:
             "the engine 'openai' needs a package: pip install 'specdistill[openai]'"
         ) from None
     # Servers of one's own want no key, the client does.
-    key = os.environ.get(KEY) or "none"
-    return AsyncOpenAI(base_url=server.base_url, api_key=key, max_retries=CLIENT_RETRIES)
+    return AsyncOpenAI(
+        base_url=server.base_url, api_key=_key() or "none", max_retries=CLIENT_RETRIES
+    )
 
 
-async def _reply(
-    client: AsyncOpenAI, server: Server, question: dict[str, Any], id_: str, attempt: int
-) -> Reply:
-    import openai
-
-    for try_ in range(REPLIES):
-        try:
-            reply = await client.chat.completions.create(**question)
-            return _read(reply, id_, attempt, "logprobs" in question)
-        except openai.APIStatusError as error:
-            status, words = error.status_code, _words(error)
-            if status in (401, 403):
-                raise ServerError(
-                    f"{server.public} refuses the key: {words}; check the environment variable "
-                    f"{KEY}, and --target and --base-url"
-                ) from None
-            if status == 404:
-                raise ServerError(
-                    f"{server.public} does not serve {server.model!r}: {words}; check --target and "
-                    "--base-url"
-                ) from None
-            if status == 400 and "max_tokens" in question and "max_completion_tokens" in words:
-                # OpenAI's newer models know the limit by this name alone.
-                question["max_completion_tokens"] = question.pop("max_tokens")
-                continue
-            if status != 429 and status < 500:
-                raise _Refused(words) from None
-            wait = error.response.headers.get("retry-after")
-            raise ServerError(
-                f"{server.public} fails or limits the rate: {words}"
-                f"{f' (it asks to wait {wait} s)' if wait else ''}; what was answered is kept, run "
-                "the same command again to go on"
-            ) from None
-        except openai.APIConnectionError as error:
-            raise ServerError(
-                f"cannot reach {server.public}: {_words(error.__cause__ or error)}; what was "
-                "answered is kept, run the same command again to go on"
-            ) from None
-        except (_NoAnswer, ValueError) as error:  # ValueError: JSON that is none
-            reason = _words(error)
-        if try_ + 1 < REPLIES:
-            await asyncio.sleep(BACKOFF * 2**try_)
-    raise _Refused(f"{REPLIES} replies without an answer, the last: {reason}")
+def _key() -> str:
+    """Raises `InputError` for one that no header may hold, without quoting it."""
+    key = os.environ.get(KEY, "").strip()
+    if re.search(r"[^!-~]", key):
+        raise InputError(
+            f"the environment variable {KEY} holds a space, a control character or a letter that "
+            "is not ASCII's: no key does; set it to the key alone"
+        )
+    return key
 
 
 def _read(reply: Any, id_: str, attempt: int, scored: bool) -> Reply:
@@ -317,20 +371,31 @@ def _read(reply: Any, id_: str, attempt: int, scored: bool) -> Reply:
         text, reason = choice.message.content, choice.finish_reason
         message = choice.message
     except (AttributeError, IndexError, TypeError) as error:
-        raise _NoAnswer(f"no choices in {str(reply)[:200]!r}") from error
+        raise _NoAnswer(f"no choices in {_redacted(str(reply))[:200]!r}") from error
     if not isinstance(text, str):
         raise _NoAnswer(f"no text, finish reason {reason!r}")
     text.encode()  # half of a surrogate pair is a ValueError
     apart = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
+    if apart is not None and not isinstance(apart, str):
+        raise _NoAnswer(f"reasoning that is no text but {type(apart).__name__}")
+    if apart is not None:
+        apart.encode()
     found = _log_probability(choice) if scored and text.strip() else None
-    return Reply(id_, attempt, text, reason == "stop", apart, found)
+    return Reply(
+        id_,
+        attempt,
+        _redacted(text),
+        reason == "stop",
+        None if apart is None else _redacted(apart),
+        found,
+    )
 
 
 def _log_probability(choice: Any) -> float:
     """The mean of the answer's tokens'."""
     try:
         found = fmean(token.logprob for token in choice.logprobs.content)
-    except (AttributeError, TypeError, StatisticsError):
+    except (AttributeError, TypeError, ValueError, OverflowError, StatisticsError):
         found = nan
     if not isfinite(found):
         raise _NoAnswer(
@@ -344,7 +409,24 @@ def _words(error: BaseException) -> str:
     said = str(error)
     if " - " not in said and hasattr(error, "response"):  # not where the client looks for it
         said += f" - {error.response.text}"
-    text = " ".join(said.split())
-    if key := os.environ.get(KEY):
-        text = text.replace(key, "***")
-    return text[:300] or type(error).__name__
+    return _line(said)[:300] or type(error).__name__
+
+
+def _line(text: str) -> str:
+    """On one line, without the key and without what a terminal would obey."""
+    line = " ".join(_redacted(text).split())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+def _redacted(text: str) -> str:
+    """Without the key, however it was quoted."""
+    key = os.environ.get(KEY, "")
+    forms = set()
+    for form in {key, key.strip()} - {""}:
+        quoted = {quote(form), quote(form, safe=""), quote_plus(form), html.escape(form)}
+        forms |= quoted | {form, repr(form)[1:-1], json.dumps(form)[1:-1]}
+        forms |= {json.dumps(form)[1:-1].replace("/", "\\/"), *map(str.lower, quoted)}
+        forms.add(base64.b64encode(form.encode()).decode())
+    for form in sorted(forms, key=len, reverse=True):
+        text = text.replace(form, "***")
+    return text
