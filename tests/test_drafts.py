@@ -220,3 +220,11 @@ def test_layers_that_are_not_alike_are_refused(tiny: Tiny) -> None:
     assert make_draft(target, [0, 2]).num_layers == 2
     with pytest.raises(ModelError, match="not alike"):
         make_draft(target, [1, 2])
+
+
+def test_a_token_added_without_resizing_is_named(tiny_folder: Path) -> None:
+    model = models.load(str(tiny_folder), dtype="float32")
+    model.tokenizer.add_tokens(["<|new|>"])
+    beyond = model.tokenizer.convert_tokens_to_ids("<|new|>")
+    with pytest.raises(InputError, match=rf"holds '<\|new\|>', id {beyond} .* without resizing"):
+        count_tokens(model, [[1, 2], [beyond]])
