@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +157,10 @@ def settle_window(name: str, model: Any) -> None:
         if config.layer_types != kinds:
             config.layer_types = kinds
     elif not any(slides):
-        config.sliding_window = None
+        try:
+            config.sliding_window = None
+        except Exception:  # a family whose settings must name one
+            config.sliding_window = 2**31 - 1
 
 
 @torch.inference_mode()
@@ -185,3 +190,42 @@ def _sliding_layers(name: str, model: Any) -> list[bool]:
         for hook in hooks:
             hook.remove()
     return slides
+
+
+# What families call the number of a mixture's experts, and how many of them a token is sent to.
+_EXPERTS = (
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "num_moe_experts",
+)
+_CHOSEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+    "num_selected_experts",
+)
+
+
+def active_experts(config: Any) -> Fraction:
+    """The share of a mixture's experts that a token is sent to; 1 where none are known."""
+    experts, chosen = _first(config, _EXPERTS), _first(config, _CHOSEN)
+    return Fraction(min(chosen, experts), experts) if experts and chosen else Fraction(1)
+
+
+def is_of_experts(name: str, parameter: Tensor, config: Any) -> bool:
+    """Whether a parameter is of experts among which tokens are dealt: a module of that name, each
+    by itself or all in one tensor [experts, ...].
+    """
+    if "experts" in name.split("."):
+        return True
+    return parameter.dim() == 3 and parameter.shape[0] == _first(config, _EXPERTS)
+
+
+def _first(config: Any, names: Sequence[str]) -> int | None:
+    values = (getattr(config, name, None) for name in names)
+    return next((v for v in values if isinstance(v, int) and v > 0), None)

@@ -21,7 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from specdistill.architectures import check_decodable, read_config, settle_window
+from specdistill.architectures import (
+    active_experts,
+    check_decodable,
+    is_of_experts,
+    read_config,
+    settle_window,
+)
 from specdistill.checkpoint_files import (
     INDEX,
     VOCAB_FILE,
@@ -40,6 +46,8 @@ from specdistill_kernels import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOLERANCE = 1e-4  # of the largest logit, in float32: far above rounding
 
 
 @dataclass
@@ -193,7 +201,10 @@ class LanguageModel:
         return sum(p.numel() for p in self.model.parameters())
 
     def weight_bytes(self) -> int:
-        """Bytes of weights read for one token: all but embeddings that are only looked up."""
+        """Bytes of weights read for one token: all but embeddings that are only looked up, and of a
+        mixture's experts the share that a token is sent to (`num_experts_per_tok` of them; shared
+        ones are read by every token). A batch reads more of them, up to all.
+        """
         looked_up = {
             id(p)
             for m in self.model.modules()
@@ -201,8 +212,13 @@ class LanguageModel:
             for p in m.parameters()
         }
         looked_up.discard(id(self.head.weight))
-        return sum(
-            p.numel() * p.element_size() for p in self.model.parameters() if id(p) not in looked_up
+        share = active_experts(self.config)
+        return round(
+            sum(
+                p.numel() * p.element_size() * (share if is_of_experts(name, p, self.config) else 1)
+                for name, p in self.model.named_parameters()
+                if id(p) not in looked_up
+            )
         )
 
     def sha256(self) -> str:
@@ -253,6 +269,8 @@ def load(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageM
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                # Grouped products of experts are not made in float64.
+                **({"experts_implementation": "eager"} if kind == torch.float64 else {}),
             )
             model, report = loaded
             missing = report["missing_keys"]
@@ -484,16 +502,83 @@ def read_vocab(path: Path) -> Tensor | None:
 
 
 def _with_known_logits(model: LanguageModel) -> LanguageModel:
-    """The model, once the logits of one token are seen to be those of its own forward pass: a
-    family may do something after the head that `scale_logits` does not know. Raises `ModelError`.
+    """The model, once its logits are seen to be numbers and made as its own forward pass makes
+    them: a family may do something after the head that `scale_logits` does not know, or read a
+    cache in a way of its own. Raises `ModelError`.
     """
-    token = torch.tensor([[model.full_vocab_size // 2]], device=model.device)  # no padding id
+    middle = model.full_vocab_size // 2
+    tokens = torch.tensor([[middle, middle - 1], [middle - 1, middle]], device=model.device).abs()
     with torch.inference_mode():
-        expected = model.model(input_ids=token).logits.float()
-        difference = (model.logits(model.hidden(token)).float() - expected).abs().max()
-    if difference > 0.05 * expected.abs().max():  # far above rounding in half precision
-        raise ModelError(
-            f"{model.name} ({model.config.model_type}) does more to its logits than is known here; "
-            "its family is not supported"
-        )
+        hidden = model.hidden(tokens, use_cache=False)
+        if not model.logits(hidden).isfinite().all():
+            raise ModelError(
+                f"{model.name} gives logits that are NaN or infinite in "
+                f"{str(model.dtype).removeprefix('torch.')}; check the checkpoint, or try dtype "
+                "float32"
+            )
+        try:
+            stepped = model.hidden(tokens, past_key_values=_strided_cache(), use_cache=True)
+        except (RuntimeError, TypeError) as error:
+            raise ModelError(
+                f"{model.name} ({model.config.model_type}) cannot read keys and values that lie "
+                f"token by token, as they are kept here ({first_line(error)}); its family is not "
+                "supported"
+            ) from error
+        apart = (stepped.float() - hidden.float()).norm() / hidden.float().norm()
+        if not _agree(model, hidden):  # by settings that its family does not read, perhaps
+            for setting in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
+                if hasattr(model.config, setting):
+                    setattr(model.config, setting, None)
+        if apart > 0.05 or not _agree(model, hidden):
+            raise ModelError(
+                f"{model.name} ({model.config.model_type}) does more to its logits than is known "
+                "here; its family is not supported"
+            )
     return model
+
+
+def _agree(model: LanguageModel, hidden: Tensor) -> bool:
+    """Whether the model's own forward pass, handed these final states and a spread of the head's
+    rows in float32, makes logits that are ours to 1e-4 of the largest.
+    """
+    stock, base, head = model.model, model.model.base_model, model.head
+    kind = torch.promote_types(model.dtype, torch.float32)
+    rows = torch.arange(0, model.vocab_size, max(model.vocab_size // 512, 1), device=model.device)
+    weight = head.weight[rows].to(kind)
+    bias = None if head.bias is None else head.bias[rows].to(kind)
+    states = hidden.to(kind)
+
+    def product(x: Tensor) -> Tensor:
+        return nn.functional.linear(x.to(kind), weight, bias)
+
+    def hand_over(module: nn.Module, args: Any, output: Any) -> Any:
+        output.last_hidden_state = states
+        return output
+
+    hook = base.register_forward_hook(hand_over)
+    vars(head)["forward"] = product
+    try:
+        expected = stock(input_ids=torch.zeros_like(hidden[..., 0], dtype=torch.int64)).logits
+    finally:
+        hook.remove()
+        del vars(head)["forward"]
+    ours = model.scale_logits(product(states))
+    return bool((ours - expected).abs().max() <= TOLERANCE * expected.abs().max())
+
+
+def _strided_cache() -> Any:
+    """Hands out keys and values [B, H, n, D] that lie in memory as `decoding` keeps them, token by
+    token.
+    """
+    from transformers import DynamicCache
+
+    class Strided(DynamicCache):
+        def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            keys, values = super().update(*args, **kwargs)
+            return _by_token(keys), _by_token(values)
+
+    return Strided()
+
+
+def _by_token(states: Tensor) -> Tensor:
+    return states.transpose(1, 2).contiguous().transpose(1, 2)

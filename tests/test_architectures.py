@@ -139,6 +139,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
     },
     "minicpm3": {**COMPRESSED, "dim_model_base": 16},
+    "moshi": {**GATED, "head_dim": 8},
     "nemotron": {"intermediate_size": 48, "num_key_value_heads": 2},
 }
 
@@ -380,6 +381,7 @@ def strayed(name: str, folder: Path, **stray: object) -> LanguageModel:
         ("qwen2", {**MIXED, "use_sliding_window": True}),
         ("qwen3_moe", {"sliding_window": WINDOW, "use_sliding_window": False}),
         ("gemma2", {"layer_types": ["full_attention"] * 4}),
+        ("moshi", {"sliding_window": WINDOW}),
     ],
     ids=str,
 )
@@ -527,3 +529,12 @@ def test_unknown_steps_after_the_head_are_refused(
             patch.setattr(LlamaForCausalLM, "forward", scaled)
             with pytest.raises(ModelError, match=r"\(llama\) does more to its logits"):
                 load(str(tmp_path / name))
+
+
+def test_keys_and_values_must_be_read_as_they_lie(tmp_path: Path) -> None:
+    """Which no configuration tells, and a pass does."""
+    config = AutoConfig.for_model("gpt_neox_japanese", **COMMON)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer(64).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"\(gpt_neox_japanese\) cannot read keys and values"):
+        load(str(tmp_path), dtype="float32")

@@ -695,6 +695,76 @@ def test_parameters_and_bytes_read_for_a_token(tiny: Tiny, tied: bool) -> None:
     assert draft.weight_bytes() == 2 * (layer + 32 + 16 * 32)
 
 
+def test_of_a_mixture_the_active_experts_are_read(tiny: Tiny) -> None:
+    settings: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "moe_intermediate_size": 16,
+        "tie_word_embeddings": True,
+    }
+
+    def read(kind: str, **experts: int) -> int:
+        config = AutoConfig.for_model(kind, **settings | experts)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        return LanguageModel(kind, Path(), model, tiny(0).tokenizer).weight_bytes()
+
+    expert = 2 * 4 * 3 * 32 * 16  # in two layers, of float32, three products
+    router = 2 * 4 * 32
+    four = read("qwen3_moe", num_experts=8, num_experts_per_tok=4)
+    assert four - read("qwen3_moe", num_experts=8, num_experts_per_tok=2) == 2 * expert
+    assert read("qwen3_moe", num_experts=16, num_experts_per_tok=4) - four == 8 * router
+    one = read("mixtral", num_local_experts=8, num_experts_per_tok=1)
+    assert read("mixtral", num_local_experts=8, num_experts_per_tok=3) - one == 2 * 3 * expert
+    shared = {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 0}
+    shared |= {"n_group": 1, "topk_group": 1, "q_lora_rank": 8, "kv_lora_rank": 8}
+    more = read("deepseek_v3", **shared, n_shared_experts=2)
+    assert more - read("deepseek_v3", **shared, n_shared_experts=1) == expert
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_a_mixture_runs_in_every_dtype(tiny: Tiny, tmp_path: Path, dtype: str) -> None:
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny(0).tokenizer.save_pretrained(tmp_path)
+    model = load(str(tmp_path), dtype=dtype)
+    drafter = ModelDrafter(make_draft(model, [1]), 64)
+    decoder = SpeculativeDecoder(model, drafter, num_draft_tokens=2)
+    decoder.generate([[7, 8, 9]], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_logits_that_are_made_otherwise_are_refused(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """By a thousandth, which half precision rounds away; and settings nobody reads are no harm."""
+    model = tiny(1)
+    save_draft(model, tmp_path / "m")
+    file = tmp_path / "m" / "config.json"
+    stray = {"logit_scale": 0.5, "final_logit_softcapping": 3.0}
+    file.write_text(json.dumps(json.loads(file.read_text()) | stray))
+    loaded = load(str(tmp_path / "m"), dtype=dtype)
+    states = loaded.hidden(TOKENS)
+    assert torch.allclose(loaded.logits(states), loaded.head(states).float(), rtol=0.02, atol=0.02)
+    scale = LanguageModel.scale_logits
+    monkeypatch.setattr(LanguageModel, "scale_logits", lambda m, x: 1.001 * scale(m, x))
+    assert "does more to its logits than is known" in refusal(str(tmp_path / "m"), dtype=dtype)
+
+
 def test_every_source_of_an_end_of_answer_counts(tiny: Tiny) -> None:
     model = tiny(0, eos_token_id=None)
     assert model.eos_ids == {0}, "the tokenizer's"
