@@ -78,7 +78,7 @@ def lasting_streams() -> Iterator[tuple[Lasting, Lasting]]:
             Lasting(stream or stack.enter_context(open(os.devnull, "w", encoding="utf-8")))
             for stream in before
         )
-        sys.stdout, sys.stderr = Plain(out), Plain(err)  # type: ignore[assignment]
+        sys.stdout, sys.stderr = Plain(out), Plain(err)
         try:
             yield out, err
         finally:
