@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specdistill.errors import StorageError
+from specdistill.files import replacing
 
 WEIGHTS, BEST, OPTIMIZER = "weights.safetensors", "best.safetensors", "optimizer.safetensors"
 STATE = "state.json"
@@ -26,17 +27,16 @@ def save_checkpoint(
     """Replace the checkpoint in `folder` by this one; the old one stays until then. `best` are the
     weights of the best evaluation so far, `moments` what the optimiser keeps.
     """
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    old = folder.with_name(folder.name + ".old")
     try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        for tensors, name in ((weights, WEIGHTS), (best, BEST), (moments, OPTIMIZER)):
-            save_file({n: t.detach().contiguous() for n, t in tensors.items()}, new / name)
-        (new / STATE).write_text(json.dumps(state), encoding="utf-8")
-        if folder.exists():  # else the old one is all there is
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        new.rename(folder)
+        with replacing(folder) as new:
+            new.mkdir()
+            for tensors, name in ((weights, WEIGHTS), (best, BEST), (moments, OPTIMIZER)):
+                save_file({n: t.detach().contiguous() for n, t in tensors.items()}, new / name)
+            (new / STATE).write_text(json.dumps(state), encoding="utf-8")
+            if folder.exists():  # else the old one is all there is
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise StorageError(

@@ -5,18 +5,28 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from specdistill.errors import InputError
+from specdistill.files import at_home
 from specdistill.limits import MAX_DRAFT_TOKENS
 from specdistill.options import Dtype
 
 Tracker = Literal[
     "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"
 ]
+LocalPath = Annotated[str, AfterValidator(at_home)]
 
 
 class _Section(BaseModel):
@@ -156,10 +166,10 @@ class DistillConfig(_Section):
     """
 
     schema_version: Literal[1] = 1
-    target: str
-    draft: str
-    data: str
-    run_dir: str
+    target: LocalPath
+    draft: LocalPath
+    data: LocalPath
+    run_dir: LocalPath
     loss: dict[str, float] = Field({"fkl": 1.0}, description="a name, or weights by name")
     temperature: float = Field(1.0, gt=0, description="of the losses of the KL family")
     decoding_temperature: float = Field(1.0, gt=0, description="of the overlap losses")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from hashlib import sha256
 from itertools import islice, pairwise
@@ -27,8 +29,9 @@ from specdistill.distiller import Distiller, trainable
 from specdistill.drafts import save_draft, set_origin
 from specdistill.errors import DecodingError, InputError, TrainingError
 from specdistill.evaluation import Evaluation
+from specdistill.files import held
 from specdistill.hints import map_layers
-from specdistill.models import LanguageModel
+from specdistill.models import LanguageModel, check_positions
 from specdistill.policies import Source, examples_at, forget_samples, read_given
 from specdistill.progress import Progress, silent
 from specdistill.run_folder import (
@@ -124,7 +127,22 @@ def distill(
     together, and `TrainingError` at the first update whose loss, gradient or evaluation is no
     number; no draft is written then.
     """
-    check_run(config, resume)
+    # Of several processes the first one writes.
+    with held(Path(config.run_dir)) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        return _distill(config, target, draft, resume, in_place, show, progress)
+
+
+def _distill(
+    config: DistillConfig,
+    target: LanguageModel | None,
+    draft: LanguageModel,
+    resume: bool,
+    in_place: bool,
+    show: Callable[[Example], None] | None,
+    progress: Progress,
+) -> Path:
+    if os.environ.get("RANK", "0") == "0":  # the others may find what this one has begun
+        check_run(config, resume)
     run = Path(config.run_dir)
     checkpoints = run / CHECKPOINTS
     if config.signal == "kept" and not holds_answers(config.data):
@@ -142,6 +160,10 @@ def distill(
             f"the metrics, leaves none to train on; set heldout={max(len(examples) // 5, 1)}, or "
             "generate more"
         )
+    readers = [model for model in (target, draft) if model is not None]
+    new = config.policy.max_new_tokens or 0  # sampled after a prompt
+    lengths = ((e.id, len(e.prompt_tokens) + max(len(e.response_tokens), new)) for e in examples)
+    check_positions(readers, lengths)
     heldout, training = split(examples, config.heldout)
 
     draft = draft if in_place else trainable(draft)
@@ -270,7 +292,7 @@ def distill(
         progress("distil", min(share, 1.0), 1.0, f"step {state['step']}, loss {metrics.loss:.3f}")
     copy_weights(best, weights)
     distiller.finish()
-    set_origin(draft, config_hash, state["best"]["kept_step"])
+    set_origin(draft, config_hash, state["best"]["kept_step"], target)
     if leads:
         save_draft(draft, run / DRAFT)
         write_trained(run / DRAFT, learnt)

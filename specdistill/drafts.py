@@ -5,11 +5,10 @@ uses.
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +19,7 @@ from torch.nn.utils import skip_init
 from specdistill import architectures
 from specdistill.checkpoint_files import VOCAB_FILE
 from specdistill.errors import InputError, ModelError, StorageError, first_line
+from specdistill.files import replacing
 from specdistill.models import LanguageModel, check_tokens
 from specdistill.randomness import seeded
 
@@ -170,9 +170,14 @@ def _unlike(target: LanguageModel, layers: list[int], reason: str) -> ModelError
     )
 
 
-def set_origin(draft: LanguageModel, config_sha256: str, step: int) -> None:
-    """Say in the draft's config.json which run's weights it has, and of which step."""
-    setattr(draft.model.config, ORIGIN, {"config_sha256": config_sha256, "step": step})
+def set_origin(
+    draft: LanguageModel, config_sha256: str, step: int, target: LanguageModel | None = None
+) -> None:
+    """Say in the draft's config.json which run's weights it has, of which step, and how many rows
+    for tokens its target has.
+    """
+    size = {} if target is None else {"target_vocab_size": target.full_vocab_size}
+    setattr(draft.model.config, ORIGIN, {"config_sha256": config_sha256, "step": step, **size})
 
 
 def origin(draft: LanguageModel) -> dict[str, Any] | None:
@@ -180,50 +185,64 @@ def origin(draft: LanguageModel) -> dict[str, Any] | None:
     return getattr(draft.model.config, ORIGIN, None)
 
 
-def save_draft(draft: LanguageModel, folder: Path) -> None:
+def save_draft(draft: LanguageModel, folder: Path) -> LanguageModel:
     """Write a checkpoint folder that `models.load` reads; without a trimmed vocabulary any Hugging
-    Face program reads it. config.json comes last: a folder that has one is whole.
+    Face program reads it. It takes the place of a checkpoint that is there, with all its files, and
+    is there whole or not at all. Returns the same draft under the folder's name.
+
+    Raises `StorageError`, also where `folder` holds anything else.
     """
-    new = folder.with_name(folder.name + ".new")
+    if folder.is_dir() and (held := {*folder.iterdir()}):
+        if folder / "config.json" not in held or any(file.is_dir() for file in held):
+            raise StorageError(
+                f"{folder} holds other things than a checkpoint; name another folder or empty it"
+            )
+    elif folder.exists() and not folder.is_dir():
+        raise StorageError(f"{folder} is a file, and a draft needs a folder; name another")
     try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        draft.model.save_pretrained(new, max_shard_size="1TB" if draft.vocab is not None else "5GB")
-        draft.tokenizer.save_pretrained(new)
-        if draft.vocab is not None:
-            save_file({"ids": draft.vocab.cpu()}, new / VOCAB_FILE)
-        folder.mkdir(exist_ok=True)
-        for file in sorted(new.iterdir(), key=lambda file: file.name == "config.json"):
-            file.replace(folder / file.name)
+        with replacing(folder) as new:
+            new.mkdir()
+            size = "1TB" if draft.vocab is not None else "5GB"
+            draft.model.save_pretrained(new, max_shard_size=size)
+            draft.tokenizer.save_pretrained(new)
+            if draft.vocab is not None:
+                save_file({"ids": draft.vocab.cpu()}, new / VOCAB_FILE)
     except (OSError, SafetensorError) as error:
         raise StorageError(
             f"cannot write the draft to {folder}: {getattr(error, 'strerror', None) or error}; "
             "free space or choose another folder"
         ) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    draft.path = folder
-    draft.name = str(folder)
+    return replace(draft, name=str(folder), path=folder)
 
 
-def widen(draft: LanguageModel) -> LanguageModel:
-    """The same draft at the target's full vocabulary, for engines that know nothing of trimming.
+def widen(draft: LanguageModel, size: int | None = None) -> LanguageModel:
+    """The same draft at the target's full vocabulary, for engines that know nothing of trimming,
+    with as many rows for tokens as the target has (`size`): engines compare that number, padding
+    included.
 
     Tokens it lacks must be out of reach in a checkpoint that has no place for a bias: a zero row
     has logit 0, and tens of thousands of those take a large part of the probability at temperature
     1. Their row is therefore `_far_row`'s. A head that has a bias says it exactly.
     """
-    if draft.vocab is None:
+    size = size or draft.full_vocab_size
+    if draft.vocab is None and size == draft.full_vocab_size:
         return draft
+    ids = torch.arange(draft.vocab_size) if draft.vocab is None else draft.vocab
+    ids = ids[ids < size].to(draft.device)
     wide = copy.deepcopy(draft.model)
-    shape = (draft.head.in_features, draft.full_vocab_size, draft.head.bias is not None)
-    head = skip_init(nn.Linear, *shape, device=draft.device, dtype=draft.dtype)
+    if size != draft.full_vocab_size:
+        wide.resize_token_embeddings(size, mean_resizing=False)
+    head = cast("nn.Linear", wide.get_output_embeddings())
+    if draft.vocab is not None:
+        shape = (draft.head.in_features, size, draft.head.bias is not None)
+        head = skip_init(nn.Linear, *shape, device=draft.device, dtype=draft.dtype)
+    lacking = torch.ones(size, dtype=torch.bool, device=draft.device).index_fill(0, ids, False)
     with torch.no_grad():
-        head.weight[:] = 0 if head.bias is not None else _far_row(draft)
-        head.weight[draft.vocab] = draft.head.weight
+        head.weight[lacking] = 0 if head.bias is not None else _far_row(draft)
+        head.weight[ids] = draft.head.weight[: len(ids)]
         if head.bias is not None:
-            head.bias[:] = -FAR / draft.logit_scale
-            head.bias[draft.vocab] = draft.head.bias
+            head.bias[lacking] = -FAR / draft.logit_scale
+            head.bias[ids] = draft.head.bias[: len(ids)]
     wide.set_output_embeddings(head)
     return LanguageModel(draft.name, draft.path, wide, draft.tokenizer)
 

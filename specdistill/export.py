@@ -5,7 +5,6 @@ loaded and compared after it was written.
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import yaml
 
 from specdistill import drafts, gguf_files, models
 from specdistill.errors import InputError, ModelError, StorageError
+from specdistill.files import holding, keep_apart, replacing
 from specdistill.models import LanguageModel
 from specdistill.quoting import prose
 from specdistill.scoring.scorecard import Row, Scorecard
@@ -40,32 +40,42 @@ class Exported:
     notes: list[str]
 
 
-def export(draft: str, out: Path, engine: Engine, scorecard: Path | None = None) -> Exported:
+@holding("out")
+def export(
+    draft: str,
+    out: Path,
+    engine: Engine,
+    scorecard: Path | None = None,
+    target_name: str | None = None,
+) -> Exported:
     """Write `draft` into the new folder `out` for `engine`, whole or not at all. Figures come from
     `scorecard`, or from the scorecard.json beside the draft's folder where that is of this draft.
+
+    The checkpoint has as many rows for tokens as the target, which is `target_name`, or that of the
+    run that made the draft.
 
     Raises `InputError` for a scorecard of another draft, `ModelError` where the written checkpoint
     does not compute what the draft does.
     """
+    keep_apart([out], [draft, scorecard])
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not empty; name another folder or remove it")
     model = models.load(draft, dtype=models.stored_dtype(draft), device="cpu")
+    size = _target_size(model, target_name)
     card, notes = _card(model, scorecard)
     target = card.target.name if card else _named_target(model.path)
     gamma = card.verdict.best.num_draft_tokens if card else DEFAULT_NUM_DRAFT_TOKENS
     serve = command(engine, name_elsewhere(target), str(out), gamma)
-    part = out.with_name(f"{out.name}.part")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        drafts.save_draft(drafts.widen(model), part)
-        difference, leaked = check_written(model, part)
-        text = model_card(model, target, card, engine, serve, leaked)
-        (part / "README.md").write_text(text, encoding="utf-8")
-        part.replace(out)
+        with replacing(out) as new:
+            drafts.save_draft(drafts.widen(model, size), new)
+            difference, leaked = check_written(model, new)
+            text = model_card(model, target, card, engine, serve, leaked)
+            (new / "README.md").write_text(text, encoding="utf-8")
     except OSError as error:
         raise StorageError(f"cannot write {out}: {error.strerror}; is there room?") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     found = None if card is None else str(scorecard or _beside(model.path))
-    return Exported(str(out), model.full_vocab_size, serve, difference, leaked, found, notes)
+    return Exported(str(out), size, serve, difference, leaked, found, notes)
 
 
 @torch.inference_mode()
@@ -76,10 +86,14 @@ def check_written(draft: LanguageModel, folder: Path) -> tuple[float, float]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=draft.dtype).eval()
-    tokens = drafts.random_texts(draft, rows=8)
+    size = stock.get_input_embeddings().weight.shape[0]
+    tokens = drafts.random_texts(draft, rows=8) % size
+    theirs = stock(input_ids=tokens).logits
     ours = draft.logits(draft.hidden(tokens))
-    theirs = stock(input_ids=tokens).logits.to(ours.dtype)
-    kept = torch.arange(theirs.shape[-1]) if draft.vocab is None else draft.vocab
+    theirs = theirs.to(ours.dtype)
+    kept = torch.arange(draft.vocab_size) if draft.vocab is None else draft.vocab
+    kept = kept[kept < size]
+    ours = ours[..., : len(kept)]
     difference = (theirs[..., kept] - ours).abs().max().item()
     largest = ours.abs().max().item()
     # Stock logits of a model in half precision are rounded to it, ours are not.
@@ -98,7 +112,21 @@ def check_written(draft: LanguageModel, folder: Path) -> tuple[float, float]:
             f"a checkpoint's tokenizer would not be that of {draft.name}; nothing was exported"
         )
     share = theirs.double().softmax(-1)[..., kept].sum(-1)
-    return difference, max(0.0, 1 - share.mean().item()) if draft.vocab is not None else 0.0
+    return difference, max(0.0, 1 - share.mean().item()) if len(kept) < size else 0.0
+
+
+def _target_size(draft: LanguageModel, name: str | None) -> int:
+    """How many rows for tokens the target has; the draft's own where nobody says."""
+    said = (drafts.origin(draft) or {}).get("target_vocab_size")
+    size = said if isinstance(said, int) and not isinstance(said, bool) else draft.full_vocab_size
+    if name is not None:
+        size = models.read_config(name, models.locate(name)).get_text_config().vocab_size
+    if size < (tokens := len(draft.tokenizer)):
+        raise InputError(
+            f"the target has {size} rows for tokens, and the tokenizer of {draft.name} {tokens} "
+            "tokens: it is not the target of this draft"
+        )
+    return size
 
 
 def _beside(folder: Path) -> Path:

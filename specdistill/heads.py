@@ -36,14 +36,21 @@ def load_head(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> Lang
     model = empty_model(name, config)
     files = weight_files(path)
     try:
-        vocab = read_vocab(path)
+        vocab = read_vocab(path, config.get_text_config().vocab_size)
         head = model.get_output_embeddings()
         parts = [_read(files, model, part) for part in head.parameters()]
+    except ModelError:
+        raise
     except Exception as error:  # damaged files, impossible sizes, missing packages
         raise ModelError(f"cannot load the head of {name}: {first_line(error)}") from error
     if any(part is None for part in parts):
         whole = load(name, dtype=dtype, device=device).head
         parts = [part.detach() for part in whole.parameters()]
+    if vocab is not None and parts[0] is not None and len(parts[0]) != len(vocab):
+        raise ModelError(
+            f"{name} has {len(parts[0])} rows in its head and {len(vocab)} tokens in its trimmed "
+            "vocabulary; make the draft anew"
+        )
     real = nn.Linear(head.in_features, head.out_features, len(parts) > 1, device="meta")
     for (label, _), part in zip(list(real.named_parameters()), parts, strict=True):
         assert part is not None

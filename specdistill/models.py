@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
@@ -261,7 +262,7 @@ def load(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageM
     check_decodable(name, config)
     files = weight_files(path)
     try:
-        vocab = read_vocab(path)
+        vocab = read_vocab(path, config.get_text_config().vocab_size)
         if vocab is None:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -376,6 +377,31 @@ def check_pair(target: LanguageModel, draft: LanguageModel) -> None:
         raise ModelError(
             f"the draft {draft.name} reads {small:,} weights for a token and the target "
             f"{target.name} {large:,}: a draft is the smaller of the two; were they swapped?"
+        )
+
+
+def check_positions(models: Iterable[LanguageModel], texts: Iterable[tuple[str, int]]) -> None:
+    """Refuse texts, by id and number of tokens, that are longer than a model reads. Raises
+    `ModelError`.
+    """
+    longest = max(texts, key=lambda text: text[1], default=("", 0))
+    for model in models:
+        if longest[1] > model.max_length:
+            raise ModelError(
+                f"{longest[0]!r} comes to {longest[1]} tokens, and {model.name} reads "
+                f"{model.max_length} positions; take shorter texts, fewer new tokens, or a model "
+                "that reads more"
+            )
+
+
+def check_sizes(target: LanguageModel, draft: LanguageModel) -> None:
+    """Other engines want as many rows of both, padding included. Raises `ModelError`."""
+    ours, theirs = target.full_vocab_size, draft.full_vocab_size
+    if ours != theirs:
+        raise ModelError(
+            f"{draft.name} has {theirs} rows for tokens and {target.name} {ours}, padding "
+            "included, which other engines refuse; write the draft at the target's size with "
+            "`specdistill export --target`, and take that"
         )
 
 
@@ -495,10 +521,24 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def read_vocab(path: Path) -> Tensor | None:
-    """The `LanguageModel.vocab` of a checkpoint's folder."""
+def read_vocab(path: Path, tokens: int) -> Tensor | None:
+    """The `LanguageModel.vocab` of a checkpoint's folder, for a model that reads so many `tokens`.
+    The rules of verifying expect each token once and in order, and are lossy otherwise. Raises
+    `ModelError`.
+    """
     file = path / VOCAB_FILE
-    return load_file(file)["ids"] if file.exists() else None
+    if not os.path.lexists(file):
+        return None
+    allowed = f"it must hold ids [Vd] int64, rising, of 0 to {tokens - 1}; make the draft anew"
+    try:
+        ids = load_file(file)["ids"]
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{file} cannot be read ({first_line(error)}): {allowed}") from error
+    if ids.dtype != torch.int64 or ids.dim() != 1 or not len(ids):
+        raise ModelError(f"{file} holds ids {[*ids.shape]} {str(ids.dtype)[6:]}: {allowed}")
+    if ids[0] < 0 or ids[-1] >= tokens or not (ids.diff() > 0).all():
+        raise ModelError(f"{file} holds ids that are twice, in no order or out of range: {allowed}")
+    return ids
 
 
 def _with_known_logits(model: LanguageModel) -> LanguageModel:

@@ -23,6 +23,7 @@ from specdistill.decoding import Sampling
 from specdistill.distill import distill
 from specdistill.drafts import choose_vocabulary, expected_usage, make_draft, save_draft
 from specdistill.errors import InputError
+from specdistill.files import holding
 from specdistill.models import LanguageModel
 from specdistill.plots import plot_all
 from specdistill.progress import Note, Progress, silent, unsaid
@@ -56,6 +57,7 @@ class QuickstartPlan:
     seed: int = 0
 
 
+@holding("run_dir")
 def quickstart(
     run_dir: Path,
     plan: QuickstartPlan | None = None,

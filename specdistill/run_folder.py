@@ -14,7 +14,7 @@ import yaml
 
 from specdistill.config import DistillConfig, load_config
 from specdistill.errors import InputError, StorageError
-from specdistill.files import write_whole
+from specdistill.files import keep_apart, write_whole
 from specdistill.models import LanguageModel
 from specdistill.provenance import device_name, git_commit, versions
 
@@ -25,9 +25,11 @@ _MAY_DIFFER = {"run_dir", "device", "trackers"}  # where it runs, and who watche
 
 def check_run(config: DistillConfig, resume: bool) -> None:
     """Raises `InputError` where the folder holds a run and `resume` is off, or holds one of
-    another configuration; the first differing key is named.
+    another configuration; the first differing key is named. So it does where the run would write
+    over what it reads.
     """
     run = Path(config.run_dir)
+    keep_apart(outputs(run), (config.target, config.draft, config.data))
     if (run / METRICS).exists() and not resume:
         raise InputError(
             f"{run} already holds a run; pass --resume to go on with it, or choose another run_dir"
@@ -41,6 +43,21 @@ def check_run(config: DistillConfig, resume: bool) -> None:
                 f"{run} holds a run with {key}: {first.get(key)}, and now it is {now.get(key)}; "
                 "resume with the first run's configuration, or choose another run_dir"
             )
+
+
+def given_config(file: Path, config: DistillConfig, resume: bool) -> None:
+    """Raises `InputError` where the run would write over the file that it is told by. What a run
+    has written itself may tell it to go on.
+    """
+    run = Path(config.run_dir)
+    if not (resume and (run / METRICS).exists() and (run / CONFIG).exists()):
+        keep_apart(outputs(run), [file])
+
+
+def outputs(run: Path) -> list[Path]:
+    """What a run writes in its folder."""
+    names = (CONFIG, METRICS, CHECKPOINTS, f"{CHECKPOINTS}.old", SAMPLES, DRAFT)
+    return [run / name for name in names]
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

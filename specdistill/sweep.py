@@ -22,16 +22,17 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from specdistill import models, packing
-from specdistill.config import DistillConfig, assign, parse_config, read_yaml
+from specdistill.config import DistillConfig, LocalPath, assign, parse_config, read_yaml
 from specdistill.data.prompts import load_prompts
 from specdistill.data.texts import source_sha256
 from specdistill.distill import distill
 from specdistill.distiller import configured_objective
 from specdistill.errors import InputError
+from specdistill.files import at_home, held, keep_apart
 from specdistill.models import LanguageModel
 from specdistill.plots import figure_sweep, save_each
 from specdistill.progress import Note, Progress, silent, unsaid
-from specdistill.run_folder import DRAFT, METRICS, check_run, flat
+from specdistill.run_folder import DRAFT, METRICS, check_run, flat, outputs
 from specdistill.scoring.compare import Comparison, Incomparable, compare, refusal
 from specdistill.scoring.measure import encoded, score
 from specdistill.scoring.scorecard import Scorecard, nullable, write_json
@@ -44,7 +45,7 @@ class Score(BaseModel):
     """How every draft is scored; as the options of `specdistill score`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    prompts: str
+    prompts: LocalPath
     num_draft_tokens: list[int] = Field([4], min_length=1)
     temperatures: list[float] = Field([0.0], min_length=1)
     max_new_tokens: int = Field(64, ge=1)
@@ -101,7 +102,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         problems = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
         known = ", ".join(Score.model_fields)
         raise InputError(f"{path}: the section score: {problems}; it has {known}") from None
-    folder = Path(raw["run_dir"])
+    folder = Path(at_home(raw["run_dir"]))
     points: dict[str, dict[str, Any]] = {}
     configs: dict[str, DistillConfig] = {}
     for values in itertools.product(*grid.values()):
@@ -120,6 +121,11 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         except InputError as error:
             raise InputError(f"{path}, run {name}: {error}") from None
         points[name] = point
+    shared = [folder / name for name in (DOCUMENT, SCORE, DATA, "sweep.png")]
+    for config in configs.values():
+        run = Path(config.run_dir)
+        written = [*shared, *outputs(run), run / CARD]
+        keep_apart(written, (path, settings.prompts, config.target, config.draft, config.data))
     return Sweep(folder, settings, points, configs)
 
 
@@ -146,6 +152,11 @@ def run_sweep(sweep: Sweep, progress: Progress = silent, note: Note = unsaid) ->
     losses and policies, sweep.png; `note` is told where that cannot be drawn. Raises `InputError`
     where the folder holds runs scored in another way, or on data that has changed since.
     """
+    with held(sweep.folder):
+        return _run_all(sweep, progress, note)
+
+
+def _run_all(sweep: Sweep, progress: Progress, note: Note) -> Result:
     _check_score(sweep)
     _check_data(sweep)
     result = Result()

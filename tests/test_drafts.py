@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from specdistill import models
+from specdistill.checkpoint_files import VOCAB_FILE
 from specdistill.drafts import (
     choose_vocabulary,
     count_tokens,
@@ -18,7 +19,8 @@ from specdistill.drafts import (
     save_draft,
     widen,
 )
-from specdistill.errors import InputError, ModelError
+from specdistill.errors import InputError, ModelError, StorageError
+from specdistill.heads import load_head
 from specdistill.models import LanguageModel
 
 Tiny = Callable[..., LanguageModel]
@@ -228,3 +230,87 @@ def test_a_token_added_without_resizing_is_named(tiny_folder: Path) -> None:
     beyond = model.tokenizer.convert_tokens_to_ids("<|new|>")
     with pytest.raises(InputError, match=rf"holds '<\|new\|>', id {beyond} .* without resizing"):
         count_tokens(model, [[1, 2], [beyond]])
+
+
+def test_a_draft_takes_the_place_of_all_that_was_one(tiny: Tiny, tmp_path: Path) -> None:
+    """A vocabulary or a shard of the draft before would be read with the new weights."""
+    target, folder = tiny(5), tmp_path / "d"
+    draft = make_draft(target, [0], torch.arange(0, 64, 2))
+    saved = save_draft(draft, folder)
+    assert (saved.name, saved.path) == (str(folder), folder)
+    assert (draft.name, draft.path) == ("draft", Path()), "what is given is left as it was"
+    (folder / "model-00001-of-00002.safetensors").touch()
+    save_draft(make_draft(target, [0, 1]), folder)
+    again = models.load(str(folder), dtype="float32")
+    assert (again.vocab, again.vocab_size, again.num_layers) == (None, 64, 2)
+    assert [file.name for file in folder.glob("*.safetensors")] == ["model.safetensors"]
+    assert [file.name for file in tmp_path.iterdir()] == ["d"]
+
+
+@pytest.mark.parametrize("what", ["a folder within", "no checkpoint", "a file"])
+def test_a_draft_takes_the_place_of_nothing_else(tiny: Tiny, tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "d"
+    if what == "a folder within":
+        save_draft(tiny(5), folder)
+        (folder / "runs").mkdir()
+    elif what == "no checkpoint":
+        folder.mkdir()
+        (folder / "thesis.tex").touch()
+    else:
+        folder.touch()
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(StorageError, match="name another"):
+        save_draft(tiny(5), folder)
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"ids": torch.tensor([1, 0, 2])},
+        {"ids": torch.tensor([0, 1, 1])},
+        {"ids": torch.tensor([-1, 0, 1])},
+        {"ids": torch.tensor([0, 1, 64])},
+        {"ids": torch.tensor([0.0, 1.0, 2.0])},
+        {"ids": torch.tensor([0, 1, 2], dtype=torch.int32)},
+        {"ids": torch.tensor([[0, 1, 2]])},
+        {"ids": torch.tensor([], dtype=torch.int64)},
+        {"ids": torch.tensor([0, 1])},
+        {"ids": torch.tensor([0, 1, 2, 3])},
+        {"tokens": torch.tensor([0, 1, 2])},
+        None,
+    ],
+)
+@pytest.mark.parametrize("load", [models.load, load_head])
+def test_a_vocabulary_that_decodes_lossily_is_refused(
+    tiny: Tiny, tmp_path: Path, tensors: dict[str, torch.Tensor] | None, load: Callable
+) -> None:
+    save_draft(make_draft(tiny(2), [0], torch.tensor([0, 1, 2])), tmp_path / "d")
+    load(str(tmp_path / "d"))
+    file = tmp_path / "d" / VOCAB_FILE
+    if tensors is None:
+        file.write_bytes(b"damaged")
+    else:
+        save_file(tensors, file)
+    with pytest.raises(ModelError):
+        load(str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("trimmed", [False, True])
+@pytest.mark.parametrize("size", [96, 62])
+def test_a_draft_is_widened_to_the_rows_of_its_target(
+    tiny: Tiny, tmp_path: Path, tied: bool, trimmed: bool, size: int
+) -> None:
+    ids = torch.arange(0, 64, 3) if trimmed else None
+    draft = make_draft(tiny(2, tie_word_embeddings=tied), [0], ids)
+    save_draft(widen(draft, size), tmp_path / "wide")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "wide")
+    assert stock.config.vocab_size == size
+    tokens = torch.randint(5, 60, (2, 9))
+    wide = stock(tokens).logits
+    ours = draft.logits(draft.hidden(tokens))
+    kept = torch.arange(64) if ids is None else ids
+    kept = kept[kept < size]
+    assert wide.shape[-1] == size
+    assert torch.allclose(wide[..., kept], ours[..., : len(kept)], atol=1e-5)

@@ -144,3 +144,16 @@ def test_figures_that_are_not_to_be_trusted_do_not_go_along(run_dir: Path, tmp_p
     assert "It has not been scored" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(InputError, match=r"figures of .* cannot go along: FAILED, not lossless"):
         export(str(run_dir / "draft"), tmp_path / "named", "vllm", file)
+
+
+def test_a_draft_that_is_not_trimmed_goes_with_its_figures(tmp_path: Path) -> None:
+    draft = tmp_path / "run" / "draft"
+    save_draft(make_draft(leaning(), [0, 1]), draft)
+    scored(draft, tmp_path / "run" / "scorecard.json")
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "thesis.tex").touch()
+    done = export(str(draft), tmp_path / "out", "vllm")
+    assert done.scorecard == str(tmp_path / "run" / "scorecard.json")
+    assert (done.leaked, done.notes) == (0, [])
+    assert (tmp_path / "out.part" / "thesis.tex").exists()
+    assert {file.name for file in tmp_path.iterdir()} == {"run", "out", "out.part"}

@@ -18,6 +18,7 @@ from specdistill import models
 from specdistill.data.answers import read_answers
 from specdistill.data.store import read_examples, read_manifest
 from specdistill.drafts import make_draft, save_draft
+from specdistill.files import UNFINISHED
 
 pytestmark = pytest.mark.slow
 
@@ -51,11 +52,11 @@ def test_no_answer_is_lost_or_doubled(tmp_path: Path, tiny_folder: Path) -> None
     assert specdistill(whole, "", 0, *asked, whole) == 0
     rng = random.Random(SEED)
     kills = [
-        ("open manifest", 1),
-        ("open part.*parquet", 1),
-        ("rename manifest", 2),
-        ("open manifest", 2),
-        ("open part.*parquet", 2),
+        ("open .*/manifest", 1),
+        ("open .*/part.*parquet", 1),
+        ("rename .*/manifest", 2),
+        ("open .*/manifest", 2),
+        ("open .*/part.*parquet", 2),
         ("seconds", rng.random()),  # last: how much it leaves to do depends on the machine
     ]
     for place, number in kills:
@@ -93,13 +94,13 @@ def test_no_answer_of_a_server_is_lost_or_paid_for_twice(tmp_path: Path) -> None
 
     folder, rng = tmp_path / "data", random.Random(SEED)
     kills = [
-        ("open manifest", 1),
+        ("open .*/manifest", 1),
         ("open replies.jsonl", rng.randint(5, 15)),
         ("open replies.jsonl", rng.randint(5, 15)),  # half a line is cut off first
         ("truncate replies.jsonl", 1),
-        ("rename manifest", 1),
+        ("rename .*/manifest", 1),
         ("open replies.jsonl", rng.randint(5, 15)),
-        ("rename answers.jsonl", 1),
+        ("rename .*/answers.jsonl", 1),
     ]
     with serving(echo) as (url, fake):
         asked = ["generate", "--engine", "openai", "--base-url", url, "--target", "big"]
@@ -142,22 +143,21 @@ def test_a_distillation_ends_with_the_same_bits(tmp_path: Path, tiny_folder: Pat
     assert specdistill(whole, "", 0, "distill", tmp_path / "whole.yaml") == 0
     rng = random.Random(SEED)
     kills: list[tuple[str, float]] = [
-        ("open config.yaml", 1),
-        ("rename config.yaml", 1),
+        ("open .*/config.yaml", 1),
+        ("rename .*/config.yaml", 1),
         ("open metrics.jsonl$", rng.randint(2, 4)),
-        ("samples.*new", 1),
-        ("rename samples", 1),
-        ("checkpoints.new", rng.randint(1, 3)),
+        ("samples.*unfinished-", 1),
+        ("rename samples.*unfinished-", 1),
+        ("unfinished-.*/checkpoints", rng.randint(1, 3)),
         ("rename checkpoints$", 1),
-        ("rename checkpoints.new", 2),
+        ("rename .*unfinished-.*/checkpoints$", 2),
         ("remove checkpoints.old|rmdir checkpoints.old", rng.randint(1, 4)),
-        ("open metrics.jsonl.new", 1),
+        ("open .*unfinished-.*/metrics.jsonl", 1),
         ("open metrics.jsonl$", rng.randint(2, 5)),
         ("seconds", rng.uniform(0.1, 0.6)),  # what comes after it comes in every run
-        ("open draft.new", rng.randint(1, 3)),
-        ("rename draft.new", rng.randint(1, 4)),
-        ("rename draft.new.*config.json", 1),
-        ("rmdir draft.new", 1),
+        ("open .*unfinished-.*/draft/", rng.randint(1, 3)),
+        ("rename .*unfinished-.*/draft$", 1),
+        ("rmtree .*unfinished-", 1),
     ]
     for place, number in kills:
         code = specdistill(broken, place, number, "distill", tmp_path / "broken.yaml", "--resume")
@@ -168,7 +168,7 @@ def test_a_distillation_ends_with_the_same_bits(tmp_path: Path, tiny_folder: Pat
         assert (broken / "draft" / name).read_bytes() == (whole / "draft" / name).read_bytes()
     for file in (whole / "samples").iterdir():
         assert (broken / "samples" / file.name).read_bytes() == file.read_bytes()
-    assert {f.name for f in broken.iterdir()} == {f.name for f in whole.iterdir()}
+    assert _names(broken) == _names(whole)
 
 
 def test_a_quickstart_goes_on_after_every_stage(tmp_path: Path, tiny_folder: Path) -> None:
@@ -185,19 +185,19 @@ def test_a_quickstart_goes_on_after_every_stage(tmp_path: Path, tiny_folder: Pat
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert specdistill(whole, "", 0, *asked) == 0
     kills = [
-        ("open data/part.*parquet", 1),
-        ("rename data/manifest", 2),
-        ("open undistilled.new", 2),
-        ("rename undistilled.new.*config.json", 1),
-        ("open scorecard_before.json.new", 1),
-        ("rename scorecard_before.json.new", 1),
+        ("open data/.*part.*parquet", 1),
+        ("rename data/.*/manifest", 2),
+        ("open .*unfinished-.*/undistilled/", 2),
+        ("rename .*unfinished-.*/undistilled$", 1),
+        ("open .*unfinished-.*/scorecard_before.json", 1),
+        ("rename .*unfinished-.*/scorecard_before.json", 1),
         ("open metrics.jsonl", 1),
-        ("open draft.new", 2),
-        ("rename draft.new.*config.json", 1),
-        ("open scorecard.json.new", 1),
-        ("open plots/", 1),
-        ("open report.html", 1),
-        ("open report.md", 1),
+        ("open .*unfinished-.*/draft/", 2),
+        ("rename .*unfinished-.*/draft$", 1),
+        ("open .*unfinished-.*/scorecard.json", 1),
+        ("open plots/.*unfinished-", 1),
+        ("open .*unfinished-.*/report.html", 1),
+        ("open .*unfinished-.*/report.md", 1),
     ]
     finished: dict[str, int] = {}
     for place, number in kills:
@@ -219,20 +219,27 @@ def test_an_export_is_there_whole_or_not_at_all(tmp_path: Path, tiny_folder: Pat
     asked = ["export", "--draft", tmp_path / "draft", "--for", "vllm", "--out", out]
     kills = (
         "open .*tokenizer_config",
-        "rename .*config.json",
+        "open .*unfinished-.*/served/config.json",
         "open .*README.md",
-        "rename served.part$",
+        "rename .*unfinished-[^/]*/served$",
     )
     for place in kills:
         assert specdistill(tmp_path, place, 1, *asked) == -signal.SIGKILL, place
         assert not out.exists(), place
     assert specdistill(tmp_path, "", 0, *asked) == 0
     assert {"config.json", "README.md", "model.safetensors"} <= {f.name for f in out.iterdir()}
-    assert {f.name for f in tmp_path.iterdir()} == {"draft", "served"}
+    assert _names(tmp_path) == {"draft", "served"}
+
+
+def _names(folder: Path) -> set[str]:
+    """What a kill leaves half written is in nobody's way."""
+    return {f.name for f in folder.iterdir() if not f.name.startswith(UNFINISHED)}
 
 
 def _files(run: Path) -> set[str]:
-    return {str(f.relative_to(run)) for f in run.rglob("*") if "checkpoints" not in f.parts}
+    found = (f.relative_to(run) for f in run.rglob("*"))
+    parts = (f for f in found if "checkpoints" not in f.parts)
+    return {str(f) for f in parts if UNFINISHED not in str(f)}
 
 
 def _rows(run: Path) -> list[dict]:

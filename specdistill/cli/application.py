@@ -22,6 +22,7 @@ from specdistill.cli import (
 )
 from specdistill.cli.process import interrupting_signals, lasting_streams
 from specdistill.errors import SpecDistillError
+from specdistill.files import at_home
 
 _OF_THE_DISK = {
     errno.ENOSPC,
@@ -89,7 +90,7 @@ def main() -> None:
 
 def _run(arguments: list[str], debug: bool) -> None:
     try:
-        app(arguments, standalone_mode=True)
+        app([at_home(argument) for argument in arguments], standalone_mode=True)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != 130:  # what typer makes of an interrupt
             raise

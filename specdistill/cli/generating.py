@@ -26,7 +26,7 @@ from specdistill.cli.arguments import (
     Threads,
 )
 from specdistill.errors import InputError
-from specdistill.files import held
+from specdistill.files import held, keep_apart, lock_of
 from specdistill.limits import MAX_DRAFT_TOKENS
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ def generate(
 ) -> None:
     """Answer prompts with the target, keeping its exact signal for distillation."""
     _refuse_given(context, f"--engine {engine}", _NO_USE[engine])
+    keep_apart([out], [None if engine == "openai" else target, prompts, examples, generator, draft])
     if style != "in-context":
         _refuse_given(context, f"--style {style}", ("shots",))
     from specdistill.data.filters import Filters
@@ -173,6 +174,7 @@ def generate(
         choice = BestOf(best_of, scorer)
     removing = filters.remove or best_of is not None
     console.setup(threads)
+    context.with_resource(held(out))  # before long work
     asked = styled(
         load_prompts(
             prompts, split=split, column=column, response_column=response_column, limit=limit
@@ -188,7 +190,7 @@ def generate(
 
         if base_url is None:
             raise InputError("--engine openai needs --base-url, such as http://localhost:8000/v1")
-        with held(out), console.progress() as progress:
+        with console.progress() as progress:
             settled, refused = openai.answer(
                 openai.Server(base_url, target, concurrency),
                 asked,
@@ -255,7 +257,7 @@ def generate(
         gain = measure_gain(author, small, gamma, requests, batch_size)
         console.note(_gain_line(gain))
     measuring = time.perf_counter() - start
-    with held(out), console.progress() as progress:
+    with console.progress() as progress:
         store = generation.generate(
             model,
             asked,
@@ -321,14 +323,15 @@ def widen(
     from specdistill.data.widening import Widening
     from specdistill.data.widening import widen as write
 
+    keep_apart([out, out.with_name(f"{out.name}.json")], [target, prompts])
     plan = Widening(count, shots, max_similarity, max_new_tokens, temperature, seed)
     console.setup(threads)
     from specdistill import models, packing
 
     known = load_prompts(prompts, split=split, column=column, limit=limit)
-    model = packing.pack(models.load(target, dtype=dtype, device=device), batch_size)
-    console.note_models(model)
-    with console.progress() as progress:
+    with held(lock_of(out)), console.progress() as progress:
+        model = packing.pack(models.load(target, dtype=dtype, device=device), batch_size)
+        console.note_models(model)
         found = write(model, known, out, plan, batch_size=batch_size, progress=progress)
     lines = [f"{len(found.prompts)} prompts in {out}"]
     if found.removed:

@@ -25,6 +25,7 @@ from specdistill.cli.arguments import (
     Threads,
 )
 from specdistill.errors import InputError
+from specdistill.files import keep_apart
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,6 +80,7 @@ def score(
     )
     rule = None if lenience is None else options.lenience(lenience)
     _check_engine(engine, engine_python, device, verification, lenience, keep_text)
+    keep_apart([out], [target, draft, prompts, engine_python])
     console.must_be_free(out, overwrite)
     console.setup(threads)
     from specdistill.data.prompts import load_prompts
@@ -189,10 +191,11 @@ def compare(
 ) -> None:
     """Rank scorecards by measured speed; exit code 1 if they cannot be compared."""
     from specdistill.scoring import compare as comparison
-    from specdistill.scoring.comparable import read_cards
+    from specdistill.scoring.comparable import card_file, read_cards
     from specdistill.scoring.scorecard import write_json
 
     if out is not None:
+        keep_apart([out], map(card_file, cards))
         console.must_be_free(out, overwrite)
     named = read_cards(cards)
     screen = console.screen_for(as_json)
@@ -228,6 +231,10 @@ def plot(
     alone = len(sources) == 1 and not sources[0].is_file()
     if not alone and out is None:
         raise InputError("pictures of scorecards or of several runs need --out, a folder for them")
+    if out is not None:
+        files = ("acceptance", "survival", "speedup", "time", "text", "training", "runs")
+        keep_apart([out / f"{name}.png" for name in files], sources if not alone else [])
+        keep_apart([out], [source for source in sources if source.is_file()])
     note = console.note
     if not alone and out:
         drawn = plot_together(sources, out, note)

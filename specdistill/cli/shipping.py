@@ -24,6 +24,10 @@ def export(
         Path | None,
         typer.Option(help="Card whose figures go along; default: the run's scorecard.json."),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="Whose number of rows for tokens to take; default: the run's target."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a draft at the target's full vocabulary, as a checkpoint that other engines load, with
@@ -33,7 +37,7 @@ def export(
 
     console.must_be_new(out)
     console.setup(None)
-    done = exporting.export(draft, out, engine, scorecard)
+    done = exporting.export(draft, out, engine, scorecard, target)
     for note in done.notes:
         console.note(note)
     lines = [

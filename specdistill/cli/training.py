@@ -6,16 +6,19 @@ import json
 import os
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from specdistill import tables
+from specdistill import options, tables
 from specdistill.cli import console
 from specdistill.cli.arguments import Dtype, Json, Target, Threads
 from specdistill.errors import InputError
-from specdistill.files import held
+from specdistill.files import held, keep_apart
+
+if TYPE_CHECKING:
+    from specdistill.config import DistillConfig
 
 
 def init(
@@ -37,15 +40,30 @@ def init(
     as_json: Json = False,
 ) -> None:
     """Make a draft from some layers of the target and, if wanted, part of its vocabulary."""
-    from specdistill import drafts, models
-    from specdistill.data.texts import token_lists
-
     if (vocab_size is None) != (vocab_from is None):
         raise InputError(
             "--vocab-size and --vocab-from go together: how many tokens, and the data to count "
             "them in"
         )
-    console.must_be_new(out)
+    keep_apart([out], [target, vocab_from])
+    with held(out):
+        console.must_be_new(out)
+        _init(target, out, layers, vocab_size, vocab_from, random_seed, dtype, as_json)
+
+
+def _init(
+    target: str,
+    out: Path,
+    layers: str,
+    vocab_size: int | None,
+    vocab_from: str | None,
+    random_seed: int | None,
+    dtype: options.Dtype,
+    as_json: bool,
+) -> None:
+    from specdistill import drafts, models
+    from specdistill.data.texts import token_lists
+
     console.setup(None)
     kind = models.stored_dtype(target) if dtype == "auto" else dtype
     model = models.load(target, dtype=kind, device="cpu")
@@ -56,7 +74,7 @@ def init(
         vocabulary = drafts.choose_vocabulary(model, usage, vocab_size)
     ids = None if vocabulary is None else vocabulary.ids
     draft = drafts.make_draft(model, kept, ids, random_seed=random_seed)
-    drafts.save_draft(draft, out)
+    draft = drafts.save_draft(draft, out)
     ratio = draft.weight_bytes() / model.weight_bytes()
     table = Table("", "target", "draft", title=f"{out}")
     table.add_row("parameters", f"{model.parameters():,}", f"{draft.parameters():,}")
@@ -95,12 +113,31 @@ def distill(
 
     settings = load_config(config, overrides or [])
     console.setup(threads)
-    from specdistill import distill as distillation
-    from specdistill import heads, models, packing, policies
     from specdistill.distiller import configured_objective, leave_processes
-    from specdistill.run_folder import METRICS
+    from specdistill.run_folder import check_run, given_config
 
     configured_objective(settings)  # before the models are read
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+        _distill(settings, resume)
+        leave_processes()
+        return
+    with held(Path(settings.run_dir)):
+        given_config(config, settings, resume)
+        check_run(settings, resume)
+        folder, answers, last = _distill(settings, resume)
+    leave_processes()
+    screen = console.screen_for(as_json)
+    if answers:
+        screen.print(tables.drafted_line(answers), soft_wrap=True)
+    screen.print(f"{tables.heldout_line(last)}; draft in {folder}", soft_wrap=True)
+    console.finish(as_json, {"draft": str(folder), **last, **answers})
+
+
+def _distill(settings: DistillConfig, resume: bool) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The draft's folder, what the policy's answers came to, and the last row of the metrics."""
+    from specdistill import distill as distillation
+    from specdistill import heads, models, packing, policies
+    from specdistill.run_folder import METRICS
 
     target = None
     if settings.signal != "none":
@@ -112,13 +149,12 @@ def distill(
     student = models.load(settings.draft, dtype="float32", device=settings.device)
     if target is not None:
         models.check_pair(target, student)
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
-        distillation.distill(settings, target, student, resume=resume, in_place=True)
-        leave_processes()
-        return
+    if os.environ.get("RANK", "0") != "0":
+        folder = distillation.distill(settings, target, student, resume=resume, in_place=True)
+        return folder, {}, {}
     console.note_models(*filter(None, (target, student)), decoding=False)
     show = partial(console.note_example, student.tokenizer)
-    with held(Path(settings.run_dir)), console.progress() as progress:
+    with console.progress() as progress:
         folder = distillation.distill(
             settings,
             target,
@@ -128,12 +164,6 @@ def distill(
             show=show,
             progress=progress,
         )
-    leave_processes()
     lines = (folder.parent / METRICS).read_text(encoding="utf-8").splitlines()
     metrics = [json.loads(line) for line in lines]
-    answers = tables.drafted_answers(metrics)
-    screen = console.screen_for(as_json)
-    if answers:
-        screen.print(tables.drafted_line(answers), soft_wrap=True)
-    screen.print(f"{tables.heldout_line(metrics[-1])}; draft in {folder}", soft_wrap=True)
-    console.finish(as_json, {"draft": str(folder), **metrics[-1], **answers})
+    return folder, tables.drafted_answers(metrics), metrics[-1]

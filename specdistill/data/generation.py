@@ -29,6 +29,7 @@ from specdistill.data.store import Example, Manifest, Store, read_examples, toke
 from specdistill.decoding import GREEDY, ModelDrafter, Sampling, SpeculativeDecoder
 from specdistill.decoding.sampling import own_sampling
 from specdistill.errors import InputError, StorageError
+from specdistill.files import holding
 from specdistill.models import LanguageModel
 from specdistill.progress import Progress, silent
 
@@ -42,6 +43,7 @@ def signal_bytes(
     return answers * max_new_tokens * bytes_per_token(target, signal)
 
 
+@holding("folder")
 def generate(
     target: LanguageModel,
     prompts: Sequence[Prompt],

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from specdistill.data.signal import ALPHA_COST, NONE
 from specdistill.errors import InputError, StorageError
-from specdistill.files import write_whole
+from specdistill.files import UNFINISHED, replacing, write_whole
 from specdistill.hashes import file_sha256
 from specdistill.models import LanguageModel
 
@@ -173,7 +173,8 @@ class Store:
             if not examples:
                 self._write(manifest)
                 return
-            Dataset.from_list(rows).to_parquet(stem.with_suffix(".parquet"))
+            with replacing(stem.with_suffix(".parquet")) as new:
+                Dataset.from_list(rows).to_parquet(new)
             part["parquet_sha256"] = file_sha256(stem.with_suffix(".parquet"))
             if self.manifest.signal != NONE:
                 signals = [_kept(e) for e in examples]
@@ -181,7 +182,8 @@ class Store:
                 if "log_tail" in joined:
                     part["tail_mass"] = joined["log_tail"].exp().sum().item()
                     part[ALPHA_COST] = joined.pop(ALPHA_COST).sum().item()
-                save_file(joined, stem.with_suffix(".safetensors"))
+                with replacing(stem.with_suffix(".safetensors")) as new:
+                    save_file(joined, new)
                 part["signal_sha256"] = file_sha256(stem.with_suffix(".safetensors"))
             self._write(replace(manifest, parts=[*self.manifest.parts, part]))
         except (OSError, SafetensorError) as error:
@@ -221,7 +223,8 @@ def withdrawn(part: Mapping[str, Any]) -> set[str]:
 
 def must_be_ours(folder: Path) -> None:
     """Raises `StorageError` for a folder that holds something and no answers of `generate`."""
-    others = folder.is_dir() and any(not f.name.startswith(MANIFEST) for f in folder.iterdir())
+    ours = (MANIFEST, UNFINISHED)
+    others = folder.is_dir() and any(not f.name.startswith(ours) for f in folder.iterdir())
     if others and not (folder / MANIFEST).exists():
         raise StorageError(
             f"{folder} exists and holds no answers of `generate`; name another folder or remove it"

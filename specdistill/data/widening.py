@@ -18,7 +18,7 @@ from specdistill.data.chat import encode_prompt
 from specdistill.data.prompts import Prompt, prompts_sha256
 from specdistill.decoding import Request, Sampling, SpeculativeDecoder
 from specdistill.errors import InputError, StorageError
-from specdistill.files import write_whole
+from specdistill.files import held, lock_of, write_whole
 from specdistill.models import LanguageModel
 from specdistill.progress import Progress, silent
 
@@ -86,6 +86,18 @@ def widen(
             f"{plan.shots} examples are to be shown, and there are {len(prompts)} prompts; show "
             f"fewer (--shots {max(len(prompts), 1)})"
         )
+    with held(lock_of(file)):
+        return _write(target, prompts, file, plan, batch_size, progress)
+
+
+def _write(
+    target: LanguageModel,
+    prompts: Sequence[Prompt],
+    file: Path,
+    plan: Widening,
+    batch_size: int,
+    progress: Progress,
+) -> Widened:
     kept = _Progress(
         file,
         {

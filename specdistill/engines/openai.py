@@ -30,6 +30,7 @@ from specdistill.data.scorers import BestOf
 from specdistill.data.selection import Selection
 from specdistill.decoding.sampling import Sampling, own_sampling, row_seed
 from specdistill.errors import InputError, ServerError
+from specdistill.files import holding
 from specdistill.progress import Progress, silent
 from specdistill.provenance import versions
 
@@ -105,6 +106,7 @@ class _NoAnswer(Exception):
     """A reply that holds none."""
 
 
+@holding("folder")
 def answer(
     server: Server,
     prompts: Sequence[Prompt],

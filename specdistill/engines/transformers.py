@@ -25,7 +25,7 @@ from specdistill.decoding.records import Output
 from specdistill.decoding.sampling import row_seed
 from specdistill.engines.measure import Answer, scorecard, take_turns
 from specdistill.errors import DecodingError, InputError
-from specdistill.models import LanguageModel
+from specdistill.models import LanguageModel, check_positions, check_sizes
 from specdistill.progress import Progress, silent
 from specdistill.randomness import seeded
 from specdistill.scoring.choice import Setting
@@ -89,6 +89,8 @@ def score(
     Raises `InputError` for a draft with a trimmed vocabulary.
     """
     _refuse_trimmed(draft)
+    check_sizes(target, draft)
+    check_positions([draft], ((p.id, len(p.tokens) + max_new_tokens) for p in prompts))
 
     def ask(setting: Setting, prompt: EncodedPrompt, count: int) -> Answer:
         return _generate(target, draft, prompt, setting, count, seed)

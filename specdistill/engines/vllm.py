@@ -22,7 +22,7 @@ from specdistill.decoding.sampling import row_seed
 from specdistill.engines import vllm_worker
 from specdistill.engines.measure import Answer, scorecard, take_turns
 from specdistill.errors import DecodingError, InputError
-from specdistill.models import LanguageModel
+from specdistill.models import LanguageModel, check_positions, check_sizes
 from specdistill.progress import Progress, silent
 from specdistill.scoring.choice import Setting
 from specdistill.scoring.measure import EncodedPrompt
@@ -59,6 +59,8 @@ class Pair:
                 f"{draft.name} has a trimmed vocabulary, which vLLM cannot read; write it at full "
                 "vocabulary with `specdistill export --for vllm`, and score that"
             )
+        check_sizes(target, draft)
+        check_positions([draft], ((p.id, len(p.tokens) + max_new_tokens) for p in prompts))
         return cls(
             model_card(target),
             target.path,

@@ -22,6 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from specdistill.errors import StorageError
+from specdistill.files import replacing
 from specdistill.quoting import drawn
 from specdistill.scoring.scorecard import Row, Scorecard
 
@@ -127,10 +128,9 @@ def finish(axes: Axes, values: Iterable[float], grid: Literal["x", "y"] = "y") -
 
 def save(figure: Figure, path: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
+        with replacing(path) as new, warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
             warnings.filterwarnings("ignore", "constrained_layout not applied")  # names too wide
-            figure.savefig(path, format="png", dpi=DOTS_PER_INCH)
+            figure.savefig(new, format="png", dpi=DOTS_PER_INCH)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}; is there room?") from error

@@ -14,7 +14,7 @@ from specdistill.data.prompts import Prompt
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.decoding.records import CacheSize, Output
 from specdistill.errors import InputError
-from specdistill.models import LanguageModel
+from specdistill.models import LanguageModel, check_positions
 from specdistill.progress import Progress, silent
 from specdistill.scoring import lossless
 from specdistill.scoring.acceptance import acceptance_chances
@@ -76,6 +76,9 @@ class Pair:
                 "a check needs at least one prompt and two new tokens, or nothing is proposed; got "
                 f"{len(self.prompts)} prompts and max_new_tokens {self.max_new_tokens}"
             )
+
+        lengths = ((p.id, len(p.tokens) + self.max_new_tokens) for p in self.prompts)
+        check_positions([self.target, self.draft], lengths)
 
     def decode(
         self, draft: LanguageModel | None, temperature: float, batch_size: int | None = None

@@ -15,7 +15,7 @@ from specdistill.data.prompts import Prompt
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.decoding.records import CacheSize
 from specdistill.errors import InputError
-from specdistill.models import LanguageModel
+from specdistill.models import LanguageModel, check_positions
 from specdistill.progress import Progress, silent
 from specdistill.scoring import lossless
 from specdistill.scoring import rows as rows_of
@@ -105,6 +105,7 @@ def score(
     if not num_draft_tokens or not temperatures:
         raise InputError("score needs at least one num_draft_tokens and one temperature")
     check_lenience(mode, lenience, temperatures)
+    check_positions([draft], ((p.id, len(p.tokens) + max_new_tokens) for p in prompts))
     decoders = _decoders(target, draft, num_draft_tokens, mode, lenience)
     temperatures = list(dict.fromkeys(temperatures))
     settings = [(t, g) for t in temperatures for g in decoders]
