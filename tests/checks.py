@@ -46,10 +46,12 @@ from specdistill.decoding import (
     SpeculativeDecoder,
 )
 from specdistill.decoding.drafters import Draft, RoundState
+from specdistill.decoding.sampling import row_seed
 from specdistill.drafts import make_draft
+from specdistill.limits import MAX_DRAFT_TOKENS
 from specdistill.models import LanguageModel
 from specdistill_kernels import Lenience, Mode, counter_noise, probabilities, sample, verify
-from specdistill_kernels.noise import COIN
+from specdistill_kernels.noise import COIN, DRAFT, FINAL
 
 PROMPTS = [[7, 8, 9], [5], list(range(5, 45)), [11, 12], [9, 7] * 8]
 ADAPTIVE: Lengths = (5, 0.2)
@@ -498,3 +500,35 @@ def check_lenience(lenience: Lenience, rows: int, length: int) -> float:
     assert abs(error) < SIGMAS, f"{lenience}: acceptance is {error:+.1f} sigma off"
     rounds = [r for o in out.outputs for r in o.rounds]
     return sum(r.accepted for r in rounds) / sum(r.tested for r in rounds)
+
+
+def check_noise() -> None:
+    """Seeds that differ in one bit, the places of a round and of those after it, the three domains
+    and the tokens of a wide vocabulary: no stream of numbers comes twice.
+    """
+    zero, tokens = torch.zeros(1, dtype=torch.int64), torch.arange(4)
+
+    def streams(*places: tuple[int, int, int, int]) -> int:
+        """How many different ones there are."""
+        found = set()
+        for domain in sorted({domain for *_, domain in places}):
+            these = torch.tensor([p[:3] for p in places if p[3] == domain])
+            bits = counter_noise(these[:, 0], these[:, 1], these[:, 2], domain, tokens)
+            found |= {tuple(row) for row in bits.tolist()}
+        return len(found)
+
+    seeds = [(0, 0, 0, DRAFT), *((1 << bit, 0, 0, DRAFT) for bit in range(63))]
+    assert streams(*seeds) == len(seeds)
+    widest = MAX_DRAFT_TOKENS + 1
+    rounds = [
+        (7, step, position, domain)
+        for step in range(4)
+        for position in range(widest)
+        for domain in (DRAFT, COIN, FINAL)
+    ]
+    assert streams(*rounds) == len(rounds)
+    wide = counter_noise(zero, zero, zero, FINAL, torch.arange(200_000))
+    assert len(wide.unique()) > 200_000 - 60, "of 2**32 numbers about 5 come twice by chance"
+    rows = [row_seed(seed, f"prompt {i}") for seed in range(4) for i in range(1_000)]
+    assert len({seed & 0xFFFFFFFF for seed in rows}) > len(rows) - 3
+    assert len({seed >> 32 for seed in rows}) > len(rows) - 3

@@ -293,6 +293,7 @@ def test_settings_reach_their_loss() -> None:
     for loss, settings, expected in (
         ("jsd", {"beta": 0.2}, 0.2 * kl(p, 0.2 * p + 0.8 * q) + 0.8 * kl(q, 0.2 * p + 0.8 * q)),
         ("skew_kl", {"skew": 0.4}, kl(p, 0.4 * p + 0.6 * q)),
+        ("skew_rkl", {"skew": 0.4}, kl(q, 0.4 * q + 0.6 * p)),
         ("lk_hybrid", {"eta": 0.0}, kl(p, q)),
     ):
         got = total_loss(at, objective({loss: 1.0}, **settings))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from specdistill.decoding import (
+    GREEDY,
     ModelDrafter,
     NgramDrafter,
     Request,
@@ -14,8 +15,8 @@ from specdistill.decoding import (
 )
 from specdistill.decoding.cache import CachedModel
 from specdistill.drafts import make_draft
-from specdistill.errors import DecodingError, InputError
-from specdistill.models import LanguageModel
+from specdistill.errors import DecodingError, InputError, ModelError
+from specdistill.models import LanguageModel, check_positions
 from specdistill_kernels import Lenience
 
 Tiny = Callable[..., LanguageModel]
@@ -242,3 +243,19 @@ def test_rules_that_do_not_exist_are_refused(
     target = tiny(10)
     with pytest.raises(InputError, match=message):
         SpeculativeDecoder(target, ModelDrafter(target, 64), num_draft_tokens=2, **options)
+
+
+@pytest.mark.parametrize("drafted", [False, True], ids=["plain", "drafted"])
+def test_a_request_may_fill_every_position_and_none_beyond(tiny: Tiny, drafted: bool) -> None:
+    target = tiny(layers=2, max_position_embeddings=16)
+    with torch.no_grad():
+        target.head.weight[0] = 0  # of the end, which then never is the best token
+    drafter = ModelDrafter(make_draft(target, [0]), target.vocab_size) if drafted else None
+    decoder = SpeculativeDecoder(target, drafter, num_draft_tokens=3 if drafted else 0)
+    (output,) = decoder.generate([[5, 9, 7]], max_new_tokens=13, sampling=GREEDY, seed=0).outputs
+    assert len(output.tokens) == 13
+    with pytest.raises(InputError, match=r"3 prompt tokens .* 14 new ones exceed the 16 positions"):
+        decoder.generate([[5, 9, 7]], max_new_tokens=14, sampling=GREEDY, seed=0)
+    check_positions([target], [("a text", 16)])
+    with pytest.raises(ModelError, match="17"):
+        check_positions([target], [("a text", 17)])

@@ -663,3 +663,26 @@ def test_float16_keeps_the_gradients_of_a_wide_vocabulary() -> None:
     assert ours.grad is not None
     assert exact.grad is not None
     assert (ours.grad - exact.grad).norm() <= 5e-3 * exact.grad.norm()
+
+
+@pytest.mark.parametrize("loss", ["tvd", "fkl", "lk_alpha"])
+def test_a_tail_without_a_token_of_the_draft_counts_as_missing(loss: str) -> None:
+    """The draft has three tokens, all among the four that are known of p: what p gives to others
+    lies on no token of the draft.
+    """
+    p, rest = torch.tensor([0.4, 0.2, 0.1, 0.1], dtype=torch.float64), 0.2
+    known = TargetTopK(
+        torch.tensor([[5, 2, 9, 7]]), p.log()[None], torch.tensor([rest], dtype=torch.float64).log()
+    )
+    logits = torch.tensor([[0.3, -0.4, 1.1]], dtype=torch.float64)
+    q = logits[0].softmax(-1)
+    mine = torch.stack([p[1], p[0], p[3]])  # of the tokens 2, 5 and 7
+    alpha = torch.minimum(mine, q).sum()
+    kept = mine.sum()
+    wanted = {
+        "tvd": 1 - alpha,
+        "fkl": (mine * (mine / q).log()).sum() - kept * kept.log(),
+        "lk_alpha": -alpha.log(),
+    }
+    got = divergence(logits, known, loss=loss, draft_vocab=torch.tensor([2, 5, 7]))
+    assert got.item() == pytest.approx(wanted[loss].item(), rel=1e-9)

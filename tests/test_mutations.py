@@ -24,6 +24,7 @@ from checks import (
     check_identity,
     check_invariance,
     check_look_up,
+    check_noise,
     check_rounds,
     check_same_prompt_other_text,
     check_stream,
@@ -62,6 +63,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "a certain token": check_certain,
     "a filter's edge": check_filter_edge,
     "look-up": check_look_up,
+    "noise": check_noise,
     "a score's row": check_row,
     "a score's interval": check_interval,
     "a score's choice": check_choice,
@@ -397,6 +399,32 @@ MUTATIONS = [
         "rows leave the batch, and the draft's cache keeps the wrong ones",
         "identity",
         [(ModelDrafter.keep, "self.cached.keep(rows)", "self.cached.keep(rows[::-1])")],
+    ),
+    Mutation(
+        "a place's noise is the next step's from place 16 on",
+        "noise",
+        [(noise.counter_noise, "step * 256", "step * 16")],
+    ),
+    Mutation(
+        "tokens 1,024 apart share their noise",
+        "noise",
+        [(noise.counter_noise, "(tokens * _GOLDEN", "(tokens % 1024 * _GOLDEN")],
+    ),
+    Mutation(
+        "the upper half of a row's seed is not read",
+        "noise",
+        [(noise.counter_noise, "(seeds >> 32) & _MASK, place", "place")],
+    ),
+    Mutation(
+        "a row's seed has 16 bits",
+        "noise",
+        [
+            (
+                row_seed,
+                'int.from_bytes(digest, "little") >> 1',
+                'int.from_bytes(digest[:2], "little")',
+            )
+        ],
     ),
     Mutation(
         "the look-up proposes from one place too far",
