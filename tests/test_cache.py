@@ -69,7 +69,7 @@ def test_the_limit_is_the_free_memory(
     """The engine raises at once, for the target and for the draft, and just enough is enough."""
     target, draft = tiny(0, layers=3), tiny(1, layers=4)
     needed = cache_bytes(draft, 1, 13)  # the larger one
-    monkeypatch.setattr(cache_module, "_free_bytes", lambda _: needed + room)
+    monkeypatch.setattr(cache_module, "free_bytes", lambda _: needed + room)
     decoder = SpeculativeDecoder(target, ModelDrafter(draft, 64), num_draft_tokens=3)
     if room == 0:
         assert decoder.generate([[7, 8, 9]], max_new_tokens=5).outputs
@@ -84,12 +84,12 @@ def test_free_memory_is_what_linux_or_the_system_says(
 ) -> None:
     cpu = torch.device("cpu")
     everything = cache_module.os.sysconf("SC_PHYS_PAGES") * cache_module.os.sysconf("SC_PAGE_SIZE")
-    assert 0 < cache_module._free_bytes(cpu) <= everything
+    assert 0 < cache_module.free_bytes(cpu) <= everything
     (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable:   300 kB\nHugePages: 0\n")
     monkeypatch.setattr(cache_module, "Path", lambda _: tmp_path / "meminfo")
-    assert cache_module._free_bytes(cpu) == 300 * 1024
+    assert cache_module.free_bytes(cpu) == 300 * 1024
     (tmp_path / "meminfo").unlink()
-    assert cache_module._free_bytes(cpu) == everything
+    assert cache_module.free_bytes(cpu) == everything
 
 
 ERRORS = [
