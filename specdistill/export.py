@@ -73,7 +73,10 @@ def export(
             text = model_card(model, target, card, engine, serve, leaked)
             (new / "README.md").write_text(text, encoding="utf-8")
     except OSError as error:
-        raise StorageError(f"cannot write {out}: {error.strerror}; is there room?") from error
+        raise StorageError(
+            f"cannot write the draft to {out}: {error.strerror}; free space or choose another "
+            "folder"
+        ) from error
     found = None if card is None else str(scorecard or _beside(model.path))
     return Exported(str(out), size, serve, difference, leaked, found, notes)
 

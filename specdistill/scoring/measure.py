@@ -105,12 +105,12 @@ def score(
     if not num_draft_tokens or not temperatures:
         raise InputError("score needs at least one num_draft_tokens and one temperature")
     check_lenience(mode, lenience, temperatures)
-    check_positions([draft], ((p.id, len(p.tokens) + max_new_tokens) for p in prompts))
     decoders = _decoders(target, draft, num_draft_tokens, mode, lenience)
     temperatures = list(dict.fromkeys(temperatures))
     settings = [(t, g) for t in temperatures for g in decoders]
     # Refuses what cannot be served, before any work; with a draft the same.
     decoders[0].cache_size([Request(p.id, p.tokens, max_new_tokens) for p in prompts])
+    check_positions([draft], ((p.id, len(p.tokens) + max_new_tokens) for p in prompts))
     progress("score", 0, len(prompts), "a short run of each setting first")
     for t, g in settings:
         decoders[g].generate([prompts[0].tokens], max_new_tokens=8, sampling=Sampling(t), seed=seed)
