@@ -340,7 +340,7 @@ def test_check_passes_on_a_sound_pair(world: World, tmp_path: Path) -> None:
     assert done.code == 0
     pair = run_checks.call_args.args[0]
     ids = [p.id for p in pair.prompts]
-    assert ids == ["1", "2"], "built-in prompts; the third has the second's tokens to this tokenizer"
+    assert ids == ["1", "2"], "built in; to this tokenizer the third is the second"
 
 
 def test_check_exits_1_where_the_output_would_change(world: World) -> None:
