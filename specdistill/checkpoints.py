@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from specdistill.documents import read_json
 from specdistill.errors import StorageError
 from specdistill.files import replacing
 
@@ -19,6 +22,30 @@ WEIGHTS, BEST, OPTIMIZER = "weights.safetensors", "best.safetensors", "optimizer
 STATE = "state.json"
 
 Weights = Mapping[str, Tensor]
+
+
+class State(BaseModel):
+    """state.json: how far the run has come, the best row of its metrics so far, and hashes of what
+    it started from by the key of the configuration that names it.
+    """
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    step: int = Field(ge=1)
+    tokens: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+    best: dict[str, Any]
+    origins: dict[str, str]
+    config_sha256: str | None = None
+
+    @field_validator("best")
+    @classmethod
+    def _of_a_step(cls, best: dict[str, Any]) -> dict[str, Any]:
+        numbers = (v for v in best.values() if not isinstance(v, list))
+        if type(best.get("kept_step")) is not int or not all(
+            isinstance(v, int | float) and math.isfinite(v) for v in numbers
+        ):
+            raise ValueError("it must hold numbers by name, among them kept_step")
+        return best
 
 
 def save_checkpoint(
@@ -67,16 +94,20 @@ def load_checkpoint(
     """Read a checkpoint into `weights` and `best`, and `restore` the moments; returns its state.
     Raises `StorageError` where it does not fit.
     """
+    state = read_json(folder / STATE, State, f"remove {folder} to start over")
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         for tensors, file in ((weights, WEIGHTS), (best, BEST)):
             saved = load_file(folder / file)
-            if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in tensors.items()}:
-                raise ValueError(f"{file} has other names or shapes than the draft's weights")
+            if _kinds(saved) != _kinds(tensors):
+                raise ValueError(f"{file} has other names, shapes or types than what is trained")
             copy_weights(saved, tensors)
         restore(load_file(folder / OPTIMIZER))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise StorageError(
             f"the checkpoint in {folder} cannot be used: {error}; remove it to start over"
         ) from error
-    return state
+    return state.model_dump()
+
+
+def _kinds(tensors: Weights) -> dict[str, tuple[Any, ...]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

@@ -7,26 +7,67 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
+from annotated_types import Interval
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    StringConstraints,
     ValidationError,
     field_validator,
     model_validator,
 )
 
+from specdistill import limits
+from specdistill.documents import parse_yaml, read_yaml_mapping
 from specdistill.errors import InputError
 from specdistill.files import at_home
-from specdistill.limits import MAX_DRAFT_TOKENS
+from specdistill.limits import shown
 from specdistill.options import Dtype
 
 Tracker = Literal[
     "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"
 ]
-LocalPath = Annotated[str, AfterValidator(at_home)]
+
+
+def _no_switch(value: Any) -> Any:
+    """`yes` is no number, though Python counts it as 1."""
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted")
+    return value
+
+
+def _text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair") from None
+    if "\0" in value:
+        raise ValueError("no name holds the character NUL")
+    return value
+
+
+def _greedy_or(value: float) -> float:
+    if value and not limits.inside(value, limits.TEMPERATURE):
+        raise ValueError(f"it must be 0, or {limits.words(limits.TEMPERATURE)}")
+    return value
+
+
+_Number = BeforeValidator(_no_switch)
+Count = Annotated[int, limits.COUNT, _Number]
+NewTokens = Annotated[int, limits.NEW_TOKENS, _Number]
+DraftTokens = Annotated[int, limits.DRAFT_TOKENS, _Number]
+Layer = Annotated[int, limits.COUNT]  # from 1
+Seed = Annotated[int, limits.SEED, _Number]
+Vocabulary = Annotated[int, limits.VOCABULARY, _Number]
+Share = Annotated[float, limits.SHARE, _Number]
+Positive = Annotated[float, limits.POSITIVE, _Number]
+Divisor = Annotated[float, limits.TEMPERATURE, _Number]
+Temperature = Annotated[float, AfterValidator(_greedy_or), _Number]  # 0 is greedy
+Name = Annotated[str, StringConstraints(min_length=1, max_length=4096), AfterValidator(_text)]
+LocalPath = Annotated[Name, AfterValidator(at_home)]
 
 
 class _Section(BaseModel):
@@ -36,8 +77,8 @@ class _Section(BaseModel):
 class Lora(_Section):
     """What is trained of the layers' linear maps W: the factors of W + (alpha / rank) B A."""
 
-    rank: int = Field(16, ge=1)
-    alpha: int = Field(32, ge=1)
+    rank: Count = 16
+    alpha: Count = 32
 
 
 class Training(_Section):
@@ -45,19 +86,19 @@ class Training(_Section):
     learning rate follows the training time instead of the step.
     """
 
-    max_steps: int | None = Field(None, ge=1)
-    max_seconds: float | None = Field(None, gt=0)
-    batch_tokens: int = Field(2048, ge=1, description="padded tokens in one forward pass")
-    accumulate: int = Field(
-        1, ge=1, description="forward passes in one update, of all processes together"
+    max_steps: Count | None = None
+    max_seconds: Positive | None = None
+    batch_tokens: Count = Field(2048, description="padded tokens in one forward pass")
+    accumulate: Count = Field(
+        1, description="forward passes in one update, of all processes together"
     )
-    learning_rate: float = Field(2e-3, gt=0)
-    warmup: float = Field(0.05, ge=0, lt=1, description="share of the budget with a rising rate")
-    weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
+    learning_rate: Positive = 2e-3
+    warmup: Share = Field(0.05, lt=1, description="share of the budget with a rising rate")
+    weight_decay: Share = 0.0
+    clip_norm: Positive = 1.0
     train_embeddings: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
-    chunk: int = Field(128, ge=1, description="rows of logits held at a time")
+    chunk: Count = Field(128, description="rows of logits held at a time")
     activation_checkpointing: bool = Field(
         False, description="keep no activations within layers, compute them again: slower, smaller"
     )
@@ -84,10 +125,10 @@ class Decode(_Section):
     target, kept signal or not; null leaves it out.
     """
 
-    prompts: int = Field(8, ge=1, description="of the held-out ones, at most")
-    max_new_tokens: int = Field(32, ge=2)
-    num_draft_tokens: int = Field(4, ge=1, le=MAX_DRAFT_TOKENS)
-    temperature: float = Field(0.0, ge=0)
+    prompts: Count = Field(8, description="of the held-out ones, at most")
+    max_new_tokens: NewTokens = Field(32, ge=2)
+    num_draft_tokens: DraftTokens = 4
+    temperature: Temperature = 0.0
 
 
 class Hints(_Section):
@@ -95,9 +136,9 @@ class Hints(_Section):
     left out, every layer goes to the one at the same relative depth.
     """
 
-    layers: dict[int, int] | None = None
+    layers: dict[Layer, Layer] | None = None
     kind: Literal["mse", "smooth_l1", "cosine"] = "mse"
-    weight: float = Field(1.0, gt=0)
+    weight: Positive = 1.0
 
 
 _SAMPLED = {
@@ -122,14 +163,14 @@ class Policy(_Section):
     """Where the training tokens come from, see `policies.py`. A plain name takes its defaults."""
 
     name: Literal["target", "fixed", "draft", "mixed", "skd", "induced", "fresh_target"] = "target"
-    refresh_every: int | None = Field(None, ge=1, description="steps between new samples")
-    prompts: int | None = Field(None, ge=1, description="of the data, sampled at each refresh")
-    max_new_tokens: int | None = Field(None, ge=1)
-    sample_temperature: float | None = Field(None, ge=0, description="of draft and target")
-    share: float | None = Field(None, ge=0, le=1, description="of the draft's samples: GKD's λ")
-    top_k: int | None = Field(None, ge=1, description="of the target, that skd lets pass")
-    block: int | None = Field(
-        None, ge=0, le=MAX_DRAFT_TOKENS, description="proposals a round; 0 only of fresh_target"
+    refresh_every: Count | None = Field(None, description="steps between new samples")
+    prompts: Count | None = Field(None, description="of the data, sampled at each refresh")
+    max_new_tokens: NewTokens | None = None
+    sample_temperature: Temperature | None = Field(None, description="of draft and target")
+    share: Share | None = Field(None, description="of the draft's samples: GKD's λ")
+    top_k: Vocabulary | None = Field(None, description="of the target, that skd lets pass")
+    block: Annotated[int, Interval(ge=0, le=limits.MAX_DRAFT_TOKENS), _Number] | None = Field(
+        None, description="proposals a round; 0 only of fresh_target"
     )
 
     @model_validator(mode="before")
@@ -170,26 +211,28 @@ class DistillConfig(_Section):
     draft: LocalPath
     data: LocalPath
     run_dir: LocalPath
-    loss: dict[str, float] = Field({"fkl": 1.0}, description="a name, or weights by name")
-    temperature: float = Field(1.0, gt=0, description="of the losses of the KL family")
-    decoding_temperature: float = Field(1.0, gt=0, description="of the overlap losses")
-    beta: float | None = Field(None, description="of jsd; 0.5")
-    skew: float | None = Field(None, description="of skew_kl and skew_rkl; 0.1")
-    eta: float | None = Field(None, description="of lk_hybrid; 3")
-    num_draft_tokens: int | None = Field(None, ge=1, description="the block of e2e_tv")
+    loss: dict[str, Positive] = Field({"fkl": 1.0}, description="a name, or weights by name")
+    temperature: Divisor = Field(1.0, description="of the losses of the KL family")
+    decoding_temperature: Divisor = Field(1.0, description="of the overlap losses")
+    beta: Share | None = Field(None, description="of jsd; 0.5")
+    skew: Share | None = Field(None, description="of skew_kl and skew_rkl; 0.1")
+    eta: Annotated[float, Interval(ge=0, le=1e30)] | None = Field(
+        None, description="of lk_hybrid; 3"
+    )
+    num_draft_tokens: DraftTokens | None = Field(None, description="the block of e2e_tv")
     hints: Hints | None = None
     policy: Policy = Policy()
     signal: Literal["kept", "live", "none"] = "kept"
-    heldout: int = Field(
-        32, ge=1, description="answers of the data kept out of training for the metrics"
+    heldout: Count = Field(
+        32, description="answers of the data kept out of training for the metrics"
     )
-    evaluate_every: int = Field(100, ge=1, description="steps")
+    evaluate_every: Count = Field(100, description="steps")
     decode: Decode | None = Decode()
     trackers: list[Tracker] = Field([], description="what also gets the metrics, by accelerate")
-    checkpoint_every: int = Field(100, ge=1, description="steps")
-    seed: int = 0
+    checkpoint_every: Count = Field(100, description="steps")
+    seed: Seed = 0
     dtype: Dtype = "auto"
-    device: str = "auto"
+    device: Name = "auto"
     training: Training
 
     @field_validator("loss", mode="before")
@@ -238,31 +281,23 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> DistillConfig:
 
 def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The mapping that a file holds, with `section.key=value` overrides. Raises `InputError`."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{path} must hold a mapping of keys to values; got {type(raw).__name__}")
+    raw = read_yaml_mapping(path)
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator or not key:
             raise InputError(
                 "an override is written key=value, for instance training.max_steps=500; got "
-                f"{override!r}"
+                f"{shown(override)}"
             )
-        try:
-            assign(raw, key, yaml.safe_load(value))
-        except yaml.YAMLError as error:
-            raise InputError(f"the value of {override!r} is not valid YAML: {error}") from error
+        assign(raw, key, parse_yaml(value, f"the value of {shown(override)}"))
     return raw
 
 
 def assign(raw: dict[str, Any], key: str, value: Any) -> None:
     """Set `section.key` in nested mappings."""
-    *sections, last = key.split(".")
+    *sections, last = parts = key.split(".")
+    if not all(parts) or len(parts) > 4:
+        raise InputError(f"a key is written section.key; got {shown(key)}")
     place: Any = raw
     for section in sections:
         place = place.setdefault(section, {})
@@ -272,11 +307,16 @@ def assign(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def parse_config(raw: dict[str, Any]) -> DistillConfig:
-    """Validate; every problem on a line of its own."""
+    """Validate. Raises `InputError`, which says every problem, or the first few of many."""
     try:
         return DistillConfig.model_validate(raw)
     except ValidationError as error:
-        raise InputError("the configuration: " + "; ".join(map(_explain, error.errors()))) from None
+        problems = error.errors()
+        told = [_explain(problem) for problem in problems[:8]]
+        told += [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
+        raise InputError("the configuration: " + "; ".join(told)) from None
+    except RecursionError:
+        raise InputError("the configuration is nested too deeply; write it flat") from None
 
 
 def _explain(problem: Any) -> str:
@@ -298,9 +338,9 @@ def _explain(problem: Any) -> str:
             known = {name: f"{section}.{name}" for name in model.model_fields} | known
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {known[near[0]]!r}?" if near else f"known are {', '.join(known)}"
-        return f"the unknown key {where!r}: {hint}"
+        return f"the unknown key {shown(where)}: {hint}"
     if problem["type"] == "missing":
         return f"no value for {where!r}"
     if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # our own words
         return f"{where}: {problem['ctx']['error']}" if where else str(problem["ctx"]["error"])
-    return f"{where or 'a section'}: {problem['msg']} (got {problem['input']!r})"
+    return f"{where or 'a section'}: {problem['msg']} (got {shown(problem['input'])})"

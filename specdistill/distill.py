@@ -27,7 +27,7 @@ from specdistill.data.signal import NONE, kept_tokens, read_states
 from specdistill.data.store import MANIFEST, Example, read_manifest
 from specdistill.distiller import Distiller, trainable
 from specdistill.drafts import save_draft, set_origin
-from specdistill.errors import DecodingError, InputError, TrainingError
+from specdistill.errors import DecodingError, InputError, StorageError, TrainingError
 from specdistill.evaluation import Evaluation
 from specdistill.files import held
 from specdistill.hints import map_layers
@@ -180,6 +180,11 @@ def _distill(
     state["origins"] = origins = _origins(target, draft, [*heldout, *training])
     if resume and (checkpoint := find_checkpoint(checkpoints)):
         state = load_checkpoint(checkpoint, weights, best, distiller.restore)
+        if evaluation.criterion not in state["best"]:
+            raise StorageError(
+                f"the checkpoint in {checkpoint} cannot be used: its best evaluation has no "
+                f"{evaluation.criterion}; remove it to start over"
+            )
         known = (run / CONFIG).exists()  # then `check_run` has compared them, key by key
         if not known and state.get("config_sha256", config_hash) != config_hash:
             raise InputError(
@@ -188,7 +193,7 @@ def _distill(
             )
         read = {"target": target, "draft": draft}
         for name, now in origins.items():
-            before, model = state["origins"][name], read.get(name)
+            before, model = state["origins"].get(name, ""), read.get(name)
             if before != now and not (model is not None and model.has_sha256(before)):
                 raise InputError(
                     f"{run} holds a run with another {name}: {getattr(config, name)} was changed "
@@ -245,14 +250,12 @@ def _distill(
     }
     accelerator.init_trackers("distill", named)
     words = f"{len(training)} answers to train on, {len(heldout)} held out"
-    given = {tuple(e.prompt_tokens) for e in training}
-    others = [e for e in heldout if tuple(e.prompt_tokens) not in given]
-    if len(others) < len(heldout):
+    if {tuple(e.prompt_tokens) for e in heldout} & {tuple(e.prompt_tokens) for e in training}:
         words += ", some of a prompt that is trained on, too"
     reader = (target or draft).tokenizer
     asked, learnt = (
         [str(reader.decode(e.prompt_tokens, skip_special_tokens=True)) for e in part]
-        for part in (others, training)
+        for part in (heldout, training)
     )
     if leads and (alike := len(nearly_among(asked, learnt))):
         words += f", {alike} of them on prompts nearly like one that is trained on"

@@ -189,7 +189,20 @@ class Distiller:
 
     @torch.no_grad()
     def restore(self, moments: dict[str, Tensor]) -> None:
-        """Go on from `parameters` as they are now, and these moments."""
+        """Go on from `parameters` as they are now, and these moments. Raises `ValueError` where
+        they are another optimiser's; a parameter that never had a gradient has none.
+        """
+        begun = {key.split(".", 1)[0] for key in moments}
+        fitting = {
+            f"{i}.{name}": shape
+            for i, value in enumerate(self.parameters.values())
+            if str(i) in begun
+            for name, shape in (("step", ()), ("exp_avg", value.shape), ("exp_avg_sq", value.shape))
+        }
+        if not begun or fitting != {key: moment.shape for key, moment in moments.items()}:
+            raise ValueError("the optimiser's state has other names or shapes than what is trained")
+        if not all(m.is_floating_point() and m.isfinite().all() for m in moments.values()):
+            raise ValueError("the optimiser's state holds what are no numbers")
         trained = list(self.trained.values())
         for value, now in zip(trained, self.parameters.values(), strict=True):
             if value is not now:

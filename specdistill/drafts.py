@@ -16,10 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from specdistill import architectures
+from specdistill import architectures, options
 from specdistill.checkpoint_files import VOCAB_FILE
 from specdistill.errors import InputError, ModelError, StorageError, first_line
 from specdistill.files import replacing
+from specdistill.limits import shown
 from specdistill.models import LanguageModel, check_tokens
 from specdistill.randomness import seeded
 
@@ -80,17 +81,12 @@ def choose_vocabulary(target: LanguageModel, usage: Tensor, size: int) -> Vocabu
 
 def parse_layers(text: str, available: int) -> list[int]:
     """ "4" keeps the first four layers, "0,1,29" the listed ones."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise InputError(
-            f"layers must be a number such as 4 or a list such as 0,1,29; got {text!r}"
-        ) from None
+    numbers = options.layers(text)
     layers = numbers if "," in text else list(range(min(numbers[0], available + 1)))
     if not layers or min(layers) < 0 or max(layers) >= available or len(set(layers)) != len(layers):
         raise InputError(
             f"layers must be a number of first layers, 1 to {available}, or a list of distinct "
-            f"ones among the target's 0 to {available - 1}; got {text!r}"
+            f"ones among the target's 0 to {available - 1}; got {shown(text)}"
         )
     return layers
 

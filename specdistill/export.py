@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from specdistill import drafts, gguf_files, models
+from specdistill.documents import read_yaml_mapping
 from specdistill.errors import InputError, ModelError, StorageError
 from specdistill.files import holding, keep_apart, replacing
 from specdistill.models import LanguageModel
@@ -164,10 +165,10 @@ def _named_target(folder: Path) -> str:
     """What the run's configuration calls the target; "TARGET" where there is none."""
     config = folder.resolve().parent / "config.yaml"
     try:
-        read = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        target = read_yaml_mapping(config).get("target")
+    except InputError:
         return "TARGET"
-    return str(read.get("target", "TARGET")) if isinstance(read, dict) else "TARGET"
+    return target if isinstance(target, str) else "TARGET"
 
 
 def model_card(

@@ -7,8 +7,9 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Literal
 
+from specdistill import limits
 from specdistill.errors import InputError
-from specdistill.limits import MAX_DRAFT_TOKENS
+from specdistill.limits import shown
 
 if TYPE_CHECKING:
     from specdistill_kernels import Lenience
@@ -18,18 +19,26 @@ Dtype = Literal["auto", "float32", "float64", "bfloat16", "float16"]
 
 def whole_numbers(text: str) -> list[int]:
     """ "4", "1-8" or "2,4,6" to numbers of draft tokens."""
-    numbers: list[int] = []
+    numbers: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*([0-9]+)(?:-([0-9]+))?\s*", part)
         if not match:
-            raise InputError(f"--num-draft-tokens must look like 4, 1-8 or 2,4,6; got {text!r}")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if not 1 <= first <= last <= MAX_DRAFT_TOKENS:
             raise InputError(
-                f"--num-draft-tokens must be 1 to {MAX_DRAFT_TOKENS}; got {part.strip()!r}"
+                f"--num-draft-tokens must look like 4, 1-8 or 2,4,6; got {shown(text)}"
             )
-        numbers += range(first, last + 1)
-    return sorted(set(numbers))
+        first, last = (_whole(digits) for digits in (match[1], match[2] or match[1]))
+        if not 1 <= first <= last <= limits.MAX_DRAFT_TOKENS:
+            raise InputError(
+                f"--num-draft-tokens must be {limits.words(limits.DRAFT_TOKENS)}; got "
+                f"{shown(part.strip())}"
+            )
+        numbers.update(range(first, last + 1))
+    return sorted(numbers)
+
+
+def _whole(digits: str) -> int:
+    """Python reads no number of more than 4,300 digits, and nothing here is near that."""
+    return int(digits) if len(digits) < 20 else 10**20
 
 
 def temperatures(text: str) -> list[float]:
@@ -37,31 +46,47 @@ def temperatures(text: str) -> list[float]:
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"--temperature must look like 0 or 0,1; got {text!r}") from None
-    if not all(0 <= value < float("inf") for value in values):
-        raise InputError(f"--temperature must be 0 (greedy) or more; got {text!r}")
+        raise InputError(f"--temperature must look like 0 or 0,1; got {shown(text)}") from None
+    for value in values:
+        limits.check("--temperature", value, limits.TEMPERATURE, off=0)
     return sorted(set(values))
 
 
 def match(text: str) -> float | None:
     """ "cost:9.5" to the ratio of prices; None for "compute"."""
-    found = re.fullmatch(r"cost:(\d+(?:\.\d+)?)", text)
-    if text != "compute" and found is None:
+    if text == "compute":
+        return None
+    cost = re.fullmatch(r"cost:([0-9]+(?:\.[0-9]+)?)", text)
+    if cost is None:
         raise InputError(
             "--match must be compute, or cost:X where an answer of the target costs X of the "
-            f"generator's; got {text!r}"
+            f"generator's; got {shown(text)}"
         )
-    return None if found is None else float(found[1])
+    limits.check("the price of --match cost:X", float(cost[1]), limits.PRICES)
+    return float(cost[1])
+
+
+def layers(text: str) -> list[int]:
+    """ "4" to [4], "0,1,29" to the numbers listed; how many layers there are is not known here."""
+    parts = text.split(",")
+    if not all(re.fullmatch(r"\s*[0-9]+\s*", part) for part in parts):
+        raise InputError(
+            f"--layers must be a number such as 4 or a list such as 0,1,29; got {shown(text)}"
+        )
+    numbers = [_whole(part.strip()) for part in parts]
+    for number in numbers:
+        limits.check("--layers", number, limits.LAYERS)
+    return numbers
 
 
 def lenience(text: str) -> Lenience:
     """ "lin:0.5" to the rule."""
     from specdistill_kernels import Lenience
 
-    match = re.fullmatch(r"(lin|sq|exp):(0?\.\d+)", text)
+    match = re.fullmatch(r"(lin|sq|exp):(0?\.[0-9]+)", text)
     if match is None or float(match[2]) == 0:
         raise InputError(
             "--lenience must look like lin:0.5, sq:0.7 or exp:0.8, the number between 0 and 1 (1 "
-            f"would be the exact rule); got {text!r}"
+            f"would be the exact rule); got {shown(text)}"
         )
     return Lenience(match[1], float(match[2]))  # type: ignore[arg-type]

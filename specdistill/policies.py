@@ -13,8 +13,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from specdistill.config import DistillConfig, Policy
@@ -30,6 +32,7 @@ from specdistill.data.store import (
     tokenizer_sha256,
 )
 from specdistill.decoding import Generation, ModelDrafter, Request, Sampling, SpeculativeDecoder
+from specdistill.documents import read_json_lines
 from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
 from specdistill.models import LanguageModel, check_tokens
@@ -173,6 +176,18 @@ def verified_rows(policy: Policy) -> int:
     return min(p["prompts"], BATCH) * (p["block"] + 1) if "block" in p else 0
 
 
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class _Sample(BaseModel):
+    """A line of a file of samples."""
+
+    model_config = ConfigDict(extra="forbid")
+    id: str
+    prompt_tokens: Tokens
+    response_tokens: Tokens
+
+
 def examples_at(source: Source, step: int, folder: Path) -> list[Example]:
     """What the policy gives at a step. Samples are kept in `folder`, so that a run that resumes
     between two refreshes goes on with those it had. Raises `StorageError` for a damaged file.
@@ -181,10 +196,14 @@ def examples_at(source: Source, step: int, folder: Path) -> list[Example]:
     if source.policy.refresh_every is None:
         return policy(source, step)
     file = folder / f"step-{step:08d}.jsonl"
+    if file.exists():
+        advice = "remove it and resume"
+        samples = [Example(**vars(sample)) for sample in read_json_lines(file, _Sample, advice)]
+        if not samples:
+            raise StorageError(f"{file} is damaged (it is empty); {advice}")
+        _check_tokens(samples, source.target, file, advice)
+        return samples
     try:
-        if file.exists():
-            lines = file.read_text(encoding="utf-8").splitlines()
-            return [Example(**json.loads(line)) for line in lines]
         examples = policy(source, step)
         folder.mkdir(parents=True, exist_ok=True)
         names = ("id", "prompt_tokens", "response_tokens")
@@ -192,15 +211,14 @@ def examples_at(source: Source, step: int, folder: Path) -> list[Example]:
         write_whole(file, "".join(f"{row}\n" for row in rows))
     except OSError as error:
         raise StorageError(f"cannot use {file}: {error.strerror}; free space, resume") from error
-    except (ValueError, TypeError) as error:
-        raise StorageError(f"{file} is damaged ({error}); remove it and resume") from error
     return examples
 
 
 def forget_samples(folder: Path, step: int) -> None:
     """Remove samples of `step` and later, which weights that were not kept have made."""
     for file in folder.glob("step-*.jsonl"):
-        if int(file.stem.removeprefix("step-")) >= step:
+        number = file.stem.removeprefix("step-")
+        if number.isdecimal() and int(number) >= step:
             file.unlink()
 
 
@@ -232,6 +250,7 @@ def read_given(config: DistillConfig, reader: LanguageModel) -> list[Example]:
                 "this target, or take a policy that makes its own (fresh_target, draft, skd)"
             )
         answers = read_examples(Path(config.data), signal=config.signal == "kept")
+        _check_tokens(answers, reader, config.data, "remove the folder and generate again")
         return [e for e in answers if e.response_tokens]
     if generated and config.signal == "kept":
         raise InputError(
@@ -254,6 +273,31 @@ def read_given(config: DistillConfig, reader: LanguageModel) -> list[Example]:
         start = mask.index(True)
         examples.append(Example(prompt.id, tokens[:start], tokens[start:], prompt.category))
     return examples
+
+
+def _check_tokens(
+    examples: Sequence[Example], reader: LanguageModel, where: str | Path, advice: str
+) -> None:
+    """Raises `StorageError` for ids that the model has not, and states of another width."""
+    known = max(reader.vocab_size, reader.full_vocab_size)
+    width = reader.head.weight.shape[1]
+    for example in examples:
+        signal = example.signal or {}
+        ids = [example.prompt_tokens, example.response_tokens]
+        largest = max(map(max, filter(None, ids)), default=0)
+        if "tokens" in signal and signal["tokens"].numel():
+            lowest, highest = signal["tokens"].aminmax()
+            largest = max(largest, int(highest)) if lowest >= 0 else int(lowest)
+        if not 0 <= largest < known:
+            raise StorageError(
+                f"{where} has the token {largest} in {example.id!r}, and {reader.name} has 0 to "
+                f"{known - 1}; {advice}"
+            )
+        if "hidden" in signal and signal["hidden"].shape[1] != width:
+            raise StorageError(
+                f"{where} keeps states of {signal['hidden'].shape[1]} values, and those of "
+                f"{reader.name} have {width}; {advice}"
+            )
 
 
 def _texts(source: str) -> list[Answer]:

@@ -15,6 +15,7 @@ import yaml
 from specdistill.config import DistillConfig, load_config
 from specdistill.errors import InputError, StorageError
 from specdistill.files import keep_apart, write_whole
+from specdistill.metrics import read_metrics
 from specdistill.models import LanguageModel
 from specdistill.provenance import device_name, git_commit, versions
 
@@ -92,23 +93,15 @@ def keep_metrics(run: Path, step: int) -> None:
     written again.
     """
     file = run / METRICS
+    rows = read_metrics(file) if step and file.exists() else []
+    kept = [row for row in rows if row.get("step", 0) <= step and "kept_step" not in row]
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        rows = [line for line in lines if step and _is_kept(line, step)]
-        write_whole(file, "".join(f"{line}\n" for line in rows))
+        write_whole(file, "".join(f"{json.dumps(row)}\n" for row in kept))
     except OSError as error:
         raise StorageError(
             f"cannot write to {file.parent}: {error.strerror}; choose another run_dir"
         ) from error
-
-
-def _is_kept(line: str, step: int) -> bool:
-    try:
-        row = json.loads(line)
-    except ValueError:  # cut off when the run was killed
-        return False
-    return row["step"] <= step and "kept_step" not in row
 
 
 def write_config(

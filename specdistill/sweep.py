@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 import re
 import traceback
@@ -21,14 +20,27 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from specdistill import models, packing
-from specdistill.config import DistillConfig, LocalPath, assign, parse_config, read_yaml
+from specdistill import limits, models, packing
+from specdistill.config import (
+    Count,
+    DistillConfig,
+    DraftTokens,
+    LocalPath,
+    NewTokens,
+    Seed,
+    Temperature,
+    assign,
+    parse_config,
+    read_yaml,
+)
 from specdistill.data.prompts import load_prompts
 from specdistill.data.texts import source_sha256
 from specdistill.distill import distill
 from specdistill.distiller import configured_objective
+from specdistill.documents import read_json
 from specdistill.errors import InputError
 from specdistill.files import at_home, held, keep_apart
+from specdistill.limits import shown
 from specdistill.models import LanguageModel
 from specdistill.plots import figure_sweep, save_each
 from specdistill.progress import Note, Progress, silent, unsaid
@@ -39,6 +51,7 @@ from specdistill.scoring.scorecard import Scorecard, nullable, write_json
 
 SCHEMA = "specdistill.sweep/1"
 CARD, SCORE, DATA, DOCUMENT = "scorecard.json", "score.json", "data.json", "sweep.json"
+PICTURE = "sweep.png"
 
 
 class Score(BaseModel):
@@ -46,11 +59,11 @@ class Score(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     prompts: LocalPath
-    num_draft_tokens: list[int] = Field([4], min_length=1)
-    temperatures: list[float] = Field([0.0], min_length=1)
-    max_new_tokens: int = Field(64, ge=1)
-    limit: int | None = Field(None, ge=1)
-    seed: int = 0
+    num_draft_tokens: list[DraftTokens] = Field([4], min_length=1)
+    temperatures: list[Temperature] = Field([0.0], min_length=1)
+    max_new_tokens: NewTokens = 64
+    limit: Count | None = None
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -90,31 +103,51 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     if not grid or not all(isinstance(values, list) and values for values in grid.values()):
         raise InputError(
             f"{path}: grid must map keys of a run to lists of values, for instance {{loss: [fkl, "
-            f"tvd], seed: [0, 1]}}; got {grid!r}"
+            f"tvd], seed: [0, 1]}}; got {shown(grid)}"
         )
-    if "run_dir" in grid or not isinstance(raw.get("run_dir"), str):
+    if len(grid) > limits.KEYS:
+        raise InputError(f"{path}: the grid has {len(grid):,} keys; at most {limits.KEYS} go")
+    if (number := math.prod(map(len, grid.values()))) > limits.RUNS:
+        raise InputError(f"{path}: the grid has {number:,} runs; at most {limits.RUNS:,} go")
+    for key, other in itertools.permutations(grid, 2):
+        if other.startswith(f"{key}."):
+            raise InputError(f"{path}: {other!r} is part of {key!r}; keep one of them in the grid")
+    if "run_dir" in grid or not (isinstance(raw.get("run_dir"), str) and raw["run_dir"]):
         raise InputError(f"{path}: run_dir names the folder of all runs, and is in no grid")
     if not isinstance(scoring, dict):
         raise InputError(f"{path}: score must say how to score, at least its prompts: FILE")
     try:
         settings = Score.model_validate(scoring)
     except ValidationError as error:
-        problems = "; ".join(f"{e['loc'][0]}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc']))}: {e['msg']} (got {shown(e['input'])})"
+            for e in error.errors()[:8]
+        )
         known = ", ".join(Score.model_fields)
         raise InputError(f"{path}: the section score: {problems}; it has {known}") from None
     folder = Path(at_home(raw["run_dir"]))
     points: dict[str, dict[str, Any]] = {}
+    called: set[str] = set()
     configs: dict[str, DistillConfig] = {}
     for values in itertools.product(*grid.values()):
         point = dict(zip(grid, values, strict=True))
         name = "_".join(label(key, value) for key, value in point.items())
-        if name in points:
-            raise InputError(f"{path}: two runs of the grid would be called {name!r}")
+        if name.casefold() in called:  # some file systems tell no case apart
+            raise InputError(
+                f"{path}: two runs of the grid would be called {shown(name)}"
+                + ("" if name in points else ", but for capital letters")
+            )
+        called.add(name.casefold())
+        _check_name(name, path)
         own = copy.deepcopy(raw) | {"run_dir": str(folder / name)}
+        given: set[str] = {"run_dir"}
         for key, value in point.items():
             several = isinstance(value, dict) and key in value
             for name_, own_value in (value if several else {key: value}).items():
-                assign(own, name_, copy.deepcopy(own_value))
+                if name_ in given:
+                    raise InputError(f"{path}, run {name}: {name_!r} is given twice by the grid")
+                given.add(name_)
+                assign(own, str(name_), copy.deepcopy(own_value))
         try:
             configs[name] = parse_config(own)
             configured_objective(configs[name])
@@ -127,6 +160,16 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         written = [*shared, *outputs(run), run / CARD]
         keep_apart(written, (path, settings.prompts, config.target, config.draft, config.data))
     return Sweep(folder, settings, points, configs)
+
+
+def _check_name(name: str, path: Path) -> None:
+    """Raises `InputError` for what would be no folder of its own within the sweep's."""
+    taken = {CARD, SCORE, DATA, DOCUMENT, PICTURE}
+    if not name.strip("._") or len(name.encode()) > 200 or name.casefold() in taken:
+        raise InputError(
+            f"{path}: a run of the grid would be called {shown(name)}, after its values, and that "
+            "is no folder's name; give values of other, shorter names, or a run of its own"
+        )
 
 
 def label(key: str, value: Any) -> str:
@@ -230,10 +273,13 @@ def heat_map(sweep: Sweep, result: Result) -> list[tuple[str, str, float]]:
     return [(loss, policy, fmean(values)) for (loss, policy), values in cells.items()]
 
 
+_ADVICE = "put the file back as it was, or choose another run_dir"
+
+
 def _check_score(sweep: Sweep) -> None:
     """What was scored in one way cannot be gone on with in another."""
     file, now = sweep.folder / SCORE, sweep.score.model_dump()
-    if file.exists() and (first := json.loads(file.read_text(encoding="utf-8"))) != now:
+    if file.exists() and (first := read_json(file, dict[str, Any], _ADVICE)) != now:
         raise InputError(
             f"{sweep.folder} holds runs scored with {first}, and now score is {now}; go on with "
             "the first, or choose another run_dir"
@@ -244,7 +290,7 @@ def _check_score(sweep: Sweep) -> None:
 def _check_data(sweep: Sweep) -> None:
     """Nor is what was trained on some data comparable with what is on another."""
     file, configs = sweep.folder / DATA, sweep.configs.values()
-    first = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    first = read_json(file, dict[str, str | None], _ADVICE) if file.exists() else {}
     now = {config.data: source_sha256(config.data) for config in configs}
     begun = {c.data for c in configs if (Path(c.run_dir) / METRICS).exists()}
     for source in sorted(begun & first.keys()):
@@ -281,5 +327,5 @@ def _draw(sweep: Sweep, result: Result, note: Note) -> None:
         how, others = sweep.score, [key for key in varied if key not in ("loss", "policy")]
         mean = f", mean over {', '.join(others)}" if others else ""
         words = f"τ at T = {how.temperatures[0]:g}, γ = {how.num_draft_tokens[0]}{mean}"
-        figures = {"sweep.png": partial(figure_sweep, heat_map(sweep, result), words)}
+        figures = {PICTURE: partial(figure_sweep, heat_map(sweep, result), words)}
         save_each(figures, sweep.folder, note)

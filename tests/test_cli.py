@@ -339,8 +339,7 @@ def test_check_passes_on_a_sound_pair(world: World, tmp_path: Path) -> None:
         done = run("check", "--target", at["target"], "--draft", at["draft"], "--limit", 3)
     assert done.code == 0
     pair = run_checks.call_args.args[0]
-    ids = [p.id for p in pair.prompts]
-    assert ids == ["1", "2"], "built in; to this tokenizer the third is the second"
+    assert [p.id for p in pair.prompts] == ["1", "2", "3"], "built-in prompts"
 
 
 def test_check_exits_1_where_the_output_would_change(world: World) -> None:
@@ -469,7 +468,7 @@ def test_an_engine_that_is_not_lossless_ends_with_exit_code_1(
 
 def test_score_tells_categories_and_lengths_apart(world: World, tmp_path: Path) -> None:
     rows = [
-        {"prompt": " ".join([f"w{7 + i} w9"] * (1 + 9 * (i % 2))), "category": f"kind [{i // 4}]"}
+        {"prompt": " ".join(["w7 w9"] * (1 + 9 * (i % 2))), "category": f"kind [{i // 4}]"}
         for i in range(8)
     ]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -1005,6 +1004,5 @@ def test_our_own_errors_are_told_and_others_are_called_faults_of_ours() -> None:
         done = run("init", "--target", "t", "--out", "o")
         assert done.code == 70
         assert done.err.startswith("error: ZeroDivisionError")
-        done = run("init", "--target", "t", "--out", "o", "--debug")
-        assert done.code == 70
-        assert "Traceback" in done.err
+        with pytest.raises(ZeroDivisionError):
+            run("init", "--target", "t", "--out", "o", "--debug")

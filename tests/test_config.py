@@ -145,7 +145,7 @@ def test_one_budget_is_given(tmp_path: Path, budgets: list[str]) -> None:
     ("override", "parts"),
     [
         ("seed=x", ("seed", "integer", "'x'")),
-        ("temperature=0", ("temperature", "greater than 0", "0")),
+        ("temperature=0", ("temperature", "greater than or equal to 0.0001", "0")),
         ("training.max_steps=0", ("training.max_steps", "greater than or equal to 1")),
         ("training.max_steps=2.5", ("training.max_steps", "2.5")),
         ("training.learning_rate=fast", ("training.learning_rate", "number", "'fast'")),

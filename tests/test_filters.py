@@ -239,7 +239,7 @@ def test_retries_without_anything_that_removes(target: LanguageModel, tmp_path: 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"min_tokens": -1}, "min_tokens and retries must be 0"),
+        ({"min_tokens": -1}, "min_tokens must be 0 to"),
         ({"max_repetition": 1.5}, "max_repetition must be 0 to 1"),
     ],
 )

@@ -569,10 +569,12 @@ def test_plot_all_needs_only_the_scorecard(tmp_path: Path) -> None:
         plot_all(tmp_path / "elsewhere")
 
 
-def test_a_cut_off_metrics_line_is_named(tmp_path: Path) -> None:
+def test_a_damaged_metrics_line_is_named_and_a_cut_off_one_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"loss": 1.0}\n{"loss": 0.', encoding="utf-8")
-    with pytest.raises(InputError, match=r"line 2 .*not a JSON object"):
+    assert read_metrics(path) == [{"loss": 1.0}]
+    path.write_text('{"loss": 1.0}\n{"loss": {}}\n', encoding="utf-8")
+    with pytest.raises(StorageError, match=r"metrics.jsonl, line 2 is damaged .*loss"):
         read_metrics(path)
 
 

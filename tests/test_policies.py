@@ -427,7 +427,7 @@ def test_kept_samples_are_read_again_and_damaged_ones_refused(
     assert [replace(e, category=None) for e in first] == again
     file = tmp_path / "step-00000000.jsonl"
     file.write_text(file.read_text()[:-20])
-    with pytest.raises(StorageError, match=r"step-00000000.jsonl is damaged"):
+    with pytest.raises(StorageError, match=r"step-00000000.jsonl, line 12 is damaged"):
         examples_at(ours, 0, tmp_path)
 
 

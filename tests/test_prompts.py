@@ -372,7 +372,7 @@ def test_option_without_effect(kind: str, option: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [0, -1])
 def test_limit_below_one(limit: int, jsonl: Path) -> None:
     source = write_lines(jsonl, {"prompt": "x"})
-    assert f"limit is {limit}" in refusal(source, limit=limit)
+    assert f"limit must be 1 to 1000000000; got {limit}" in refusal(source, limit=limit)
 
 
 @pytest.fixture

@@ -274,7 +274,7 @@ def test_the_folder_says_how_it_was_chosen(target: LanguageModel, tmp_path: Path
 
 
 def test_what_has_no_effect_is_refused(target: LanguageModel, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="best_of must be at least 1; got 0"):
+    with pytest.raises(InputError, match="best_of must be 1 to 1024; got 0"):
         BestOf(0, "majority")
     with pytest.raises(InputError, match="'majority' has no effect on a single answer"):
         BestOf(1, "majority")

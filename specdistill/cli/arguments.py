@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from annotated_types import Interval
 
-from specdistill import options
+from specdistill import limits, options
+
+
+def among(allowed: Interval, help: str | None = None) -> Any:
+    """An option whose number lies within."""
+    return typer.Option(min=allowed.ge, max=allowed.le, help=help)  # type: ignore[arg-type]
+
 
 Target = Annotated[str, typer.Option(help="Hugging Face id, folder, .gguf file, or demo:smollm2.")]
 Draft = Annotated[
@@ -17,14 +24,13 @@ Json = Annotated[
 ]
 Dtype = Annotated[options.Dtype, typer.Option(help="auto: by model and device.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Threads = Annotated[
-    int | None, typer.Option(help="CPU threads; default: all physical cores.", min=1)
-]
+Threads = Annotated[int | None, among(limits.THREADS, "CPU threads; default: all physical cores.")]
 Split = Annotated[str | None, typer.Option(help="Split of a `datasets` id.")]
 Column = Annotated[str | None, typer.Option(help="Column of a `datasets` id.")]
 Prompts = Annotated[
     str, typer.Option(help=".jsonl, .txt, datasets id, demo:train or demo:heldout.")
 ]
-Limit = Annotated[int | None, typer.Option(help="Use only the first so many prompts.")]
-LongestAnswer = Annotated[int, typer.Option(help="Tokens of the longest answer.", min=1)]
-BatchSize = Annotated[int, typer.Option(help="Rows decoded together.", min=1)]
+Limit = Annotated[int | None, among(limits.COUNT, "Use only the first so many prompts.")]
+LongestAnswer = Annotated[int, among(limits.NEW_TOKENS, "Tokens of the longest answer.")]
+BatchSize = Annotated[int, among(limits.ROWS, "Rows decoded together.")]
+Seed = Annotated[int, among(limits.SEED)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from specdistill import options
+from specdistill import limits, options
 from specdistill.cli import console
 from specdistill.cli.arguments import (
     BatchSize,
@@ -21,13 +21,14 @@ from specdistill.cli.arguments import (
     Limit,
     LongestAnswer,
     Prompts,
+    Seed,
     Split,
     Target,
     Threads,
+    among,
 )
 from specdistill.errors import InputError
 from specdistill.files import held, keep_apart, lock_of
-from specdistill.limits import MAX_DRAFT_TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence, Sized
@@ -65,22 +66,22 @@ def generate(
     base_url: Annotated[
         str | None, typer.Option(help="The server's, such as http://localhost:8000/v1.")
     ] = None,
-    concurrency: Annotated[int, typer.Option(help="Questions under way at once.", min=1)] = 8,
+    concurrency: Annotated[int, among(limits.ROWS, "Questions under way at once.")] = 8,
     style: Annotated[
         str, typer.Option(help="How prompts are put: instruction, in-context, chain-of-thought.")
     ] = "instruction",
     examples: Annotated[
         str | None, typer.Option(help="Prompts with responses, for --style in-context.")
     ] = None,
-    shots: Annotated[int, typer.Option(help="Examples shown with each prompt.", min=1)] = 4,
+    shots: Annotated[int, among(limits.SHOTS, "Examples shown with each prompt.")] = 4,
     max_new_tokens: LongestAnswer = 256,
     temperature: Annotated[
         str, typer.Option(help="0 is greedy; with 0,1 each prompt gets one of the two.")
     ] = "0",
-    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    top_k: Annotated[int, among(limits.TOP_K, "0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Seed = 0,
     batch_size: BatchSize = 32,
     limit: Limit = None,
     response_column: Annotated[
@@ -94,10 +95,10 @@ def generate(
         ),
     ] = "states",
     min_tokens: Annotated[
-        int, typer.Option(help="Remove shorter answers; of a server, in words.", min=0)
+        int, among(limits.LEAST_TOKENS, "Remove shorter answers; of a server, in words.")
     ] = 0,
     max_repetition: Annotated[
-        float, typer.Option(help="Remove answers with a larger share of repeated 4-grams.")
+        float, among(limits.SHARE, "Remove answers with a larger share of repeated 4-grams.")
     ] = 1.0,
     drop_truncated: Annotated[
         bool, typer.Option("--drop-truncated", help="Remove answers cut at --max-new-tokens.")
@@ -106,11 +107,11 @@ def generate(
         bool, typer.Option("--drop-duplicates", help="Of equal answers keep one.")
     ] = False,
     retries: Annotated[
-        int, typer.Option(help="Ask again so often, sampling anew, for what was removed.", min=0)
+        int, among(limits.RETRIES, "Ask again so often, sampling anew, for what was removed.")
     ] = 0,
     best_of: Annotated[
         int | None,
-        typer.Option(help="Of so many answers to a prompt keep one, by --scorer.", min=1),
+        among(limits.ANSWERS, "Of so many answers to a prompt keep one, by --scorer."),
     ] = None,
     scorer: Annotated[
         str | None,
@@ -132,9 +133,7 @@ def generate(
     draft: Annotated[
         str | None, typer.Option(help="Decode speculatively with this draft: lossless, and timed.")
     ] = None,
-    num_draft_tokens: Annotated[
-        int, typer.Option(help="γ, with --draft.", min=1, max=MAX_DRAFT_TOKENS)
-    ] = 4,
+    num_draft_tokens: Annotated[int, among(limits.DRAFT_TOKENS, "γ, with --draft.")] = 4,
     split: Split = None,
     column: Column = None,
     dtype: Dtype = "auto",
@@ -301,14 +300,14 @@ def widen(
         str, typer.Option(help="The prompts there are: .jsonl, .txt, datasets id or demo:train.")
     ],
     out: Annotated[Path, typer.Option(help=".jsonl to write; an unfinished one is continued.")],
-    count: Annotated[int, typer.Option(help="How many more prompts are wanted.", min=1)],
-    shots: Annotated[int, typer.Option(help="Prompts shown as examples each time.", min=1)] = 6,
+    count: Annotated[int, among(limits.COUNT, "How many more prompts are wanted.")],
+    shots: Annotated[int, among(limits.SHOTS, "Prompts shown as examples each time.")] = 6,
     max_similarity: Annotated[
-        float, typer.Option(help="Remove what is more like a known prompt (ROUGE-L, 0 to 1).")
+        float, among(limits.SHARE, "Remove what is more like a known prompt (ROUGE-L).")
     ] = 0.7,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest prompt.", min=1)] = 96,
+    max_new_tokens: Annotated[int, among(limits.NEW_TOKENS, "Longest prompt.")] = 96,
     temperature: Annotated[float, typer.Option()] = 1.0,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Seed = 0,
     batch_size: BatchSize = 32,
     limit: Limit = None,
     split: Split = None,

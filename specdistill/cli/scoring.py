@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from specdistill import options, tables
+from specdistill import limits, options, tables
 from specdistill.cli import console
 from specdistill.cli.arguments import (
     Column,
@@ -20,9 +20,11 @@ from specdistill.cli.arguments import (
     Limit,
     LongestAnswer,
     Prompts,
+    Seed,
     Split,
     Target,
     Threads,
+    among,
 )
 from specdistill.errors import InputError
 from specdistill.files import keep_apart
@@ -43,7 +45,7 @@ def score(
     temperature: Annotated[str, typer.Option(help="0, 1 or 0,1.")] = "0,1",
     max_new_tokens: LongestAnswer = 128,
     limit: Limit = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Seed = 0,
     verification: Annotated[
         Literal["token", "block"], typer.Option(help="Verify proposals singly, or as a whole.")
     ] = "token",
@@ -141,9 +143,11 @@ def check(
     prompts: Annotated[
         str | None, typer.Option(help="As for `score`; default: a few that are built in.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.", min=2)] = 32,
-    limit: Annotated[int, typer.Option(help="Use only the first so many prompts.")] = 8,
-    seed: Annotated[int, typer.Option()] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Longest answer.", min=2, max=limits.NEW_TOKENS.le)
+    ] = 32,
+    limit: Annotated[int, among(limits.COUNT, "Use only the first so many prompts.")] = 8,
+    seed: Seed = 0,
     split: Split = None,
     column: Column = None,
     dtype: Dtype = "auto",

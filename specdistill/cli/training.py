@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from specdistill import options, tables
+from specdistill import limits, options, tables
 from specdistill.cli import console
-from specdistill.cli.arguments import Dtype, Json, Target, Threads
+from specdistill.cli.arguments import Dtype, Json, Target, Threads, among
 from specdistill.errors import InputError
 from specdistill.files import held, keep_apart
 
@@ -27,14 +26,16 @@ def init(
     layers: Annotated[
         str, typer.Option(help="How many first layers to keep, or which: 4 or 0,1,29.")
     ] = "4",
-    vocab_size: Annotated[int | None, typer.Option(help="Keep only so many output tokens.")] = None,
+    vocab_size: Annotated[
+        int | None, among(limits.VOCABULARY, "Keep only so many output tokens.")
+    ] = None,
     vocab_from: Annotated[
         str | None,
         typer.Option(help="Data to count tokens in: a folder of `generate`, .jsonl or .txt."),
     ] = None,
     random_seed: Annotated[
         int | None,
-        typer.Option(help="Take the shape alone, with random weights: training from scratch."),
+        among(limits.SEED, "Take the shape alone, with random weights: training from scratch."),
     ] = None,
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -45,6 +46,7 @@ def init(
             "--vocab-size and --vocab-from go together: how many tokens, and the data to count "
             "them in"
         )
+    options.layers(layers)  # before a model is read
     keep_apart([out], [target, vocab_from])
     with held(out):
         console.must_be_new(out)
@@ -137,6 +139,7 @@ def _distill(settings: DistillConfig, resume: bool) -> tuple[Path, dict[str, Any
     """The draft's folder, what the policy's answers came to, and the last row of the metrics."""
     from specdistill import distill as distillation
     from specdistill import heads, models, packing, policies
+    from specdistill.metrics import read_metrics
     from specdistill.run_folder import METRICS
 
     target = None
@@ -164,6 +167,5 @@ def _distill(settings: DistillConfig, resume: bool) -> tuple[Path, dict[str, Any
             show=show,
             progress=progress,
         )
-    lines = (folder.parent / METRICS).read_text(encoding="utf-8").splitlines()
-    metrics = [json.loads(line) for line in lines]
+    metrics = read_metrics(folder.parent / METRICS)
     return folder, tables.drafted_answers(metrics), metrics[-1]

@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import nan
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import TypedDict
 
 from specdistill.data import filters
 from specdistill.data.filters import DUPLICATE, repeated
@@ -21,13 +24,13 @@ from specdistill.data.prompts import REASONING, Prompt
 from specdistill.data.scorers import Candidate
 from specdistill.data.selection import Selection
 from specdistill.data.store import MANIFEST, must_be_ours, of_others
+from specdistill.documents import read_json, read_json_lines
 from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
 
 ANSWERS, REPLIES = "answers.jsonl", "replies.jsonl"
 SCHEMA = "specdistill.answers/2"
 EMPTY = "empty"  # why a reply goes that says nothing
-T = TypeVar("T")
 _MAY_DIFFER = ("server", "versions")  # where it ran, not what was asked
 
 
@@ -49,11 +52,12 @@ class Reply:
     """
 
     id: str
-    attempt: int
+    attempt: Annotated[int, Field(ge=0)]
     text: str
     ended: bool
     reasoning: str | None = None
     log_probability: float | None = None
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
 
 Replies = Mapping[str, Mapping[int, Reply]]  # by prompt and attempt
@@ -201,8 +205,10 @@ class AnswerStore:
             self._drop_half_a_line()
             self.replies: dict[str, dict[int, Reply]] = {}
             self.count = 0  # of replies, to all prompts
-            for reply in _read(folder / REPLIES, lambda row: Reply(**row)):
-                self._add(reply)
+            if (folder / REPLIES).exists():
+                advice = "remove the line and generate again"
+                for reply in read_json_lines(folder / REPLIES, Reply, advice):
+                    self._add(reply)
             if (folder / MANIFEST).exists():
                 self._check()
             self._write_manifest({})
@@ -249,14 +255,10 @@ class AnswerStore:
     def _check(self) -> None:
         """A folder without a reply may begin anew, but not one of another kind."""
         facts = self.facts
-        try:
-            found = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-            differing = [n for n in facts if n not in _MAY_DIFFER and found.get(n) != facts[n]]
-        except (ValueError, AttributeError) as error:
-            raise StorageError(
-                f"{self.folder / MANIFEST} is damaged ({error}); remove the folder and generate "
-                "again"
-            ) from error
+        found = read_json(
+            self.folder / MANIFEST, dict[str, Any], "remove the folder and generate again"
+        )
+        differing = [n for n in facts if n not in _MAY_DIFFER and found.get(n) != facts[n]]
         if differing and (self.replies or "schema" in differing):
             name = differing[0]
             raise of_others(self.folder, name, found.get(name), facts[name])
@@ -266,6 +268,28 @@ class AnswerStore:
         file = self.folder / REPLIES
         if file.exists() and not (text := file.read_bytes()).endswith(b"\n"):
             os.truncate(file, text.rfind(b"\n") + 1)  # at once, whenever the process is killed
+
+
+class _Turn(TypedDict):
+    role: str
+    content: str
+
+
+class _Row(BaseModel):
+    """A line of answers.jsonl."""
+
+    model_config = ConfigDict(extra="forbid")
+    id: str
+    category: str | None
+    messages: Annotated[list[_Turn], Field(min_length=1)]
+    response: str
+    ended: bool
+    reasoning: str | None
+
+    def answer(self) -> Answer:
+        beside = {REASONING[0]: self.reasoning} if self.reasoning else {}
+        prompt = Prompt(self.id, tuple(self.messages), self.category, self.response, beside)
+        return Answer(prompt, self.ended, self.reasoning)
 
 
 def _unwritable(
@@ -283,8 +307,10 @@ def read_answers(folder: Path) -> list[Answer]:
     """All answers that say something. Raises `StorageError` by line where the file is damaged,
     `InputError` where there is none.
     """
-    answers = [a for a in _read(folder / ANSWERS, _row_answer) if (a.prompt.response or "").strip()]
-    if not answers and (folder / ANSWERS).exists():
+    file, advice = folder / ANSWERS, "remove the line and generate again"
+    rows = read_json_lines(file, _Row, advice) if file.exists() else []
+    answers = [row.answer() for row in rows if row.response.strip()]
+    if not answers and file.exists():
         raise InputError(
             f"{folder} holds no answers: all that the server said is in {REPLIES}, and none of it "
             "was kept; generate again, in another folder, with filters that leave some"
@@ -292,21 +318,3 @@ def read_answers(folder: Path) -> list[Answer]:
     if not answers:
         raise InputError(f"{folder} holds no answers yet; run `specdistill generate` to the end")
     return answers
-
-
-def _row_answer(row: Mapping[str, Any]) -> Answer:
-    beside = {REASONING[0]: row["reasoning"]} if row["reasoning"] else {}
-    prompt = Prompt(row["id"], tuple(row["messages"]), row["category"], row["response"], beside)
-    return Answer(prompt, row["ended"], row["reasoning"])
-
-
-def _read(file: Path, parse: Callable[[Any], T]) -> Iterator[T]:
-    if not file.exists():
-        return
-    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            yield parse(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
-            raise StorageError(
-                f"{file}, line {number} is damaged ({error}); remove the line and generate again"
-            ) from error

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from tokenizers import normalizers, pre_tokenizers
 
+from specdistill import limits
 from specdistill.decoding import Sampling
-from specdistill.errors import InputError
 
 NGRAM = 4  # tokens; shorter ones repeat in good text too
 
@@ -35,13 +35,9 @@ class Filters:
     retries: int = 0
 
     def __post_init__(self) -> None:
-        if self.min_tokens < 0 or self.retries < 0:
-            raise InputError(
-                f"min_tokens and retries must be 0 (off) or more; got {self.min_tokens} and "
-                f"{self.retries}"
-            )
-        if not 0 <= self.max_repetition <= 1:
-            raise InputError(f"max_repetition must be 0 to 1 (off); got {self.max_repetition}")
+        limits.check("min_tokens", self.min_tokens, limits.LEAST_TOKENS)
+        limits.check("retries", self.retries, limits.RETRIES)
+        limits.check("max_repetition", self.max_repetition, limits.SHARE)
 
     @property
     def remove(self) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specdistill import limits
 from specdistill.data.workload import Split, workload
 from specdistill.errors import InputError
 
@@ -95,8 +96,8 @@ def load_prompts(
     Raises:
         InputError: an unusable source, option or line; the message names the line.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}; it must be at least 1, or left out to read all")
+    if limit is not None:
+        limits.check("limit", limit, limits.COUNT)
     prompts: list[Prompt] = []
     first_use: dict[str, str] = {}
     for where, prompt in itertools.islice(_open(source, split, column, response_column), limit):

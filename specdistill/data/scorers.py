@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from specdistill import limits
 from specdistill.data.prompts import Prompt
 from specdistill.errors import InputError
 
@@ -46,8 +47,7 @@ class BestOf:
     scorer: str
 
     def __post_init__(self) -> None:
-        if self.number < 1:
-            raise InputError(f"best_of must be at least 1; got {self.number}")
+        limits.check("best_of", self.number, limits.ANSWERS)
         if self.number == 1 and self.scorer in (LOG_PROBABILITY, MAJORITY):
             raise InputError(
                 f"the scorer {self.scorer!r} has no effect on a single answer; ask for more of them"
@@ -59,12 +59,14 @@ def matched_number(number: int, cost_ratio: float) -> int:
     of the target's costs as much as `cost_ratio` of its own; rounded down. At equal compute that is
     the ratio of parameters (2408.16737). Raises `InputError` where the writer is not cheaper.
     """
-    if cost_ratio <= 1:
+    if not cost_ratio > 1:
         raise InputError(
             f"an answer of the target costs {cost_ratio:.3g} of the generator's: it is no cheaper, "
             "so let the target answer itself"
         )
-    return int(number * cost_ratio)
+    matched = int(min(number * cost_ratio, 1e9))
+    limits.check(f"{number} answers of the target's in the generator's", matched, limits.ANSWERS)
+    return matched
 
 
 def log_probability(prompt: Prompt, candidates: Sequence[Candidate]) -> list[float]:

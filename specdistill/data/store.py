@@ -8,21 +8,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Required
 
 import torch
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from specdistill.data.signal import ALPHA_COST, NONE
+from specdistill.data.signal import ALPHA_COST, NONE, kept_tokens
+from specdistill.documents import read_json
 from specdistill.errors import InputError, StorageError
 from specdistill.files import UNFINISHED, replacing, write_whole
 from specdistill.hashes import file_sha256
+from specdistill.limits import shown
 from specdistill.models import LanguageModel
 
 SCHEMA = "specdistill.generations/2"
@@ -42,6 +46,23 @@ class Example:
     signal: dict[str, Tensor] | None = None
 
 
+Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
+
+
+class Part(TypedDict, total=False):
+    """What the manifest says of a part: the hash of each file, and where only some tokens are kept
+    of the target, sums over the part's tokens of what is outside them and what that costs.
+    """
+
+    ids: Required[list[str]]
+    tokens: Required[Annotated[int, Field(ge=0)]]
+    parquet_sha256: Required[str]
+    signal_sha256: str
+    withdrawn: list[str]
+    tail_mass: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    alpha_cost: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 @dataclass
 class Manifest:
     """What the parts have in common; a part of another target, tokenizer, set of prompts or setting
@@ -54,13 +75,15 @@ class Manifest:
     prompts_sha256: str
     settings: dict[str, Any]
     signal: str
-    parts: list[dict[str, Any]] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
     # [id, filter] of each prompt's answer that went, and then by filter how many more were no
     # choice among several answers to one.
-    removed: list[list[str]] = field(default_factory=list)
+    removed: list[Pair] = field(default_factory=list)
     passed_over: dict[str, int] = field(default_factory=dict)
-    writer_parameters: int | None = None  # of who wrote in the target's place
+    # Of who wrote in the target's place.
+    writer_parameters: Annotated[int, Field(ge=0)] | None = None
     schema: str = SCHEMA
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     @property
     def ids(self) -> set[str]:
@@ -124,9 +147,11 @@ class Store:
         parts = self.manifest.parts
         if not parts or "tail_mass" not in parts[0]:
             return None
-        tokens = sum(part["tokens"] for part in parts)
-        names = ("tail_mass", ALPHA_COST)
-        return {name: sum(part[name] for part in parts) / max(tokens, 1) for name in names}
+        tokens = max(sum(part["tokens"] for part in parts), 1)
+        return {
+            "tail_mass": sum(part.get("tail_mass", 0.0) for part in parts) / tokens,
+            ALPHA_COST: sum(part.get("alpha_cost", 0.0) for part in parts) / tokens,
+        }
 
     def filtered(self) -> dict[str, Any]:
         """Of the answers that filters removed: their number by filter, the prompts that were then
@@ -168,7 +193,7 @@ class Store:
             for e in examples
         ]
         tokens = sum(len(e.response_tokens) for e in examples)
-        part: dict[str, Any] = {"ids": [e.id for e in examples], "tokens": tokens}
+        part: Part = {"ids": [e.id for e in examples], "tokens": tokens, "parquet_sha256": ""}
         try:
             if not examples:
                 self._write(manifest)
@@ -181,7 +206,7 @@ class Store:
                 joined = {name: torch.cat([s[name] for s in signals]).cpu() for name in signals[0]}
                 if "log_tail" in joined:
                     part["tail_mass"] = joined["log_tail"].exp().sum().item()
-                    part[ALPHA_COST] = joined.pop(ALPHA_COST).sum().item()
+                    part["alpha_cost"] = joined.pop(ALPHA_COST).sum().item()
                 with replacing(stem.with_suffix(".safetensors")) as new:
                     save_file(joined, new)
                 part["signal_sha256"] = file_sha256(stem.with_suffix(".safetensors"))
@@ -198,7 +223,7 @@ class Store:
         """
         if not ids:
             return
-        parts = [
+        parts: list[Part] = [
             {**part, "withdrawn": sorted(withdrawn(part) | ids & {*part["ids"]})}
             for part in self.manifest.parts
         ]
@@ -216,7 +241,7 @@ class Store:
         self.manifest = manifest
 
 
-def withdrawn(part: Mapping[str, Any]) -> set[str]:
+def withdrawn(part: Part) -> set[str]:
     """Ids of a part's answers that no longer count; the prompt may have another in a later part."""
     return set(part.get("withdrawn", ()))
 
@@ -259,24 +284,21 @@ def read_manifest(folder: Path) -> Manifest:
     damaged.
     """
     file = folder / MANIFEST
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        if raw["schema"] != SCHEMA:
-            raise InputError(
-                f"{file} has schema {raw['schema']!r}, and here {SCHEMA!r} is wanted, the tokens "
-                "and signal of a local target; name another folder, or make one anew"
-            )
-        manifest = Manifest(**raw)
-        if not all({"ids", "tokens", "parquet_sha256"} <= part.keys() for part in manifest.parts):
-            raise ValueError("a part lacks its ids, tokens or hash")
-    except OSError:
+    advice = "remove the folder and generate again"
+    if not file.exists():
         raise InputError(
             f"{folder} holds no {MANIFEST}: not a folder made by `specdistill generate`"
-        ) from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise StorageError(
-            f"{file} is damaged ({error}); remove the folder and generate again"
-        ) from error
+        )
+    schema = read_json(file, dict[str, Any], advice).get("schema")
+    if schema != SCHEMA:
+        raise InputError(
+            f"{file} has schema {shown(schema)}, and here {SCHEMA!r} is wanted, the tokens and "
+            "signal of a local target; name another folder, or make one anew"
+        )
+    manifest = read_json(file, Manifest, advice)
+    kept_tokens(manifest.signal)
+    if manifest.signal != NONE and not all("signal_sha256" in part for part in manifest.parts):
+        raise StorageError(f"{file} is damaged (a part lacks its signal_sha256); {advice}")
     return manifest
 
 
@@ -300,28 +322,88 @@ def read_examples(folder: Path, *, signal: bool) -> list[Example]:
     return examples
 
 
-def _read_part(stem: Path, part: dict[str, Any], signal: bool) -> Iterable[Example]:
-    from pyarrow import parquet
-
+def _read_part(stem: Path, part: Part, signal: bool) -> Iterable[Example]:
     parquet_file, signal_file = stem.with_suffix(".parquet"), stem.with_suffix(".safetensors")
-    checks = [(parquet_file, "parquet_sha256")] + (
-        [(signal_file, "signal_sha256")] if signal else []
-    )
-    for file, key in checks:
-        if not file.exists() or file_sha256(file) != part[key]:
+    hashes = {parquet_file: part["parquet_sha256"]}
+    if signal:
+        hashes[signal_file] = part["signal_sha256"]
+    for file, recorded in hashes.items():
+        if not file.exists() or file_sha256(file) != recorded:
             state = "is truncated, changed or from other data" if file.exists() else "is missing"
             raise StorageError(f"{file} {state}; remove the folder and generate again")
-    tensors = load_file(signal_file) if signal else None
+    rows = _rows(parquet_file, part)
+    tensors = _signal(signal_file, part["tokens"]) if signal else None
     start = 0
     gone = withdrawn(part)
-    for row in parquet.read_table(parquet_file).to_pylist():
-        example = Example(row["id"], row["prompt_tokens"], row["response_tokens"], row["category"])
+    for row in rows:
+        example = Example(**row)
         if tensors is not None:
             stop = start + len(example.response_tokens)
             example.signal = {name: tensor[start:stop] for name, tensor in tensors.items()}
             start = stop
         if example.id not in gone:
             yield example
+
+
+def _rows(file: Path, part: Part) -> list[dict[str, Any]]:
+    """The rows of a Parquet file. Its hash says that it is the one the manifest lists, and not that
+    it holds what it should. Raises `StorageError`.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    columns = {
+        "id": pa.types.is_string,
+        "category": lambda kind: pa.types.is_string(kind) or pa.types.is_null(kind),
+        "prompt_tokens": lambda kind: pa.types.is_list(kind) and pa.types.is_int64(kind.value_type),
+        "response_tokens": lambda kind: (
+            pa.types.is_list(kind) and pa.types.is_int64(kind.value_type)
+        ),
+    }
+    try:
+        table = parquet.read_table(file)
+        kinds = {name: table.schema.field(name).type for name in columns}
+        if wrong := [name for name, fits in columns.items() if not fits(kinds[name])]:
+            raise ValueError(f"the column {wrong[0]} is of type {kinds[wrong[0]]}")
+        rows = table.select(list(columns)).to_pylist()
+        for row in rows:
+            for name in ("prompt_tokens", "response_tokens"):
+                if row[name] is None or None in row[name] or min(row[name], default=0) < 0:
+                    raise ValueError(f"{name} of {shown(row['id'])} are no list of token ids")
+            if not row["prompt_tokens"]:
+                raise ValueError(f"{shown(row['id'])} has no prompt")
+        if [row["id"] for row in rows] != part["ids"]:
+            raise ValueError("its ids are not those that the manifest lists")
+        if (tokens := sum(len(row["response_tokens"]) for row in rows)) != part["tokens"]:
+            raise ValueError(f"it has {tokens} tokens, and the manifest lists {part['tokens']}")
+    except (pa.ArrowException, ValueError, KeyError, OSError) as error:
+        raise StorageError(
+            f"{file} is damaged ({error}); remove the folder and generate again"
+        ) from error
+    return rows
+
+
+def _signal(file: Path, tokens: int) -> dict[str, Tensor]:
+    """The tensors of a shard, each with a row for every token. Raises `StorageError`."""
+    try:
+        tensors = load_file(file)
+        names, widths = {*tensors}, {name: tensor.dim() - 1 for name, tensor in tensors.items()}
+        if names not in ({"hidden", "logsumexp"}, {"tokens", "log_probs", "log_tail"}):
+            raise ValueError(f"it holds {', '.join(sorted(names)) or 'nothing'}")
+        for name, tensor in tensors.items():
+            if len(tensor.shape) == 0 or len(tensor) != tokens:
+                raise ValueError(f"{name} has the shape {[*tensor.shape]} for {tokens} tokens")
+            if widths[name] != (name not in ("logsumexp", "log_tail")):
+                raise ValueError(f"{name} has {widths[name] + 1} dimensions")
+            if tensor.is_floating_point() != (name != "tokens"):
+                raise ValueError(f"{name} holds {tensor.dtype}")
+            if tensor.isnan().any():
+                raise ValueError(f"{name} holds what are no numbers")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise StorageError(
+            f"{file} is damaged ({error}); remove the folder and generate again"
+        ) from error
+    return tensors
 
 
 def _kept(example: Example) -> dict[str, Tensor]:

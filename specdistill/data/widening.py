@@ -10,15 +10,19 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field
 from rapidfuzz.distance import Indel
 
+from specdistill import limits
 from specdistill.data.chat import encode_prompt
 from specdistill.data.prompts import Prompt, prompts_sha256
 from specdistill.decoding import Request, Sampling, SpeculativeDecoder
+from specdistill.documents import read_json, read_json_lines
 from specdistill.errors import InputError, StorageError
 from specdistill.files import held, lock_of, write_whole
+from specdistill.limits import shown
 from specdistill.models import LanguageModel
 from specdistill.progress import Progress, silent
 
@@ -44,15 +48,17 @@ class Widening:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.count, self.shots, self.max_new_tokens) < 1:
+        for name, allowed in {
+            "count": limits.COUNT,
+            "shots": limits.SHOTS,
+            "max_new_tokens": limits.NEW_TOKENS,
+            "temperature": limits.TEMPERATURE,
+            "seed": limits.SEED,
+        }.items():
+            limits.check(name, getattr(self, name), allowed)
+        if not 0 < self.max_similarity <= 1:
             raise InputError(
-                f"count, shots and max_new_tokens must be at least 1; got {self.count}, "
-                f"{self.shots} and {self.max_new_tokens}"
-            )
-        if not 0 < self.max_similarity <= 1 or self.temperature <= 0:
-            raise InputError(
-                f"max_similarity must be above 0 and at most 1, temperature above 0; got "
-                f"{self.max_similarity} and {self.temperature}"
+                f"max_similarity must be above 0 and at most 1; got {self.max_similarity}"
             )
 
 
@@ -128,6 +134,26 @@ def _write(
     return found
 
 
+class _State(BaseModel):
+    """FILE.json, beside the facts of what was asked."""
+
+    model_config = ConfigDict(extra="allow")
+    next: int = Field(ge=0)
+    removed: dict[str, Annotated[int, Field(ge=0)]]
+
+
+class _Written(BaseModel):
+    """A line of the file of prompts."""
+
+    id: str = Field(pattern=f"^{WRITTEN}[0-9]{{1,18}}$")
+    prompt: str
+
+    @property
+    def number(self) -> int:
+        """Of the draft that it was."""
+        return int(self.id.removeprefix(WRITTEN))
+
+
 class _Progress:
     """The file of prompts, and beside it FILE.json with what was asked and how far it came. That
     one is there first, so that what is begun is known as such, and afterwards follows the prompts:
@@ -143,24 +169,18 @@ class _Progress:
             if self.file.exists():
                 raise StorageError(f"{self.file} exists and is not of `widen`; name another file")
             self.write(Widened([], Counter()), 0)
-        try:
-            state = json.loads(self.state.read_text(encoding="utf-8"))
-            written = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
-            rows = [json.loads(line) for line in written.splitlines()]
-            prompts = [Prompt(row["id"], (_user(row["prompt"]),)) for row in rows]
-            start, removed = int(state["next"]), Counter(state["removed"])
-            kept = [p for p in prompts if int(p.id.removeprefix(WRITTEN)) < start]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StorageError(
-                f"{self.state} or {self.file} is damaged ({error}); remove both and begin again"
-            ) from error
+        advice = f"remove {self.state} and {self.file} and begin again"
+        state = read_json(self.state, _State, advice)
+        rows = list(read_json_lines(self.file, _Written, advice)) if self.file.exists() else []
+        prompts = [Prompt(row.id, (_user(row.prompt),)) for row in rows if row.number < state.next]
+        begun = state.model_dump()
         for name, now in self.facts.items():
-            if state.get(name) != now:
+            if begun.get(name) != now:
                 raise StorageError(
-                    f"{self.file} was written with another {name} ({state.get(name)}, now {now}); "
-                    "name another file"
+                    f"{self.file} was written with another {name} ({shown(begun.get(name))}, now "
+                    f"{now}); name another file"
                 )
-        return Widened(kept, removed), start
+        return Widened(prompts, Counter(state.removed)), state.next
 
     def write(self, found: Widened, following: int) -> None:
         rows = [{"id": p.id, "prompt": _instruction(p)} for p in found.prompts]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from specdistill import limits
 from specdistill.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,10 +67,8 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature must be 0 (greedy) or more; got {self.temperature}")
-        if self.top_k < 0:
-            raise InputError(f"top_k must be 0 (off) or more; got {self.top_k}")
+        limits.check("temperature", self.temperature, limits.TEMPERATURE, off=0)
+        limits.check("top_k", self.top_k, limits.TOP_K)
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1 (off); got {self.top_p}")
         if not 0 <= self.min_p < 1:

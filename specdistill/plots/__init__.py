@@ -14,10 +14,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from specdistill.errors import SpecDistillError
+from specdistill.metrics import read_metrics
 from specdistill.plots.acceptance import figure_acceptance, figure_survival, figure_text
 from specdistill.plots.speed import figure_speedup, figure_time
 from specdistill.plots.style import save
-from specdistill.plots.training import figure_runs, figure_sweep, figure_training, read_metrics
+from specdistill.plots.training import figure_runs, figure_sweep, figure_training
 from specdistill.progress import Note, unsaid
 from specdistill.scoring.comparable import card_file, obstacles
 from specdistill.scoring.scorecard import Scorecard
@@ -45,7 +46,7 @@ def plot_all(run_dir: Path, out: Path | None = None, note: Note = unsaid) -> lis
     paths. `note` is told of each that could not be drawn; the others are.
 
     Either `scorecard.json` or `metrics.jsonl` must be there; `scorecard_before.json` need not.
-    Raises `InputError` for a file that cannot be read, `StorageError` for one not written.
+    Raises `InputError` or `StorageError` for a file that cannot be read or written.
     """
     card_path, metrics_path = run_dir / "scorecard.json", run_dir / "metrics.jsonl"
     before_path = run_dir / "scorecard_before.json"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -18,27 +16,6 @@ from specdistill.errors import InputError
 from specdistill.plots import style
 from specdistill.quoting import drawn
 from specdistill.scoring.statistics import planned_tokens
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl. Raises `InputError`, naming the line that is no JSON object."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read metrics {path}: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise InputError(
-                f"{path} line {number} is {line[:40]!r}, not a JSON object; if an interrupted run "
-                "cut the line off, delete it"
-            )
-        rows.append(row)
-    return rows
 
 
 def figure_training(metrics: list[dict[str, Any]]) -> Figure:

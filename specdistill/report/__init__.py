@@ -6,8 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
-
+from specdistill.documents import parse_yaml
 from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
 from specdistill.plots import read_metrics
@@ -50,8 +49,8 @@ def _read_config(path: Path) -> tuple[str, str]:
         return "", ""
     try:
         text = path.read_text(encoding="utf-8")
-        config = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
+    config = parse_yaml(text, str(path))
     target = config.get("target") if isinstance(config, dict) else None
     return text, target if isinstance(target, str) else ""
