@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from specdistill import drafts, gguf_files, models
+from specdistill.architectures import read_config
 from specdistill.documents import read_yaml_mapping
 from specdistill.errors import InputError, ModelError, StorageError
 from specdistill.files import holding, keep_apart, replacing
@@ -124,7 +125,7 @@ def _target_size(draft: LanguageModel, name: str | None) -> int:
     said = (drafts.origin(draft) or {}).get("target_vocab_size")
     size = said if isinstance(said, int) and not isinstance(said, bool) else draft.full_vocab_size
     if name is not None:
-        size = models.read_config(name, models.locate(name)).get_text_config().vocab_size
+        size = read_config(name, models.locate(name)).get_text_config().vocab_size
     if size < (tokens := len(draft.tokenizer)):
         raise InputError(
             f"the target has {size} rows for tokens, and the tokenizer of {draft.name} {tokens} "

@@ -252,11 +252,11 @@ def _convert(contents: _Contents, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
     file = contents.file
-    source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    config: Any = AutoConfig.from_pretrained(**source)
+    config: Any = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     _settle(config, contents)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        **source,
+        file.parent,
+        gguf_file=file.name,
         config=config,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,

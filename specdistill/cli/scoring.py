@@ -236,8 +236,8 @@ def plot(
     if not alone and out is None:
         raise InputError("pictures of scorecards or of several runs need --out, a folder for them")
     if out is not None:
-        files = ("acceptance", "survival", "speedup", "time", "text", "training", "runs")
-        keep_apart([out / f"{name}.png" for name in files], sources if not alone else [])
+        names = ("acceptance", "survival", "speedup", "time", "text", "training", "runs")
+        keep_apart([out / f"{name}.png" for name in names], sources if not alone else [])
         keep_apart([out], [source for source in sources if source.is_file()])
     note = console.note
     if not alone and out:
