@@ -44,7 +44,7 @@ def read_config(name: str, folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config()
-        sizes = {size: getattr(text, size, None) for size in _SIZES}
+        sizes = {size: _one(text, size) for size in _SIZES}
     except Exception as error:  # readers of damaged settings raise many kinds
         raise ModelError(
             f"cannot load {name}: its {CONFIG} is damaged ({first_line(error)})"
@@ -63,6 +63,14 @@ def read_config(name: str, folder: Path) -> Any:
             f"more than {MOST_LAYERS:,}"
         )
     return config
+
+
+def _one(config: Any, setting: str) -> Any:
+    """A setting, or None where Transformers says that each layer has one of its own."""
+    try:
+        return getattr(config, setting, None)
+    except RuntimeError:
+        return None
 
 
 def empty_model(name: str, config: Any) -> Any:
@@ -128,6 +136,31 @@ def _obstacle(config: Any, model: Any) -> str | None:
     if getattr(config, "use_bidirectional_attention", None) is True:
         return "attends to later tokens"
     return None
+
+
+def max_positions(config: Any) -> int:
+    """Positions a text model has: those of its config, or as many as its rotary frequencies are
+    stretched for. Where they change with the longest text of a batch (LongRoPE), those before the
+    change: later rows would depend on each other.
+    """
+    given = getattr(config, "max_position_embeddings", None) or -1
+    positions = given if given > 0 else 2**31
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [part for part in rope.values() if isinstance(part, dict)]  # by kind of layer
+    return int(min(_stretched(part, positions) for part in parts or [rope]))
+
+
+def _stretched(rope: dict[str, Any], positions: int) -> float:
+    """How many positions rotary frequencies are for, of a config that says `positions`: checkpoints
+    leave those as they were trained, or say what the factor makes of them.
+    """
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor") or 1.0
+    match rope.get("rope_type"):
+        case "longrope":
+            return min(positions, original or positions)
+        case "yarn" | "linear":
+            return max(positions, factor * (original or positions))
+    return positions
 
 
 def decoder_layers(name: str, model: Any) -> tuple[str, nn.ModuleList]:

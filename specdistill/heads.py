@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -27,7 +28,8 @@ from specdistill.options import Dtype
 def load_head(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageModel:
     """The model's configuration, tokenizer and last layer. The rest stays on the meta device: it
     takes no memory and cannot run. A family that keeps its head under another name in its files
-    than in its modules is read whole, and its body dropped. Raises `ModelError` as `load`.
+    than in its modules is read whole, with a warning, and its body dropped. Raises
+    `ModelError` as `load`.
     """
     path = locate(name)
     where = torch.device(choose_device(device))
@@ -44,6 +46,11 @@ def load_head(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> Lang
     except Exception as error:  # damaged files, impossible sizes, missing packages
         raise ModelError(f"cannot load the head of {name}: {first_line(error)}") from error
     if any(part is None for part in parts):
+        warnings.warn(
+            f"the files of {name} keep its head under a name that is not known here, so the whole "
+            "model is read for it, which takes the memory of the model for a while",
+            stacklevel=2,
+        )
         whole = load(name, dtype=dtype, device=device).head
         parts = [part.detach() for part in whole.parameters()]
     if vocab is not None and parts[0] is not None and len(parts[0]) != len(vocab):

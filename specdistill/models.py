@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
@@ -26,6 +26,7 @@ from specdistill.architectures import (
     active_experts,
     check_decodable,
     is_of_experts,
+    max_positions,
     read_config,
     settle_window,
 )
@@ -111,15 +112,8 @@ class LanguageModel:
 
     @property
     def max_length(self) -> int:
-        """Positions the model has: those of its config, or as many as its rotary frequencies are
-        stretched for. Where they change with the longest text of a batch (LongRoPE), those before
-        the change: later rows would depend on each other.
-        """
-        given = getattr(self.config, "max_position_embeddings", None) or -1
-        positions = given if given > 0 else 2**31
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        parts = [part for part in rope.values() if isinstance(part, dict)]  # by kind of layer
-        return int(min(_stretched(part, positions) for part in parts or [rope]))
+        """Positions the model has, see `max_positions`."""
+        return max_positions(self.config)
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -236,19 +230,6 @@ class LanguageModel:
         return recorded in known
 
 
-def _stretched(rope: dict[str, Any], positions: int) -> float:
-    """How many positions rotary frequencies are for, of a config that says `positions`: checkpoints
-    leave those as they were trained, or say what the factor makes of them.
-    """
-    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor") or 1.0
-    match rope.get("rope_type"):
-        case "longrope":
-            return min(positions, original or positions)
-        case "yarn" | "linear":
-            return max(positions, factor * (original or positions))
-    return positions
-
-
 def load(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageModel:
     """Load a target or a draft for inference. Raises `ModelError` where it is missing or damaged,
     cannot be decoded step by step, or needs code out of its own folder.
@@ -275,10 +256,12 @@ def load(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageM
             )
             model, report = loaded
             missing = report["missing_keys"]
+            check_all_read(name, files, model, report["unexpected_keys"])
         else:
             with seeded(0):  # the weights that are drawn are all replaced
                 model = AutoModelForCausalLM.from_config(config, dtype=kind)
             head = model.get_output_embeddings()
+            check_all_read(name, files, model, ())
             shape = (head.in_features, len(vocab), head.bias is not None)
             model.set_output_embeddings(skip_init(nn.Linear, *shape, dtype=kind))
             weights = {
@@ -301,6 +284,32 @@ def load(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageM
         raise ModelError(f"cannot load {name}: {first_line(error)}") from error
     vocab = None if vocab is None else vocab.to(where)
     return _with_known_logits(LanguageModel(name, path, model, read_tokenizer(name, path), vocab))
+
+
+def check_all_read(name: str, files: Iterable[Path], model: Any, unexpected: Iterable[str]) -> None:
+    """Refuse a checkpoint whose text model has weights that its config.json has no place for, which
+    Transformers would leave out, or keeps them as whole numbers, which it would take for the
+    weights themselves. What other modules have there (a value head, layers that predict further
+    tokens) changes nothing. Raises `ModelError`.
+    """
+    known = {key for module in (model, model.base_model) for key, _ in module.named_children()}
+    left_out = sorted(key for key in unexpected if key.split(".")[0] in known)
+    if left_out:
+        raise ModelError(
+            f"cannot load {name}: its files hold {left_out[0]}"
+            + (f" and {len(left_out) - 1} more weights" if len(left_out) > 1 else "")
+            + " that its config.json has no place for, so the model would be another; put the "
+            "config.json of these weights there"
+        )
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for key in list(tensors.keys()):
+                kind = tensors.get_slice(key).get_dtype()
+                if key.endswith(".weight") and kind[0] in "IU":
+                    raise ModelError(
+                        f"cannot load {name}: it keeps {key} as whole numbers ({kind}), which are "
+                        "quantised; take the checkpoint in a floating dtype"
+                    )
 
 
 def check_numbers(name: str, model: nn.Module) -> None:
@@ -367,10 +376,12 @@ def check_pair(target: LanguageModel, draft: LanguageModel) -> None:
             "target's family, make one from the target with `specdistill init`, or distil from the "
             "target's text alone: signal: none, loss: ce"
         )
-    if draft.full_vocab_size < len(ours):
+    if draft.full_vocab_size < min(len(ours), target.full_vocab_size):
         raise ModelError(
             f"{draft.name} embeds {draft.full_vocab_size} ids, but its tokenizer has "
-            f"{len(ours)}: the checkpoint is damaged"
+            f"{len(ours)} and {target.name} embeds {target.full_vocab_size}: tokens were added "
+            "without resizing the draft; resize it (resize_token_embeddings) and train the new "
+            "rows, or make one from the target with `specdistill init`"
         )
     large, small = (model.weight_bytes() // model.dtype.itemsize for model in (target, draft))
     if small > large:
@@ -569,12 +580,17 @@ def _with_known_logits(model: LanguageModel) -> LanguageModel:
             for setting in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
                 if hasattr(model.config, setting):
                     setattr(model.config, setting, None)
-        if apart > 0.05 or not _agree(model, hidden):
+        if apart > _tolerance(model.dtype) or not _agree(model, hidden):
             raise ModelError(
                 f"{model.name} ({model.config.model_type}) does more to its logits than is known "
                 "here; its family is not supported"
             )
     return model
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """How far two orders of the same sums may lie apart, of what they come to."""
+    return TOLERANCE if dtype.itemsize >= 4 else 0.05
 
 
 def _agree(model: LanguageModel, hidden: Tensor) -> bool:
@@ -595,12 +611,14 @@ def _agree(model: LanguageModel, hidden: Tensor) -> bool:
         output.last_hidden_state = states
         return output
 
-    hook = base.register_forward_hook(hand_over)
+    # Some heads read the text model inside the base.
+    hooks = [m.register_forward_hook(hand_over) for m in {base, stock.get_decoder()}]
     vars(head)["forward"] = product
     try:
         expected = stock(input_ids=torch.zeros_like(hidden[..., 0], dtype=torch.int64)).logits
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         del vars(head)["forward"]
     ours = model.scale_logits(product(states))
     return bool((ours - expected).abs().max() <= TOLERANCE * expected.abs().max())

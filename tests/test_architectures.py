@@ -405,6 +405,16 @@ def test_a_window_counts_where_the_model_uses_it(
         assert texts(model, make_draft(model, [0, 2]), [prompt], 8, 1) == [expected]
 
 
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_every_family_is_loaded_again(name: str, tmp_path: Path) -> None:
+    """Past the checks of what a checkpoint's files and its config say of each other."""
+    model = family_model(name)
+    save_draft(model, tmp_path / "m")
+    loaded = load(str(tmp_path / "m"), dtype="float64")
+    tokens = torch.tensor([[5, 9, 30, 2]])
+    assert torch.allclose(loaded.hidden(tokens), model.hidden(tokens).double(), atol=1e-4)
+
+
 def test_positions_are_those_that_rotary_frequencies_are_stretched_for() -> None:
     def positions(most: int, **rope: object) -> int:
         config = AutoConfig.for_model("llama", **COMMON | GATED | {"max_position_embeddings": most})

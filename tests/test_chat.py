@@ -351,6 +351,31 @@ def test_empty_response(response: str) -> None:
     assert "'q7' has an empty response" in refusal(byte_tokenizer(CHATML), ask("Hi"), response)
 
 
+@pytest.mark.parametrize("response", ["Yes.<|im_end|>", "a <|im_end|> b", "a <|end|> b"])
+@pytest.mark.parametrize("template", [CHATML, None])
+def test_a_response_that_holds_the_end_of_an_answer(template: str | None, response: str) -> None:
+    """Decoding stops there, so nothing behind it is the target's."""
+    tokenizer = byte_tokenizer(template, eos_token="<|im_end|>")
+    with pytest.raises(InputError, match=r"'7' holds .*which ends an answer wherever it stands"):
+        encode_example(
+            tokenizer, replace(ask("x"), id="7"), response, ends=ends(tokenizer, "<|end|>")
+        )
+    encode_example(tokenizer, ask("a <|im_end|> b"), "<|user|>")  # no end, and no answer
+
+
+@pytest.mark.parametrize(
+    ("content", "turns"),
+    [
+        ("{{ m.content[:5] }}", ["Hello, who are you?"]),
+        ("{{ m.content if loop.index != 2 }}", ["Same", "Same", "Other"]),
+    ],
+    ids=["cut off", "a turn that another repeats"],
+)
+def test_a_template_that_leaves_out_a_part_of_the_prompt(content: str, turns: list[str]) -> None:
+    template = CHATML.replace("+ m.content +", f"}}}}{content}{{{{")
+    assert "leaves out message" in asking(byte_tokenizer(template), ask(*turns))
+
+
 def test_prompt_of_no_tokens() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("x", "")

@@ -77,6 +77,52 @@ def test_layers_that_have_changed_are_left_to_transformers(
         assert llama_body(model) is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("index", [0, 2, 4])
+def test_a_layer_that_is_a_little_off_is_left_to_transformers(
+    dtype: torch.dtype, index: int
+) -> None:
+    """Less than half precision tells from its rounding."""
+    model = tiny_model(layers=5, dtype=dtype).model
+    assert llama_body(model) is not None
+    mlp = type(model.model.layers[index].mlp)
+
+    class Off(mlp):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 1.02 * super().forward(x)
+
+    model.model.layers[index].mlp.__class__ = Off
+    with pytest.warns(UserWarning, match="the layers of llama are not what they were"):
+        assert llama_body(model) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("what", ["window", "position"])
+def test_windows_and_far_positions_are_seen(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, what: str
+) -> None:
+    model = family_model("mistral" if what == "window" else "llama").model.to(dtype)
+    assert llama_body(model) is not None
+    if what == "window":
+        real = LlamaBody.__call__
+
+        def call(self, tokens, positions, masks, slots):
+            seen = torch.full((8, 8), -torch.inf, dtype=self.norm.weight.dtype).triu(1)[None, None]
+            return real(self, tokens, positions, dict.fromkeys(masks, seen), slots)
+
+        monkeypatch.setattr(LlamaBody, "__call__", call)
+    else:
+        monkeypatch.setattr(
+            LlamaBody,
+            "__call__",
+            lambda self, tokens, positions, masks, slots, real=LlamaBody.__call__: real(
+                self, tokens, positions.where(positions < 100, positions * 1.01), masks, slots
+            ),
+        )
+    with pytest.warns(UserWarning, match="are not what they were"):
+        assert llama_body(model) is None
+
+
 def states(model: LanguageModel, count: int) -> torch.Tensor:
     """Of `count` tokens after a prompt, in two rows."""
     cached = CachedModel(model, 2, 40)

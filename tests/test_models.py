@@ -528,8 +528,10 @@ def test_a_draft_larger_than_its_target_is_refused(tiny: Tiny) -> None:
 def test_a_draft_that_embeds_too_few_ids_is_refused(tiny: Tiny) -> None:
     target = tiny(0)
     draft = replace(tiny(1, vocab=48), tokenizer=target.tokenizer)
-    with pytest.raises(ModelError, match="embeds 48 ids, but its tokenizer has 64"):
+    with pytest.raises(ModelError, match=r"embeds 48 ids, but its tokenizer has 64.* resiz"):
         check_pair(target, draft)
+    # Where the target has no more rows, no text of it can hold the tokens beyond.
+    check_pair(replace(tiny(0, vocab=48), tokenizer=target.tokenizer), draft)
 
 
 def padded(tiny: Tiny, seed: int, rows: int, words: int, **config: object) -> LanguageModel:
@@ -917,6 +919,41 @@ def test_a_checkpoint_is_made_in_the_dtype_of_its_origin(tmp_path: Path) -> None
         json.dumps({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")})
     )
     assert models.stored_dtype(str(tmp_path / "float32")) == "float32"
+
+
+@pytest.mark.parametrize("trimmed", [False, True], ids=["whole", "trimmed"])
+@pytest.mark.parametrize("what", ["layers", "biases", "scales", "whole numbers"])
+def test_weights_that_would_be_left_out_or_misread_are_refused(
+    tiny: Tiny, tmp_path: Path, what: str, trimmed: bool
+) -> None:
+    model = tiny(0, layers=3, attention_bias=True)
+    save_draft(make_draft(model, [0, 1, 2], torch.arange(40)) if trimmed else model, tmp_path)
+    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    weights, settings = load_file(file), json.loads(config.read_text())
+    first = "model.layers.0.mlp.up_proj.weight"
+    if what == "layers":
+        settings["num_hidden_layers"] = 2
+    elif what == "biases":
+        settings["attention_bias"] = False
+    elif what == "scales":
+        weights[f"{first}_scale_inv"] = torch.ones(1)
+    else:
+        weights[first] = (weights[first] * 100).to(torch.int8)
+    save_file(weights, file, metadata={"format": "pt"})
+    config.write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="cannot load"):
+        load(str(tmp_path))
+
+
+def test_weights_of_other_modules_change_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny(0)
+    save_draft(model, tmp_path)
+    file = tmp_path / "model.safetensors"
+    more = {"v_head.summary.weight": torch.ones(1, 32), "mtp.layers.0.norm.weight": torch.ones(32)}
+    more["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # of old checkpoints
+    save_file(load_file(file) | more, file, metadata={"format": "pt"})
+    loaded = load(str(tmp_path), dtype="float32")
+    assert torch.equal(loaded.head.weight, model.head.weight)
 
 
 # Which files are the model

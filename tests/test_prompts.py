@@ -191,6 +191,15 @@ BAD_ROWS = {
         {"prompt": "x", "history": [["a", "b"]]},
         "earlier turns in 'messages'",
     ),
+    "what the instruction is about": (
+        {"prompt": "Translate.", "input": "das Haus"},
+        "has 'input'",
+        "write it into the prompt",
+    ),
+    "an answer that is begun": (
+        {"messages": [user("x"), assistant("It") | {"prefix": True}]},
+        "message 2 has 'prefix'",
+    ),
     "tools of another type": ({"prompt": "x", "tools": {"a": 1}}, "'tools' must be a list of obj"),
     "tools that are no JSON": ({"prompt": "x", "tools": "[{"}, "'tools' is a text that is not"),
     "half a pair in tools": ('{"prompt": "x", "tools": [{"a": "\\ud83d"}]}', "half of a surrogate"),

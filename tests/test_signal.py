@@ -195,7 +195,8 @@ def test_a_head_under_another_name_is_still_found(
     save_draft(tiny(3), tmp_path / "model")
     whole = models.load(str(tmp_path / "model"), dtype="float32")
     monkeypatch.setattr("specdistill.heads._names", lambda model, part: ["elsewhere"])
-    bare = load_head(str(tmp_path / "model"), dtype="float32")
+    with pytest.warns(UserWarning, match="the whole model is read"):
+        bare = load_head(str(tmp_path / "model"), dtype="float32")
     assert torch.equal(bare.head.weight, whole.head.weight)
     assert all(p.is_meta for p in bare.model.base_model.layers.parameters())
 

@@ -69,7 +69,8 @@ def encode_example(
 
     Raises:
         InputError: as `encode_prompt`; an empty response; a template whose rendering of the answer
-            does not continue the prompt or changes the answer; nothing that ends the turn.
+            does not continue the prompt or changes the answer; nothing that ends the turn, or a
+            response that holds what does.
     """
     if not response.strip() and not prompt.answer:
         raise InputError(f"prompt {prompt.id!r} has an empty response; there is nothing to learn")
@@ -80,6 +81,7 @@ def encode_example(
         if prompt.answer:
             raise _without_template(prompt, list(prompt.answer))
         opening, scaffold, spoken, marker = _bare_text(prompt), "", response, _eos(tokenizer)
+    _refuse_ends(tokenizer, prompt, spoken, ends)
     spoken += marker if ended else ""
     scaffold_ids = _continuation_ids(tokenizer, opening, scaffold)
     spoken_ids = _continuation_ids(tokenizer, opening + scaffold, spoken)
@@ -88,6 +90,19 @@ def encode_example(
     num_given = len(prompt_ids) + len(scaffold_ids)
     mask = [False] * num_given + [True] * len(spoken_ids)
     return prompt_ids + scaffold_ids + spoken_ids, mask
+
+
+def _refuse_ends(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, spoken: str, ends: Collection[int]
+) -> None:
+    """Decoding stops at such a token, so what follows it could only be learnt wrong."""
+    stops = {*ends, tokenizer.eos_token_id}
+    if (end := next((id_ for id_ in _ids(tokenizer, spoken) if id_ in stops), None)) is not None:
+        raise InputError(
+            f"the response to prompt {prompt.id!r} holds {tokenizer.convert_ids_to_tokens(end)!r}, "
+            "which ends an answer wherever it stands; take it out of the text: the end of a turn "
+            "is written by the chat template, or by the tokenizer"
+        )
 
 
 def _render_example(
@@ -197,13 +212,15 @@ def _opening(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     template = _template(tokenizer, prompt)
     reads = _reads(template)
     text = _render(tokenizer, prompt, prompt.messages, header=True)
-    for number, turn in enumerate(prompt.messages):
-        content = turn["content"].strip()
-        if content and content not in text:
+    contents = [turn["content"].strip() for turn in prompt.messages]
+    for number, (turn, content) in enumerate(zip(prompt.messages, contents, strict=True)):
+        if content and text.count(content) < sum(other.count(content) for other in contents):
             turns = list(prompt.messages)
-            turns[number] = {**turn, "content": _PROBE}
-            if rendered(replace(prompt, messages=tuple(turns))) == text:
-                raise _left_out(prompt, f"message {number + 1}, of role {turn['role']!r},")
+            # All of it, or its end: the reasoning that it begins with is rightly left out.
+            for other in (_PROBE, f"{content} {_PROBE}"):
+                turns[number] = {**turn, "content": other}
+                if rendered(replace(prompt, messages=tuple(turns))) == text:
+                    raise _left_out(prompt, f"message {number + 1}, of role {turn['role']!r}")
         for key in BESIDE_TEXT:
             known = REASONING if key in REASONING else (key,)  # Transformers passes all three
             if key in turn and not any(re.search(rf"\b{name}\b", template) for name in known):

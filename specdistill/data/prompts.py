@@ -35,6 +35,11 @@ _ELSEWHERE = {
     "functions": "list them under 'tools'",
     "function_call": "write it as 'tool_calls'",
     "history": "write it as earlier turns in 'messages'",
+    "instruction": "write it into the prompt",
+    "input": "write it into the prompt",
+    "context": "write it into the prompt",
+    "continue_final_message": "answers begin where a turn does, so leave it out",
+    "prefix": "answers begin where a turn does, so leave it out",
 }
 _DATASETS_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
