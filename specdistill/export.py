@@ -5,6 +5,7 @@ loaded and compared after it was written.
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import yaml
 
 from specdistill import drafts, gguf_files, models
 from specdistill.architectures import read_config
+from specdistill.data.likeness import TRAINED
 from specdistill.documents import read_yaml_mapping
 from specdistill.errors import InputError, ModelError, StorageError
 from specdistill.files import holding, keep_apart, replacing
@@ -71,6 +73,8 @@ def export(
     try:
         with replacing(out) as new:
             drafts.save_draft(drafts.widen(model, size), new)
+            if (known := model.path / TRAINED).is_file():  # a score there asks for it, too
+                shutil.copyfile(known, new / TRAINED)
             difference, leaked = check_written(model, new)
             text = model_card(model, target, card, engine, serve, leaked)
             (new / "README.md").write_text(text, encoding="utf-8")

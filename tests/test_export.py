@@ -11,6 +11,7 @@ from conftest import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from specdistill import drafts, models
+from specdistill.data.likeness import read_trained, write_trained
 from specdistill.drafts import make_draft, save_draft
 from specdistill.errors import InputError, ModelError
 from specdistill.export import check_written, export
@@ -60,6 +61,12 @@ def test_the_checkpoint_is_the_draft_logit_by_logit(run_dir: Path, tmp_path: Pat
     assert tokenizer.chat_template == draft.tokenizer.chat_template
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 0
     assert not (tmp_path / "out" / models.VOCAB_FILE).exists()
+
+
+def test_what_it_was_trained_on_goes_along(run_dir: Path, tmp_path: Path) -> None:
+    write_trained(run_dir / "draft", ["how are you"])
+    export(str(run_dir / "draft"), tmp_path / "out", "transformers")
+    assert read_trained(tmp_path / "out") == read_trained(run_dir / "draft") != frozenset()
 
 
 def test_the_card_has_the_figures_of_this_draft(run_dir: Path, tmp_path: Path) -> None:

@@ -166,6 +166,18 @@ def test_the_reason_is_the_verdicts(run_dir: Path) -> None:
     assert third == f"Why: {make_after().verdict.reason}"
 
 
+def test_a_score_on_prompts_of_training_says_so_first(run_dir: Path) -> None:
+    card = make_after()
+    trained = {"prompts": 90, "sha256": "ab" * 32, "scored": 3}
+    text = report(run_dir, replace(card, provenance=card.provenance | {"trained_prompts": trained}))
+    head = text.split("\n## ")[0]
+    assert f"**But 3 of {card.rows[0].prompts} prompts were trained on:" in head
+    assert "were trained on" in (run_dir / "report.html").read_text(encoding="utf-8")
+    trained["scored"] = 0
+    text = report(run_dir, replace(card, provenance=card.provenance | {"trained_prompts": trained}))
+    assert "trained on" not in text
+
+
 def test_lengths_are_listed_in_their_order(run_dir: Path) -> None:
     card = simulate({(0.0, 4): 0.7})
     rows = [replace(r, prompt_tokens=60 + 20 * i) for i, r in enumerate(card.per_prompt)]

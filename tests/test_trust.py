@@ -33,6 +33,7 @@ from specdistill.scoring.verdict import verdict
 PROMPTS = [
     measure.EncodedPrompt(str(i), [5 + i, 9, 30 - i], ("short", "long")[i % 2]) for i in range(6)
 ]
+KNOWN = simulate({(0.0, 2): 0.7, (0.0, 4): 0.75}, prompts=6)
 STEP, EXTRA, DRAFT_STEP = 1.0, 0.04, 0.2  # of a plain step, each further token in a pass, a draft's
 
 
@@ -83,6 +84,43 @@ def score(pair: tuple[LanguageModel, ...], slowed: float, temperatures: list[flo
 @pytest.fixture(scope="module")
 def card(pair: tuple[LanguageModel, ...]) -> Scorecard:
     return score(pair, 1.0, [0.0, 1.0])
+
+
+HIDDEN: dict[str, tuple[str, Callable[[dict[str, object]], object]]] = {
+    "a verify ratio": ("rows.0.verify_ratio", lambda _: None),
+    "one end": ("rows.0.speedup_ci95.0", lambda _: None),
+    "proposals": ("rows.0.proposed", lambda _: 0),
+    "parts": ("rows.0.seconds", lambda _: {}),
+    "plain parts": ("baseline.0.seconds.prefill", lambda _: -1.0),
+    "more plain parts": ("baseline.0.seconds.prefill", lambda had: had + 1.0),
+    "time of verifying": ("per_prompt.0.verifying_seconds", lambda _: -1.0),
+    "one prompt's": ("per_prompt.0.verifying_seconds", lambda _: None),
+    "time of steps": ("per_prompt.0.stepping_seconds", lambda had: 2 * had),
+    "dtype of evidence": ("lossless.dtype", lambda _: "bfloat16"),
+    "empty evidence": ("lossless.float32", lambda _: {}),
+    "one end of the verdict": ("verdict.speedup_ci95.0", lambda _: None),
+    "an affordable cost": ("verdict.break_even_cost_ratio", lambda had: 2 * had),
+    "who chose": ("verdict.chosen_on", lambda had: had - 1),
+    "who judged": ("verdict.judged_on", lambda had: had + 1),
+}
+
+
+@pytest.mark.parametrize("what", HIDDEN)
+def test_a_changed_field_is_refused_by_name(what: str, tmp_path: Path) -> None:
+    """What is left out, cannot be, or differs from the rows by prompt."""
+    path, change = HIDDEN[what]
+    whole = json.loads(json.dumps(KNOWN.document()))
+    file = tmp_path / "card.json"
+    file.write_text(json.dumps(whole), encoding="utf-8")
+    assert objections(sound_card(file)) == []
+    *way, last = (int(name) if name.isdigit() else name for name in path.split("."))
+    place = whole
+    for name in way:
+        place = place[name]
+    place[last] = change(place[last])
+    file.write_text(json.dumps(whole), encoding="utf-8")
+    with pytest.raises(InputError, match="contradicts itself"):
+        sound_card(file)
 
 
 # The target as its own draft

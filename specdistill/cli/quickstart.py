@@ -25,6 +25,7 @@ def quickstart(
     1 if decoding is not lossless.
     """
     from specdistill import pipeline
+    from specdistill.scoring.provenance import trained_line
 
     console.setup(threads)
     folder = run_dir or _new_run(Path("runs"))
@@ -35,7 +36,8 @@ def quickstart(
         before, after = pipeline.quickstart(folder, progress=progress, note=console.note)
     out = console.screen_for(as_json)
     out.print(tables.before_after_table(before, after))
-    console.print_lines(out, [tables.evidence_line(after), after.verdict.reason])
+    lines = [tables.evidence_line(after), after.verdict.reason, trained_line(after)]
+    console.print_lines(out, [line for line in lines if line])
     out.print(
         f"Report: {folder / 'report.html'}, report.md   draft: {folder / 'draft'}   pictures: "
         f"{folder / 'plots'}",

@@ -13,6 +13,7 @@ from specdistill.errors import InputError
 from specdistill.quoting import block, code, prose, visible
 from specdistill.report.serving import serving
 from specdistill.scoring.choice import chosen
+from specdistill.scoring.provenance import trained_line
 from specdistill.scoring.scorecard import PLAIN_SLOWED, CategoryRow, ModelCard, Row, Scorecard
 from specdistill.scoring.verdict import judgement
 from specdistill.tables import identity_words
@@ -113,6 +114,7 @@ def _verdict(card: Scorecard, best: Row, target: str) -> str:
         f"# {_labelled(f'A draft for {prose(target)}', card)}\n\n"
         f"**{judged}: {speed}, {proof}.**\n\n"
         f"Why: {prose(card.verdict.reason)}"
+        + (f"\n\n**But {prose(trained)}.**" if (trained := trained_line(card)) else "")
     )
 
 
@@ -360,6 +362,7 @@ def _how_measured(card: Scorecard) -> str:
     versions = facts.pop("versions", {})
     turns = facts.pop("turns", "prompt by prompt, in one process")
     facts["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    facts.pop("trained_prompts", None)  # the verdict says it
     facts["target weights"] = f"sha256 {card.target.sha256}"
     facts["draft weights"] = f"sha256 {card.draft.sha256}"
     if origin := facts.pop("draft_origin", None):

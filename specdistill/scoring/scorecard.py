@@ -84,6 +84,16 @@ Identical = Annotated[tuple[Count, Count], AfterValidator(_counted)]
 Ties = Annotated[list[dict[str, Any]], AfterValidator(_explained)]
 
 
+class TrainedPrompts(TypedDict):
+    """How many prompts the draft was trained on, a hash of them, and how many were `scored`."""
+
+    __pydantic_config__ = ConfigDict(extra="allow", strict=True)  # type: ignore[misc]
+
+    prompts: Natural
+    sha256: Sha256
+    scored: Count
+
+
 class Provenance(TypedDict, total=False):
     """What is read of `Scorecard.provenance`, which may hold more."""
 
@@ -101,6 +111,10 @@ class Provenance(TypedDict, total=False):
     prompts_sha256: str
     draft_origin: dict[str, Any] | None
     turns: str
+    trained_prompts: TrainedPrompts | None
+    measured_again: Temperature | None
+    steal: Share | None
+    stalls: Share
 
 
 def _known_facts(facts: dict[str, Any]) -> dict[str, Any]:

@@ -128,18 +128,52 @@ def _derived(row: Row, base: Baseline, prompts: Sequence[PromptRow], weights: fl
             ("a verify ratio", row.verify_ratio, spent["target"] / row.rounds, step),
             ("a predicted speedup", row.predicted_speedup, row.emitted * step, passes),
         ]
+        if step and math.isnan(row.verify_ratio):  # without it nobody sees a slowed baseline
+            found.append(("a verify ratio", math.nan, spent["target"] / row.rounds / step))
     found += [(name, told, a / b) for name, told, a, b in ratios if b and math.isfinite(told)]
     return found
 
 
 def _plain_steps(row: Row, base: Baseline, prompts: Sequence[PromptRow]) -> list[str]:
-    """The time of a plain step, and counts that cannot be."""
+    """The time of a plain step and its parts, and what cannot be."""
     seconds = sum(prompt.baseline_seconds for prompt in prompts)
     where = f"T = {base.temperature:g}, plain decoding"
-    found = _differing(
-        where, [("seconds of all steps", base.seconds_per_step * base.tokens, seconds)]
-    )
+    figures = [("seconds of all steps", base.seconds_per_step * base.tokens, seconds)]
+    if base.seconds:
+        figures.append(("seconds by part", sum(base.seconds.values()), seconds))
+    found = _differing(where, figures)
+    if not row.tested <= row.proposed <= row.rounds * row.num_draft_tokens:
+        found.append(
+            f"{_setting(row)}: {row.proposed} tokens were proposed and {row.tested} tested in "
+            f"{row.rounds} rounds, which cannot be"
+        )
+    if bool(base.seconds) != bool(row.seconds):
+        found.append(f"{_setting(row)}: only one of draft and plain decoding tells its parts")
+    parts = [*base.seconds.values(), *row.seconds.values()]
+    parts += [p.verifying_seconds for p in prompts if p.verifying_seconds is not None]
+    parts += [p.stepping_seconds for p in prompts if p.stepping_seconds is not None]
+    if any(part < 0 for part in parts):
+        found.append(f"{_setting(row)}: a part took less than no time, which cannot be")
+    return found + _counts(row, prompts)
+
+
+def _counts(row: Row, prompts: Sequence[PromptRow]) -> list[str]:
+    """Counts and times by prompt that cannot be."""
+    found = []
+    for name in ("tested", "accepted", "verifying_seconds", "stepping_seconds", "prompt_tokens"):
+        silent = sum(getattr(prompt, name) is None for prompt in prompts)
+        if 0 < silent < len(prompts):
+            found.append(f"{_setting(row)}: {silent} prompts do not tell their {name}")
     for prompt in prompts:
+        for name, part, whole in (
+            ("verifying", prompt.verifying_seconds, prompt.seconds),
+            ("stepping", prompt.stepping_seconds, prompt.baseline_seconds),
+        ):
+            if part is not None and part > whole * (1 + 1e-6):
+                found.append(
+                    f"{_setting(row)}: prompt {prompt.prompt_id} spent {part:.4g} s of "
+                    f"{whole:.4g} s {name}, which cannot be"
+                )
         accepted = prompt.accepted
         if accepted is None or prompt.tested is None:
             continue
@@ -166,7 +200,7 @@ def _differing(where: str, figures: Sequence[Told]) -> list[str]:
 
 
 def _interval(row: Row, prompts: Sequence[PromptRow], seed: int) -> list[str]:
-    if any(map(math.isnan, row.speedup_ci95)):
+    if all(map(math.isnan, row.speedup_ci95)):
         return []
     emitted, seconds, plain_emitted, plain_seconds = (
         [getattr(prompt, name) for prompt in prompts]
@@ -180,9 +214,9 @@ def _differing_interval(where: str, told: tuple[float, float], is_: Ratio) -> li
     """Resampling may have been another version's: the ends agree but for a twentieth of their
     distance.
     """
-    if math.isnan(told[0]) or math.isnan(told[1]):
+    if math.isnan(told[0]) and math.isnan(told[1]):
         return []
-    if not math.isnan(is_.low):
+    if not any(map(math.isnan, (*told, is_.low))):
         allowed = 0.1 * math.log(is_.high / is_.low) / 2 + 1e-9
         pairs = zip(told, is_[1:], strict=True)
         if all(abs(math.log(one / other)) <= allowed for one, other in pairs):
@@ -221,7 +255,18 @@ def _key(row: CategoryRow) -> tuple[str, float, int]:
 
 
 def _evidence(card: Scorecard) -> list[str]:
-    """Greedy texts that are identical are as long as plain ones, and every prompt is compared."""
+    """Greedy texts that are identical are as long as plain ones, every prompt is compared, and in
+    the dtype of the target.
+    """
+    proof, kind = card.lossless, card.target.dtype
+    if proof.dtype not in ("", kind):
+        return [
+            f"the target is of {kind}, its evidence of {proof.dtype}; it was changed after the "
+            "measurement"
+        ]
+    wide = proof.float32
+    if wide is not None and not wide.missing and not wide.greedy_identical[1]:
+        return ["the card names evidence in float32, and compares nothing there"]
     rows = [row for row in card.per_prompt if row.temperature == 0]
     same, compared = card.lossless.greedy_identical
     longest = sum(row.emitted == row.baseline_emitted for row in rows)
@@ -267,7 +312,13 @@ def _verdict(card: Scorecard) -> list[str]:
     figures = [
         ("a speedup", told.best.speedup, again.best.speedup),
         ("a break-even", told.break_even_acceptance, again.break_even_acceptance),
+        ("a break-even cost", told.break_even_cost_ratio, again.break_even_cost_ratio),
     ]
+    if halves:
+        figures += [
+            ("a choice by prompts", told.chosen_on, again.chosen_on),
+            ("a judgement by prompts", told.judged_on, again.judged_on),
+        ]
     found = _differing(where, [f for f in figures if not math.isnan(f[1])])
     ratio = Ratio(again.best.speedup, *again.speedup_ci95)
     return found or (_differing_interval(where, told.speedup_ci95, ratio) if halves else [])
