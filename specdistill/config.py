@@ -126,7 +126,7 @@ class Decode(_Section):
     """
 
     prompts: Count = Field(8, description="of the held-out ones, at most")
-    max_new_tokens: NewTokens = Field(32, ge=2)
+    max_new_tokens: Annotated[int, Interval(ge=2, le=limits.NEW_TOKENS.le), _Number] = 32
     num_draft_tokens: DraftTokens = 4
     temperature: Temperature = 0.0
 
@@ -297,7 +297,7 @@ def assign(raw: dict[str, Any], key: str, value: Any) -> None:
     """Set `section.key` in nested mappings."""
     *sections, last = parts = key.split(".")
     if not all(parts) or len(parts) > 4:
-        raise InputError(f"a key is written section.key; got {shown(key)}")
+        raise InputError(f"a key is written key or section.key; got {shown(key)}")
     place: Any = raw
     for section in sections:
         place = place.setdefault(section, {})

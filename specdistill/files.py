@@ -86,10 +86,9 @@ def held(folder: Path) -> Iterator[None]:
     """Make a folder, and keep other processes out that ask for it, too: two that go on with one run
     would each undo the other's work. Who holds it may ask again. The system lets go when the
     process ends, however it does. A folder that was made for this and is empty in the end goes.
-    Where the system knows no such locks (Windows, some network drives) nobody is kept out; where
-    the folder cannot be made, what writes there will say so.
+    Where the system knows no such locks (Windows, some network drives) nobody is kept out.
 
-    Raises `StorageError` where another process holds it.
+    Raises `StorageError` where another process holds it, or it cannot be made.
     """
     place = Path(os.path.realpath(folder))
     with ExitStack() as stack:
@@ -100,8 +99,11 @@ def held(folder: Path) -> Iterator[None]:
                 raise StorageError(
                     f"another process is at work in {folder}; wait for it, or name another folder"
                 ) from None
-            except (ImportError, OSError):
-                pass
+            except (ImportError, OSError) as error:
+                if isinstance(error, OSError) and not folder.is_dir():
+                    raise StorageError(
+                        f"cannot write to {folder}: {error.strerror}; choose another folder"
+                    ) from error
         _held[place] = _held.get(place, 0) + 1
         try:
             yield
@@ -141,7 +143,7 @@ def _lock(folder: Path, stack: ExitStack) -> None:
             made = False
         else:
             made = True
-        handle = os.open(folder, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             current = os.path.samestat(os.fstat(handle), os.stat(folder))

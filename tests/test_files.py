@@ -78,10 +78,11 @@ def test_where_there_are_no_locks_nobody_is_kept_out(
             pass
 
 
-def test_a_folder_that_cannot_be_made_is_for_the_writer_to_name(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_named_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    with held(tmp_path / "run"), held(tmp_path / "run" / "inner"):
-        pass
+    for folder in (tmp_path / "run", tmp_path / "run" / "inner"):
+        with pytest.raises(StorageError, match=r"cannot write to .*run"), held(folder):
+            pytest.fail("the work begins")
 
 
 def test_commands_leave_a_folder_alone_in_which_another_is_at_work(

@@ -6,6 +6,7 @@ import errno
 import os
 import sys
 import traceback
+from itertools import pairwise
 from typing import Annotated
 
 import typer
@@ -21,7 +22,7 @@ from specdistill.cli import (
     training,
 )
 from specdistill.cli.process import interrupting_signals, lasting_streams
-from specdistill.errors import SpecDistillError
+from specdistill.errors import InputError, SpecDistillError
 from specdistill.files import at_home
 
 _OF_THE_DISK = {
@@ -90,6 +91,7 @@ def main() -> None:
 
 def _run(arguments: list[str], debug: bool) -> None:
     try:
+        _refuse_empty(arguments)
         app([at_home(argument) for argument in arguments], standalone_mode=True)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != 130:  # what typer makes of an interrupt
@@ -103,6 +105,17 @@ def _run(arguments: list[str], debug: bool) -> None:
         line, code = _last_words(error)
         console.note(f"error: {line}")
         sys.exit(code)
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """An empty text names no model, file or setting, and as a folder it would be the working
+    directory. Raises `InputError`.
+    """
+    for before, argument in pairwise(["", *arguments]):
+        option, equals, value = argument.partition("=")
+        if not argument or (option.startswith("--") and equals and not value):
+            name = option or before or "an argument"
+            raise InputError(f"{name}: the value is empty; give it one, or leave it out")
 
 
 def _last_words(error: Exception) -> tuple[str, int]:

@@ -149,6 +149,7 @@ def generate(
     from specdistill.data.filters import Filters
     from specdistill.data.prompts import load_prompts
     from specdistill.data.scorers import BestOf, matched_number
+    from specdistill.data.signal import kept_tokens
     from specdistill.data.styles import styled
     from specdistill.decoding import Sampling
 
@@ -156,6 +157,7 @@ def generate(
         _refuse_given(context, "no --scorer, which alone reads it,", ("response_column",))
     samplings = [Sampling(t, top_k, top_p, min_p) for t in options.temperatures(temperature)]
     filters = Filters(min_tokens, max_repetition, drop_truncated, drop_duplicates, retries)
+    kept_tokens(signal)
     if draft is None:
         _refuse_given(context, "plain decoding", ("num_draft_tokens",))
     if (best_of is None) != (scorer is None):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from specdistill.errors import InputError
+from specdistill.limits import shown
 from specdistill.models import LanguageModel
 from specdistill_kernels import keep_top_k
 
@@ -20,9 +21,9 @@ ALPHA_COST = "alpha_cost"  # for the manifest; no tensor of the cache
 
 def kept_tokens(signal: str) -> int | None:
     """The k of "top-k:k"; None for the other kinds. Raises `InputError` for no kind at all."""
-    match = re.fullmatch(r"top-k:([1-9]\d*)", signal)
+    match = re.fullmatch(r"top-k:([1-9][0-9]{0,17})", signal)
     if match is None and signal not in (STATES, NONE):
-        raise InputError(f"a signal is {STATES!r}, 'top-k:64' or {NONE!r}; got {signal!r}")
+        raise InputError(f"a signal is {STATES!r}, 'top-k:64' or {NONE!r}; got {shown(signal)}")
     return None if match is None else int(match[1])
 
 
