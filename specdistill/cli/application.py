@@ -77,7 +77,8 @@ def main() -> None:
     """Run a command; our own errors become one line and exit code 2, an interrupt 130, and what
     nobody foresaw 70. `--debug` shows tracebacks.
     """
-    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would run through ours
+    for name in ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")  # the libraries' bars would run through ours
     debug = "--debug" in sys.argv[1:]
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     with lasting_streams() as (out, _), interrupting_signals():

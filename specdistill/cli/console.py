@@ -63,9 +63,6 @@ def setup(threads: int | None) -> None:
     torch.set_num_threads(threads or torch.get_num_threads())
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    import datasets
-
-    datasets.disable_progress_bars()
 
 
 def must_be_new(folder: Path) -> None:

@@ -149,6 +149,7 @@ def generate(
     from specdistill.data.filters import Filters
     from specdistill.data.prompts import load_prompts
     from specdistill.data.scorers import BestOf, matched_number
+    from specdistill.data.selection import Selection
     from specdistill.data.signal import kept_tokens
     from specdistill.data.styles import styled
     from specdistill.decoding import Sampling
@@ -185,6 +186,8 @@ def generate(
         shots=shots,
         seed=seed,
     )
+    wanted = None if best_of is None or scorer is None else BestOf(best_of, scorer)
+    Selection.checked(filters, wanted, asked, samplings)  # before a model is loaded
     screen = console.screen_for(as_json)
     if engine == "openai":
         from specdistill.engines import openai

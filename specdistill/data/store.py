@@ -175,23 +175,12 @@ class Store:
         number of others by filter. Raises `StorageError` when the disk is full; listed parts stay
         intact.
         """
-        from datasets import Dataset
-
         manifest = replace(
             self.manifest,
             removed=[*self.manifest.removed, *([*pair] for pair in removed)],
             passed_over=dict(Counter(self.manifest.passed_over) + (passed_over or Counter())),
         )
         stem = self.folder / f"part-{len(self.manifest.parts):05d}"
-        rows = [
-            {
-                "id": e.id,
-                "category": e.category,
-                "prompt_tokens": e.prompt_tokens,
-                "response_tokens": e.response_tokens,
-            }
-            for e in examples
-        ]
         tokens = sum(len(e.response_tokens) for e in examples)
         part: Part = {"ids": [e.id for e in examples], "tokens": tokens, "parquet_sha256": ""}
         try:
@@ -199,7 +188,7 @@ class Store:
                 self._write(manifest)
                 return
             with replacing(stem.with_suffix(".parquet")) as new:
-                Dataset.from_list(rows).to_parquet(new)
+                _write_rows(examples, new)
             part["parquet_sha256"] = file_sha256(stem.with_suffix(".parquet"))
             if self.manifest.signal != NONE:
                 signals = [_kept(e) for e in examples]
@@ -343,6 +332,18 @@ def _read_part(stem: Path, part: Part, signal: bool) -> Iterable[Example]:
             start = stop
         if example.id not in gone:
             yield example
+
+
+def _write_rows(examples: Sequence[Example], file: Path) -> None:
+    """Raises `OSError`."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    text, tokens = pa.string(), pa.list_(pa.int64())
+    kinds = {"id": text, "category": text, "prompt_tokens": tokens, "response_tokens": tokens}
+    columns = {name: [getattr(e, name) for e in examples] for name in kinds}
+    with file.open("wb") as sink:
+        parquet.write_table(pa.table(columns, pa.schema(kinds)), sink)
 
 
 def _rows(file: Path, part: Part) -> list[dict[str, Any]]:
