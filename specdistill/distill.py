@@ -250,12 +250,14 @@ def _distill(
     }
     accelerator.init_trackers("distill", named)
     words = f"{len(training)} answers to train on, {len(heldout)} held out"
-    if {tuple(e.prompt_tokens) for e in heldout} & {tuple(e.prompt_tokens) for e in training}:
+    given = {tuple(e.prompt_tokens) for e in training}
+    others = [e for e in heldout if tuple(e.prompt_tokens) not in given]
+    if len(others) < len(heldout):
         words += ", some of a prompt that is trained on, too"
     reader = (target or draft).tokenizer
     asked, learnt = (
         [str(reader.decode(e.prompt_tokens, skip_special_tokens=True)) for e in part]
-        for part in (heldout, training)
+        for part in (others, training)
     )
     if leads and (alike := len(nearly_among(asked, learnt))):
         words += f", {alike} of them on prompts nearly like one that is trained on"

@@ -339,7 +339,8 @@ def test_check_passes_on_a_sound_pair(world: World, tmp_path: Path) -> None:
         done = run("check", "--target", at["target"], "--draft", at["draft"], "--limit", 3)
     assert done.code == 0
     pair = run_checks.call_args.args[0]
-    assert [p.id for p in pair.prompts] == ["1", "2", "3"], "built-in prompts"
+    ids = [p.id for p in pair.prompts]
+    assert ids == ["1", "2"], "built in; to this tokenizer the third is the second"
 
 
 def test_check_exits_1_where_the_output_would_change(world: World) -> None:
@@ -468,7 +469,7 @@ def test_an_engine_that_is_not_lossless_ends_with_exit_code_1(
 
 def test_score_tells_categories_and_lengths_apart(world: World, tmp_path: Path) -> None:
     rows = [
-        {"prompt": " ".join(["w7 w9"] * (1 + 9 * (i % 2))), "category": f"kind [{i // 4}]"}
+        {"prompt": " ".join([f"w{7 + i} w9"] * (1 + 9 * (i % 2))), "category": f"kind [{i // 4}]"}
         for i in range(8)
     ]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -715,9 +716,9 @@ BAD_INPUT: dict[str, tuple[str, tuple[str, ...]]] = {
     "a range downwards": (SCORE + "--num-draft-tokens 4-2", ("must be 1 to 64; got '4-2'",)),
     "no number": (SCORE + "--num-draft-tokens many", ("must look like 4, 1-8 or 2,4,6", "'many'")),
     "nothing of them": (SCORE + "--num-draft-tokens 2,", ("must look like 4", "'2,'")),
-    "cold": (SCORE + "--temperature -1", ("--temperature must be 0 (greedy) or more", "'-1'")),
-    "hot": (SCORE + "--temperature inf", ("--temperature must be 0", "'inf'")),
-    "lukewarm": (SCORE + "--temperature nan", ("--temperature must be 0", "'nan'")),
+    "cold": (SCORE + "--temperature -1", ("--temperature must be 0, or 0.0001 to", "got -1")),
+    "hot": (SCORE + "--temperature inf", ("--temperature must be 0", "got inf")),
+    "lukewarm": (SCORE + "--temperature nan", ("--temperature must be 0", "got nan")),
     "no temperature": (SCORE + "--temperature warm", ("must look like 0 or 0,1", "'warm'")),
     "cold answers": (GENERATE + "{prompts} --temperature -1", ("temperature must be 0", "-1")),
     "warm answers": (GENERATE + "{prompts} --temperature warm", ("must look like 0", "'warm'")),
@@ -736,13 +737,16 @@ BAD_INPUT: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "check of nothing": (
         "check --target {target} --draft {draft} --limit 0",
-        ("limit is 0", "at least 1"),
+        ("Invalid value for '--limit'", "greater than or equal to 1"),
     ),
     "check of a split of nothing": (
         "check --target {target} --draft {draft} --split train",
         ("--split and --column", "--prompts"),
     ),
-    "no limit": (GENERATE + "{prompts} --limit 0", ("limit is 0", "at least 1")),
+    "no limit": (
+        GENERATE + "{prompts} --limit 0",
+        ("Invalid value for '--limit'", "greater than or equal to 1"),
+    ),
     "too long": (
         GENERATE + "{prompts} --max-new-tokens 600",
         ("600 new ones exceed the 512 positions",),
@@ -875,9 +879,10 @@ def test_bad_input(name: str, world: World, stranger: Path, tmp_path: Path) -> N
     assert done.code == 2, done
     assert done.out == ""
     last = done.err.splitlines()[-1]
-    assert last.startswith("error: "), done.err
+    usage = " ".join(done.err.replace("│", " ").split()) if done.err.startswith("Usage:") else ""
+    assert usage or last.startswith("error: "), done.err
     for part in parts:
-        assert part in last
+        assert part in (usage or last)
     after = files(tmp_path, world.folder)
     assert {file: after.get(file) for file in before} == before, "nothing is overwritten"
 
@@ -1004,5 +1009,6 @@ def test_our_own_errors_are_told_and_others_are_called_faults_of_ours() -> None:
         done = run("init", "--target", "t", "--out", "o")
         assert done.code == 70
         assert done.err.startswith("error: ZeroDivisionError")
-        with pytest.raises(ZeroDivisionError):
-            run("init", "--target", "t", "--out", "o", "--debug")
+        done = run("init", "--target", "t", "--out", "o", "--debug")
+        assert done.code == 70
+        assert "Traceback" in done.err
