@@ -13,7 +13,9 @@ from specdistill.checkpoints import find_checkpoint, load_checkpoint, save_check
 def save(folder: Path, step: int) -> None:
     """The last weights say the step, the best ones its negative."""
     last, best = ({"w": torch.full((2,), float(value))} for value in (step, -step))
-    save_checkpoint(folder, {"step": step}, last, best, {"0.m": torch.full((2,), step + 0.5)})
+    state = {"step": step, "tokens": 7 * step, "seconds": 1.0, "origins": {}}
+    state["best"] = {"kept_step": step}
+    save_checkpoint(folder, state, last, best, {"0.m": torch.full((2,), step + 0.5)})
 
 
 def load(folder: Path) -> tuple[int, float, float, float]:

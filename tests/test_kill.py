@@ -225,7 +225,7 @@ def test_an_export_is_there_whole_or_not_at_all(tmp_path: Path, tiny_folder: Pat
     )
     for place in kills:
         assert specdistill(tmp_path, place, 1, *asked) == -signal.SIGKILL, place
-        assert not out.exists(), place
+        assert not out.exists() or not any(out.iterdir()), place  # it is held by then
     assert specdistill(tmp_path, "", 0, *asked) == 0
     assert {"config.json", "README.md", "model.safetensors"} <= {f.name for f in out.iterdir()}
     assert _names(tmp_path) == {"draft", "served"}
