@@ -288,7 +288,9 @@ def test_a_page_that_does_not_pay_or_is_lossy_says_so(run_dir: Path) -> None:
     words = Elements(page(run_dir, lossy)).words
     assert re.search(r"output unchanged\s*no", words)
     faulty = replace(make_after(), lossless=Lossless((47, 48), [], 0.9991, 0.43))
-    assert re.search(r"output unchanged\s*not shown", Elements(page(run_dir, faulty)).words)
+    words = Elements(page(run_dir, faulty)).words
+    assert re.search(r"output unchanged\s*not shown", words)
+    assert re.search(r"speedup\s*FAILED\s*not lossless", words)
 
 
 def test_the_template_is_in_the_package() -> None:

@@ -52,8 +52,9 @@ def _figures(card: Scorecard) -> list[Figure]:
     low, high = (number(end, 2) for end in best.speedup_ci95)
     same, compared = proof.greedy_identical
     shown = "yes" if proof.holds else "not shown"
+    speed = Figure(f"{number(best.speedup, 2)} ×", "speedup", f"95% interval {low} to {high}")
     return [
-        Figure(f"{number(best.speedup, 2)} ×", "speedup", f"95% interval {low} to {high}"),
+        Figure("FAILED", "speedup", "not lossless") if card.failures else speed,
         Figure(
             number(best.block_efficiency, 2),
             "tokens per target call, τ",
