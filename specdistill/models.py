@@ -330,7 +330,9 @@ def read_tokenizer(name: str, path: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer.decode(tokenizer("a")["input_ids"])  # settings of another type are seen in use
+        return tokenizer
     except Exception as error:  # it raises many kinds for what is missing or damaged
         raise ModelError(
             f"cannot load {name}: its tokenizer cannot be read ({first_line(error)})"

@@ -696,6 +696,10 @@ MODELS = [
         ("has weights cut off", lambda: os.truncate("target/model.safetensors", 900)),
         ("has no tokenizer", lambda: os.remove("target/tokenizer.json")),
         ("has an empty tokenizer", put("target/tokenizer.json", "")),
+        (
+            "has a longest text that is a list",
+            changed("target/tokenizer_config.json", model_max_length=[1]),
+        ),
         ("has a tokenizer that is a list", put("target/tokenizer.json", "[]")),
         (
             "has an index of nothing",
