@@ -54,6 +54,7 @@ def test_a_cache_beyond_the_memory_is_refused_before_it_is_allocated(
     """The machine's true memory decides: 2^40 slots fit nowhere."""
     model = tiny(0, layers=3)
     assert model.token_slots
+    assert model.body is not None  # it is seen to be the model's by a pass of its own
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: pytest.fail("allocated"))
     with pytest.raises(DecodingError) as caught:
         CachedModel(model, 2, 2**40)

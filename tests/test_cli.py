@@ -823,7 +823,7 @@ BAD_INPUT: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "a file in place of a folder": (
         "init --target {target} --out {tmp}/file",
-        ("exists and is not empty",),
+        ("cannot write to", "/file: Not a directory", "choose another folder"),
     ),
     "other answers in the folder": (
         "generate --target {target} --prompts {prompts} --out {data} --seed 9",
@@ -836,11 +836,11 @@ BAD_INPUT: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "unwritable draft": (
         "init --target {target} --out {tmp}/file/out",
-        ("cannot write the draft to", "file/out"),
+        ("cannot write to", "file/out: Not a directory"),
     ),
     "unwritable export": (
         "export --draft {draft} --out {tmp}/file/out --for vllm",
-        ("cannot write the draft to", "file/out"),
+        ("cannot write to", "file/out: Not a directory"),
     ),
     "unwritable card": (
         "score --target {target} --draft {draft} --prompts {prompts} --out {tmp}/file/card.json",
@@ -848,7 +848,7 @@ BAD_INPUT: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "unwritable run": (
         "distill {config} run_dir={tmp}/file/run",
-        ("cannot write to", "file/run", "another run_dir"),
+        ("cannot write to", "file/run: Not a directory"),
     ),
 }
 

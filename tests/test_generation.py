@@ -230,10 +230,8 @@ def test_an_interrupt_while_a_part_is_written_neither_loses_nor_doubles(
     monkeypatch: pytest.MonkeyPatch,
     place: str,
 ) -> None:
-    import datasets
-
     owner, name = {
-        "parquet": (datasets.Dataset, "to_parquet"),
+        "parquet": (store, "_write_rows"),
         "signal": (store, "save_file"),
     }.get(place, (store.Store, "_write"))
     real = getattr(owner, name)
