@@ -84,7 +84,7 @@ def row_gradients(
     squared = temperature**2
     losses = torch.empty(num, dtype=torch.float32, device=draft_logits.device)
     unit, sums, ce = _unit(draft_logits, logits), _needs_sums(parts), labels is not None
-    tile = _tile(num, width, block or _block(sums, ce, unit), rows)
+    tile = _tile(num, width, block or _block(sums, ce), rows)
     with torch.cuda.device_of(draft_logits):
         divergence_kernel[(triton.cdiv(num, tile["ROWS"]),)](
             draft_logits,
@@ -147,9 +147,9 @@ def _needs_sums(parts: Mixture) -> bool:
     return bool(set(parts.weights) - {"fkl", "ce"})
 
 
-def _block(sums: bool, ce: bool, unit: int) -> int | None:
-    """Half a tile for the one form whose registers would spill; None is the usual tile."""
-    return BLOCK // 2 if sums and ce and unit == 16 and not _interpreted() else None
+def _block(sums: bool, ce: bool) -> int | None:
+    """Half a tile for the form whose registers would spill; None is the usual tile."""
+    return BLOCK // 2 if sums and ce and not _interpreted() else None
 
 
 def _interpreted() -> bool:
@@ -194,6 +194,6 @@ def configurations() -> list[Configuration]:
             absent |= {} if ce else {"labels": None}
             pointers = {"draft": f"*{draft}", "target": f"*{target}"}
             flagged = {"LUMPED": lumped, "SUMS": sums, "CE": ce}
-            narrow = {"BLOCK": _block(sums, ce, unit) or BLOCK}
+            narrow = {"BLOCK": _block(sums, ce) or BLOCK}
             add(divergence_kernel, pointers, {**flagged, **tile, **narrow, **absent})
     return found
