@@ -116,10 +116,9 @@ class LlamaBody:
         rest = queries % QUERIES
         narrow = x.device.type == "cpu" and x.dtype.itemsize == 2 and 0 < rest < FEW
         more = FEW - rest if narrow else 0
-        by_kind = {
-            kind: F.pad(by_kind[kind].repeat(1, 1, self.sharing, 1), (0, 0, 0, more))
-            for kind in self.kinds
-        }
+        by_kind = {kind: by_kind[kind].repeat(1, 1, self.sharing, 1) for kind in self.kinds}
+        if more:
+            by_kind = {kind: F.pad(mask, (0, 0, 0, more)) for kind, mask in by_kind.items()}
         for layer, kept in zip(self.layers, slots, strict=True):
             x = x + layer.out(
                 _attend(layer, layer.qkv(layer.before(x)), turn, by_kind[layer.kind], kept)
