@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import yaml
+from pydantic import BaseModel, ConfigDict, Field
 
 from specdistill.config import DistillConfig, load_config
+from specdistill.documents import read_json_lines
 from specdistill.errors import InputError, StorageError
 from specdistill.files import keep_apart, write_whole
-from specdistill.metrics import read_metrics
 from specdistill.models import LanguageModel
 from specdistill.provenance import device_name, git_commit, versions
 
@@ -76,6 +77,27 @@ def config_sha256(config: DistillConfig) -> str:
     """Hash of what a run does: all of its configuration but where it runs and who watches."""
     values = {k: v for k, v in flat(config.model_dump()).items() if k not in _MAY_DIFFER}
     return sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class _MetricsRow(BaseModel):
+    """A logged step: numbers by name, and what is measured by position in a list; "loss", "expected_alpha", ..."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, int | float | str | list[int | float | None] | None]
+    step: int = Field(0, ge=0)
+    tokens: int = Field(0, ge=0)
+    seconds: float = Field(0.0, ge=0)
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The rows of RUN/metrics.jsonl; a last line that was cut off when the run was killed is none. Raises
+    `StorageError`, which names the line that is no row.
+    """
+    advice = "put the file back as it was, or remove the line"
+    return [
+        row.model_dump(exclude_unset=True)
+        for row in read_json_lines(file, _MetricsRow, advice, appended=True)
+    ]
 
 
 def append_metrics(run: Path, row: dict[str, Any]) -> None:

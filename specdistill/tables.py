@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from specdistill.scoring.scorecard import PLAIN_SLOWED, Row
 
 if TYPE_CHECKING:
-    from specdistill.environment import Environment
+    from specdistill.provenance import Environment
     from specdistill.scoring.check import Check
     from specdistill.scoring.compare import Comparison, Standing
     from specdistill.scoring.scorecard import CategoryRow, Lossless, Scorecard

@@ -60,7 +60,7 @@ if __name__ == "__main__":
     sys.addaudithook(hook)
     sys.argv = ["specdistill", *sys.argv[4:]]
     if sys.argv[1] == "plan":
-        from specdistill.pipeline import QuickstartPlan, quickstart
+        from specdistill.quickstart import QuickstartPlan, quickstart
 
         quickstart(Path(FOLDER), QuickstartPlan(**json.loads(sys.argv[2])))
     else:

@@ -655,7 +655,7 @@ def test_an_interrupt_says_how_to_go_on(
     }
     import specdistill.data.generation
     import specdistill.distill
-    import specdistill.pipeline
+    import specdistill.quickstart
     import specdistill.scoring.check
     import specdistill.scoring.measure  # noqa: F401
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_cli import run
 
-from specdistill import environment
+from specdistill import provenance
 
 
 def test_env_tells_versions_devices_and_threads() -> None:
@@ -27,8 +27,8 @@ def test_env_tells_versions_devices_and_threads() -> None:
 
 def test_what_is_missing_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     there = ("kernels", "torch", "pip install torch")
-    monkeypatch.setattr(environment, "OPTIONAL", (there, ("x", "no-such-package", "do this")))
-    here, gone = environment.environment().optional
+    monkeypatch.setattr(provenance, "OPTIONAL", (there, ("x", "no-such-package", "do this")))
+    here, gone = provenance.environment().optional
     assert here.version == torch.__version__
     assert (gone.version, gone.remedy) == (None, "do this")
     assert "no-such-package missing: do this" in run("env").out
@@ -40,7 +40,7 @@ def test_every_cuda_device_is_named() -> None:
         mock.patch("torch.cuda.get_device_name", side_effect=lambda d: f"GPU {d.index}"),
         mock.patch("torch.cuda.is_bf16_supported", return_value=True),
     ):
-        devices = environment.environment().devices
+        devices = provenance.environment().devices
     assert devices["cuda:1"] == "GPU 1, dtype auto is bfloat16"
 
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from specdistill import models, packing, pipeline
+from specdistill import models, packing, quickstart
 from specdistill.config import load_config
 from specdistill.data.chat import encode_prompt
 from specdistill.data.prompts import load_prompts
@@ -58,7 +58,7 @@ def test_the_target_accepts_its_own_samples(smollm2: LanguageModel) -> None:
 
 
 def test_quickstart_in_small_leaves_a_complete_run(tmp_path: Path) -> None:
-    plan = pipeline.QuickstartPlan(
+    plan = quickstart.QuickstartPlan(
         answers=44,
         max_new_tokens=6,
         batch_size=44,
@@ -78,8 +78,8 @@ def test_quickstart_in_small_leaves_a_complete_run(tmp_path: Path) -> None:
 
     run = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        pipeline.quickstart(run, plan, stop_once)
-    before, after = pipeline.quickstart(run, plan, stop_once)
+        quickstart.quickstart(run, plan, stop_once)
+    before, after = quickstart.quickstart(run, plan, stop_once)
     assert stages.count("score, done") == 2, "the score before is not measured again"
     for name in (
         "config.yaml",
@@ -113,5 +113,5 @@ def test_quickstart_in_small_leaves_a_complete_run(tmp_path: Path) -> None:
     stamp = (run / "scorecard.json").stat().st_mtime_ns
     time.sleep(0.01)
     with pytest.raises(InputError, match="finished run"):
-        pipeline.quickstart(run, dataclasses.replace(plan, seed=1))
+        quickstart.quickstart(run, dataclasses.replace(plan, seed=1))
     assert (run / "scorecard.json").stat().st_mtime_ns == stamp

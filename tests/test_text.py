@@ -23,10 +23,10 @@ from specdistill.distiller import Distiller
 from specdistill.drafts import make_draft, save_draft
 from specdistill.errors import InputError
 from specdistill.evaluation import on_text
-from specdistill.metrics import read_metrics
 from specdistill.models import LanguageModel
 from specdistill.plots.training import figure_training
 from specdistill.policies import read_given
+from specdistill.run_folder import read_metrics
 
 Tiny = Callable[..., LanguageModel]
 

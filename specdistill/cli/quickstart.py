@@ -24,7 +24,7 @@ def quickstart(
     """The whole loop on the embedded model: answers, draft, distillation, score, report; exit code
     1 if decoding is not lossless.
     """
-    from specdistill import pipeline
+    from specdistill import quickstart as loop
     from specdistill.scoring.provenance import trained_line
 
     console.setup(threads)
@@ -33,7 +33,7 @@ def quickstart(
     console.note(f"{known} {folder}")
     start = time.perf_counter()
     with held(folder), console.progress() as progress:
-        before, after = pipeline.quickstart(folder, progress=progress, note=console.note)
+        before, after = loop.quickstart(folder, progress=progress, note=console.note)
     out = console.screen_for(as_json)
     out.print(tables.before_after_table(before, after))
     lines = [tables.evidence_line(after), after.verdict.reason, trained_line(after)]

@@ -52,7 +52,7 @@ def export(
 
 def env(as_json: Json = False) -> None:
     """Versions, devices, threads and what is missing for each optional part, for bug reports."""
-    from specdistill.environment import environment
+    from specdistill.provenance import environment
 
     found = environment()
     screen = console.screen_for(as_json)

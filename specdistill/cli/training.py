@@ -139,8 +139,7 @@ def _distill(settings: DistillConfig, resume: bool) -> tuple[Path, dict[str, Any
     """The draft's folder, what the policy's answers came to, and the last row of the metrics."""
     from specdistill import distill as distillation
     from specdistill import heads, models, packing, policies
-    from specdistill.metrics import read_metrics
-    from specdistill.run_folder import METRICS
+    from specdistill.run_folder import METRICS, read_metrics
 
     target = None
     if settings.signal != "none":
