@@ -24,8 +24,7 @@ from specdistill import limits
 from specdistill.documents import parse_yaml, read_yaml_mapping
 from specdistill.errors import InputError
 from specdistill.files import at_home
-from specdistill.limits import shown
-from specdistill.options import Dtype
+from specdistill.limits import Dtype, shown
 
 Tracker = Literal[
     "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"

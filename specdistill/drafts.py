@@ -5,6 +5,7 @@ uses.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from specdistill import architectures, options
+from specdistill import architectures, limits
 from specdistill.checkpoint_files import VOCAB_FILE
 from specdistill.errors import InputError, ModelError, StorageError, first_line
 from specdistill.files import replacing
@@ -79,9 +80,22 @@ def choose_vocabulary(target: LanguageModel, usage: Tensor, size: int) -> Vocabu
     return Vocabulary(ids, (usage[ids].sum() / usage.sum()).item())
 
 
+def layer_numbers(text: str) -> list[int]:
+    """ "4" to [4], "0,1,29" to the numbers listed; how many layers there are is not known here."""
+    parts = text.split(",")
+    if not all(re.fullmatch(r"\s*[0-9]{1,19}\s*", part) for part in parts):
+        raise InputError(
+            f"--layers must be a number such as 4 or a list such as 0,1,29; got {shown(text)}"
+        )
+    numbers = [int(part) for part in parts]
+    for number in numbers:
+        limits.check("--layers", number, limits.LAYERS)
+    return numbers
+
+
 def parse_layers(text: str, available: int) -> list[int]:
     """ "4" keeps the first four layers, "0,1,29" the listed ones."""
-    numbers = options.layers(text)
+    numbers = layer_numbers(text)
     layers = numbers if "," in text else list(range(min(numbers[0], available + 1)))
     if not layers or min(layers) < 0 or max(layers) >= available or len(set(layers)) != len(layers):
         raise InputError(

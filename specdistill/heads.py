@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from specdistill.architectures import empty_model, read_config
 from specdistill.checkpoint_files import weight_files
 from specdistill.errors import ModelError, first_line
+from specdistill.limits import Dtype
 from specdistill.models import (
     LanguageModel,
     check_numbers,
@@ -22,7 +23,6 @@ from specdistill.models import (
     read_tokenizer,
     read_vocab,
 )
-from specdistill.options import Dtype
 
 
 def load_head(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageModel:

@@ -1,16 +1,17 @@
-"""What numbers may be, in one place: the command line, configuration files and Python read these
+"""What numbers and dtypes may be, in one place: the command line, configuration files and Python read these
 bounds, and all of them before a model is loaded. They part what hardware and formats can take from
 slips of the pen; none of them is a recommendation.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from annotated_types import Interval
 
 from specdistill.errors import InputError
 
+Dtype = Literal["auto", "float32", "float64", "bfloat16", "float16"]
 MAX_DRAFT_TOKENS = 64
 DRAFT_TOKENS = Interval(ge=1, le=MAX_DRAFT_TOKENS)
 SEED = Interval(ge=0, le=2**63 - 1)  # what the generators of random numbers take

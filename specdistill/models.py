@@ -41,8 +41,8 @@ from specdistill.checkpoint_files import (
 from specdistill.errors import InputError, ModelError, first_line
 from specdistill.gguf_files import DEMO, DEMO_SHA256, convert, demo_file
 from specdistill.hashes import hashes_of, model_sha256, tensors_sha256
+from specdistill.limits import Dtype
 from specdistill.llama import LlamaBody, llama_body
-from specdistill.options import Dtype
 from specdistill.randomness import seeded
 from specdistill_kernels import Head
 

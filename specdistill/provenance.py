@@ -1,4 +1,4 @@
-"""Where a result came from, as every result file says it, and what this machine has, as `env` does."""
+"""Where a result came from, as every result file says, and what this machine has, as `env` says."""
 
 from __future__ import annotations
 

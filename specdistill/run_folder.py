@@ -80,7 +80,9 @@ def config_sha256(config: DistillConfig) -> str:
 
 
 class _MetricsRow(BaseModel):
-    """A logged step: numbers by name, and what is measured by position in a list; "loss", "expected_alpha", ..."""
+    """A logged step: numbers by name ("loss", "expected_alpha", ...), and lists of what is measured
+    by position.
+    """
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, int | float | str | list[int | float | None] | None]
@@ -90,8 +92,8 @@ class _MetricsRow(BaseModel):
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The rows of RUN/metrics.jsonl; a last line that was cut off when the run was killed is none. Raises
-    `StorageError`, which names the line that is no row.
+    """The rows of RUN/metrics.jsonl; a last line that was cut off when the run was killed is none.
+    Raises `StorageError`, which names the line that is no row.
     """
     advice = "put the file back as it was, or remove the line"
     return [

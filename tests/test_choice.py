@@ -9,6 +9,7 @@ from cards import simulate
 from scipy import stats
 from score_checks import check_choice
 
+from specdistill.cli.tables import before_after_table, rows_table
 from specdistill.errors import InputError
 from specdistill.plots.speed import figure_speedup
 from specdistill.report.page import _figures
@@ -18,7 +19,6 @@ from specdistill.scoring.choice import choose, chosen
 from specdistill.scoring.compare import compare
 from specdistill.scoring.scorecard import PromptRow, Row
 from specdistill.scoring.verdict import verdict
-from specdistill.tables import before_after_table, rows_table
 
 
 def rows_worth(

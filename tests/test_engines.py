@@ -16,6 +16,7 @@ from scipy import stats
 from test_cli import run
 
 from specdistill import models
+from specdistill.cli.tables import evidence_line, rows_table
 from specdistill.data.filters import Filters
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
@@ -31,7 +32,6 @@ from specdistill.models import LanguageModel
 from specdistill.scoring.comparable import obstacles
 from specdistill.scoring.measure import EncodedPrompt
 from specdistill.scoring.scorecard import ModelCard, Scorecard
-from specdistill.tables import evidence_line, rows_table
 from specdistill_kernels.reference import probabilities
 
 Tiny = Callable[..., LanguageModel]

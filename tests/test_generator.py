@@ -7,7 +7,8 @@ import torch
 from test_cli import run
 from test_scorers import PROMPTS, WARM, answer, mean_log_probability
 
-from specdistill import models, options
+from specdistill import models
+from specdistill.cli import parsing
 from specdistill.data.scorers import BestOf, matched_number
 from specdistill.data.store import read_manifest
 from specdistill.drafts import make_draft, save_draft
@@ -42,11 +43,11 @@ def test_a_generator_that_is_no_cheaper(ratio: float) -> None:
 
 
 def test_how_cost_is_written() -> None:
-    assert options.match("compute") is None
-    assert options.match("cost:9.5") == 9.5
+    assert parsing.match("compute") is None
+    assert parsing.match("cost:9.5") == 9.5
     for wrong in ("cost", "cost:", "cost:-1", "price:2", "cost:x"):
         with pytest.raises(InputError, match="--match must be compute, or cost:X"):
-            options.match(wrong)
+            parsing.match(wrong)
 
 
 def test_the_texts_are_the_writers_and_the_signal_the_targets(

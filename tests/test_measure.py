@@ -14,6 +14,7 @@ import torch
 from conftest import tiny_model
 from score_checks import check_interval, check_row
 
+from specdistill.cli.tables import rows_table
 from specdistill.decoding import engine
 from specdistill.decoding.cache import CachedModel
 from specdistill.decoding.records import Generation, Output, RowRound
@@ -27,7 +28,6 @@ from specdistill.scoring import lossless, measure
 from specdistill.scoring.provenance import cpu_times, stolen
 from specdistill.scoring.rows import PARTS, Timed, without_stalls
 from specdistill.scoring.scorecard import Scorecard
-from specdistill.tables import rows_table
 
 PROMPTS = [measure.EncodedPrompt(str(i), [5 + i, 9, 30 - i]) for i in range(6)]
 Cost = Callable[[int, bool, int], float]  # of the n-th pass: by the target?, its tokens

@@ -19,8 +19,8 @@ from rich.text import Text
 
 from specdistill.cli import application, console
 from specdistill.cli.process import interrupting_signals
+from specdistill.cli.tables import rows_table
 from specdistill.errors import InputError
-from specdistill.tables import rows_table
 
 COMPARE = (sys.executable, "-m", "specdistill", "compare")
 

@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 
 from specdistill import packing
+from specdistill.cli.tables import evidence_line
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
 from specdistill.decoding.cache import CachedModel
 from specdistill.drafts import make_draft, save_draft
@@ -28,7 +29,6 @@ from specdistill.scoring.statistics import (
 )
 from specdistill.scoring.trust import objections
 from specdistill.scoring.verdict import verdict
-from specdistill.tables import evidence_line
 from specdistill_kernels import Lenience
 
 Tiny = Callable[..., LanguageModel]

@@ -14,12 +14,12 @@ from rich.console import Console
 from small_runs import make_world
 from test_cli import run
 
+from specdistill.cli.tables import sweep_table
 from specdistill.distill import distill
 from specdistill.errors import InputError
 from specdistill.progress import unsaid
 from specdistill.scoring.measure import score
 from specdistill.sweep import Result, _draw, heat_map, load_sweep, run_sweep, short_labels
-from specdistill.tables import sweep_table
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from specdistill import limits, options
-from specdistill.cli import console
-from specdistill.cli.arguments import (
+from specdistill import limits
+from specdistill.cli import console, parsing
+from specdistill.cli.options import (
     BatchSize,
     Column,
     Device,
@@ -156,7 +156,7 @@ def generate(
 
     if scorer is None:
         _refuse_given(context, "no --scorer, which alone reads it,", ("response_column",))
-    samplings = [Sampling(t, top_k, top_p, min_p) for t in options.temperatures(temperature)]
+    samplings = [Sampling(t, top_k, top_p, min_p) for t in parsing.temperatures(temperature)]
     filters = Filters(min_tokens, max_repetition, drop_truncated, drop_duplicates, retries)
     kept_tokens(signal)
     if draft is None:
@@ -170,7 +170,7 @@ def generate(
             "--generator, --match and --best-of go together: who answers, what its answers may "
             "cost, and how many of the target's that is"
         )
-    price = None if match is None else options.match(match)
+    price = None if match is None else parsing.match(match)
     choice = None
     if best_of is not None and scorer is not None and generator is None:
         choice = BestOf(best_of, scorer)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from specdistill import limits, options, tables
-from specdistill.cli import console
-from specdistill.cli.arguments import (
+from specdistill import limits
+from specdistill.cli import console, parsing, tables
+from specdistill.cli.options import (
     Column,
     Device,
     Draft,
@@ -77,10 +77,10 @@ def score(
     lossless.
     """
     gammas, temperatures = (
-        options.whole_numbers(num_draft_tokens),
-        options.temperatures(temperature),
+        parsing.whole_numbers(num_draft_tokens),
+        parsing.temperatures(temperature),
     )
-    rule = None if lenience is None else options.lenience(lenience)
+    rule = None if lenience is None else parsing.lenience(lenience)
     _check_engine(engine, engine_python, device, verification, lenience, keep_text)
     keep_apart([out], [target, draft, prompts, engine_python])
     console.must_be_free(out, overwrite)
@@ -288,7 +288,7 @@ def _check_engine(
         )
 
 
-def _dtype_of_device(dtype: options.Dtype) -> options.Dtype:
+def _dtype_of_device(dtype: limits.Dtype) -> limits.Dtype:
     """What "auto" is on the device that models would be loaded to."""
     import torch
 
@@ -299,7 +299,7 @@ def _dtype_of_device(dtype: options.Dtype) -> options.Dtype:
 
 
 def _load_pair(
-    target: str, draft: str, dtype: options.Dtype, device: str, packed: bool = True
+    target: str, draft: str, dtype: limits.Dtype, device: str, packed: bool = True
 ) -> tuple[LanguageModel, LanguageModel]:
     """Both models, ready to decode together; not packed they are as the library made them."""
     from specdistill import models, packing

@@ -8,9 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from specdistill import tables
-from specdistill.cli import console
-from specdistill.cli.arguments import Json
+from specdistill.cli import console, tables
+from specdistill.cli.options import Json
 
 
 def export(

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from specdistill import limits, options, tables
-from specdistill.cli import console
-from specdistill.cli.arguments import Dtype, Json, Target, Threads, among
+from specdistill import limits
+from specdistill.cli import console, parsing, tables
+from specdistill.cli.options import Dtype, Json, Target, Threads, among
 from specdistill.errors import InputError
 from specdistill.files import held, keep_apart
 
@@ -46,7 +46,9 @@ def init(
             "--vocab-size and --vocab-from go together: how many tokens, and the data to count "
             "them in"
         )
-    options.layers(layers)  # before a model is read
+    from specdistill.drafts import layer_numbers
+
+    layer_numbers(layers)  # before a model is read
     keep_apart([out], [target, vocab_from])
     with held(out):
         console.must_be_new(out)
@@ -60,7 +62,7 @@ def _init(
     vocab_size: int | None,
     vocab_from: str | None,
     random_seed: int | None,
-    dtype: options.Dtype,
+    dtype: limits.Dtype,
     as_json: bool,
 ) -> None:
     from specdistill import drafts, models

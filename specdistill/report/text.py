@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from specdistill.cli.tables import identity_words
 from specdistill.errors import InputError
 from specdistill.quoting import block, code, prose, visible
 from specdistill.report.serving import serving
@@ -16,7 +17,6 @@ from specdistill.scoring.choice import chosen
 from specdistill.scoring.provenance import trained_line
 from specdistill.scoring.scorecard import PLAIN_SLOWED, CategoryRow, ModelCard, Row, Scorecard
 from specdistill.scoring.verdict import judgement
-from specdistill.tables import identity_words
 
 CAPTIONS = {
     "speedup.png": "Speedup over plain decoding by number of draft tokens γ, with 95% intervals. "

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 from annotated_types import Interval
 
-from specdistill import limits, options
+from specdistill import limits
+from specdistill.cli import parsing
 
 
 def among(allowed: Interval, help: str | None = None) -> Any:
@@ -22,7 +23,7 @@ Draft = Annotated[
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on the last line of stdout.")
 ]
-Dtype = Annotated[options.Dtype, typer.Option(help="auto: by model and device.")]
+Dtype = Annotated[limits.Dtype, typer.Option(help="auto: by model and device.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Threads = Annotated[int | None, among(limits.THREADS, "CPU threads; default: all physical cores.")]
 Split = Annotated[str | None, typer.Option(help="Split of a `datasets` id.")]

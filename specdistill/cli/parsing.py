@@ -1,11 +1,11 @@
-"""What options may say: names of dtypes, and the command line's small languages for numbers of
-draft tokens, temperatures and a lenience. Raises `InputError` for what they do not hold.
+"""The command line's small languages: numbers of draft tokens, temperatures, a price, a lenience.
+Raises `InputError` for what they do not hold.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from specdistill import limits
 from specdistill.errors import InputError
@@ -13,8 +13,6 @@ from specdistill.limits import shown
 
 if TYPE_CHECKING:
     from specdistill_kernels import Lenience
-
-Dtype = Literal["auto", "float32", "float64", "bfloat16", "float16"]
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -64,19 +62,6 @@ def match(text: str) -> float | None:
         )
     limits.check("the price of --match cost:X", float(cost[1]), limits.PRICES)
     return float(cost[1])
-
-
-def layers(text: str) -> list[int]:
-    """ "4" to [4], "0,1,29" to the numbers listed; how many layers there are is not known here."""
-    parts = text.split(",")
-    if not all(re.fullmatch(r"\s*[0-9]+\s*", part) for part in parts):
-        raise InputError(
-            f"--layers must be a number such as 4 or a list such as 0,1,29; got {shown(text)}"
-        )
-    numbers = [_whole(part.strip()) for part in parts]
-    for number in numbers:
-        limits.check("--layers", number, limits.LAYERS)
-    return numbers
 
 
 def lenience(text: str) -> Lenience:
