@@ -27,7 +27,7 @@ from specdistill.data.chat import encode_prompt
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt, load_prompts
 from specdistill.data.signal import NONE, STATES
-from specdistill.data.store import read_examples
+from specdistill.data.token_store import read_examples
 from specdistill.models import LanguageModel, load
 from specdistill.packing import pack
 from specdistill.provenance import device_name, git_commit, versions

@@ -24,7 +24,7 @@ import torch
 from specdistill import models
 from specdistill.batches import make_batch
 from specdistill.config import parse_config
-from specdistill.data.store import Example, read_examples
+from specdistill.data.token_store import Example, read_examples
 from specdistill.distiller import Distiller
 from specdistill.drafts import make_draft, save_draft
 from specdistill.heads import load_head

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from specdistill.data.store import Example
+from specdistill.data.token_store import Example
 
 
 @dataclass

@@ -21,10 +21,10 @@ from specdistill.checkpoints import (
     save_checkpoint,
 )
 from specdistill.config import DistillConfig
-from specdistill.data.answers import holds_answers
 from specdistill.data.likeness import nearly_among, write_trained
 from specdistill.data.signal import NONE, kept_tokens, read_states
-from specdistill.data.store import MANIFEST, Example, read_manifest
+from specdistill.data.text_store import holds_answers
+from specdistill.data.token_store import MANIFEST, Example, read_manifest
 from specdistill.distiller import Distiller, trainable
 from specdistill.drafts import save_draft, set_origin
 from specdistill.errors import DecodingError, InputError, StorageError, TrainingError

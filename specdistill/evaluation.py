@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specdistill.batches import Batch, length_buckets, make_batch
 from specdistill.config import DistillConfig
-from specdistill.data.store import Example
+from specdistill.data.token_store import Example
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.distiller import Distiller
 from specdistill.divergences import Positions, Target

@@ -1,6 +1,6 @@
-"""What numbers and dtypes may be, in one place: the command line, configuration files and Python read these
-bounds, and all of them before a model is loaded. They part what hardware and formats can take from
-slips of the pen; none of them is a recommendation.
+"""What numbers and dtypes may be, in one place: the command line, configuration files and Python
+read these bounds, and all of them before a model is loaded. They part what hardware and formats can
+take from slips of the pen; none of them is a recommendation.
 """
 
 from __future__ import annotations

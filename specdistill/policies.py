@@ -20,11 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from specdistill.config import DistillConfig, Policy
-from specdistill.data.answers import Answer, holds_answers, read_answers
 from specdistill.data.chat import encode_example
-from specdistill.data.gain import decode_timed
+from specdistill.data.draft_gain import decode_timed
 from specdistill.data.prompts import load_prompts
-from specdistill.data.store import (
+from specdistill.data.text_store import Answer, holds_answers, read_answers
+from specdistill.data.token_store import (
     MANIFEST,
     Example,
     read_examples,

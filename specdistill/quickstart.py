@@ -16,9 +16,10 @@ from torch import Tensor
 
 from specdistill import gguf_files, models, packing
 from specdistill.config import DistillConfig, Training
+from specdistill.data.chat import EncodedPrompt, encoded
 from specdistill.data.generation import generate, signal_bytes
 from specdistill.data.prompts import load_prompts
-from specdistill.data.store import Example, read_examples, read_manifest
+from specdistill.data.token_store import Example, read_examples, read_manifest
 from specdistill.decoding import Sampling
 from specdistill.distill import distill
 from specdistill.drafts import choose_vocabulary, expected_usage, make_draft, save_draft
@@ -28,7 +29,7 @@ from specdistill.models import LanguageModel
 from specdistill.plots import plot_all
 from specdistill.progress import Note, Progress, silent, unsaid
 from specdistill.report import write_report
-from specdistill.scoring.measure import EncodedPrompt, encoded, score
+from specdistill.scoring.measure import score
 from specdistill.scoring.scorecard import Scorecard
 
 

@@ -33,8 +33,9 @@ from specdistill.config import (
     parse_config,
     read_yaml,
 )
+from specdistill.data.chat import encoded
 from specdistill.data.prompts import load_prompts
-from specdistill.data.texts import source_sha256
+from specdistill.data.sources import source_sha256
 from specdistill.distill import distill
 from specdistill.distiller import configured_objective
 from specdistill.documents import read_json
@@ -46,7 +47,7 @@ from specdistill.plots import figure_sweep, save_each
 from specdistill.progress import Note, Progress, silent, unsaid
 from specdistill.run_folder import DRAFT, METRICS, check_run, flat, outputs
 from specdistill.scoring.compare import Comparison, Incomparable, compare, refusal
-from specdistill.scoring.measure import encoded, score
+from specdistill.scoring.measure import score
 from specdistill.scoring.scorecard import Scorecard, nullable, write_json
 
 SCHEMA = "specdistill.sweep/1"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding.records import Generation, Output, RowRound
 from specdistill.scoring.choice import choose
-from specdistill.scoring.measure import EncodedPrompt
 from specdistill.scoring.rows import Timed, by_prompt, row, without_stalls
 from specdistill.scoring.scorecard import PromptRow
 from specdistill.scoring.statistics import ratio_of_sums

@@ -12,13 +12,13 @@ import torch
 from conftest import tiny_model
 from scipy import stats
 
+from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding import engine
 from specdistill.decoding.cache import CachedModel
 from specdistill.drafts import make_draft
 from specdistill.errors import InputError
 from specdistill.scoring import check, lossless
 from specdistill.scoring.check import Check, Pair, run_checks
-from specdistill.scoring.measure import EncodedPrompt
 from specdistill.scoring.statistics import martingale_p_value
 from specdistill_kernels import dispatch, reference
 

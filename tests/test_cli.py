@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 import specdistill
 from specdistill import cli, models
 from specdistill.cli import console
-from specdistill.data.store import Example, read_examples, read_manifest
+from specdistill.data.token_store import Example, read_examples, read_manifest
 from specdistill.drafts import save_draft
 from specdistill.errors import InputError
 from specdistill.scoring.scorecard import Scorecard

@@ -22,7 +22,7 @@ from specdistill.adapters import adapt
 from specdistill.batches import length_buckets, make_batch, updates
 from specdistill.config import DistillConfig, Lora
 from specdistill.data.generation import generate
-from specdistill.data.store import Example, read_examples
+from specdistill.data.token_store import Example, read_examples
 from specdistill.decoding import Request, Sampling, SpeculativeDecoder
 from specdistill.distill import distill, rate, split
 from specdistill.distiller import Distiller

@@ -17,20 +17,20 @@ from test_cli import run
 
 from specdistill import models
 from specdistill.cli.tables import evidence_line, rows_table
+from specdistill.data.chat import EncodedPrompt
 from specdistill.data.filters import Filters
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
 from specdistill.data.scorers import BestOf
 from specdistill.data.signal import token_log_probs
-from specdistill.data.store import Example as DataExample
-from specdistill.data.store import read_examples, read_manifest
+from specdistill.data.token_store import Example as DataExample
+from specdistill.data.token_store import read_examples, read_manifest
 from specdistill.decoding import ModelDrafter, Request, Round, Sampling, SpeculativeDecoder
 from specdistill.drafts import make_draft, save_draft
 from specdistill.engines import measure, transformers, vllm
 from specdistill.errors import DecodingError, InputError, StorageError
 from specdistill.models import LanguageModel
 from specdistill.scoring.comparable import obstacles
-from specdistill.scoring.measure import EncodedPrompt
 from specdistill.scoring.scorecard import ModelCard, Scorecard
 from specdistill_kernels.reference import probabilities
 

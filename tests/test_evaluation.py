@@ -9,7 +9,7 @@ import torch
 from small_runs import make_world, run, settings
 
 from specdistill import models
-from specdistill.data.store import read_examples
+from specdistill.data.token_store import read_examples
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.distill import distill, split
 from specdistill.errors import InputError

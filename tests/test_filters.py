@@ -19,7 +19,7 @@ from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
 from specdistill.data.scorers import BestOf
 from specdistill.data.signal import keep
-from specdistill.data.store import Store, read_examples, read_manifest
+from specdistill.data.token_store import Store, read_examples, read_manifest
 from specdistill.decoding import GREEDY, Sampling
 from specdistill.decoding.sampling import own_sampling
 from specdistill.errors import InputError, StorageError

@@ -9,12 +9,12 @@ import torch
 from test_cli import run
 
 from specdistill import models
-from specdistill.data import gain
-from specdistill.data.gain import decode_timed, measure_gain
+from specdistill.data import draft_gain
+from specdistill.data.draft_gain import decode_timed, measure_gain
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
 from specdistill.data.scorers import BestOf
-from specdistill.data.store import read_examples
+from specdistill.data.token_store import read_examples
 from specdistill.decoding import (
     GREEDY,
     Generation,
@@ -105,10 +105,12 @@ def test_the_gain_is_that_of_the_clock(
     monkeypatch.setattr(SpeculativeDecoder, "run", watched)
     monkeypatch.setattr(gain, "perf_counter", lambda: next(ticks))
     found = measure_gain(target, draft, 3, requests, 4)
-    assert seen[2:] == [(which, 4, gain.TOKENS) for which in (False, True, True, False)]
+    assert seen[2:] == [(which, 4, draft_gain.TOKENS) for which in (False, True, True, False)]
     assert found.prompts == 4
     assert found.ratio == pytest.approx(3)
-    outputs = run(drafted, [Request(r.id, r.tokens, gain.TOKENS) for r in requests[:4]]).outputs
+    outputs = run(
+        drafted, [Request(r.id, r.tokens, draft_gain.TOKENS) for r in requests[:4]]
+    ).outputs
     emitted = sum(len(o.tokens) for o in outputs)
     assert found.tokens_per_call == pytest.approx(emitted / sum(len(o.rounds) for o in outputs))
     assert found.tokens_per_call > 1
@@ -123,7 +125,7 @@ def test_what_plain_decoding_would_have_taken(
 
     def clocked(self: SpeculativeDecoder, asked: list[Request]) -> Generation:
         found = run(self, asked)
-        assert self.drafter or [r.max_new_tokens for r in asked] == [gain.PLAIN_TOKENS] * 4
+        assert self.drafter or [r.max_new_tokens for r in asked] == [draft_gain.PLAIN_TOKENS] * 4
         prompts, rounds = (0.0, found.rounds) if self.drafter else (3.0, 2.0 * found.rounds)
         return replace(found, seconds={"prefill": prompts, "target": rounds})
 
@@ -136,7 +138,7 @@ def test_what_plain_decoding_would_have_taken(
     emitted = sum(len(output.tokens) for output in found.generation.outputs)
     probe = run(
         SpeculativeDecoder(target, batch_size=4),
-        [replace(r, max_new_tokens=gain.PLAIN_TOKENS) for r in requests[:4]],
+        [replace(r, max_new_tokens=draft_gain.PLAIN_TOKENS) for r in requests[:4]],
     )
     probed = sum(len(output.tokens) for output in probe.outputs)
     assert found.tokens == emitted

@@ -18,11 +18,11 @@ import torch
 from safetensors import SafetensorError
 
 from specdistill import models
-from specdistill.data import store
+from specdistill.data import token_store
 from specdistill.data.chat import encode_prompt
 from specdistill.data.generation import generate, signal_bytes
 from specdistill.data.prompts import Prompt
-from specdistill.data.store import MANIFEST, Example, read_examples, read_manifest
+from specdistill.data.token_store import MANIFEST, Example, read_examples, read_manifest
 from specdistill.decoding import Request, Sampling, SpeculativeDecoder
 from specdistill.drafts import save_draft
 from specdistill.errors import InputError, SpecDistillError, StorageError
@@ -233,14 +233,16 @@ def test_an_interrupt_while_a_part_is_written_neither_loses_nor_doubles(
     owner, name = {
         "parquet": (store, "_write_rows"),
         "signal": (store, "save_file"),
-    }.get(place, (store.Store, "_write"))
+    }.get(place, (token_store.Store, "_write"))
     real = getattr(owner, name)
     calls = 0
 
     def interrupted(*args: object, **kwargs: object) -> None:
         nonlocal calls
         calls += 1
-        stop = calls == (3 if owner is store.Store else 2)  # the manifest's first is the empty one
+        stop = calls == (
+            3 if owner is token_store.Store else 2
+        )  # the manifest's first is the empty one
         if not stop or place == "after the manifest":
             real(*args, **kwargs)
         if stop:
@@ -372,7 +374,7 @@ def test_a_disk_that_fills_up_leaves_the_listed_parts_and_a_rerun_completes(
     monkeypatch: pytest.MonkeyPatch,
     error: Exception,
 ) -> None:
-    real, calls = store.save_file, 0
+    real, calls = token_store.save_file, 0
 
     def fills_up(tensors: dict, file: Path) -> None:
         nonlocal calls

@@ -7,7 +7,7 @@ import torch
 
 from specdistill.batches import make_batch
 from specdistill.config import DistillConfig, Hints, Training
-from specdistill.data.store import Example
+from specdistill.data.token_store import Example
 from specdistill.distiller import Distiller
 from specdistill.drafts import make_draft
 from specdistill.errors import InputError

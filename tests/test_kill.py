@@ -15,8 +15,8 @@ from servers import Reply, completion, serving
 from small_runs import run, settings
 
 from specdistill import models
-from specdistill.data.answers import read_answers
-from specdistill.data.store import read_examples, read_manifest
+from specdistill.data.text_store import read_answers
+from specdistill.data.token_store import read_examples, read_manifest
 from specdistill.drafts import make_draft, save_draft
 from specdistill.files import UNFINISHED
 

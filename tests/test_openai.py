@@ -30,12 +30,12 @@ from servers import Reply, completion, failure, ok, serving
 from test_cli import run
 
 from specdistill import models
-from specdistill.data.answers import ANSWERS, REPLIES, read_answers
 from specdistill.data.chat import encode_prompt
 from specdistill.data.filters import Filters
 from specdistill.data.prompts import Prompt, load_prompts
 from specdistill.data.scorers import BestOf
-from specdistill.data.store import MANIFEST
+from specdistill.data.text_store import ANSWERS, REPLIES, read_answers
+from specdistill.data.token_store import MANIFEST
 from specdistill.decoding import GREEDY, Sampling, SpeculativeDecoder
 from specdistill.engines import openai
 from specdistill.engines.openai import Server, answer

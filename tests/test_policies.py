@@ -16,7 +16,7 @@ from specdistill.batches import Batch
 from specdistill.config import DistillConfig, Policy, parse_config
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
-from specdistill.data.store import Example
+from specdistill.data.token_store import Example
 from specdistill.decoding import ModelDrafter, SpeculativeDecoder
 from specdistill.distill import distill, schedule
 from specdistill.distiller import Distiller

@@ -16,8 +16,8 @@ from small_runs import ask, make_world, settings
 
 from specdistill import models
 from specdistill.batches import dealt, idle, length_buckets, make_batch
-from specdistill.data.answers import Answer, AnswerStore, Settled
-from specdistill.data.store import Example, read_examples
+from specdistill.data.text_store import Answer, AnswerStore, Settled
+from specdistill.data.token_store import Example, read_examples
 from specdistill.distill import distill, split
 from specdistill.distiller import Distiller
 from specdistill.errors import InputError

@@ -11,7 +11,7 @@ from specdistill.data.filters import NO_FILTER, Filters
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
 from specdistill.data.scorers import SCORERS, BestOf, Candidate, best, final_answer, find_scorer
-from specdistill.data.store import Example, Store, read_examples, read_manifest
+from specdistill.data.token_store import Example, Store, read_examples, read_manifest
 from specdistill.decoding import GREEDY, Sampling
 from specdistill.errors import InputError, StorageError
 from specdistill.models import LanguageModel

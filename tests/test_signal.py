@@ -14,7 +14,7 @@ from specdistill.config import DistillConfig, parse_config
 from specdistill.data.generation import generate, signal_bytes
 from specdistill.data.prompts import Prompt
 from specdistill.data.signal import alpha_cost, bytes_per_token, keep
-from specdistill.data.store import Store, read_examples, read_manifest
+from specdistill.data.token_store import Store, read_examples, read_manifest
 from specdistill.decoding import Sampling
 from specdistill.distill import distill
 from specdistill.distiller import Distiller

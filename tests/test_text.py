@@ -12,12 +12,12 @@ from test_cli import run as command
 from specdistill import models
 from specdistill.batches import make_batch
 from specdistill.config import DistillConfig, parse_config
-from specdistill.data.answers import Answer, AnswerStore, Settled
 from specdistill.data.chat import encode_example
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
-from specdistill.data.store import Example
-from specdistill.data.texts import token_lists
+from specdistill.data.sources import token_lists
+from specdistill.data.text_store import Answer, AnswerStore, Settled
+from specdistill.data.token_store import Example
 from specdistill.distill import distill
 from specdistill.distiller import Distiller
 from specdistill.drafts import make_draft, save_draft

@@ -9,12 +9,12 @@ from pathlib import Path
 from small_runs import ask, make_world, settings
 
 from specdistill import models
-from specdistill.data.chat import encode_prompt
+from specdistill.data.chat import encode_prompt, encoded
 from specdistill.data.likeness import TRAINED, fingerprint, read_trained
 from specdistill.data.prompts import Prompt
 from specdistill.distill import distill, split
 from specdistill.policies import read_given
-from specdistill.scoring.measure import encoded, score
+from specdistill.scoring.measure import score
 from specdistill.scoring.provenance import trained_line
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 
 import pytest
 
-from specdistill.data.workload import _ENTITIES, SIZES, TASKS, Split, workload
+from specdistill.data.demo import _ENTITIES, SIZES, TASKS, Split, workload
 
 KINDS = ("first", "last", "product", "town")
 SPLITS: tuple[tuple[Split, Split], ...] = (("train", "heldout"), ("heldout", "train"))
@@ -82,7 +82,7 @@ def test_no_order_number_is_in_both_splits() -> None:
 def test_the_prompts_are_the_same_in_every_process() -> None:
     code = (
         "import hashlib, json\n"
-        "from specdistill.data.workload import workload\n"
+        "from specdistill.data.demo import workload\n"
         "rows = [workload('train'), workload('heldout')]\n"
         "print(hashlib.sha256(json.dumps(rows).encode()).hexdigest())"
     )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from specdistill.data.store import Example
+    from specdistill.data.token_store import Example
     from specdistill.decoding import CacheSize
     from specdistill.models import LanguageModel
     from specdistill.progress import Progress

@@ -33,9 +33,9 @@ from specdistill.files import held, keep_apart, lock_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence, Sized
 
-    from specdistill.data.answers import Settled
-    from specdistill.data.gain import Gain
-    from specdistill.data.store import Store
+    from specdistill.data.draft_gain import Gain
+    from specdistill.data.text_store import Settled
+    from specdistill.data.token_store import Store
 
 Engine = Literal["specdistill", "transformers", "openai"]
 # What an engine has no use for.
@@ -212,7 +212,7 @@ def generate(
     from specdistill import models, packing
     from specdistill.data import generation
     from specdistill.data.chat import encode_prompt
-    from specdistill.data.gain import measure_gain
+    from specdistill.data.draft_gain import measure_gain
     from specdistill.decoding import ModelDrafter, Request, SpeculativeDecoder
     from specdistill.decoding.sampling import own_sampling
 

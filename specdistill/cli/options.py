@@ -8,7 +8,6 @@ import typer
 from annotated_types import Interval
 
 from specdistill import limits
-from specdistill.cli import parsing
 
 
 def among(allowed: Interval, help: str | None = None) -> Any:

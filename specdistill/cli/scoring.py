@@ -159,10 +159,10 @@ def check(
     if prompts is None and (split or column):
         raise InputError("--split and --column choose from a `datasets` id: name it in --prompts")
     console.setup(threads)
+    from specdistill.data.chat import encoded
     from specdistill.data.prompts import load_prompts
     from specdistill.scoring import check as checks
     from specdistill.scoring.lossless import FALSE_ALARM
-    from specdistill.scoring.measure import encoded
 
     asked = checks.built_in_prompts(limit)
     if prompts is not None:
@@ -295,7 +295,7 @@ def _dtype_of_device(dtype: limits.Dtype) -> limits.Dtype:
     from specdistill.models import choose_device, choose_dtype
 
     kind = choose_dtype(dtype, torch.device(choose_device("auto")))
-    return cast("options.Dtype", str(kind).removeprefix("torch."))
+    return cast("limits.Dtype", str(kind).removeprefix("torch."))
 
 
 def _load_pair(

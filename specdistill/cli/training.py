@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from specdistill import limits
-from specdistill.cli import console, parsing, tables
+from specdistill.cli import console, tables
 from specdistill.cli.options import Dtype, Json, Target, Threads, among
 from specdistill.errors import InputError
 from specdistill.files import held, keep_apart
@@ -66,7 +66,7 @@ def _init(
     as_json: bool,
 ) -> None:
     from specdistill import drafts, models
-    from specdistill.data.texts import token_lists
+    from specdistill.data.sources import token_lists
 
     console.setup(None)
     kind = models.stored_dtype(target) if dtype == "auto" else dtype

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -380,3 +380,23 @@ def _difference(expected: str, got: str) -> str:
     )
     start = max(0, same - 10)
     return f"{expected[start : same + 30]!r} becomes {got[start : same + 30]!r}"
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as the models read it."""
+
+    id: str
+    tokens: list[int]
+    category: str | None = None
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> list[EncodedPrompt]:
+    """The prompts behind the tokenizer's chat template, each of them once: copies say nothing new,
+    and would make an interval over prompts narrower than what is known.
+    """
+    distinct: dict[tuple[int, ...], EncodedPrompt] = {}
+    for p in prompts:
+        tokens = encode_prompt(tokenizer, p)
+        distinct.setdefault(tuple(tokens), EncodedPrompt(p.id, tokens, p.category))
+    return list(distinct.values())

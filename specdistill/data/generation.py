@@ -10,10 +10,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from specdistill.data.asking import Decoder, Question, round_seed, rounds
 from specdistill.data.chat import encode_prompt
 from specdistill.data.filters import DUPLICATE, NO_FILTER, Answer, Filters, repeated
 from specdistill.data.prompts import Prompt, prompts_sha256
+from specdistill.data.questions import Decoder, Question, round_seed, rounds
 from specdistill.data.scorers import BestOf, Candidate
 from specdistill.data.selection import Selection
 from specdistill.data.signal import (
@@ -25,7 +25,7 @@ from specdistill.data.signal import (
     read_states,
     token_log_probs,
 )
-from specdistill.data.store import Example, Manifest, Store, read_examples, tokenizer_sha256
+from specdistill.data.token_store import Example, Manifest, Store, read_examples, tokenizer_sha256
 from specdistill.decoding import GREEDY, ModelDrafter, Sampling, SpeculativeDecoder
 from specdistill.decoding.sampling import own_sampling
 from specdistill.errors import InputError, StorageError

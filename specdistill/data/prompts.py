@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from specdistill import limits
-from specdistill.data.workload import Split, workload
+from specdistill.data.demo import Split, workload
 from specdistill.errors import InputError
 
 ROLES = ("system", "user", "assistant")

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from statistics import median_low
 from typing import Any
 
+from specdistill.data.chat import EncodedPrompt
 from specdistill.progress import Progress
 from specdistill.scoring.choice import Setting
-from specdistill.scoring.measure import EncodedPrompt, in_turn
+from specdistill.scoring.measure import in_turn
 from specdistill.scoring.provenance import cpu_times, stolen
 from specdistill.scoring.rows import STALL, ratio, shares, survival
 from specdistill.scoring.scorecard import (

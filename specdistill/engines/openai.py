@@ -22,12 +22,12 @@ from statistics import StatisticsError, fmean
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, quote_plus, urlsplit
 
-from specdistill.data.answers import AnswerStore, Choices, Reply, Settled, settle
-from specdistill.data.asking import answer_id, round_seed
 from specdistill.data.filters import NO_FILTER, Filters
 from specdistill.data.prompts import Prompt, prompts_sha256
+from specdistill.data.questions import answer_id, round_seed
 from specdistill.data.scorers import BestOf
 from specdistill.data.selection import Selection
+from specdistill.data.text_store import AnswerStore, Choices, Reply, Settled, settle
 from specdistill.decoding.sampling import Sampling, own_sampling, row_seed
 from specdistill.errors import InputError, ServerError
 from specdistill.files import holding

@@ -20,6 +20,7 @@ from transformers import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
+from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding import Request, Round, RowRound, Sampling, SpeculativeDecoder
 from specdistill.decoding.records import Output
 from specdistill.decoding.sampling import row_seed
@@ -30,7 +31,6 @@ from specdistill.progress import Progress, silent
 from specdistill.randomness import seeded
 from specdistill.scoring.choice import Setting
 from specdistill.scoring.lossless import GreedyPair, explain_difference
-from specdistill.scoring.measure import EncodedPrompt
 from specdistill.scoring.provenance import model_card, provenance
 from specdistill.scoring.scorecard import Scorecard
 

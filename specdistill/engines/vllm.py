@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import torch
 
+from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding.sampling import row_seed
 from specdistill.engines import vllm_worker
 from specdistill.engines.measure import Answer, scorecard, take_turns
@@ -25,7 +26,6 @@ from specdistill.errors import DecodingError, InputError
 from specdistill.models import LanguageModel, check_positions, check_sizes
 from specdistill.progress import Progress, silent
 from specdistill.scoring.choice import Setting
-from specdistill.scoring.measure import EncodedPrompt
 from specdistill.scoring.provenance import model_card, provenance
 from specdistill.scoring.scorecard import ModelCard, Scorecard
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from specdistill.data.chat import EncodedPrompt
 from specdistill.data.prompts import Prompt
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.decoding.records import CacheSize, Output
@@ -19,7 +20,6 @@ from specdistill.progress import Progress, silent
 from specdistill.scoring import lossless
 from specdistill.scoring.acceptance import acceptance_chances
 from specdistill.scoring.lossless import FALSE_ALARM, GreedyPair
-from specdistill.scoring.measure import EncodedPrompt
 from specdistill.scoring.statistics import martingale_p_value
 from specdistill_kernels import Mode
 

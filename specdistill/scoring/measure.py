@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from specdistill.data.chat import encode_prompt
-from specdistill.data.prompts import Prompt
+from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.decoding.records import CacheSize
 from specdistill.errors import InputError
@@ -35,26 +34,6 @@ if TYPE_CHECKING:
 MIN_PROMPTS = 4
 Times = dict[Setting, list[list[rows_of.Timed]]]  # by prompt, as often as it was decoded
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """A prompt as the models read it."""
-
-    id: str
-    tokens: list[int]
-    category: str | None = None
-
-
-def encoded(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> list[EncodedPrompt]:
-    """The prompts behind the tokenizer's chat template, each of them once: copies say nothing new,
-    and would make an interval over prompts narrower than what is known.
-    """
-    distinct: dict[tuple[int, ...], EncodedPrompt] = {}
-    for p in prompts:
-        tokens = encode_prompt(tokenizer, p)
-        distinct.setdefault(tuple(tokens), EncodedPrompt(p.id, tokens, p.category))
-    return list(distinct.values())
 
 
 def in_turn(

@@ -18,7 +18,7 @@ from specdistill.provenance import device_name, git_commit, versions
 from specdistill.scoring.scorecard import OWN_ENGINE, ModelCard, Scorecard
 
 if TYPE_CHECKING:
-    from specdistill.scoring.measure import EncodedPrompt
+    from specdistill.data.chat import EncodedPrompt
 
 
 def model_card(model: LanguageModel) -> ModelCard:

@@ -19,7 +19,7 @@ from specdistill.scoring.statistics import planned_speedup, speedup_interval
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from specdistill.scoring.measure import EncodedPrompt
+    from specdistill.data.chat import EncodedPrompt
 
 STEP_PARTS = ("draft", "target", "verify", "other")  # of a round
 PARTS = ("prefill", *STEP_PARTS, "loop")

@@ -7,9 +7,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specdistill.data.answers import ANSWERS, holds_answers, read_answers
 from specdistill.data.prompts import load_prompts
-from specdistill.data.store import MANIFEST, read_examples
+from specdistill.data.text_store import ANSWERS, holds_answers, read_answers
+from specdistill.data.token_store import MANIFEST, read_examples
 from specdistill.hashes import file_sha256
 
 if TYPE_CHECKING:

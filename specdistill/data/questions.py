@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from specdistill.data.prompts import Prompt
-from specdistill.data.store import Example
+from specdistill.data.token_store import Example
 from specdistill.decoding import Request, Round, Sampling
 from specdistill.decoding.sampling import row_seed
 

@@ -23,7 +23,7 @@ from specdistill.data.filters import DUPLICATE, repeated
 from specdistill.data.prompts import REASONING, Prompt
 from specdistill.data.scorers import Candidate
 from specdistill.data.selection import Selection
-from specdistill.data.store import MANIFEST, must_be_ours, of_others
+from specdistill.data.token_store import MANIFEST, must_be_ours, of_others
 from specdistill.documents import read_json, read_json_lines
 from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
