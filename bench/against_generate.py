@@ -29,7 +29,7 @@ from specdistill.data.prompts import Prompt, load_prompts
 from specdistill.data.signal import NONE, STATES
 from specdistill.data.token_store import read_examples
 from specdistill.models import LanguageModel, load
-from specdistill.packing import pack
+from specdistill.models.packing import pack
 from specdistill.provenance import device_name, git_commit, versions
 
 Answers = dict[str, list[int]]

@@ -26,8 +26,8 @@ from specdistill.batches import make_batch
 from specdistill.config import parse_config
 from specdistill.data.token_store import Example, read_examples
 from specdistill.distiller import Distiller
-from specdistill.drafts import make_draft, save_draft
-from specdistill.heads import load_head
+from specdistill.drafts.making import make_draft, save_draft
+from specdistill.models.head_only import load_head
 from specdistill.provenance import device_name, git_commit, versions
 
 SIDES = ("TRL", "live", "kept")

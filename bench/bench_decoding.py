@@ -24,9 +24,9 @@ from transformers.utils import logging
 from specdistill.data.chat import encode_prompt
 from specdistill.data.prompts import load_prompts
 from specdistill.decoding import ModelDrafter, SpeculativeDecoder
-from specdistill.drafts import make_draft, widen
+from specdistill.drafts.making import at_full_vocabulary, make_draft
 from specdistill.models import LanguageModel, load
-from specdistill.packing import pack
+from specdistill.models.packing import pack
 from specdistill.provenance import device_name, git_commit, versions
 from specdistill.scoring.statistics import speedup_interval
 
@@ -202,7 +202,7 @@ def tiny(layers: int = 3) -> LanguageModel:
 def tiny_pair() -> Pair:
     target = tiny()
     draft = make_draft(target, [0, 1], torch.arange(0, 64, 2))
-    return Pair(target, draft, widen(draft), target, widen(draft))
+    return Pair(target, draft, at_full_vocabulary(draft), target, at_full_vocabulary(draft))
 
 
 NAMES = sorted(contenders(tiny_pair(), 3, 1))
@@ -244,7 +244,7 @@ def main() -> None:
 
     target, packed = (load(given.target, dtype=given.dtype) for _ in range(2))
     draft, *others = (load(given.draft, dtype=given.dtype) for _ in range(3))
-    wide, stock_wide = map(widen, others)
+    wide, stock_wide = map(at_full_vocabulary, others)
     pair = Pair(packed, draft, wide, target, stock_wide)
     prompts = [
         encode_prompt(target.tokenizer, prompt)

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.gpu_session import Session
 from specdistill.decoding import Generation, ModelDrafter, Sampling, SpeculativeDecoder
-from specdistill.drafts import make_draft
+from specdistill.drafts.making import make_draft
 from specdistill.models import LanguageModel
 from specdistill_kernels import Head, TargetStates, fused_divergence
 

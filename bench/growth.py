@@ -20,7 +20,7 @@ from specdistill.data.chat import encode_prompt
 from specdistill.data.prompts import load_prompts
 from specdistill.decoding import Generation, ModelDrafter, SpeculativeDecoder
 from specdistill.models import LanguageModel, load
-from specdistill.packing import pack
+from specdistill.models.packing import pack
 from specdistill.provenance import device_name, git_commit, versions
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from specdistill.config import Lora
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
-from specdistill.randomness import seeded
+from specdistill.models.randomness import seeded
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraModel

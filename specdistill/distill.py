@@ -26,12 +26,12 @@ from specdistill.data.signal import NONE, kept_tokens, read_states
 from specdistill.data.text_store import holds_answers
 from specdistill.data.token_store import MANIFEST, Example, read_manifest
 from specdistill.distiller import Distiller, trainable
-from specdistill.drafts import save_draft, set_origin
+from specdistill.drafts.making import save_draft
 from specdistill.errors import DecodingError, InputError, StorageError, TrainingError
 from specdistill.evaluation import Evaluation
 from specdistill.files import held
 from specdistill.hints import map_layers
-from specdistill.models import LanguageModel, check_positions
+from specdistill.models import LanguageModel, check_positions, set_origin
 from specdistill.policies import Source, examples_at, forget_samples, read_given
 from specdistill.progress import Progress, silent
 from specdistill.run_folder import (

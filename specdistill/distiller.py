@@ -23,12 +23,12 @@ from specdistill.adapters import adapt, merge
 from specdistill.batches import Batch
 from specdistill.config import DistillConfig
 from specdistill.divergences import Objective, Positions, Target, objective, total_loss
-from specdistill.drafts import decoder_layers
+from specdistill.drafts.making import decoder_layers
 from specdistill.errors import InputError
 from specdistill.hints import HintLoss
 from specdistill.models import LanguageModel
-from specdistill.packing import is_packed, unpacked
-from specdistill.randomness import seeded
+from specdistill.models.packing import is_packed, unpacked
+from specdistill.models.randomness import seeded
 from specdistill.shards import cut, shard, whole
 from specdistill_kernels import (
     Head,

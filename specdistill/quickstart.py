@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specdistill import gguf_files, models, packing
+from specdistill import models
 from specdistill.config import DistillConfig, Training
 from specdistill.data.chat import EncodedPrompt, encoded
 from specdistill.data.generation import generate, signal_bytes
@@ -22,10 +22,10 @@ from specdistill.data.prompts import load_prompts
 from specdistill.data.token_store import Example, read_examples, read_manifest
 from specdistill.decoding import Sampling
 from specdistill.distill import distill
-from specdistill.drafts import choose_vocabulary, expected_usage, make_draft, save_draft
+from specdistill.drafts.making import choose_vocabulary, expected_usage, make_draft, save_draft
 from specdistill.errors import InputError
 from specdistill.files import holding
-from specdistill.models import LanguageModel
+from specdistill.models import LanguageModel, gguf_files, packing
 from specdistill.plots import plot_all
 from specdistill.progress import Note, Progress, silent, unsaid
 from specdistill.report import write_report

@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from specdistill import limits, models, packing
+from specdistill import limits, models
 from specdistill.config import (
     Count,
     DistillConfig,
@@ -42,7 +42,7 @@ from specdistill.documents import read_json
 from specdistill.errors import InputError
 from specdistill.files import at_home, held, keep_apart
 from specdistill.limits import shown
-from specdistill.models import LanguageModel
+from specdistill.models import LanguageModel, packing
 from specdistill.plots import figure_sweep, save_each
 from specdistill.progress import Note, Progress, silent, unsaid
 from specdistill.run_folder import DRAFT, METRICS, check_run, flat, outputs

@@ -47,7 +47,7 @@ from specdistill.decoding import (
 )
 from specdistill.decoding.drafters import Draft, RoundState
 from specdistill.decoding.sampling import row_seed
-from specdistill.drafts import make_draft
+from specdistill.drafts.making import make_draft
 from specdistill.limits import MAX_DRAFT_TOKENS
 from specdistill.models import LanguageModel
 from specdistill_kernels import Lenience, Mode, counter_noise, probabilities, sample, verify

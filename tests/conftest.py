@@ -77,7 +77,7 @@ def tiny() -> Callable[..., LanguageModel]:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny target as a checkpoint folder."""
-    from specdistill.drafts import save_draft
+    from specdistill.drafts.making import save_draft
 
     folder = tmp_path_factory.mktemp("tiny") / "target"
     save_draft(tiny_model(layers=4), folder)

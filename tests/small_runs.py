@@ -11,7 +11,7 @@ from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
 from specdistill.decoding import Sampling
 from specdistill.distill import distill
-from specdistill.drafts import make_draft, save_draft
+from specdistill.drafts.making import make_draft, save_draft
 
 
 def ask(count: int) -> list[Prompt]:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from specdistill.decoding import ModelDrafter, SpeculativeDecoder
 from specdistill.decoding.cache import CachedModel, cache_bytes
-from specdistill.drafts import decoder_layers, make_draft, save_draft
+from specdistill.drafts.making import decoder_layers, make_draft, save_draft
 from specdistill.errors import InputError, ModelError
 from specdistill.models import LanguageModel, load
 

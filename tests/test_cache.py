@@ -13,8 +13,8 @@ from specdistill.decoding import ModelDrafter, SpeculativeDecoder
 from specdistill.decoding import cache as cache_module
 from specdistill.decoding.cache import CachedModel, attention_mask, cache_bytes
 from specdistill.errors import DecodingError
-from specdistill.llama import LlamaBody
 from specdistill.models import LanguageModel
+from specdistill.models.llama import LlamaBody
 
 Tiny = Callable[..., LanguageModel]
 

@@ -15,7 +15,7 @@ from scipy import stats
 from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding import engine
 from specdistill.decoding.cache import CachedModel
-from specdistill.drafts import make_draft
+from specdistill.drafts.making import make_draft
 from specdistill.errors import InputError
 from specdistill.scoring import check, lossless
 from specdistill.scoring.check import Check, Pair, run_checks

@@ -25,7 +25,7 @@ import specdistill
 from specdistill import cli, models
 from specdistill.cli import console
 from specdistill.data.token_store import Example, read_examples, read_manifest
-from specdistill.drafts import save_draft
+from specdistill.drafts.making import save_draft
 from specdistill.errors import InputError
 from specdistill.scoring.scorecard import Scorecard
 from specdistill_kernels import Verdict, reference

@@ -274,7 +274,7 @@ def test_a_card_whose_evidence_failed_is_not_ranked(
 
 
 def test_a_swapped_draft_is_caught(good: Scorecard, bad: Scorecard, tmp_path: Path) -> None:
-    from specdistill.hashes import model_sha256
+    from specdistill.models.hashes import model_sha256
 
     folder = tmp_path / "run" / "draft"
     folder.mkdir(parents=True)

@@ -26,11 +26,11 @@ from specdistill.data.token_store import Example, read_examples
 from specdistill.decoding import Request, Sampling, SpeculativeDecoder
 from specdistill.distill import distill, rate, split
 from specdistill.distiller import Distiller
-from specdistill.drafts import make_draft, origin, save_draft, set_origin
+from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError, ModelError, StorageError, TrainingError
 from specdistill.evaluation import Evaluation, decoded, overlap, with_answers
-from specdistill.models import LanguageModel
-from specdistill.packing import pack
+from specdistill.models import LanguageModel, origin, set_origin
+from specdistill.models.packing import pack
 from specdistill.policies import read_given
 from specdistill.run_folder import config_sha256
 

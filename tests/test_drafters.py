@@ -27,7 +27,7 @@ from specdistill.decoding import (
 )
 from specdistill.decoding.drafters import RoundState, _NgramIndex
 from specdistill.decoding.sampling import SamplingBatch
-from specdistill.drafts import make_draft
+from specdistill.drafts.making import make_draft
 from specdistill.errors import InputError
 
 CPU = torch.device("cpu")

@@ -9,19 +9,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from specdistill import models
-from specdistill.checkpoint_files import VOCAB_FILE
-from specdistill.drafts import (
+from specdistill.drafts.making import (
+    at_full_vocabulary,
     choose_vocabulary,
     count_tokens,
     expected_usage,
     make_draft,
     parse_layers,
     save_draft,
-    widen,
 )
 from specdistill.errors import InputError, ModelError, StorageError
-from specdistill.heads import load_head
 from specdistill.models import LanguageModel
+from specdistill.models.checkpoint_files import VOCAB_FILE
+from specdistill.models.head_only import load_head
 
 Tiny = Callable[..., LanguageModel]
 
@@ -112,7 +112,7 @@ def test_a_trimmed_draft_loads_again_and_widens(tiny: Tiny, tmp_path: Path) -> N
     half = make_draft(target, [0, 1])
     assert torch.allclose(logits, half.logits(half.hidden(tokens))[..., ids], atol=1e-6)
 
-    save_draft(widen(again), tmp_path / "wide")
+    save_draft(at_full_vocabulary(again), tmp_path / "wide")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "wide")
     wide = stock(tokens).logits
     assert wide.shape[-1] == 64
@@ -129,7 +129,7 @@ def test_a_widened_draft_never_gets_to_the_tokens_it_lacks(tiny: Tiny, dtype: to
     with torch.no_grad():  # what real models have and random ones lack: a common direction
         target.model.get_input_embeddings().weight.add_(torch.linspace(-2, 2, 32).to(dtype))
     ids = torch.arange(0, 64, 3)
-    wide = widen(make_draft(target, [0, 1], ids))
+    wide = at_full_vocabulary(make_draft(target, [0, 1], ids))
     others = torch.ones(64, dtype=torch.bool).index_fill(0, ids, False)
     tokens = torch.randint(64, (8, 40), generator=torch.Generator().manual_seed(4))
     logits = wide.logits(wide.hidden(tokens))
@@ -148,7 +148,7 @@ def test_the_head_of_a_widened_draft_says_it_by_its_bias_where_it_has_one(tiny: 
     ids = torch.arange(0, 64, 3)
     draft = make_draft(target, [0, 1], ids)
     tokens = torch.randint(64, (2, 9))
-    logits = widen(draft).logits(widen(draft).hidden(tokens))
+    logits = at_full_vocabulary(draft).logits(at_full_vocabulary(draft).hidden(tokens))
     assert torch.allclose(logits[..., ids], draft.logits(draft.hidden(tokens)), atol=1e-6)
     others = torch.ones(64, dtype=torch.bool).index_fill(0, ids, False)
     assert (logits[..., others].detach() == -100).all()
@@ -304,7 +304,7 @@ def test_a_draft_is_widened_to_the_rows_of_its_target(
 ) -> None:
     ids = torch.arange(0, 64, 3) if trimmed else None
     draft = make_draft(tiny(2, tie_word_embeddings=tied), [0], ids)
-    save_draft(widen(draft, size), tmp_path / "wide")
+    save_draft(at_full_vocabulary(draft, size), tmp_path / "wide")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "wide")
     assert stock.config.vocab_size == size
     tokens = torch.randint(5, 60, (2, 9))

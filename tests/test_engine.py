@@ -14,7 +14,7 @@ from specdistill.decoding import (
     SpeculativeDecoder,
 )
 from specdistill.decoding.cache import CachedModel
-from specdistill.drafts import make_draft
+from specdistill.drafts.making import make_draft
 from specdistill.errors import DecodingError, InputError, ModelError
 from specdistill.models import LanguageModel, check_positions
 from specdistill_kernels import Lenience

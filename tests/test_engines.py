@@ -26,7 +26,7 @@ from specdistill.data.signal import token_log_probs
 from specdistill.data.token_store import Example as DataExample
 from specdistill.data.token_store import read_examples, read_manifest
 from specdistill.decoding import ModelDrafter, Request, Round, Sampling, SpeculativeDecoder
-from specdistill.drafts import make_draft, save_draft
+from specdistill.drafts.making import make_draft, save_draft
 from specdistill.engines import measure, transformers, vllm
 from specdistill.errors import DecodingError, InputError, StorageError
 from specdistill.models import LanguageModel

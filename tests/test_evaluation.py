@@ -14,7 +14,7 @@ from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDec
 from specdistill.distill import distill, split
 from specdistill.errors import InputError
 from specdistill.evaluation import Evaluation
-from specdistill.heads import load_head
+from specdistill.models.head_only import load_head
 
 DECODE = {"prompts": 5, "max_new_tokens": 9, "num_draft_tokens": 3}
 

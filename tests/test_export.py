@@ -10,11 +10,12 @@ from cards import simulate
 from conftest import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from specdistill import drafts, models
+from specdistill import models
 from specdistill.data.likeness import read_trained, write_trained
-from specdistill.drafts import make_draft, save_draft
+from specdistill.drafts import making
+from specdistill.drafts.export import check_written, export
+from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError, ModelError
-from specdistill.export import check_written, export
 from specdistill.scoring.scorecard import ModelCard, Scorecard
 
 IDS = torch.arange(0, 64, 3)
@@ -121,7 +122,7 @@ def test_a_checkpoint_that_is_not_the_draft_is_found(
     run_dir: Path, tmp_path: Path, damage: str
 ) -> None:
     draft = models.load(str(run_dir / "draft"), dtype="float32")
-    wide = drafts.widen(draft)
+    wide = making.at_full_vocabulary(draft)
     if damage == "template":
         wide.tokenizer.chat_template = "{{ messages }}"
         draft = models.load(str(run_dir / "draft"), dtype="float32")

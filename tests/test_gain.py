@@ -23,7 +23,7 @@ from specdistill.decoding import (
     Sampling,
     SpeculativeDecoder,
 )
-from specdistill.drafts import make_draft, save_draft
+from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import StorageError
 from specdistill.models import LanguageModel
 
@@ -103,7 +103,7 @@ def test_the_gain_is_that_of_the_clock(
         return run(self, asked)
 
     monkeypatch.setattr(SpeculativeDecoder, "run", watched)
-    monkeypatch.setattr(gain, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(draft_gain, "perf_counter", lambda: next(ticks))
     found = measure_gain(target, draft, 3, requests, 4)
     assert seen[2:] == [(which, 4, draft_gain.TOKENS) for which in (False, True, True, False)]
     assert found.prompts == 4

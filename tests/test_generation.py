@@ -24,7 +24,7 @@ from specdistill.data.generation import generate, signal_bytes
 from specdistill.data.prompts import Prompt
 from specdistill.data.token_store import MANIFEST, Example, read_examples, read_manifest
 from specdistill.decoding import Request, Sampling, SpeculativeDecoder
-from specdistill.drafts import save_draft
+from specdistill.drafts.making import save_draft
 from specdistill.errors import InputError, SpecDistillError, StorageError
 from specdistill.models import LanguageModel
 
@@ -231,8 +231,8 @@ def test_an_interrupt_while_a_part_is_written_neither_loses_nor_doubles(
     place: str,
 ) -> None:
     owner, name = {
-        "parquet": (store, "_write_rows"),
-        "signal": (store, "save_file"),
+        "parquet": (token_store, "_write_rows"),
+        "signal": (token_store, "save_file"),
     }.get(place, (token_store.Store, "_write"))
     real = getattr(owner, name)
     calls = 0
@@ -385,7 +385,7 @@ def test_a_disk_that_fills_up_leaves_the_listed_parts_and_a_rerun_completes(
         real(tensors, file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "save_file", fills_up)
+        patch.setattr(token_store, "save_file", fills_up)
         with pytest.raises(StorageError, match=r"cannot write part-00002 .*No space left.*again"):
             answer(target, tmp_path / "data")
     kept = read_examples(tmp_path / "data", signal=True)

@@ -11,7 +11,7 @@ from specdistill import models
 from specdistill.cli import parsing
 from specdistill.data.scorers import BestOf, matched_number
 from specdistill.data.token_store import read_manifest
-from specdistill.drafts import make_draft, save_draft
+from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError, StorageError
 from specdistill.models import LanguageModel
 

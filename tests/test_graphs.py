@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder, graphs
-from specdistill.drafts import make_draft
+from specdistill.drafts.making import make_draft
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
 

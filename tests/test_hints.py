@@ -9,7 +9,7 @@ from specdistill.batches import make_batch
 from specdistill.config import DistillConfig, Hints, Training
 from specdistill.data.token_store import Example
 from specdistill.distiller import Distiller
-from specdistill.drafts import make_draft
+from specdistill.drafts.making import make_draft
 from specdistill.errors import InputError
 from specdistill.hints import HINTS, HintLoss, map_layers
 from specdistill.models import LanguageModel

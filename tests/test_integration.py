@@ -10,15 +10,15 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from specdistill import models, packing, quickstart
+from specdistill import models, quickstart
 from specdistill.config import load_config
 from specdistill.data.chat import encode_prompt
 from specdistill.data.prompts import load_prompts
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
-from specdistill.drafts import make_draft, save_draft, widen
+from specdistill.drafts.making import make_draft, save_draft, widen
 from specdistill.errors import InputError
-from specdistill.gguf_files import DEMO
-from specdistill.models import LanguageModel
+from specdistill.models import LanguageModel, packing
+from specdistill.models.gguf_files import DEMO
 from specdistill.scoring.scorecard import Scorecard
 
 

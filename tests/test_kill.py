@@ -17,7 +17,7 @@ from small_runs import run, settings
 from specdistill import models
 from specdistill.data.text_store import read_answers
 from specdistill.data.token_store import read_examples, read_manifest
-from specdistill.drafts import make_draft, save_draft
+from specdistill.drafts.making import make_draft, save_draft
 from specdistill.files import UNFINISHED
 
 pytestmark = pytest.mark.slow

@@ -10,12 +10,11 @@ from conftest import tiny_model
 from test_architectures import family_model
 from torch import nn
 
-from specdistill import products
 from specdistill.decoding.cache import CachedModel, attention_mask
-from specdistill.llama import FAMILIES, LlamaBody, llama_body
-from specdistill.models import LanguageModel
-from specdistill.packing import pack
-from specdistill.products import Joined, packs
+from specdistill.models import LanguageModel, packed_linear
+from specdistill.models.llama import FAMILIES, LlamaBody, llama_body
+from specdistill.models.packed_linear import Joined, packs
+from specdistill.models.packing import pack
 
 Tiny = Callable[..., LanguageModel]
 LEAN = ["llama", "llama:dynamic", "mistral", "qwen2", "qwen2:sliding", "qwen3"]
@@ -157,7 +156,7 @@ def test_packed_passes_are_the_same_passes() -> None:
 def test_a_product_packed_by_mkl_takes_the_stock_one_beyond_its_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(products, "_library", lambda dtype: "MKL")
+    monkeypatch.setattr(packed_linear, "_library", lambda dtype: "MKL")
     torch.manual_seed(0)
     linears = [nn.Linear(6, n).requires_grad_(False) for n in (5, 3)]
     joined = Joined(*linears)

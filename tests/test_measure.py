@@ -18,7 +18,7 @@ from specdistill.cli.tables import rows_table
 from specdistill.decoding import engine
 from specdistill.decoding.cache import CachedModel
 from specdistill.decoding.records import Generation, Output, RowRound
-from specdistill.drafts import make_draft
+from specdistill.drafts.making import make_draft
 from specdistill.engines import transformers
 from specdistill.models import LanguageModel
 from specdistill.plots.acceptance import figure_acceptance, figure_survival
@@ -184,7 +184,7 @@ def test_answers_of_one_token_leave_nothing_to_propose(pair, tmp_path: Path) -> 
 
 
 def test_answers_of_one_token_by_transformers(tmp_path: Path) -> None:
-    from specdistill.drafts import save_draft
+    from specdistill.drafts.making import save_draft
     from specdistill.models import load
 
     save_draft(tiny_model(1), tmp_path / "target")

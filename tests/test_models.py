@@ -32,16 +32,16 @@ from transformers import (
     T5Config,
 )
 
-from specdistill import gguf_files, models, products
-from specdistill.checkpoint_files import weight_files
+from specdistill import models
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
-from specdistill.drafts import make_draft, save_draft
+from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import ModelError, StorageError
-from specdistill.hashes import file_sha256, model_sha256
-from specdistill.heads import load_head
-from specdistill.models import LanguageModel, check_pair, load
-from specdistill.packing import PackedLinear, pack
-from specdistill.products import packs
+from specdistill.models import LanguageModel, check_pair, gguf_files, load, packed_linear
+from specdistill.models.checkpoint_files import weight_files
+from specdistill.models.hashes import file_sha256, model_sha256
+from specdistill.models.head_only import load_head
+from specdistill.models.packed_linear import packs
+from specdistill.models.packing import PackedLinear, pack
 from specdistill_kernels import probabilities
 
 Tiny = Callable[..., LanguageModel]
@@ -89,7 +89,7 @@ def test_weights_are_read_again_for_their_hash_only_where_they_changed(tmp_path:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"1" * 100)
     (tmp_path / "config.json").write_text("{}")
-    with mock.patch("specdistill.hashes.file_sha256", wraps=file_sha256) as read:
+    with mock.patch("specdistill.models.hashes.file_sha256", wraps=file_sha256) as read:
         first = model_sha256(tmp_path)
         assert model_sha256(tmp_path) == first
         assert read.call_count == 1
@@ -802,7 +802,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Each that this machine has, whichever it would choose."""
     if not LIBRARIES[request.param].is_available():
         pytest.skip(f"torch was built without {request.param}")
-    monkeypatch.setattr(products, "_library", lambda dtype: request.param)
+    monkeypatch.setattr(packed_linear, "_library", lambda dtype: request.param)
     return str(request.param)
 
 
@@ -902,7 +902,7 @@ def test_mkl_is_for_its_makers_cpus(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu})
     for backend in LIBRARIES.values():
         monkeypatch.setattr(backend, "is_available", lambda: True)
-    assert products._library(dtype) == library
+    assert packed_linear._library(dtype) == library
 
 
 def test_a_checkpoint_is_made_in_the_dtype_of_its_origin(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from specdistill.data.token_store import Example
 from specdistill.decoding import ModelDrafter, SpeculativeDecoder
 from specdistill.distill import distill, schedule
 from specdistill.distiller import Distiller
-from specdistill.drafts import make_draft, save_draft
+from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import DecodingError, InputError, StorageError
 from specdistill.models import LanguageModel
 from specdistill.policies import (

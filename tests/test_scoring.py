@@ -11,13 +11,12 @@ import pytest
 import torch
 from scipy import stats
 
-from specdistill import packing
 from specdistill.cli.tables import evidence_line
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
 from specdistill.decoding.cache import CachedModel
-from specdistill.drafts import make_draft, save_draft
+from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError
-from specdistill.models import LanguageModel, load
+from specdistill.models import LanguageModel, load, packing
 from specdistill.scoring import lossless, measure, scorecard
 from specdistill.scoring.acceptance import acceptance_chances
 from specdistill.scoring.scorecard import Scorecard, Verification

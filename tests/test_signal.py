@@ -18,10 +18,10 @@ from specdistill.data.token_store import Store, read_examples, read_manifest
 from specdistill.decoding import Sampling
 from specdistill.distill import distill
 from specdistill.distiller import Distiller
-from specdistill.drafts import make_draft, save_draft
+from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError, ModelError, StorageError
-from specdistill.heads import load_head
 from specdistill.models import LanguageModel
+from specdistill.models.head_only import load_head
 
 Tiny = Callable[..., LanguageModel]
 K = 12
@@ -194,7 +194,7 @@ def test_a_head_under_another_name_is_still_found(
 ) -> None:
     save_draft(tiny(3), tmp_path / "model")
     whole = models.load(str(tmp_path / "model"), dtype="float32")
-    monkeypatch.setattr("specdistill.heads._names", lambda model, part: ["elsewhere"])
+    monkeypatch.setattr("specdistill.models.head_only._names", lambda model, part: ["elsewhere"])
     with pytest.warns(UserWarning, match="the whole model is read"):
         bare = load_head(str(tmp_path / "model"), dtype="float32")
     assert torch.equal(bare.head.weight, whole.head.weight)

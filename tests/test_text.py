@@ -20,7 +20,7 @@ from specdistill.data.text_store import Answer, AnswerStore, Settled
 from specdistill.data.token_store import Example
 from specdistill.distill import distill
 from specdistill.distiller import Distiller
-from specdistill.drafts import make_draft, save_draft
+from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError
 from specdistill.evaluation import on_text
 from specdistill.models import LanguageModel

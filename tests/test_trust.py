@@ -18,7 +18,7 @@ from scipy import stats
 
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder, engine
 from specdistill.decoding.cache import CachedModel
-from specdistill.drafts import make_draft, save_draft
+from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, load
 from specdistill.plots import plot_all

@@ -209,12 +209,13 @@ def generate(
         _finish_text(settled, refused, out, removing=removing, as_json=as_json)
         return
 
-    from specdistill import models, packing
+    from specdistill import models
     from specdistill.data import generation
     from specdistill.data.chat import encode_prompt
     from specdistill.data.draft_gain import measure_gain
     from specdistill.decoding import ModelDrafter, Request, SpeculativeDecoder
     from specdistill.decoding.sampling import own_sampling
+    from specdistill.models import packing
 
     gamma = 0 if draft is None else num_draft_tokens
     rows = batch_size * (gamma + 1)  # of a verify pass
@@ -330,7 +331,8 @@ def widen(
     keep_apart([out, out.with_name(f"{out.name}.json")], [target, prompts])
     plan = Widening(count, shots, max_similarity, max_new_tokens, temperature, seed)
     console.setup(threads)
-    from specdistill import models, packing
+    from specdistill import models
+    from specdistill.models import packing
 
     known = load_prompts(prompts, split=split, column=column, limit=limit)
     with held(lock_of(out)), console.progress() as progress:

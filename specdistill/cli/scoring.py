@@ -302,7 +302,8 @@ def _load_pair(
     target: str, draft: str, dtype: limits.Dtype, device: str, packed: bool = True
 ) -> tuple[LanguageModel, LanguageModel]:
     """Both models, ready to decode together; not packed they are as the library made them."""
-    from specdistill import models, packing
+    from specdistill import models
+    from specdistill.models import packing
 
     big = models.load(target, dtype=dtype, device=device)
     small = models.load(draft, dtype=dtype, device=device)

@@ -32,7 +32,7 @@ def export(
     """Write a draft at the target's full vocabulary, as a checkpoint that other engines load, with
     a model card; then load it and compare it with the draft.
     """
-    from specdistill import export as exporting
+    from specdistill.drafts import export as exporting
 
     console.must_be_new(out)
     console.setup(None)

@@ -46,7 +46,7 @@ def init(
             "--vocab-size and --vocab-from go together: how many tokens, and the data to count "
             "them in"
         )
-    from specdistill.drafts import layer_numbers
+    from specdistill.drafts.making import layer_numbers
 
     layer_numbers(layers)  # before a model is read
     keep_apart([out], [target, vocab_from])
@@ -65,20 +65,21 @@ def _init(
     dtype: limits.Dtype,
     as_json: bool,
 ) -> None:
-    from specdistill import drafts, models
+    from specdistill import models
     from specdistill.data.sources import token_lists
+    from specdistill.drafts import making
 
     console.setup(None)
     kind = models.stored_dtype(target) if dtype == "auto" else dtype
     model = models.load(target, dtype=kind, device="cpu")
-    kept = drafts.parse_layers(layers, model.num_layers)
+    kept = making.parse_layers(layers, model.num_layers)
     vocabulary = None
     if vocab_size is not None and vocab_from is not None:
-        usage = drafts.count_tokens(model, token_lists(vocab_from, model.tokenizer))
-        vocabulary = drafts.choose_vocabulary(model, usage, vocab_size)
+        usage = making.count_tokens(model, token_lists(vocab_from, model.tokenizer))
+        vocabulary = making.choose_vocabulary(model, usage, vocab_size)
     ids = None if vocabulary is None else vocabulary.ids
-    draft = drafts.make_draft(model, kept, ids, random_seed=random_seed)
-    draft = drafts.save_draft(draft, out)
+    draft = making.make_draft(model, kept, ids, random_seed=random_seed)
+    draft = making.save_draft(draft, out)
     ratio = draft.weight_bytes() / model.weight_bytes()
     table = Table("", "target", "draft", title=f"{out}")
     table.add_row("parameters", f"{model.parameters():,}", f"{draft.parameters():,}")
@@ -140,13 +141,14 @@ def distill(
 def _distill(settings: DistillConfig, resume: bool) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The draft's folder, what the policy's answers came to, and the last row of the metrics."""
     from specdistill import distill as distillation
-    from specdistill import heads, models, packing, policies
+    from specdistill import models, policies
+    from specdistill.models import head_only, packing
     from specdistill.run_folder import METRICS, read_metrics
 
     target = None
     if settings.signal != "none":
         whole = settings.signal == "live" or settings.decode is not None
-        read = models.load if whole else heads.load_head
+        read = models.load if whole else head_only.load_head
         target = read(settings.target, dtype=settings.dtype, device=settings.device)
         if rows := policies.verified_rows(settings.policy):
             packing.pack(target, rows)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from specdistill.data.prompts import load_prompts
 from specdistill.data.text_store import ANSWERS, holds_answers, read_answers
 from specdistill.data.token_store import MANIFEST, read_examples
-from specdistill.hashes import file_sha256
+from specdistill.models.hashes import file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -25,9 +25,9 @@ from specdistill.data.signal import ALPHA_COST, NONE, kept_tokens
 from specdistill.documents import read_json
 from specdistill.errors import InputError, StorageError
 from specdistill.files import UNFINISHED, replacing, write_whole
-from specdistill.hashes import file_sha256
 from specdistill.limits import shown
 from specdistill.models import LanguageModel
+from specdistill.models.hashes import file_sha256
 
 SCHEMA = "specdistill.generations/2"
 MANIFEST = "manifest.json"

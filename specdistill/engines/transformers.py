@@ -27,8 +27,8 @@ from specdistill.decoding.sampling import row_seed
 from specdistill.engines.measure import Answer, scorecard, take_turns
 from specdistill.errors import DecodingError, InputError
 from specdistill.models import LanguageModel, check_positions, check_sizes
+from specdistill.models.randomness import seeded
 from specdistill.progress import Progress, silent
-from specdistill.randomness import seeded
 from specdistill.scoring.choice import Setting
 from specdistill.scoring.lossless import GreedyPair, explain_difference
 from specdistill.scoring.provenance import model_card, provenance

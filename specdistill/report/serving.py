@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from specdistill.drafts.serve_commands import Engine, command, fenced, name_elsewhere
 from specdistill.quoting import block, code
 from specdistill.scoring.scorecard import Row, Scorecard
-from specdistill.serving import Engine, command, fenced, name_elsewhere
 
 PROGRAMS: dict[Engine, str] = {"transformers": "Transformers", "vllm": "vLLM"}
 

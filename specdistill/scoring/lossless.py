@@ -16,7 +16,7 @@ from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDec
 from specdistill.decoding.cache import CachedModel, free_bytes
 from specdistill.decoding.records import Output
 from specdistill.models import LanguageModel
-from specdistill.packing import widened
+from specdistill.models.packing import widened
 from specdistill.scoring.acceptance import draft_states
 from specdistill.scoring.scorecard import LEAST_IDENTITY, Float32, Lossless
 from specdistill.scoring.statistics import martingale_p_value

@@ -5,10 +5,10 @@ one process.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
@@ -27,9 +27,6 @@ from specdistill.scoring.slices import by_category, by_prompt_length
 from specdistill.scoring.trust import doubts
 from specdistill.scoring.verdict import verdict
 from specdistill_kernels import Lenience, Mode
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 MIN_PROMPTS = 4
 Times = dict[Setting, list[list[rows_of.Timed]]]  # by prompt, as often as it was decoded

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from specdistill.data.likeness import fingerprint, read_trained
-from specdistill.drafts import origin
-from specdistill.models import LanguageModel
+from specdistill.models import LanguageModel, origin
 from specdistill.provenance import device_name, git_commit, versions
 from specdistill.scoring.scorecard import OWN_ENGINE, ModelCard, Scorecard
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specdistill.errors import InputError, ModelError
-from specdistill.hashes import hashes_of, model_sha256
+from specdistill.models.hashes import hashes_of, model_sha256
 from specdistill.scoring.scorecard import (
     Baseline,
     CategoryRow,

@@ -12,17 +12,18 @@ from pathlib import Path
 import torch
 import yaml
 
-from specdistill import drafts, gguf_files, models
-from specdistill.architectures import read_config
+from specdistill import models
 from specdistill.data.likeness import TRAINED
 from specdistill.documents import read_yaml_mapping
+from specdistill.drafts import making
+from specdistill.drafts.serve_commands import Engine, command, fenced, name_elsewhere
 from specdistill.errors import InputError, ModelError, StorageError
 from specdistill.files import holding, keep_apart, replacing
-from specdistill.models import LanguageModel
+from specdistill.models import LanguageModel, gguf_files
+from specdistill.models.support import read_config
 from specdistill.quoting import prose
 from specdistill.scoring.scorecard import Row, Scorecard
 from specdistill.scoring.trust import objections, swapped_draft
-from specdistill.serving import Engine, command, fenced, name_elsewhere
 
 LICENCES = {gguf_files.DEMO: "Apache-2.0"}  # of targets that SpecDistill itself offers
 DEFAULT_NUM_DRAFT_TOKENS = 4  # for an unscored draft
@@ -72,7 +73,7 @@ def export(
     serve = command(engine, name_elsewhere(target), str(out), gamma)
     try:
         with replacing(out) as new:
-            drafts.save_draft(drafts.widen(model, size), new)
+            making.save_draft(making.at_full_vocabulary(model, size), new)
             if (known := model.path / TRAINED).is_file():  # a score there asks for it, too
                 shutil.copyfile(known, new / TRAINED)
             difference, leaked = check_written(model, new)
@@ -96,7 +97,7 @@ def check_written(draft: LanguageModel, folder: Path) -> tuple[float, float]:
 
     stock = AutoModelForCausalLM.from_pretrained(folder, dtype=draft.dtype).eval()
     size = stock.get_input_embeddings().weight.shape[0]
-    tokens = drafts.random_texts(draft, rows=8) % size
+    tokens = making.random_texts(draft, rows=8) % size
     theirs = stock(input_ids=tokens).logits
     ours = draft.logits(draft.hidden(tokens))
     theirs = theirs.to(ours.dtype)
@@ -126,7 +127,7 @@ def check_written(draft: LanguageModel, folder: Path) -> tuple[float, float]:
 
 def _target_size(draft: LanguageModel, name: str | None) -> int:
     """How many rows for tokens the target has; the draft's own where nobody says."""
-    said = (drafts.origin(draft) or {}).get("target_vocab_size")
+    said = (making.origin(draft) or {}).get("target_vocab_size")
     size = said if isinstance(said, int) and not isinstance(said, bool) else draft.full_vocab_size
     if name is not None:
         size = read_config(name, models.locate(name)).get_text_config().vocab_size

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from specdistill.models import LanguageModel
-from specdistill.products import Joined, packs
+from specdistill.models.packed_linear import Joined, packs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

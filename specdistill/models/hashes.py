@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specdistill.checkpoint_files import CONFIG, VOCAB_FILE, read_json, weight_files
+from specdistill.models.checkpoint_files import CONFIG, VOCAB_FILE, read_json, weight_files
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,20 +9,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from specdistill.architectures import empty_model, read_config
-from specdistill.checkpoint_files import weight_files
 from specdistill.errors import ModelError, first_line
 from specdistill.limits import Dtype
-from specdistill.models import (
-    LanguageModel,
-    check_numbers,
-    choose_device,
-    choose_dtype,
-    load,
-    locate,
-    read_tokenizer,
-    read_vocab,
-)
+from specdistill.models import LanguageModel, choose_device, choose_dtype, load, locate
+from specdistill.models.checkpoint_files import weight_files
+from specdistill.models.loading import check_numbers, read_tokenizer, read_vocab
+from specdistill.models.support import empty_model, read_config
 
 
 def load_head(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageModel:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError
@@ -17,19 +17,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from specdistill import architectures, limits
-from specdistill.checkpoint_files import VOCAB_FILE
+from specdistill import limits
 from specdistill.errors import InputError, ModelError, StorageError, first_line
 from specdistill.files import replacing
 from specdistill.limits import shown
-from specdistill.models import LanguageModel, check_tokens
-from specdistill.randomness import seeded
+from specdistill.models import LanguageModel, check_tokens, support
+from specdistill.models.checkpoint_files import VOCAB_FILE
+from specdistill.models.language_model import ORIGIN
+from specdistill.models.randomness import seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FAR = 100.0  # how far below 0 the logits of tokens that a widened draft lacks should be
-ORIGIN = "specdistill"  # key of config.json
 LEAST_ALONG = 0.3  # of an average state's part along the mean, what the smallest must have
 
 
@@ -159,7 +159,7 @@ def make_draft(
 
 
 def _copy_weights(target: LanguageModel, layers: list[int], model: PreTrainedModel) -> None:
-    prefix = f"{architectures.decoder_layers(target.name, target.model)[0]}."
+    prefix = f"{support.decoder_layers(target.name, target.model)[0]}."
     source = target.model.state_dict()
     weights = {}
     for name, empty in model.state_dict().items():
@@ -178,21 +178,6 @@ def _unlike(target: LanguageModel, layers: list[int], reason: str) -> ModelError
         f"cannot make a draft of the layers {layers} of {target.name}: its layers are not alike "
         f"({reason}); take other layers, or an existing model as draft"
     )
-
-
-def set_origin(
-    draft: LanguageModel, config_sha256: str, step: int, target: LanguageModel | None = None
-) -> None:
-    """Say in the draft's config.json which run's weights it has, of which step, and how many rows
-    for tokens its target has.
-    """
-    size = {} if target is None else {"target_vocab_size": target.full_vocab_size}
-    setattr(draft.model.config, ORIGIN, {"config_sha256": config_sha256, "step": step, **size})
-
-
-def origin(draft: LanguageModel) -> dict[str, Any] | None:
-    """What `set_origin` said; None for a draft that no run has made."""
-    return getattr(draft.model.config, ORIGIN, None)
 
 
 def save_draft(draft: LanguageModel, folder: Path) -> LanguageModel:
@@ -225,7 +210,7 @@ def save_draft(draft: LanguageModel, folder: Path) -> LanguageModel:
     return replace(draft, name=str(folder), path=folder)
 
 
-def widen(draft: LanguageModel, size: int | None = None) -> LanguageModel:
+def at_full_vocabulary(draft: LanguageModel, size: int | None = None) -> LanguageModel:
     """The same draft at the target's full vocabulary, for engines that know nothing of trimming,
     with as many rows for tokens as the target has (`size`): engines compare that number, padding
     included.
@@ -295,4 +280,4 @@ def _select_rows(head: nn.Module, rows: Tensor) -> nn.Linear:
 
 
 def decoder_layers(model: LanguageModel) -> nn.ModuleList:
-    return architectures.decoder_layers(model.name, model.model)[1]
+    return support.decoder_layers(model.name, model.model)[1]

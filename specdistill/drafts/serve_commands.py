@@ -6,7 +6,7 @@ import json
 import shlex
 from typing import Literal
 
-from specdistill.gguf_files import DEMO
+from specdistill.models.gguf_files import DEMO
 from specdistill.quoting import block
 
 Engine = Literal["transformers", "vllm", "sglang"]

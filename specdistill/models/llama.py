@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specdistill.architectures import max_positions
-from specdistill.products import Joined
+from specdistill.models.packed_linear import Joined
+from specdistill.models.support import max_positions
 
 # Fused attention on a CPU takes queries 32 at a time; in half precision it rounds fewer than four
 # of them otherwise, and takes longer for them.

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from specdistill.errors import ModelError, StorageError, first_line
-from specdistill.hashes import file_sha256
+from specdistill.models.hashes import file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

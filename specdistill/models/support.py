@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdistill.checkpoint_files import CONFIG, read_json
 from specdistill.errors import ModelError, first_line
+from specdistill.models.checkpoint_files import CONFIG, read_json
 
 MOST_LAYERS = 10_000
 # Settings of a config that count something: there is at least one of it.

@@ -1,0 +1,1 @@
+"""Draft models: made from layers of the target, saved, exported for serving engines."""

@@ -1,0 +1,218 @@
+"""A causal language model as its hidden states and its head. With `decoding/cache.py` and the rest
+of this folder the only place that knows transformers' internals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from specdistill.models.hashes import hashes_of, model_sha256, tensors_sha256
+from specdistill.models.llama import LlamaBody, llama_body
+from specdistill.models.support import active_experts, is_of_experts, max_positions
+from specdistill_kernels import Head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ORIGIN = "specdistill"  # key of config.json
+
+
+@dataclass
+@dataclass
+class LanguageModel:
+    """A causal language model split into body and head, so that hidden states can be kept and
+    logits stay float32.
+
+    `vocab` is None, or [Vd] sorted target ids of the head's rows when the output vocabulary is
+    trimmed.
+    """
+
+    name: str
+    path: Path
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    vocab: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.config = self.model.config.get_text_config()
+        self.head = cast("nn.Linear", self.model.get_output_embeddings())
+        self.wide_head: nn.Linear | None = None  # in float32, where `pack` made one
+        self._wide: tuple[tuple[Any, ...], Tensor] | None = None  # see `_wide_weight`
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self.head.weight.shape[0]
+
+    @property
+    def full_vocab_size(self) -> int:
+        """Ids the model can read: the width of the embedding."""
+        embedding: nn.Module = self.model.get_input_embeddings()
+        return int(embedding.get_parameter("weight").shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @cached_property
+    def token_slots(self) -> list[tuple[Tensor, Tensor]]:
+        """The keys and values [1, H, 1, D] that each layer keeps of one token, as meta tensors: a
+        pass over one token tells them, since families name, share and compress heads differently.
+        """
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        token = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
+        with torch.inference_mode():
+            self.hidden(token, position_ids=token, past_key_values=cache, use_cache=True)
+        layers: list[Any] = cache.layers
+        return [(layer.keys.to("meta"), layer.values.to("meta")) for layer in layers]
+
+    @property
+    def max_length(self) -> int:
+        """Positions the model has, see `max_positions`."""
+        return max_positions(self.config)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every id that ends an answer, by the generation config, the config and the tokenizer."""
+        found: set[int] = set()
+        for source in (self.model.generation_config, self.config, self.tokenizer):
+            ids = getattr(source, "eos_token_id", None)
+            found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        return frozenset(found)
+
+    @cached_property
+    def body(self) -> LlamaBody | None:
+        """A leaner pass over the layers than `hidden` is, where the family is known."""
+        return llama_body(self.model)
+
+    def hidden(self, tokens: Tensor, **kwargs: Any) -> Tensor:
+        """[B, n] ids to the final hidden states [B, n, d], after the last norm: what the head
+        consumes.
+        """
+        return self.model.base_model(input_ids=tokens, **kwargs).last_hidden_state
+
+    def hidden_after(self, tokens: Tensor, layers: Sequence[int], **kwargs: Any) -> list[Tensor]:
+        """The hidden states [B, n, d] after each of `layers`, counted from 1; after the last one
+        they are those of `hidden`.
+        """
+        out = self.model.base_model(input_ids=tokens, output_hidden_states=True, **kwargs)
+        return [out.hidden_states[layer] for layer in layers]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d] to float32 logits [..., vocab_size] (float64 for a float64 model).
+
+        The product is taken in float32 whatever the model's dtype: bfloat16 logits are full of
+        exact ties, and a tie decided differently by two passes looks like a decoding error.
+        """
+        if self.dtype in (torch.float32, torch.float64):
+            out = self.head(hidden.to(self.dtype))  # kept states may be of another
+        elif self.wide_head is not None:
+            out = self.wide_head(hidden.float())
+        else:
+            bias = None if self.head.bias is None else self.head.bias.float()
+            out = nn.functional.linear(hidden.float(), self._wide_weight(), bias)
+        return self.scale_logits(out)
+
+    def _wide_weight(self) -> Tensor:
+        """The head's weight in float32, made again where it has changed since."""
+        weight = self.head.weight
+        version = -1 if weight.is_inference() else weight._version
+        state = (id(weight), weight.data_ptr(), version, weight.requires_grad)
+        if self._wide is None or self._wide[0] != state or weight.requires_grad:
+            self._wide = state, weight.float()
+        return self._wide[1]
+
+    def scale_logits(self, logits: Tensor) -> Tensor:
+        """What some families do after the head: multiplier (Cohere), divisor (Granite), soft cap
+        (Gemma 2).
+        """
+        scale, cap = self.logit_scale, self.logit_softcap
+        logits = logits if scale == 1 else logits * scale
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @property
+    def logit_scale(self) -> float:
+        scale = getattr(self.config, "logit_scale", None) or 1.0
+        if (other := getattr(self.config, "logits_scaling", None)) is not None:
+            scale = scale * other if self.config.model_type == "hyperclovax" else scale / other
+        return float(scale)
+
+    @property
+    def logit_softcap(self) -> float | None:
+        return getattr(self.config, "final_logit_softcapping", None)
+
+    def readout(self) -> Head:
+        """The head as the losses take it, in float32 at least, with gradients if it has any."""
+        kind = torch.promote_types(self.dtype, torch.float32)
+        bias = None if self.head.bias is None else self.head.bias.to(kind)
+        return Head(self.head.weight.to(kind), bias, self.logit_scale, self.logit_softcap)
+
+    def parameters(self) -> int:
+        """Number of distinct parameters (a tied head counts once)."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights read for one token: all but embeddings that are only looked up, and of a
+        mixture's experts the share that a token is sent to (`num_experts_per_tok` of them; shared
+        ones are read by every token). A batch reads more of them, up to all.
+        """
+        looked_up = {
+            id(p)
+            for m in self.model.modules()
+            if isinstance(m, nn.Embedding)
+            for p in m.parameters()
+        }
+        looked_up.discard(id(self.head.weight))
+        share = active_experts(self.config)
+        return round(
+            sum(
+                p.numel() * p.element_size() * (share if is_of_experts(name, p, self.config) else 1)
+                for name, p in self.model.named_parameters()
+                if id(p) not in looked_up
+            )
+        )
+
+    def sha256(self) -> str:
+        """Hash of the weights and of what the config makes of them, by the files; by the tensors of
+        a model that was made here and lies in no folder yet.
+        """
+        if self.path != Path():
+            return model_sha256(self.path)
+        return tensors_sha256(self.model.state_dict(), self.config.to_dict())
+
+    def has_sha256(self, recorded: str) -> bool:
+        """Whether a hash that was written down is this model's, by an earlier version too."""
+        known = {self.sha256()} if self.path == Path() else hashes_of(self.path)
+        return recorded in known
+
+
+def set_origin(
+    draft: LanguageModel, config_sha256: str, step: int, target: LanguageModel | None = None
+) -> None:
+    """Say in the draft's config.json which run's weights it has, of which step, and how many rows
+    for tokens its target has.
+    """
+    size = {} if target is None else {"target_vocab_size": target.full_vocab_size}
+    setattr(draft.model.config, ORIGIN, {"config_sha256": config_sha256, "step": step, **size})
+
+
+def origin(draft: LanguageModel) -> dict[str, Any] | None:
+    """What `set_origin` said; None for a draft that no run has made."""
+    return getattr(draft.model.config, ORIGIN, None)
