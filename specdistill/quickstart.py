@@ -26,9 +26,9 @@ from specdistill.drafts.making import choose_vocabulary, expected_usage, make_dr
 from specdistill.errors import InputError
 from specdistill.files import holding
 from specdistill.models import LanguageModel, gguf_files, packing
-from specdistill.plots import plot_all
 from specdistill.progress import Note, Progress, silent, unsaid
 from specdistill.report import write_report
+from specdistill.report.plots import plot_all
 from specdistill.scoring.measure import score
 from specdistill.scoring.scorecard import Scorecard
 

@@ -43,8 +43,8 @@ from specdistill.errors import InputError
 from specdistill.files import at_home, held, keep_apart
 from specdistill.limits import shown
 from specdistill.models import LanguageModel, packing
-from specdistill.plots import figure_sweep, save_each
 from specdistill.progress import Note, Progress, silent, unsaid
+from specdistill.report.plots import figure_sweep, save_each
 from specdistill.run_folder import DRAFT, METRICS, check_run, flat, outputs
 from specdistill.scoring.compare import Comparison, Incomparable, compare, refusal
 from specdistill.scoring.measure import score

@@ -11,8 +11,8 @@ from score_checks import check_choice
 
 from specdistill.cli.tables import before_after_table, rows_table
 from specdistill.errors import InputError
-from specdistill.plots.speed import figure_speedup
 from specdistill.report.page import _figures
+from specdistill.report.plots.speed import figure_speedup
 from specdistill.report.text import document
 from specdistill.scoring import comparable
 from specdistill.scoring.choice import choose, chosen

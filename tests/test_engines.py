@@ -27,7 +27,7 @@ from specdistill.data.token_store import Example as DataExample
 from specdistill.data.token_store import read_examples, read_manifest
 from specdistill.decoding import ModelDrafter, Request, Round, Sampling, SpeculativeDecoder
 from specdistill.drafts.making import make_draft, save_draft
-from specdistill.engines import measure, transformers, vllm
+from specdistill.engines import base, transformers, vllm
 from specdistill.errors import DecodingError, InputError, StorageError
 from specdistill.models import LanguageModel
 from specdistill.scoring.comparable import obstacles
@@ -517,24 +517,24 @@ def answers_by(clock: Callable[[float, int, int], float], asked: list[tuple[floa
     of one.
     """
 
-    def ask(setting: tuple[float, int], prompt: EncodedPrompt, count: int) -> measure.Answer:
+    def ask(setting: tuple[float, int], prompt: EncodedPrompt, count: int) -> base.Answer:
         asked.append(setting)
         rounds = count // 2 if setting[1] else count
         steps = [clock(*setting, len(asked))] * rounds
         counts = [rounds] * setting[1]
-        return measure.Answer([5] * count, sum(steps), rounds, counts, counts, counts)
+        return base.Answer([5] * count, sum(steps), rounds, counts, counts, counts)
 
     return ask
 
 
 def engine_card(clock: Callable[[float, int, int], float]) -> tuple[Scorecard, int]:
     asked: list[tuple[float, int]] = []
-    measured = measure.take_turns(
+    measured = base.take_turns(
         answers_by(clock, asked), PROMPTS, [0.0], [1, 2], 16, lambda *_: None
     )
     sizes = ModelCard("m", 10, 40, "float32", 64, "ab" * 32)
     told = {"engine": "vllm", "versions": {}}
-    return measure.scorecard(sizes, sizes, told, PROMPTS, measured, [], 0), len(asked)
+    return base.scorecard(sizes, sizes, told, PROMPTS, measured, [], 0), len(asked)
 
 
 def test_an_engine_decodes_plainly_before_and_after_the_drafts() -> None:

@@ -21,8 +21,8 @@ from specdistill.decoding.records import Generation, Output, RowRound
 from specdistill.drafts.making import make_draft
 from specdistill.engines import transformers
 from specdistill.models import LanguageModel
-from specdistill.plots.acceptance import figure_acceptance, figure_survival
-from specdistill.plots.speed import figure_speedup, figure_time
+from specdistill.report.plots.acceptance import figure_acceptance, figure_survival
+from specdistill.report.plots.speed import figure_speedup, figure_time
 from specdistill.report.text import document
 from specdistill.scoring import lossless, measure
 from specdistill.scoring.provenance import cpu_times, stolen

@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from specdistill.errors import InputError, StorageError
-from specdistill.plots import (
+from specdistill.quoting import visible
+from specdistill.report.plots import (
     figure_acceptance,
     figure_runs,
     figure_speedup,
@@ -34,7 +35,6 @@ from specdistill.plots import (
     read_metrics,
     save,
 )
-from specdistill.quoting import visible
 from specdistill.scoring.scorecard import (
     Baseline,
     Best,
@@ -585,7 +585,7 @@ def test_a_picture_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> 
 
 
 def test_pyplot_is_not_loaded() -> None:
-    code = "import sys, specdistill.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, specdistill.report.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -628,7 +628,7 @@ def test_a_picture_that_cannot_be_drawn_takes_no_other_with_it(
     def fails(*_: Any) -> None:
         raise ZeroDivisionError("no width")
 
-    monkeypatch.setattr("specdistill.plots.figure_speedup", fails)
+    monkeypatch.setattr("specdistill.report.plots.figure_speedup", fails)
     said: list[str] = []
     again = plot_all(tmp_path, note=said.append)
     assert {path.name for path in drawn} - {path.name for path in again} == {"speedup.png"}

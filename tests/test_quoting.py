@@ -14,9 +14,9 @@ from markdown_it import MarkdownIt
 from test_plots import believe_cards, write_run
 
 from specdistill.errors import SpecDistillError
-from specdistill.plots import plot_all
 from specdistill.quoting import block, code, drawn, prose, shortened, visible
 from specdistill.report import write_report
+from specdistill.report.plots import plot_all
 from specdistill.report.text import _name
 
 HOSTILE = (

@@ -27,8 +27,8 @@ from test_plots import (
 )
 
 from specdistill.errors import InputError, StorageError
-from specdistill.plots import plot_all
 from specdistill.report import write_report
+from specdistill.report.plots import plot_all
 from specdistill.scoring.scorecard import Lossless, Scorecard, Verification
 from specdistill.scoring.slices import by_prompt_length
 

@@ -229,7 +229,7 @@ def test_the_picture_names_only_what_it_is_a_mean_over(file: Path) -> None:
         sweep = load_sweep(file, [f"grid.seed={seeds}"])
         with (
             mock.patch("specdistill.sweep.figure_sweep") as drawn,
-            mock.patch("specdistill.plots.save"),
+            mock.patch("specdistill.report.plots.save"),
         ):
             _draw(sweep, Result(), unsaid)
         assert drawn.call_args.args[1] == words

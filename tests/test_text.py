@@ -24,8 +24,8 @@ from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError
 from specdistill.evaluation import on_text
 from specdistill.models import LanguageModel
-from specdistill.plots.training import figure_training
 from specdistill.policies import read_given
+from specdistill.report.plots.training import figure_training
 from specdistill.run_folder import read_metrics
 
 Tiny = Callable[..., LanguageModel]

@@ -21,8 +21,8 @@ from specdistill.decoding.cache import CachedModel
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, load
-from specdistill.plots import plot_all
 from specdistill.report import write_report
+from specdistill.report.plots import plot_all
 from specdistill.scoring import lossless, measure
 from specdistill.scoring.scorecard import Best, Row, Scorecard
 from specdistill.scoring.slices import by_category, by_prompt_length

@@ -229,8 +229,8 @@ def plot(
     as_json: Json = False,
 ) -> None:
     """Draw the pictures of a run folder, and write its report; or several drafts in one picture."""
-    from specdistill.plots import plot_all, plot_together
     from specdistill.report import write_report
+    from specdistill.report.plots import plot_all, plot_together
 
     alone = len(sources) == 1 and not sources[0].is_file()
     if not alone and out is None:

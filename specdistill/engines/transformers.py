@@ -24,7 +24,7 @@ from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding import Request, Round, RowRound, Sampling, SpeculativeDecoder
 from specdistill.decoding.records import Output
 from specdistill.decoding.sampling import row_seed
-from specdistill.engines.measure import Answer, scorecard, take_turns
+from specdistill.engines.base import Answer, scorecard, take_turns
 from specdistill.errors import DecodingError, InputError
 from specdistill.models import LanguageModel, check_positions, check_sizes
 from specdistill.models.randomness import seeded

@@ -21,7 +21,7 @@ import torch
 from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding.sampling import row_seed
 from specdistill.engines import vllm_worker
-from specdistill.engines.measure import Answer, scorecard, take_turns
+from specdistill.engines.base import Answer, scorecard, take_turns
 from specdistill.errors import DecodingError, InputError
 from specdistill.models import LanguageModel, check_positions, check_sizes
 from specdistill.progress import Progress, silent

@@ -9,8 +9,8 @@ from pathlib import Path
 from specdistill.documents import parse_yaml
 from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
-from specdistill.plots import read_metrics
 from specdistill.report.page import page
+from specdistill.report.plots import read_metrics
 from specdistill.report.text import document, title
 from specdistill.scoring.trust import sound_card
 

@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from scipy import stats
 
-from specdistill.plots import style
 from specdistill.quoting import drawn, visible
+from specdistill.report.plots import style
 from specdistill.scoring.scorecard import Example, Kind, Row, Scorecard
 
 

@@ -13,8 +13,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter
 
 from specdistill.errors import InputError
-from specdistill.plots import style
 from specdistill.quoting import drawn
+from specdistill.report.plots import style
 from specdistill.scoring.statistics import planned_tokens
 
 

@@ -14,11 +14,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from specdistill.errors import SpecDistillError
-from specdistill.plots.acceptance import figure_acceptance, figure_survival, figure_text
-from specdistill.plots.speed import figure_speedup, figure_time
-from specdistill.plots.style import save
-from specdistill.plots.training import figure_runs, figure_sweep, figure_training
 from specdistill.progress import Note, unsaid
+from specdistill.report.plots.acceptance import figure_acceptance, figure_survival, figure_text
+from specdistill.report.plots.speed import figure_speedup, figure_time
+from specdistill.report.plots.style import save
+from specdistill.report.plots.training import figure_runs, figure_sweep, figure_training
 from specdistill.run_folder import read_metrics
 from specdistill.scoring.comparable import card_file, obstacles
 from specdistill.scoring.scorecard import Scorecard

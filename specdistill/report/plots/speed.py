@@ -7,8 +7,8 @@ import math
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from specdistill.plots import style
 from specdistill.quoting import drawn
+from specdistill.report.plots import style
 from specdistill.scoring.choice import judged
 from specdistill.scoring.scorecard import Row, Scorecard
 
