@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 from specdistill import models
-from specdistill.batches import make_batch
 from specdistill.config import parse_config
 from specdistill.data.token_store import Example, read_examples
-from specdistill.distiller import Distiller
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.models.head_only import load_head
 from specdistill.provenance import device_name, git_commit, versions
+from specdistill.training.batches import make_batch
+from specdistill.training.distiller import Distiller
 
 SIDES = ("TRL", "live", "kept")
 WORDS = {"TRL": "TRL GKDTrainer", "live": "signal: live", "kept": "signal: kept"}

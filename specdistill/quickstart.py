@@ -21,7 +21,6 @@ from specdistill.data.generation import generate, signal_bytes
 from specdistill.data.prompts import load_prompts
 from specdistill.data.token_store import Example, read_examples, read_manifest
 from specdistill.decoding import Sampling
-from specdistill.distill import distill
 from specdistill.drafts.making import choose_vocabulary, expected_usage, make_draft, save_draft
 from specdistill.errors import InputError
 from specdistill.files import holding
@@ -31,6 +30,7 @@ from specdistill.report import write_report
 from specdistill.report.plots import plot_all
 from specdistill.scoring.measure import score
 from specdistill.scoring.scorecard import Scorecard
+from specdistill.training.run import distill
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,6 @@ from specdistill.config import (
 from specdistill.data.chat import encoded
 from specdistill.data.prompts import load_prompts
 from specdistill.data.sources import source_sha256
-from specdistill.distill import distill
-from specdistill.distiller import configured_objective
 from specdistill.documents import read_json
 from specdistill.errors import InputError
 from specdistill.files import at_home, held, keep_apart
@@ -49,6 +47,8 @@ from specdistill.run_folder import DRAFT, METRICS, check_run, flat, outputs
 from specdistill.scoring.compare import Comparison, Incomparable, compare, refusal
 from specdistill.scoring.measure import score
 from specdistill.scoring.scorecard import Scorecard, nullable, write_json
+from specdistill.training.distiller import configured_objective
+from specdistill.training.run import distill
 
 SCHEMA = "specdistill.sweep/1"
 CARD, SCORE, DATA, DOCUMENT = "scorecard.json", "score.json", "data.json", "sweep.json"

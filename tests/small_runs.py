@@ -10,8 +10,8 @@ from specdistill.config import DistillConfig, parse_config
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
 from specdistill.decoding import Sampling
-from specdistill.distill import distill
 from specdistill.drafts.making import make_draft, save_draft
+from specdistill.training.run import distill
 
 
 def ask(count: int) -> list[Prompt]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdistill.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from specdistill.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
 
 
 def save(folder: Path, step: int) -> None:

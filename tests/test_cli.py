@@ -634,9 +634,9 @@ def test_an_interrupted_generation_goes_on(world: World, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("command", "place", "told"),
     [
-        ("quickstart", "pipeline.quickstart", "the same command goes on where it stopped"),
+        ("quickstart", "quickstart.quickstart", "the same command goes on where it stopped"),
         ("generate", "data.generation.generate", "the same command goes on where it stopped"),
-        ("distill", "distill.distill", "with --resume the same command goes on"),
+        ("distill", "training.run.distill", "with --resume the same command goes on"),
         ("score", "scoring.measure.score", "interrupted\n"),
         ("check", "scoring.check.run_checks", "interrupted\n"),
     ],
@@ -654,10 +654,10 @@ def test_an_interrupt_says_how_to_go_on(
         "check": ["--target", at["target"], "--draft", at["draft"]],
     }
     import specdistill.data.generation
-    import specdistill.distill
     import specdistill.quickstart
     import specdistill.scoring.check
-    import specdistill.scoring.measure  # noqa: F401
+    import specdistill.scoring.measure
+    import specdistill.training.run  # noqa: F401
 
     with mock.patch(f"specdistill.{place}", side_effect=KeyboardInterrupt):
         done = run(command, *arguments[command])

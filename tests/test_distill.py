@@ -18,21 +18,21 @@ from small_runs import ask, make_world, run, settings
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from specdistill import models
-from specdistill.adapters import adapt
-from specdistill.batches import length_buckets, make_batch, updates
 from specdistill.config import DistillConfig, Lora
 from specdistill.data.generation import generate
 from specdistill.data.token_store import Example, read_examples
 from specdistill.decoding import Request, Sampling, SpeculativeDecoder
-from specdistill.distill import distill, rate, split
-from specdistill.distiller import Distiller
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError, ModelError, StorageError, TrainingError
-from specdistill.evaluation import Evaluation, decoded, overlap, with_answers
 from specdistill.models import LanguageModel, origin, set_origin
 from specdistill.models.packing import pack
-from specdistill.policies import read_given
 from specdistill.run_folder import config_sha256
+from specdistill.training.batches import length_buckets, make_batch, updates
+from specdistill.training.distiller import Distiller
+from specdistill.training.evaluation import Evaluation, decoded, overlap, with_answers
+from specdistill.training.lora import adapt
+from specdistill.training.policies import read_given
+from specdistill.training.run import distill, rate, split
 
 Tiny = Callable[..., LanguageModel]
 
@@ -319,7 +319,7 @@ def test_the_order_of_the_answers_is_nothing_to_a_run(
     """An interrupted `generate` leaves them in another order than one that was not."""
     run(settings(world, tmp_path / "one"))
     backwards = mock.Mock(side_effect=lambda *read: read_given(*read)[::-1])
-    with mock.patch("specdistill.distill.read_given", backwards):
+    with mock.patch("specdistill.training.run.read_given", backwards):
         run(settings(world, tmp_path / "other"))
     backwards.assert_called_once()
     a, b = (
@@ -425,7 +425,7 @@ def test_a_later_version_with_more_keys_resumes(world: dict[str, str], tmp_path:
     """Its hash of the same configuration is another, and config.yaml says that nothing differs."""
     with pytest.raises(KeyboardInterrupt):
         run(settings(world, tmp_path / "run"), stop_at=5)
-    with mock.patch("specdistill.distill.config_sha256", return_value="of a later version"):
+    with mock.patch("specdistill.training.run.config_sha256", return_value="of a later version"):
         assert run(settings(world, tmp_path / "run"), resume=True)[-1]["step"] == 12
 
 

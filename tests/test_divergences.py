@@ -12,7 +12,8 @@ from chains import TABLE, Setting, V, draft_chain, stream, texts_of
 from torch import Tensor
 
 from specdistill.decoding import Sampling
-from specdistill.divergences import (
+from specdistill.errors import InputError
+from specdistill.training.losses import (
     BLOCK_LOSSES,
     POSITION_LOSSES,
     Objective,
@@ -21,7 +22,6 @@ from specdistill.divergences import (
     survival,
     total_loss,
 )
-from specdistill.errors import InputError
 from specdistill_kernels import Head, TargetStates, divergence, keep_top_k
 
 LENGTHS = [5, 1, 7]

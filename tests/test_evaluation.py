@@ -11,10 +11,10 @@ from small_runs import make_world, run, settings
 from specdistill import models
 from specdistill.data.token_store import read_examples
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
-from specdistill.distill import distill, split
 from specdistill.errors import InputError
-from specdistill.evaluation import Evaluation
 from specdistill.models.head_only import load_head
+from specdistill.training.evaluation import Evaluation
+from specdistill.training.run import distill, split
 
 DECODE = {"prompts": 5, "max_new_tokens": 9, "num_draft_tokens": 3}
 

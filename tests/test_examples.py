@@ -8,7 +8,7 @@ import typer
 
 from specdistill.cli import app
 from specdistill.config import load_config
-from specdistill.distiller import configured_objective
+from specdistill.training.distiller import configured_objective
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))

@@ -5,14 +5,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from specdistill.batches import make_batch
 from specdistill.config import DistillConfig, Hints, Training
 from specdistill.data.token_store import Example
-from specdistill.distiller import Distiller
 from specdistill.drafts.making import make_draft
 from specdistill.errors import InputError
-from specdistill.hints import HINTS, HintLoss, map_layers
 from specdistill.models import LanguageModel
+from specdistill.training.batches import make_batch
+from specdistill.training.distiller import Distiller
+from specdistill.training.hints import HINTS, HintLoss, map_layers
 
 Tiny = Callable[..., LanguageModel]
 EXAMPLES = [Example("a", [5, 6, 7], [8, 9, 10, 11]), Example("b", [9, 6], [7, 12])]

@@ -25,7 +25,7 @@ from specdistill.report.plots.acceptance import figure_acceptance, figure_surviv
 from specdistill.report.plots.speed import figure_speedup, figure_time
 from specdistill.report.text import document
 from specdistill.scoring import lossless, measure
-from specdistill.scoring.provenance import cpu_times, stolen
+from specdistill.scoring.measure import cpu_times, stolen
 from specdistill.scoring.rows import PARTS, Timed, without_stalls
 from specdistill.scoring.scorecard import Scorecard
 
@@ -263,7 +263,7 @@ def test_steal_is_a_share_of_the_processors_time(tmp_path: Path, monkeypatch) ->
     stat = tmp_path / "stat"
     stat.write_text("cpu  100 5 50 800 20 3 2 20 7 0\ncpu0 1 2 3\n")
     assert cpu_times(stat) == (20, 1000)
-    monkeypatch.setattr("specdistill.scoring.provenance.cpu_times", lambda: (50, 1200))
+    monkeypatch.setattr("specdistill.scoring.measure.cpu_times", lambda: (50, 1200))
     assert stolen((20, 1000)) == pytest.approx(0.15)
     assert stolen(None) is None
     for text in ("", "cpu 1 2 3 4\n", "intr 5\n", "cpu a b c d e f g h\n"):

@@ -12,18 +12,17 @@ import torch
 from chains import ALPHA, TABLE, WARM, V, chain, draft_chain, p_value, transitions, warped
 
 from specdistill import models
-from specdistill.batches import Batch
 from specdistill.config import DistillConfig, Policy, parse_config
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
 from specdistill.data.token_store import Example
 from specdistill.decoding import ModelDrafter, SpeculativeDecoder
-from specdistill.distill import distill, schedule
-from specdistill.distiller import Distiller
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import DecodingError, InputError, StorageError
 from specdistill.models import LanguageModel
-from specdistill.policies import (
+from specdistill.training.batches import Batch
+from specdistill.training.distiller import Distiller
+from specdistill.training.policies import (
     POLICIES,
     Source,
     examples_at,
@@ -32,6 +31,7 @@ from specdistill.policies import (
     standalone,
     within_top_k,
 )
+from specdistill.training.run import distill, schedule
 
 Tiny = Callable[..., LanguageModel]
 HALF = torch.arange(0, 64, 2)
@@ -402,7 +402,7 @@ def test_the_target_reads_samples_once_and_no_loss_is_another(
     monkeypatch.setattr(Distiller, "signal", counted)
     once = run(settings(world, tmp_path / "once", policy, decode=None))
     assert sum(live[-10:]) == 0
-    monkeypatch.setattr("specdistill.distill.read_states", lambda *_: None)
+    monkeypatch.setattr("specdistill.training.run.read_states", lambda *_: None)
     always = run(settings(world, tmp_path / "live", policy, decode=None))
     losses = [[row["loss"] for row in rows if "loss" in row] for rows in (once, always)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -15,12 +15,12 @@ import yaml
 from small_runs import ask, make_world, settings
 
 from specdistill import models
-from specdistill.batches import dealt, idle, length_buckets, make_batch
 from specdistill.data.text_store import Answer, AnswerStore, Settled
 from specdistill.data.token_store import Example, read_examples
-from specdistill.distill import distill, split
-from specdistill.distiller import Distiller
 from specdistill.errors import InputError
+from specdistill.training.batches import dealt, idle, length_buckets, make_batch
+from specdistill.training.distiller import Distiller
+from specdistill.training.run import distill, split
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ import sys
 from pathlib import Path
 from small_runs import settings
 from specdistill import models
-from specdistill.distiller import Distiller
+from specdistill.training.distiller import Distiller
 world = dict(zip(("target", "data", "draft"), sys.argv[1:]))
 pair = [models.load(world[name], dtype="float32", device="cpu") for name in ("target", "draft")]
 distiller = Distiller(*pair, settings(world, Path("x"), training={"accumulate": 2, "shard": True}))

@@ -9,19 +9,19 @@ import pytest
 import torch
 
 from specdistill import models
-from specdistill.batches import make_batch
 from specdistill.config import DistillConfig, parse_config
 from specdistill.data.generation import generate, signal_bytes
 from specdistill.data.prompts import Prompt
 from specdistill.data.signal import alpha_cost, bytes_per_token, keep
 from specdistill.data.token_store import Store, read_examples, read_manifest
 from specdistill.decoding import Sampling
-from specdistill.distill import distill
-from specdistill.distiller import Distiller
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError, ModelError, StorageError
 from specdistill.models import LanguageModel
 from specdistill.models.head_only import load_head
+from specdistill.training.batches import make_batch
+from specdistill.training.distiller import Distiller
+from specdistill.training.run import distill
 
 Tiny = Callable[..., LanguageModel]
 K = 12

@@ -15,11 +15,11 @@ from small_runs import make_world
 from test_cli import run
 
 from specdistill.cli.tables import sweep_table
-from specdistill.distill import distill
 from specdistill.errors import InputError
 from specdistill.progress import unsaid
 from specdistill.scoring.measure import score
 from specdistill.sweep import Result, _draw, heat_map, load_sweep, run_sweep, short_labels
+from specdistill.training.run import distill
 
 
 @pytest.fixture(scope="module")

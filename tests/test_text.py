@@ -10,7 +10,6 @@ import torch
 from test_cli import run as command
 
 from specdistill import models
-from specdistill.batches import make_batch
 from specdistill.config import DistillConfig, parse_config
 from specdistill.data.chat import encode_example
 from specdistill.data.generation import generate
@@ -18,15 +17,16 @@ from specdistill.data.prompts import Prompt
 from specdistill.data.sources import token_lists
 from specdistill.data.text_store import Answer, AnswerStore, Settled
 from specdistill.data.token_store import Example
-from specdistill.distill import distill
-from specdistill.distiller import Distiller
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError
-from specdistill.evaluation import on_text
 from specdistill.models import LanguageModel
-from specdistill.policies import read_given
 from specdistill.report.plots.training import figure_training
 from specdistill.run_folder import read_metrics
+from specdistill.training.batches import make_batch
+from specdistill.training.distiller import Distiller
+from specdistill.training.evaluation import on_text
+from specdistill.training.policies import read_given
+from specdistill.training.run import distill
 
 Tiny = Callable[..., LanguageModel]
 

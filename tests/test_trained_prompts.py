@@ -12,10 +12,9 @@ from specdistill import models
 from specdistill.data.chat import encode_prompt, encoded
 from specdistill.data.likeness import TRAINED, fingerprint, read_trained
 from specdistill.data.prompts import Prompt
-from specdistill.distill import distill, split
-from specdistill.policies import read_given
-from specdistill.scoring.measure import score
-from specdistill.scoring.provenance import trained_line
+from specdistill.scoring.measure import score, trained_line
+from specdistill.training.policies import read_given
+from specdistill.training.run import distill, split
 
 
 def test_a_score_on_prompts_of_training_says_so(tiny_folder: Path, tmp_path: Path) -> None:

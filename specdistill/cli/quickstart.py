@@ -24,7 +24,7 @@ def quickstart(
     1 if decoding is not lossless.
     """
     from specdistill import quickstart as loop
-    from specdistill.scoring.provenance import trained_line
+    from specdistill.scoring.measure import trained_line
 
     console.setup(threads)
     folder = run_dir or _new_run(Path("runs"))

@@ -87,7 +87,7 @@ def score(
     console.setup(threads)
     from specdistill.data.prompts import load_prompts
     from specdistill.scoring import measure
-    from specdistill.scoring.provenance import trained_line
+    from specdistill.scoring.measure import trained_line
 
     measure.check_lenience(verification, rule, temperatures)
     asked = load_prompts(prompts, split=split, column=column, limit=limit)

@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 from specdistill.scoring.scorecard import PLAIN_SLOWED, Row
+from specdistill.scoring.verdict import identity_words
 
 if TYPE_CHECKING:
     from specdistill.provenance import Environment
@@ -224,29 +225,6 @@ def evidence_line(card: Scorecard) -> str:
         f"{greedy}; target as its own draft: α = {proof.identity_acceptance:.3f}; "
         f"distribution test p = {proof.distribution_p_value:.3f}"
     )
-
-
-def identity_words(proof: Lossless) -> str:
-    """In which dtype greedy texts were compared, what rounding explains, and what float32 shows."""
-    same, compared = proof.greedy_identical
-    words = f" in {proof.dtype}" if proof.dtype else ""
-    if same < compared:
-        ties = sum(bool(tie["within_rounding"]) for tie in proof.ties)
-        each = (
-            "each difference a rounding tie"
-            if same + ties == compared
-            else (f"{ties} of the differences rounding ties")
-        )
-        words += f", {each}"
-    if proof.float32 is not None:
-        same, compared = proof.float32.greedy_identical
-        missing = proof.float32.missing
-        words += (
-            f"; not shown in float32: {missing}"
-            if missing
-            else (f"; {same} of {compared} in float32")
-        )
-    return words
 
 
 def checks_table(checks: Sequence[Check]) -> Table:

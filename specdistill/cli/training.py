@@ -118,8 +118,8 @@ def distill(
 
     settings = load_config(config, overrides or [])
     console.setup(threads)
-    from specdistill.distiller import configured_objective, leave_processes
     from specdistill.run_folder import check_run, given_config
+    from specdistill.training.distiller import configured_objective, leave_processes
 
     configured_objective(settings)  # before the models are read
     if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
@@ -140,10 +140,11 @@ def distill(
 
 def _distill(settings: DistillConfig, resume: bool) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """The draft's folder, what the policy's answers came to, and the last row of the metrics."""
-    from specdistill import distill as distillation
-    from specdistill import models, policies
+    from specdistill import models
     from specdistill.models import head_only, packing
     from specdistill.run_folder import METRICS, read_metrics
+    from specdistill.training import policies
+    from specdistill.training import run as distillation
 
     target = None
     if settings.signal != "none":

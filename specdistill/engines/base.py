@@ -15,8 +15,7 @@ from typing import Any
 from specdistill.data.chat import EncodedPrompt
 from specdistill.progress import Progress
 from specdistill.scoring.choice import Setting
-from specdistill.scoring.measure import in_turn
-from specdistill.scoring.provenance import cpu_times, stolen
+from specdistill.scoring.measure import cpu_times, in_turn, stolen
 from specdistill.scoring.rows import STALL, ratio, shares, survival
 from specdistill.scoring.scorecard import (
     LEAST_VERIFY_RATIO,

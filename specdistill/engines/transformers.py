@@ -31,7 +31,7 @@ from specdistill.models.randomness import seeded
 from specdistill.progress import Progress, silent
 from specdistill.scoring.choice import Setting
 from specdistill.scoring.lossless import GreedyPair, explain_difference
-from specdistill.scoring.provenance import model_card, provenance
+from specdistill.scoring.measure import model_card, provenance
 from specdistill.scoring.scorecard import Scorecard
 
 if TYPE_CHECKING:

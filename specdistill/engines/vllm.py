@@ -26,7 +26,7 @@ from specdistill.errors import DecodingError, InputError
 from specdistill.models import LanguageModel, check_positions, check_sizes
 from specdistill.progress import Progress, silent
 from specdistill.scoring.choice import Setting
-from specdistill.scoring.provenance import model_card, provenance
+from specdistill.scoring.measure import model_card, provenance
 from specdistill.scoring.scorecard import ModelCard, Scorecard
 
 GRACE_SECONDS = 10

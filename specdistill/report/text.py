@@ -9,14 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from specdistill.cli.tables import identity_words
 from specdistill.errors import InputError
 from specdistill.quoting import block, code, prose, visible
 from specdistill.report.serving import serving
 from specdistill.scoring.choice import chosen
-from specdistill.scoring.provenance import trained_line
+from specdistill.scoring.measure import trained_line
 from specdistill.scoring.scorecard import PLAIN_SLOWED, CategoryRow, ModelCard, Row, Scorecard
-from specdistill.scoring.verdict import judgement
+from specdistill.scoring.verdict import identity_words, judgement
 
 CAPTIONS = {
     "speedup.png": "Speedup over plain decoding by number of draft tokens γ, with 95% intervals. "

@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from specdistill.scoring.choice import Choice, Setting, choose
-from specdistill.scoring.scorecard import PLAIN_SLOWED, Best, PromptRow, Row, Verdict, Verification
+from specdistill.scoring.scorecard import (
+    PLAIN_SLOWED,
+    Best,
+    Lossless,
+    PromptRow,
+    Row,
+    Verdict,
+    Verification,
+)
 from specdistill.scoring.statistics import Ratio, break_even, prompts_needed
 
 UNKNOWN = "Whether the draft pays cannot be shown"
@@ -128,3 +136,26 @@ def _more_prompts(row: Row) -> str:
 
 def prompts(count: int) -> str:
     return "1 prompt" if count == 1 else f"{count:,} prompts"
+
+
+def identity_words(proof: Lossless) -> str:
+    """In which dtype greedy texts were compared, what rounding explains, and what float32 shows."""
+    same, compared = proof.greedy_identical
+    words = f" in {proof.dtype}" if proof.dtype else ""
+    if same < compared:
+        ties = sum(bool(tie["within_rounding"]) for tie in proof.ties)
+        each = (
+            "each difference a rounding tie"
+            if same + ties == compared
+            else (f"{ties} of the differences rounding ties")
+        )
+        words += f", {each}"
+    if proof.float32 is not None:
+        same, compared = proof.float32.greedy_identical
+        missing = proof.float32.missing
+        words += (
+            f"; not shown in float32: {missing}"
+            if missing
+            else (f"; {same} of {compared} in float32")
+        )
+    return words

@@ -13,26 +13,15 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from specdistill.batches import dealt, updates
-from specdistill.checkpoints import (
-    copy_weights,
-    find_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
 from specdistill.config import DistillConfig
 from specdistill.data.likeness import nearly_among, write_trained
 from specdistill.data.signal import NONE, kept_tokens, read_states
 from specdistill.data.text_store import holds_answers
 from specdistill.data.token_store import MANIFEST, Example, read_manifest
-from specdistill.distiller import Distiller, trainable
 from specdistill.drafts.making import save_draft
 from specdistill.errors import DecodingError, InputError, StorageError, TrainingError
-from specdistill.evaluation import Evaluation
 from specdistill.files import held
-from specdistill.hints import map_layers
 from specdistill.models import LanguageModel, check_positions, set_origin
-from specdistill.policies import Source, examples_at, forget_samples, read_given
 from specdistill.progress import Progress, silent
 from specdistill.run_folder import (
     CHECKPOINTS,
@@ -47,6 +36,17 @@ from specdistill.run_folder import (
     keep_metrics,
     write_config,
 )
+from specdistill.training.batches import dealt, updates
+from specdistill.training.checkpoints import (
+    copy_weights,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from specdistill.training.distiller import Distiller, trainable
+from specdistill.training.evaluation import Evaluation
+from specdistill.training.hints import map_layers
+from specdistill.training.policies import Source, examples_at, forget_samples, read_given
 
 
 def rate(spent: float, config: DistillConfig) -> float:

@@ -19,17 +19,17 @@ from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from specdistill.adapters import adapt, merge
-from specdistill.batches import Batch
 from specdistill.config import DistillConfig
-from specdistill.divergences import Objective, Positions, Target, objective, total_loss
 from specdistill.drafts.making import decoder_layers
 from specdistill.errors import InputError
-from specdistill.hints import HintLoss
 from specdistill.models import LanguageModel
 from specdistill.models.packing import is_packed, unpacked
 from specdistill.models.randomness import seeded
-from specdistill.shards import cut, shard, whole
+from specdistill.training.batches import Batch
+from specdistill.training.fsdp import cut, shard, whole
+from specdistill.training.hints import HintLoss
+from specdistill.training.lora import adapt, merge
+from specdistill.training.losses import Objective, Positions, Target, objective, total_loss
 from specdistill_kernels import (
     Head,
     TargetStates,

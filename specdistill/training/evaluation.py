@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdistill.batches import Batch, length_buckets, make_batch
 from specdistill.config import DistillConfig
 from specdistill.data.token_store import Example
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
-from specdistill.distiller import Distiller
-from specdistill.divergences import Positions, Target
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
+from specdistill.training.batches import Batch, length_buckets, make_batch
+from specdistill.training.distiller import Distiller
+from specdistill.training.losses import Positions, Target
 from specdistill_kernels import divergence, draft_columns
 
 
