@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdistill_kernels.losses import divergence, fused_divergence
-from specdistill_kernels.targets import Head, TargetStates
+from specdistill_kernels.divergences import divergence, fused_divergence
+from specdistill_kernels.divergences.targets import Head, TargetStates
 
 SHAPES = [(512, 256, 8_192, 128), (128, 576, 49_152, 64)]  # rows, hidden width, vocabulary, chunk
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from bench.gpu_session import Session
 from specdistill_kernels import Head, TargetStates, divergence, fused_divergence, keep_top_k
-from specdistill_kernels.divergences import LOSSES
-from specdistill_kernels.losses import TRITON_LACKS
+from specdistill_kernels.divergences import TRITON_LACKS
+from specdistill_kernels.divergences.reference import LOSSES
 
 # ‖ours − plain‖ / ‖plain‖. Both take the same product for the logits; half precision then rounds
 # the gradient of a logit to 8 or 11 bits, in sums of another order.

@@ -51,7 +51,7 @@ from specdistill.drafts.making import make_draft
 from specdistill.limits import MAX_DRAFT_TOKENS
 from specdistill.models import LanguageModel
 from specdistill_kernels import Lenience, Mode, counter_noise, probabilities, sample, verify
-from specdistill_kernels.noise import COIN, DRAFT, FINAL
+from specdistill_kernels.verification.noise import COIN, DRAFT, FINAL
 
 PROMPTS = [[7, 8, 9], [5], list(range(5, 45)), [11, 12], [9, 7] * 8]
 ADAPTIVE: Lengths = (5, 0.2)

@@ -34,10 +34,11 @@ sys.exit(wrong)
 """
 
 SPILLING = """
-from specdistill_kernels import aot, triton_verify
+from specdistill_kernels import aot
+from specdistill_kernels.verification import triton_backend
 
 kernel, signature, constants, warps, aligned = next(
-    c for c in triton_verify.configurations() if c[0].__name__ == "filter_kernel"
+    c for c in triton_backend.configurations() if c[0].__name__ == "filter_kernel"
 )
 wide = (kernel, signature, {**constants, "PIVOTS": 32}, warps, aligned)
 wrong = (kernel, signature, {**constants, "BLOCK": 1000}, warps, aligned)

@@ -20,7 +20,8 @@ from specdistill.errors import InputError
 from specdistill.scoring import check, lossless
 from specdistill.scoring.check import Check, Pair, run_checks
 from specdistill.scoring.statistics import martingale_p_value
-from specdistill_kernels import dispatch, reference
+from specdistill_kernels import verification
+from specdistill_kernels.verification import reference
 
 
 def make_pair(num_prompts: int = 2, tokens: int = 48, **model: object) -> Pair:
@@ -123,12 +124,12 @@ def seed_by_order(patch: pytest.MonkeyPatch) -> None:
 
 
 def noise_shared_by_draft_and_coin(patch: pytest.MonkeyPatch) -> None:
-    noise = dispatch.verify.__kwdefaults__["noise"]
+    noise = verification.verify.__kwdefaults__["noise"]
 
     def shared(seeds: torch.Tensor, step: torch.Tensor, position: torch.Tensor, *rest: object):
         return noise(seeds, step, position, 1, rest[1])
 
-    patch.setitem(dispatch.verify.__kwdefaults__, "noise", shared)
+    patch.setitem(verification.verify.__kwdefaults__, "noise", shared)
 
 
 BUGS: dict[str, tuple[Patch, str]] = {

@@ -28,7 +28,8 @@ from specdistill.data.token_store import Example, read_examples, read_manifest
 from specdistill.drafts.making import save_draft
 from specdistill.errors import InputError
 from specdistill.scoring.scorecard import Scorecard
-from specdistill_kernels import Verdict, reference
+from specdistill_kernels import Verdict
+from specdistill_kernels.verification import reference
 
 
 class Done(NamedTuple):
@@ -355,7 +356,7 @@ def test_check_exits_1_where_the_output_would_change(world: World) -> None:
     command = ["check", "--target", at["target"], "--draft", at["draft"]]
     command += ["--prompts", at["prompts"], "--limit", 2, "--max-new-tokens", 12]
     with (
-        mock.patch("specdistill_kernels.reference._verify_greedy", accept_all),
+        mock.patch("specdistill_kernels.verification.reference._verify_greedy", accept_all),
         mock.patch("specdistill.scoring.lossless.distribution_p_value", return_value=0.5),
     ):
         done = run(*command, "--json")

@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
-from specdistill_kernels import counter_noise, dispatch, divergences, losses, sample, verify
-from specdistill_kernels.dispatch import _takes_triton
-from specdistill_kernels.divergences import mixture
+from specdistill_kernels import counter_noise, divergences, sample, verification, verify
+from specdistill_kernels.divergences import reference
+from specdistill_kernels.divergences.reference import mixture
+from specdistill_kernels.verification import _takes_triton
 
 
 class OnGpu:
@@ -44,7 +45,7 @@ CANNOT = {
 
 @pytest.fixture
 def _with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
+    monkeypatch.setattr(verification, "find_spec", lambda name: object())
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
@@ -61,7 +62,7 @@ def test_auto_takes_triton_on_a_gpu_and_the_reference_elsewhere() -> None:
 @pytest.mark.parametrize("case", CANNOT.values(), ids=CANNOT)
 def test_what_triton_cannot_take_goes_to_the_reference_or_is_refused(case: tuple) -> None:
     logits, noise, message = case
-    dispatch.warn_once.cache_clear()
+    verification.warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="verifying run in PyTorch, many times slower") as said:
         assert not any(_takes_triton("auto", noise, *logits) for _ in range(3))
     assert len(said) == 1
@@ -74,16 +75,16 @@ def test_what_triton_cannot_take_goes_to_the_reference_or_is_refused(case: tuple
 @pytest.mark.usefixtures("_with_triton")
 def test_a_loss_that_triton_lacks_is_taken_in_torch_with_a_warning_once() -> None:
     parts = mixture("skew_kl")
-    dispatch.warn_once.cache_clear()
+    verification.warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="it has no skew_kl") as said:
-        kernels = [losses._kernel("auto", OnGpu(), parts) for _ in range(3)]
-    assert kernels == [divergences] * 3
+        kernels = [divergences._kernel("auto", OnGpu(), parts) for _ in range(3)]
+    assert kernels == [reference] * 3
     assert len(said) == 1
 
 
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
-    dispatch.warn_once.cache_clear()
+    monkeypatch.setattr(verification, "find_spec", lambda name: None)
+    verification.warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="triton is not installed"):
         assert not _takes_triton("auto", counter_noise, OnGpu())
     with pytest.raises(ValueError, match="triton is not installed; pip install triton"):
@@ -91,7 +92,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_logits_in_the_cpus_memory_need_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: object())
+    monkeypatch.setattr(verification, "find_spec", lambda name: object())
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match=r"logits are on cpu; move them to a GPU, set TRITON_INT"):
         _takes_triton("triton", counter_noise, torch.zeros(1))

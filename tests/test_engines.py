@@ -32,7 +32,7 @@ from specdistill.errors import DecodingError, InputError, StorageError
 from specdistill.models import LanguageModel
 from specdistill.scoring.comparable import obstacles
 from specdistill.scoring.scorecard import ModelCard, Scorecard
-from specdistill_kernels.reference import probabilities
+from specdistill_kernels.verification.reference import probabilities
 
 Tiny = Callable[..., LanguageModel]
 PROMPTS = [

@@ -11,10 +11,16 @@ import torch
 from torch import Tensor
 from torch.profiler import profile
 
-from specdistill_kernels import losses
-from specdistill_kernels.divergences import LOSSES
-from specdistill_kernels.losses import divergence, divergence_rows, fused_divergence
-from specdistill_kernels.targets import Head, TargetStates, TargetTopK, draft_columns, keep_top_k
+from specdistill_kernels import divergences
+from specdistill_kernels.divergences import divergence, divergence_rows, fused_divergence
+from specdistill_kernels.divergences.reference import LOSSES
+from specdistill_kernels.divergences.targets import (
+    Head,
+    TargetStates,
+    TargetTopK,
+    draft_columns,
+    keep_top_k,
+)
 
 FORMS = ("logits", "states", "states+lse", "top-k")
 MIXTURE = {"fkl": 0.5, "jsd": 0.3, "tvd": 1.0, "lk_alpha": 0.2, "lk_hybrid": 0.7, "ce": 0.1}
@@ -570,7 +576,7 @@ def test_nothing_loads_triton_until_it_is_asked_for() -> None:
         "losses.fused_divergence(\n"
         "    torch.randn(3, 4), head, torch.randn(3, 9), loss='fkl').backward()\n"
         "assert before or 'triton' not in sys.modules\n"
-        "assert 'specdistill_kernels.triton_losses' not in sys.modules\n"
+        "assert 'specdistill_kernels.divergences.triton_backend' not in sys.modules\n"
         "assert 'transformers' not in sys.modules\n"
     )
     path = f"import sys; sys.path[:0] = {sys.path!r}\n"
@@ -584,7 +590,7 @@ def test_the_triton_backend_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     arguments = case(dtype=torch.float32)
     installed: dict[str, object] = {"triton": object()}
-    monkeypatch.setattr(losses.importlib.util, "find_spec", installed.get)
+    monkeypatch.setattr(divergences.importlib.util, "find_spec", installed.get)
     with pytest.raises(RuntimeError, match="on cpu"):
         fused_divergence(**arguments, loss="fkl", backend="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -18,16 +18,16 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("set TRITON_INTERPRET=1, before Python starts", allow_module_level=True)
 
-from specdistill_kernels import divergences, losses, triton_losses
-from specdistill_kernels.divergences import LOSSES as ALL
-from specdistill_kernels.divergences import Dense, Lumped, Mixture, mixture
-from specdistill_kernels.losses import divergence, fused_divergence
-from specdistill_kernels.targets import Head, TargetStates, keep_top_k
+from specdistill_kernels import divergences
+from specdistill_kernels.divergences import divergence, fused_divergence, reference, triton_backend
+from specdistill_kernels.divergences.reference import LOSSES as ALL
+from specdistill_kernels.divergences.reference import Dense, Lumped, Mixture, mixture
+from specdistill_kernels.divergences.targets import Head, TargetStates, keep_top_k
 
 # numpy says so of every -inf that the kernel masks.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-LOSSES = [name for name in ALL if name not in losses.TRITON_LACKS]
+LOSSES = [name for name in ALL if name not in divergences.TRITON_LACKS]
 MIXTURES = {
     "all": dict.fromkeys(LOSSES, 0.5),
     "fkl+ce": {"fkl": 0.9, "ce": 0.1},
@@ -91,7 +91,7 @@ def exactly(case: dict[str, Any], labels: Tensor | None, parts: Mixture) -> tupl
         *(x.double() if x is not None and x.is_floating_point() else x for x in case["target"])
     )
     arguments = (target, labels, case["weights"], parts, case["temperature"])
-    return divergences.row_gradients(case["draft_logits"].double(), *arguments)
+    return reference.row_gradients(case["draft_logits"].double(), *arguments)
 
 
 def check(case: dict[str, Any], objective: dict[str, float], **tile: int) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ def check(case: dict[str, Any], objective: dict[str, float], **tile: int) -> tup
     arguments = (case["target"], labels, case["weights"], parts, case["temperature"])
     draft = poisoned(case["draft_logits"])
     held = draft.untyped_storage()
-    got, gradient = triton_losses.row_gradients(draft, *arguments, **tile)
+    got, gradient = triton_backend.row_gradients(draft, *arguments, **tile)
     expected, wanted = exactly(case, labels, parts)
     assert gradient.data_ptr() == draft.data_ptr()
     around = torch.empty(0, dtype=draft.dtype).set_(held)
@@ -157,12 +157,12 @@ def test_strides() -> None:
 
 def test_alignment() -> None:
     aligned = torch.zeros(4, 64)
-    assert triton_losses._unit(aligned) == 16
+    assert triton_backend._unit(aligned) == 16
     for other in (aligned[:, :48], aligned[1:]):
-        assert triton_losses._unit(aligned, other) == 16
+        assert triton_backend._unit(aligned, other) == 16
     odd = (torch.zeros(4, 63), torch.zeros(4, 65)[:, :64], torch.zeros(257)[1:].view(4, 64))
     for other in odd:
-        assert triton_losses._unit(aligned, other) == 1
+        assert triton_backend._unit(aligned, other) == 1
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -172,7 +172,7 @@ def test_saturated_logits(form: str, name: str) -> None:
     parts = mixture(OBJECTIVES[name])
     labels = case["labels"] if "ce" in parts.weights else None
     expected, wanted = exactly(case, labels, parts)
-    got, gradient = triton_losses.row_gradients(
+    got, gradient = triton_backend.row_gradients(
         case["draft_logits"], case["target"], labels, case["weights"], parts, 1.0
     )
     assert torch.allclose(got.double(), expected, rtol=1e-5)
@@ -206,8 +206,8 @@ def test_infinite_divergences_are_infinite_and_no_others(places: list[int]) -> N
         parts = mixture(OBJECTIVES[name])
         labels = torch.tensor([3]) if "ce" in OBJECTIVES[name] else None
         arguments = (Dense(target, None), labels, torch.ones(1), parts, 1.0)
-        expected, wanted = divergences.row_gradients(draft, *arguments)
-        got, gradient = triton_losses.row_gradients(draft.clone(), *arguments)
+        expected, wanted = reference.row_gradients(draft, *arguments)
+        got, gradient = triton_backend.row_gradients(draft.clone(), *arguments)
         assert got.item() == pytest.approx(expected.item(), rel=1e-6), name
         infinite = {"fkl", "rkl", "jeffreys", "lk_hybrid"} | (
             {"lk_alpha"} if 6 in places else set()
@@ -249,8 +249,8 @@ def test_logsumexp(dtype: torch.dtype) -> None:
     for width, block, per_program in ((1, 16, 1), (77, 16, 4), (4099, None, None)):
         logits = torch.randn(5, width + 3).mul(30).to(dtype)[:, :width]
         logits[1, :-1] = -torch.inf
-        got = triton_losses.logsumexp(logits, 0.7, block=block, rows=per_program)
-        assert torch.allclose(got, divergences.logsumexp(logits, 0.7), rtol=1e-6)
+        got = triton_backend.logsumexp(logits, 0.7, block=block, rows=per_program)
+        assert torch.allclose(got, reference.logsumexp(logits, 0.7), rtol=1e-6)
 
 
 @pytest.mark.parametrize("vocab", [None, [11, 2, 19, 0, 7, 22, 3, 16]])
@@ -272,13 +272,13 @@ def test_fused_divergence_is_the_same_with_both_backends(
         "top-k": keep_top_k(logits, 4, temperature=1.3),
     }[form]
     weights = torch.rand(n) * (torch.arange(n) % 3 > 0)
-    results, calls, kernel = [], [], triton_losses.row_gradients
+    results, calls, kernel = [], [], triton_backend.row_gradients
 
     def counted(*arguments: Any) -> Any:
         calls.append(len(arguments[0]))
         return kernel(*arguments)
 
-    monkeypatch.setattr(triton_losses, "row_gradients", counted)
+    monkeypatch.setattr(triton_backend, "row_gradients", counted)
     for backend in ("torch", "triton"):
         options: dict[str, Any] = {
             "loss": MIXTURES["all"],
@@ -326,7 +326,7 @@ def test_gradients_do_not_cancel_where_nearly_all_lies_in_the_tail(loss: str) ->
     expected = divergence(exact, known, loss=loss)
     (wanted,) = torch.autograd.grad(expected.sum(), exact)
     target = Lumped(known.tokens, known.log_probs, known.log_tail)
-    losses_, got = triton_losses.row_gradients(
+    losses_, got = triton_backend.row_gradients(
         logits.clone(), target, None, torch.ones(2), mixture(loss), 1.0
     )
     assert torch.allclose(losses_.double(), expected.detach(), rtol=1e-5)
@@ -337,25 +337,25 @@ def test_gradients_do_not_cancel_where_nearly_all_lies_in_the_tail(loss: str) ->
 
 def test_automatic_is_torch_on_a_cpu() -> None:
     parts = mixture("fkl")
-    assert losses._kernel("auto", torch.zeros(1), parts) is divergences
-    assert losses._kernel("triton", torch.zeros(1), parts) is triton_losses
+    assert divergences._kernel("auto", torch.zeros(1), parts) is reference
+    assert divergences._kernel("triton", torch.zeros(1), parts) is triton_backend
 
 
 def test_every_launch_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernels are launched with here, in the form in which it is compiled for a GPU."""
     listed = {
         (c.kernel.fn.__name__, *sorted((k, v) for k, v in c.constexprs.items() if v is not None))
-        for c in triton_losses.configurations()
+        for c in triton_backend.configurations()
     }
     assert len(listed) == 2 * (2 * 2 * 2 + 1)
     forms = {
         (c.signature["draft"], c.signature["target"], c.constexprs["LUMPED"])
-        for c in triton_losses.configurations()
+        for c in triton_backend.configurations()
         if "draft" in c.signature
     }
     assert len(forms) == 5
     monkeypatch.setattr(
-        triton_losses, "_tile", lambda *_: {"BLOCK": triton_losses.BLOCK, "ROWS": 1}
+        triton_backend, "_tile", lambda *_: {"BLOCK": triton_backend.BLOCK, "ROWS": 1}
     )
     seen = []
 
@@ -365,7 +365,7 @@ def test_every_launch_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -> Non
 
         def __getitem__(self, grid: Any) -> Any:
             def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
-                assert num_warps == triton_losses.WARPS
+                assert num_warps == triton_backend.WARPS
                 pairs = sorted(constants.items())
                 seen.append((self.kernel.fn.__name__, *pairs))
                 if len(arguments) > 6:
@@ -377,9 +377,9 @@ def test_every_launch_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -> Non
             return launch
 
     for name in ("divergence_kernel", "logsumexp_kernel"):
-        monkeypatch.setattr(triton_losses, name, Recorder(getattr(triton_losses, name)))
+        monkeypatch.setattr(triton_backend, name, Recorder(getattr(triton_backend, name)))
     for form, width, dtype in itertools.product(("whole", "top-k"), (32, 33), DTYPES):
-        triton_losses.logsumexp(torch.zeros(1, width, dtype=dtype), 1.0)
+        triton_backend.logsumexp(torch.zeros(1, width, dtype=dtype), 1.0)
         if dtype == torch.float16:  # the draft's logits never are
             continue
         for name in ("fkl", "tvd", "all", "fkl+ce"):

@@ -44,8 +44,8 @@ from specdistill.scoring import rows, scorecard, trust
 from specdistill.scoring.choice import choose
 from specdistill.scoring.lossless import explain_difference
 from specdistill.scoring.statistics import ratio_of_sums
-from specdistill_kernels import noise, reference
-from specdistill_kernels.reference import Proposals
+from specdistill_kernels.verification import noise, reference
+from specdistill_kernels.verification.reference import Proposals
 
 STREAMS = {
     "near": Setting(lengths=4),

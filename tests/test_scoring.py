@@ -142,7 +142,7 @@ def test_the_card_says_where_it_came_from(card: Scorecard) -> None:
 def test_a_wrong_verify_function_shows_in_the_evidence(pair, monkeypatch) -> None:
     """Accepting every proposal is caught by the distribution test and by the greedy texts."""
     target, draft = pair
-    from specdistill_kernels.reference import Verdict
+    from specdistill_kernels.verification.reference import Verdict
 
     def gullible(draft_tokens, draft_logits, target_logits, *, lengths, **rest):
         bonus = target_logits[:, -1].argmax(-1, keepdim=True)

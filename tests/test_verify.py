@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 
 from specdistill_kernels import counter_noise, probabilities, sample, verify
-from specdistill_kernels.noise import exponential
+from specdistill_kernels.verification.noise import exponential
 
 V = 16
 

@@ -20,17 +20,11 @@ import triton
 import triton.language as tl
 from scipy import stats
 
-from specdistill_kernels import (
-    Lenience,
-    counter_noise,
-    probabilities,
-    sample,
-    triton_verify,
-    verify,
-)
-from specdistill_kernels import triton_noise as noise
-from specdistill_kernels.noise import COIN, FINAL, coin, exponential
-from specdistill_kernels.triton_launch import Tiles
+from specdistill_kernels import Lenience, counter_noise, probabilities, sample, verify
+from specdistill_kernels.verification import triton_backend
+from specdistill_kernels.verification import triton_noise as noise
+from specdistill_kernels.verification.launch import Tiles
+from specdistill_kernels.verification.noise import COIN, FINAL, coin, exponential
 
 # Of NaN and infinite logits, which the kernels meet and set aside.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -109,7 +103,7 @@ def assert_equal(arguments: dict, tiles: Tiles | None = None) -> None:
     if tiles is None:
         mine = verify(**arguments, backend="triton")
     else:
-        mine = triton_verify.verify(**defaults(arguments), tiles=tiles)
+        mine = triton_backend.verify(**defaults(arguments), tiles=tiles)
     assert mine.tokens.dtype == mine.num_accepted.dtype == torch.int64
     different = (mine.tokens != theirs.tokens).any(-1).nonzero()[:, 0].tolist()
     assert not different, f"{len(different)} of {len(mine.tokens)} requests differ"
@@ -321,7 +315,7 @@ def test_emitted_tokens_follow_the_target(apart: float, mode: str) -> None:
 def kept_by_kernel(logits: torch.Tensor, filters: dict, tiles: Tiles | None = None) -> torch.Tensor:
     """The set that the cut of each row keeps, read from the workspace."""
     found = {}
-    original = triton_verify._launcher
+    original = triton_backend._launcher
 
     def remember(*arguments, **more):
         found["launch"] = original(*arguments, **more)
@@ -330,8 +324,8 @@ def kept_by_kernel(logits: torch.Tensor, filters: dict, tiles: Tiles | None = No
     zeros = torch.zeros(len(logits), dtype=torch.int64)
     rows = {"temperature": None, "top_k": None, "top_p": None, "min_p": None, **filters}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_verify, "_launcher", remember)
-        triton_verify.sample(logits, seeds=zeros, step=zeros, position=0, tiles=tiles, **rows)
+        patch.setattr(triton_backend, "_launcher", remember)
+        triton_backend.sample(logits, seeds=zeros, step=zeros, position=0, tiles=tiles, **rows)
     cuts = found["launch"].arguments["cuts"][: len(logits)]
     return logits.float() >= cuts[:, None]
 
@@ -548,7 +542,7 @@ def test_nothing_is_read_before_it_is_written(
     monkeypatch.setattr(torch, "empty", poisoned)
     assert_equal(arguments, tiles)
     rows = {**dict.fromkeys(("top_k", "top_p", "min_p")), **rows}
-    mine = triton_verify.sample(arguments["draft_logits"][:, 0], position=0, tiles=tiles, **rows)
+    mine = triton_backend.sample(arguments["draft_logits"][:, 0], position=0, tiles=tiles, **rows)
     assert torch.equal(mine.tokens, theirs.tokens)
     torch.testing.assert_close(mine.logsumexp, theirs.logsumexp, rtol=1e-6, atol=2e-6)
 

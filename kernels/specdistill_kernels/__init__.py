@@ -9,11 +9,17 @@ what was sampled.
 never holds the logits of all tokens; `divergence` is the same in plain PyTorch, all at once.
 """
 
-from specdistill_kernels.dispatch import sample, verify
-from specdistill_kernels.losses import divergence, divergence_rows, fused_divergence
-from specdistill_kernels.noise import Noise, counter_noise
-from specdistill_kernels.reference import Drawn, Lenience, Mode, Verdict, probabilities
-from specdistill_kernels.targets import Head, TargetStates, TargetTopK, draft_columns, keep_top_k
+from specdistill_kernels.divergences import divergence, divergence_rows, fused_divergence
+from specdistill_kernels.divergences.targets import (
+    Head,
+    TargetStates,
+    TargetTopK,
+    draft_columns,
+    keep_top_k,
+)
+from specdistill_kernels.verification import sample, verify
+from specdistill_kernels.verification.noise import Noise, counter_noise
+from specdistill_kernels.verification.reference import Drawn, Lenience, Mode, Verdict, probabilities
 
 __all__ = [
     "Drawn",

@@ -30,7 +30,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 DEFAULT_TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
-MODULES = ("triton_verify", "triton_losses")
+MODULES = ("verification", "divergences")
 
 
 class Configuration(NamedTuple):
@@ -112,7 +112,7 @@ def _number(pattern: str, text: str) -> str:
 def configurations() -> Iterator[Configuration]:
     """Those of all kernel modules."""
     for module in MODULES:
-        yield from import_module(f"specdistill_kernels.{module}").configurations()
+        yield from import_module(f"specdistill_kernels.{module}.triton_backend").configurations()
 
 
 def table(found: Iterable[Configuration], targets: Iterable[str]) -> Iterator[tuple[str, int]]:

@@ -85,6 +85,7 @@ def score(
     keep_apart([out], [target, draft, prompts, engine_python])
     console.must_be_free(out, overwrite)
     console.setup(threads)
+    from specdistill.data import chat
     from specdistill.data.prompts import load_prompts
     from specdistill.scoring import measure
     from specdistill.scoring.measure import trained_line
@@ -94,7 +95,7 @@ def score(
     if engine == "vllm":  # loads its own, and needs the device; of ours it needs facts alone
         dtype, device = _dtype_of_device(dtype), "cpu"
     big, small = _load_pair(target, draft, dtype, device, packed=engine == "specdistill")
-    encoded = measure.encoded(big.tokenizer, asked)
+    encoded = chat.encoded(big.tokenizer, asked)
     if copies := len(asked) - len(encoded):
         console.note(
             f"{copies} of {len(asked)} prompts are copies of others, and are left out: "

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from specdistill.provenance import Environment
     from specdistill.scoring.check import Check
     from specdistill.scoring.compare import Comparison, Standing
-    from specdistill.scoring.scorecard import CategoryRow, Lossless, Scorecard
+    from specdistill.scoring.scorecard import CategoryRow, Scorecard
 
 NARROW: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 0)}  # ten columns in 80 characters
 

@@ -127,7 +127,7 @@ def check_written(draft: LanguageModel, folder: Path) -> tuple[float, float]:
 
 def _target_size(draft: LanguageModel, name: str | None) -> int:
     """How many rows for tokens the target has; the draft's own where nobody says."""
-    said = (making.origin(draft) or {}).get("target_vocab_size")
+    said = (models.origin(draft) or {}).get("target_vocab_size")
     size = said if isinstance(said, int) and not isinstance(said, bool) else draft.full_vocab_size
     if name is not None:
         size = read_config(name, models.locate(name)).get_text_config().vocab_size

@@ -1,8 +1,8 @@
 """What a draft is trained for: a weighted sum of losses by name.
 
-Two kinds. Those of single positions live in `specdistill_kernels` (`divergences.py` there has the
-formulas), which goes from hidden states to a loss and its gradients by chunks of rows. Those of
-whole blocks of proposals are in `BLOCK_LOSSES` here. Adding one is one function and one entry, in
+Two kinds. Those of single positions live in `specdistill_kernels` (`divergences/reference.py` has
+their formulas), which goes from hidden states to a loss and its gradients by chunks of rows. Those
+of whole blocks of proposals are in `BLOCK_LOSSES` here. Adding one is one function and one entry, in
 the table of its kind.
 """
 
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from specdistill.errors import InputError
 from specdistill_kernels import Head, TargetStates, TargetTopK, divergence_rows, fused_divergence
-from specdistill_kernels.divergences import LOSSES as POSITION_LOSSES
-from specdistill_kernels.divergences import mixture
+from specdistill_kernels.divergences.reference import LOSSES as POSITION_LOSSES
+from specdistill_kernels.divergences.reference import mixture
 
 # Acceptance itself, so taken at the temperature the draft will decode at. The others are taken at
 # the distillation temperature, ce at 1.

@@ -1,4 +1,4 @@
-"""The rows of `divergences.py` in Triton: one program takes a few rows and goes over the vocabulary
+"""The rows of `reference.py` in Triton: one program takes a few rows and goes over the vocabulary
 two or three times, computing in float32 whatever the logits' dtype.
 
 First the softmax statistics of both sides, in one online pass; then, for the losses that need them,

@@ -1,4 +1,4 @@
-"""What the launches of `triton_verify` share: tile sizes, the logits as the kernels take them, the
+"""What the launches of `triton_backend` share: tile sizes, the logits as the kernels take them, the
 workspace, and passing arguments by name.
 """
 

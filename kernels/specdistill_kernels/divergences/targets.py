@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from specdistill_kernels.divergences import Dense, Lumped, Mixture, wide
+from specdistill_kernels.divergences.reference import Dense, Lumped, Mixture, wide
 
 Rows = slice | Tensor
 

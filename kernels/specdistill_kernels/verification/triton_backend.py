@@ -14,11 +14,10 @@ import triton
 from torch import Tensor
 
 from specdistill_kernels.aot import Configuration
-from specdistill_kernels.reference import Drawn, Lenience, Mode, Verdict
-from specdistill_kernels.triton_accept import excess_kernel
-from specdistill_kernels.triton_draw import sample_kernel, verdict_kernel
-from specdistill_kernels.triton_filter import filter_kernel
-from specdistill_kernels.triton_launch import (
+from specdistill_kernels.verification.accept import excess_kernel
+from specdistill_kernels.verification.draw import sample_kernel, verdict_kernel
+from specdistill_kernels.verification.filter import filter_kernel
+from specdistill_kernels.verification.launch import (
     BLOCK,
     FILTER_BLOCK,
     FILTER_WARPS,
@@ -32,7 +31,8 @@ from specdistill_kernels.triton_launch import (
     tiles_for,
     workspace,
 )
-from specdistill_kernels.triton_rows import INTS, stats_kernel
+from specdistill_kernels.verification.reference import Drawn, Lenience, Mode, Verdict
+from specdistill_kernels.verification.rows import INTS, stats_kernel
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 KEY_SHIFT = {"fp32": 0, "bf16": 16, "fp16": 13}  # low bits that are 0 in float32 of this dtype
@@ -59,7 +59,7 @@ def verify(
     tiles: Tiles | None = None,
 ) -> Verdict:
     """As `reference.verify`, with `counter_noise`. Two launches, one more with filters and one
-    more in mode "block". `dispatch` has checked the arguments.
+    more in mode "block". `verification` has checked the arguments.
     """
     target = Side.of(target_logits)
     draft = target if draft_logits is None else Side.of(draft_logits)
@@ -125,8 +125,8 @@ def sample(
     position: int,
     tiles: Tiles | None = None,
 ) -> Drawn:
-    """As `reference.sample`, with `counter_noise`. Two launches, one more with filters. `dispatch`
-    has checked the arguments."""
+    """As `reference.sample`, with `counter_noise`. Two launches, one more with filters. The
+    arguments have been checked."""
     batch = len(logits)
     tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
     logsumexp = torch.empty(batch, dtype=torch.float32, device=logits.device)

@@ -10,9 +10,8 @@ result: no further launch, and the order in which they finish does not matter.
 import triton
 import triton.language as tl
 
-from specdistill_kernels.triton_accept import decide, draft_row, taken
-from specdistill_kernels.triton_noise import DRAFT, FINAL, exponential, random_bits, stream
-from specdistill_kernels.triton_rows import (
+from specdistill_kernels.verification.accept import decide, draft_row, taken
+from specdistill_kernels.verification.rows import (
     INF,
     INTS,
     NOWHERE,
@@ -26,6 +25,13 @@ from specdistill_kernels.triton_rows import (
     row_sum,
     some,
     warped,
+)
+from specdistill_kernels.verification.triton_noise import (
+    DRAFT,
+    FINAL,
+    exponential,
+    random_bits,
+    stream,
 )
 
 NONE = tl.constexpr(-3.0e38)  # below every score

@@ -10,8 +10,7 @@ at the draft's logits). `draft_options` is (inverse, trimmed, draft_lse, has_lse
 import triton
 import triton.language as tl
 
-from specdistill_kernels.triton_noise import COIN, random_bits, stream
-from specdistill_kernels.triton_rows import (
+from specdistill_kernels.verification.rows import (
     INF,
     INTS,
     first_maximum,
@@ -25,6 +24,7 @@ from specdistill_kernels.triton_rows import (
     statistics,
     warped,
 )
+from specdistill_kernels.verification.triton_noise import COIN, random_bits, stream
 
 
 @triton.jit

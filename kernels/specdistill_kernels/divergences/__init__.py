@@ -1,6 +1,6 @@
 """Distillation losses from hidden states: head, divergence and gradients by chunks of rows, so that
 memory grows with the chunk and not with the number of tokens. The losses themselves are defined in
-`divergences.py`.
+`reference.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from specdistill_kernels import divergences
-from specdistill_kernels.dispatch import warn_once
-from specdistill_kernels.divergences import Mixture, mixture, wide
-from specdistill_kernels.targets import Head, RowKernel, Rows, Target, prepare
+from specdistill_kernels.divergences import reference
+from specdistill_kernels.divergences.reference import Mixture, mixture, wide
+from specdistill_kernels.divergences.targets import Head, RowKernel, Rows, Target, prepare
+from specdistill_kernels.verification import warn_once
 
 Backend = Literal["auto", "torch", "triton"]
 TRITON_LACKS = frozenset({"skew_kl", "skew_rkl"})  # they would need a mixture m of their own
@@ -40,8 +40,8 @@ def divergence(
     """
     num, width = draft_logits.shape
     parts = mixture(loss, beta, skew, eta)
-    case = prepare(num, width, target, labels, parts, temperature, draft_vocab, divergences)
-    return divergences.row_losses(wide(draft_logits), *case.rows(slice(None)), parts, temperature)
+    case = prepare(num, width, target, labels, parts, temperature, draft_vocab, reference)
+    return reference.row_losses(wide(draft_logits), *case.rows(slice(None)), parts, temperature)
 
 
 def fused_divergence(
@@ -65,7 +65,7 @@ def fused_divergence(
 
     hidden: [N, d], the draft's final hidden states. head: the draft's, of Vd tokens. target: raw
     logits [N, V], `TargetStates` or `TargetTopK`; no gradient reaches it. loss: a name or weights
-    by name, as defined in `divergences.py`; beta for jsd (0.5), skew for skew_kl and skew_rkl
+    by name, as defined in `reference.py`; beta for jsd (0.5), skew for skew_kl and skew_rkl
     (0.1), eta for lk_hybrid (3). temperature: of both sides, for every loss but ce. labels: [N]
     target ids, for ce, which alone needs no target; negative ids and tokens the draft lacks are
     skipped (`draft_columns` finds them). weights: [N] float or bool, all 1 by default; a row of
@@ -199,12 +199,12 @@ def _kernel(backend: Backend, hidden: Tensor, parts: Mixture) -> RowKernel:
     if backend == "auto" and lacking and hidden.is_cuda:
         warn_once(f"the loss runs in PyTorch, which takes longer than Triton: {lacking}")
     if backend == "torch" or (backend == "auto" and (lacking or not hidden.is_cuda)):
-        return divergences
+        return reference
     if lacking:
         raise RuntimeError(f"backend 'triton' cannot run: {lacking}; 'torch' runs everywhere")
-    from specdistill_kernels import triton_losses
+    from specdistill_kernels.divergences import triton_backend
 
-    return triton_losses
+    return triton_backend
 
 
 def _lacking(hidden: Tensor, parts: Mixture) -> str:

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from specdistill_kernels.noise import COIN, DRAFT, FINAL, Noise, coin, exponential
+from specdistill_kernels.verification.noise import COIN, DRAFT, FINAL, Noise, coin, exponential
 
 Mode = Literal["token", "block"]
 

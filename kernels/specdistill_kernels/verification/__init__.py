@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from specdistill_kernels import reference
-from specdistill_kernels.noise import Noise, counter_noise
-from specdistill_kernels.reference import Drawn, Lenience, Mode, Verdict
+from specdistill_kernels.verification import reference
+from specdistill_kernels.verification.noise import Noise, counter_noise
+from specdistill_kernels.verification.reference import Drawn, Lenience, Mode, Verdict
 
 Backend = Literal["auto", "triton", "reference"]
 
@@ -99,9 +99,9 @@ def verify(
         if value is not None and list(value.shape) != shape:
             raise ValueError(f"{name} must be {shape}; got {list(value.shape)}")
     if _takes_triton(backend, noise, target_logits, draft_logits):
-        from specdistill_kernels import triton_verify
+        from specdistill_kernels.verification import triton_backend
 
-        return triton_verify.verify(
+        return triton_backend.verify(
             draft_tokens,
             draft_logits,
             target_logits,
@@ -155,9 +155,9 @@ def sample(
     that `verify` takes. Arguments as there; position is the token's place in the round (0 to G-1).
     """
     if _takes_triton(backend, noise, logits):
-        from specdistill_kernels import triton_verify
+        from specdistill_kernels.verification import triton_backend
 
-        return triton_verify.sample(
+        return triton_backend.sample(
             logits,
             temperature=temperature,
             top_k=top_k,

@@ -9,7 +9,7 @@ top-k, renormalise, top-p, min-p, renormalise; what ties with a threshold is kep
 import triton
 import triton.language as tl
 
-from specdistill_kernels.triton_rows import (
+from specdistill_kernels.verification.rows import (
     INF,
     INTS,
     offered,

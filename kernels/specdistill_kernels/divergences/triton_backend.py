@@ -1,5 +1,5 @@
-"""The backend "triton" of `fused_divergence`: launches the kernels of `triton_divergence.py` behind
-the interface of `divergences.py`.
+"""The backend "triton" of `fused_divergence`: launches the kernels of `kernel.py` behind
+the interface of `reference.py`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import triton
 from torch import Tensor
 
 from specdistill_kernels.aot import Configuration
-from specdistill_kernels.divergences import LOSSES, Dense, Lumped, Mixture
-from specdistill_kernels.triton_divergence import divergence_kernel, logsumexp_kernel
+from specdistill_kernels.divergences.kernel import divergence_kernel, logsumexp_kernel
+from specdistill_kernels.divergences.reference import LOSSES, Dense, Lumped, Mixture
 
 BLOCK, WARPS = 512, 4  # four entries a thread: with eight, some configurations spill registers
 
