@@ -2,8 +2,8 @@
 
 Two kinds. Those of single positions live in `specdistill_kernels` (`divergences/reference.py` has
 their formulas), which goes from hidden states to a loss and its gradients by chunks of rows. Those
-of whole blocks of proposals are in `BLOCK_LOSSES` here. Adding one is one function and one entry, in
-the table of its kind.
+of whole blocks of proposals are in `BLOCK_LOSSES` here. Adding one is one function and one entry,
+in the table of its kind.
 """
 
 from __future__ import annotations
