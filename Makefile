@@ -29,7 +29,7 @@ lint: .venv/installed-dev
 	$(BIN)/lint-imports
 
 reference: install
-	$(BIN)/typer specdistill.cli.application utils docs --name specdistill > docs/commands.md
+	$(BIN)/python docs/reference/write.py
 
 # runs/ is the user's work and stays.
 clean:

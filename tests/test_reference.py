@@ -1,19 +1,18 @@
-"""docs/commands.md is what typer makes of the command line."""
+"""The pages in docs/reference are what the command line and the configuration make of them."""
 
-import shutil
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
 
-REFERENCE = Path(__file__).parents[1] / "docs" / "commands.md"
+REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 
 
 @pytest.mark.skipif(not REFERENCE.exists(), reason="the wheel has no docs")
-def test_the_command_reference_is_that_of_the_commands() -> None:
-    typer = shutil.which("typer", path=str(Path(sys.executable).parent))
-    assert typer, "typer's own command comes with typer"
-    asked = ["specdistill.cli.application", "utils", "docs", "--name", "specdistill"]
-    made = subprocess.run([typer, *asked], capture_output=True, text=True, check=True).stdout
-    assert REFERENCE.read_text(encoding="utf-8") == made, "`make reference` writes it again"
+@pytest.mark.parametrize(
+    ("page", "writer"), [("commands.md", "commands"), ("config.md", "configuration")]
+)
+def test_a_generated_page_is_up_to_date(page: str, writer: str) -> None:
+    made = runpy.run_path(str(REFERENCE / "write.py"))[writer]()
+    stale = "`make reference` writes docs/reference again"
+    assert (REFERENCE / page).read_text(encoding="utf-8") == made, stale
