@@ -16,6 +16,7 @@ from specdistill.drafts import making
 from specdistill.drafts.export import check_written, export
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError, ModelError
+from specdistill.models.checkpoint_files import VOCAB_FILE
 from specdistill.scoring.scorecard import ModelCard, Scorecard
 
 IDS = torch.arange(0, 64, 3)
@@ -61,7 +62,7 @@ def test_the_checkpoint_is_the_draft_logit_by_logit(run_dir: Path, tmp_path: Pat
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == draft.tokenizer.chat_template
     assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == 0
-    assert not (tmp_path / "out" / models.VOCAB_FILE).exists()
+    assert not (tmp_path / "out" / VOCAB_FILE).exists()
 
 
 def test_what_it_was_trained_on_goes_along(run_dir: Path, tmp_path: Path) -> None:

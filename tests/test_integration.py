@@ -15,7 +15,7 @@ from specdistill.config import load_config
 from specdistill.data.chat import encode_prompt
 from specdistill.data.prompts import load_prompts
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
-from specdistill.drafts.making import make_draft, save_draft, widen
+from specdistill.drafts.making import at_full_vocabulary, make_draft, save_draft
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, packing
 from specdistill.models.gguf_files import DEMO
@@ -107,7 +107,7 @@ def test_quickstart_in_small_leaves_a_complete_run(tmp_path: Path) -> None:
     assert yaml.safe_load((run / "config.yaml").read_text())["target"] == DEMO
     draft = models.load(str(run / "draft"))
     assert draft.vocab_size == plan.vocab_size
-    save_draft(widen(draft), tmp_path / "wide")
+    save_draft(at_full_vocabulary(draft), tmp_path / "wide")
     AutoModelForCausalLM.from_pretrained(tmp_path / "wide")
 
     stamp = (run / "scorecard.json").stat().st_mtime_ns

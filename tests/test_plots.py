@@ -62,7 +62,7 @@ def any_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def believe_cards(patch: pytest.MonkeyPatch) -> None:
-    for module in ("plots", "report"):
+    for module in ("report.plots", "report"):
         patch.setattr(f"specdistill.{module}.sound_card", Scorecard.read)
 
 
