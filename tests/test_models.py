@@ -135,7 +135,7 @@ def test_a_demo_of_another_content_is_refused_with_both_hashes(
 ) -> None:
     wrong = tmp_path / "SmolLM2.gguf"
     wrong.write_bytes(b"not the right one")
-    monkeypatch.setattr(models, "demo_file", lambda: wrong)
+    monkeypatch.setattr("specdistill.models.hub.demo_file", lambda: wrong)
     message = refusal("demo:smollm2")
     assert file_sha256(wrong) in message
     assert gguf_files.DEMO_SHA256 in message
@@ -940,6 +940,18 @@ def test_weights_that_would_be_left_out_or_misread_are_refused(
     else:
         weights[first] = (weights[first] * 100).to(torch.int8)
     save_file(weights, file, metadata={"format": "pt"})
+    config.write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="cannot load"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq", "no such method"])
+def test_floats_are_not_taken_for_weights_that_the_config_calls_quantised(
+    tiny: Tiny, tmp_path: Path, method: str
+) -> None:
+    save_draft(tiny(0), tmp_path)
+    config = tmp_path / "config.json"
+    settings = json.loads(config.read_text()) | {"quantization_config": {"quant_method": method}}
     config.write_text(json.dumps(settings))
     with pytest.raises(ModelError, match="cannot load"):
         load(str(tmp_path))

@@ -59,12 +59,12 @@ def load(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageM
             )
             model, report = loaded
             missing = report["missing_keys"]
-            check_all_read(name, files, model, report["unexpected_keys"])
+            check_all_read(name, files, config, model, report["unexpected_keys"])
         else:
             with seeded(0):  # the weights that are drawn are all replaced
                 model = AutoModelForCausalLM.from_config(config, dtype=kind)
             head = model.get_output_embeddings()
-            check_all_read(name, files, model, ())
+            check_all_read(name, files, config, model, ())
             shape = (head.in_features, len(vocab), head.bias is not None)
             model.set_output_embeddings(skip_init(nn.Linear, *shape, dtype=kind))
             weights = {
@@ -89,10 +89,13 @@ def load(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageM
     return _with_known_logits(LanguageModel(name, path, model, read_tokenizer(name, path), vocab))
 
 
-def check_all_read(name: str, files: Iterable[Path], model: Any, unexpected: Iterable[str]) -> None:
+def check_all_read(
+    name: str, files: Iterable[Path], config: Any, model: Any, unexpected: Iterable[str]
+) -> None:
     """Refuse a checkpoint whose text model has weights that its config.json has no place for, which
     Transformers would leave out, or keeps them as whole numbers, which it would take for the
-    weights themselves. What other modules have there (a value head, layers that predict further
+    weights themselves. So is one whose config.json names a quantisation and whose weights
+    have none. What other modules have there (a value head, layers that predict further
     tokens) changes nothing. Raises `ModelError`.
     """
     known = {key for module in (model, model.base_model) for key, _ in module.named_children()}
@@ -104,15 +107,26 @@ def check_all_read(name: str, files: Iterable[Path], model: Any, unexpected: Ite
             + " that its config.json has no place for, so the model would be another; put the "
             "config.json of these weights there"
         )
+    kinds = set()
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for key in list(tensors.keys()):
                 kind = tensors.get_slice(key).get_dtype()
+                kinds.add(kind)
                 if key.endswith(".weight") and kind[0] in "IU":
                     raise ModelError(
                         f"cannot load {name}: it keeps {key} as whole numbers ({kind}), which are "
                         "quantised; take the checkpoint in a floating dtype"
                     )
+    settings = getattr(config, "quantization_config", None)
+    if settings is not None and kinds <= {"F64", "F32", "F16", "BF16"}:
+        settings = settings if isinstance(settings, dict) else settings.to_dict()
+        raise ModelError(
+            f"cannot load {name}: its config.json says that its weights are quantised "
+            f"({settings.get('quant_method', 'by no method named')}), and its files hold "
+            f"{', '.join(sorted(kinds))}; take quantization_config out of config.json if these "
+            "are the weights, or the quantised checkpoint whole"
+        )
 
 
 def check_numbers(name: str, model: nn.Module) -> None:
