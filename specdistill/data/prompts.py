@@ -118,6 +118,15 @@ def load_prompts(
     return prompts
 
 
+def as_prompt(asked: str | Sequence[Mapping[str, Any]], number: int = 1) -> Prompt:
+    """A text, which becomes one user message, or chat messages that end with a user turn. Raises
+    `InputError` for what is neither.
+    """
+    field_ = "prompt" if isinstance(asked, str) else "messages"
+    asked = list(asked) if isinstance(asked, tuple) else asked
+    return _prompt({field_: asked}, f"prompt {number}", number, None)
+
+
 def prompts_sha256(prompts: Sequence[Prompt]) -> str:
     """Hash of what is asked, in its order."""
     asked = [

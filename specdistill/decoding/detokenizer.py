@@ -17,8 +17,15 @@ class Detokenizer:
     went before, such as the prompt's, so that a space between them and the first is not lost.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, after: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        after: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = False,
+    ) -> None:
         self.tokenizer = tokenizer
+        self.skip_special_tokens = skip_special_tokens
         self.tokens = list(after)
         # Tokens before `_known` are told; those from `_start` on show how the next are joined.
         self._start, self._known = 0, len(self.tokens)
@@ -41,4 +48,5 @@ class Detokenizer:
         return text[same:]
 
     def _text(self, stop: int) -> str:
-        return str(self.tokenizer.decode(self.tokens[self._start : stop]))
+        tokens = self.tokens[self._start : stop]
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=self.skip_special_tokens))
