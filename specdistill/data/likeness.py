@@ -1,20 +1,25 @@
-"""Prompts that ask the same, or nearly: what makes a score tell less than it seems to."""
+"""Prompts that ask the same, or nearly, which makes a score on them tell less than it seems to: how
+they are found, kept on one side of a split, and remembered with a draft.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
-from itertools import pairwise, takewhile
+from itertools import groupby, pairwise, takewhile
+from operator import itemgetter
 from pathlib import Path
 
 from rapidfuzz.distance import Indel
 
-from specdistill.errors import StorageError
+from specdistill.data.prompts import Prompt
+from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
 
 NEAR = 0.8  # the F1 of the longest common subsequence of words, of what is nearly the same
@@ -35,23 +40,54 @@ def nearly_among(these: Sequence[str], those: Sequence[str]) -> list[int]:
     """
     lists = _without_shared([_words(text) for text in (*these, *those)])
     ours, theirs = lists[: len(these)], lists[len(these) :]
-    buckets: defaultdict[int, list[int]] = defaultdict(list)
-    for place, words in enumerate(theirs):
-        for key in _sketch(words):
-            if len(buckets[key]) < BUCKET:
-                buckets[key].append(place)
-    same = {tuple(words) for words in theirs}
-    return [
-        place
-        for place, words in enumerate(ours)
-        if tuple(words) in same
-        or any(
-            Indel.normalized_similarity(words, theirs[other]) >= NEAR
-            for other, _ in Counter(
-                other for key in _sketch(words) for other in buckets.get(key, ())
-            ).most_common(CANDIDATES)
+    return [place for place, _ in groupby(_pairs(ours, theirs), key=itemgetter(0))]
+
+
+def split_prompts(
+    prompts: Sequence[Prompt], heldout: int, seed: int = 0
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on and `heldout` others drawn by the seed, or fewer where groups do not
+    add up to as many; both in their first order. Those that are nearly the same, directly or by way
+    of others, are a group and stay on one side. A group that would be more than a quarter of the
+    held-out prompts, such as those of one template, is divided, so that its kind is neither most of
+    them nor missing; only equal prompts stay together then.
+
+    Raises `InputError` where no prompt would be left on one of the sides.
+    """
+    if not 1 <= heldout < len(prompts):
+        raise InputError(
+            f"heldout must be at least 1 and below the number of prompts, {len(prompts)}; got "
+            f"{heldout}"
         )
-    ]
+    texts = ["\n".join(turn["content"] for turn in prompt.messages) for prompt in prompts]
+    lists = _without_shared([_words(text) for text in texts])
+    groups = list(range(len(prompts)))  # of each prompt an earlier one of its group, or itself
+
+    def first(place: int) -> int:
+        while groups[place] != place:
+            groups[place] = place = groups[groups[place]]
+        return place
+
+    for one, other in _pairs(lists, lists):
+        low, high = sorted((first(one), first(other)))
+        groups[high] = low
+    sizes, largest = Counter(map(first, groups)), min(max(heldout // 4, 4), heldout)
+    members: defaultdict[object, list[int]] = defaultdict(list)
+    for place, words in enumerate(lists):
+        members[first(place) if sizes[first(place)] <= largest else tuple(words)].append(place)
+    drawn: set[int] = set()
+    for group in random.Random(seed).sample([*members.values()], len(members)):
+        if len(drawn) + len(group) <= heldout:
+            drawn.update(group)
+    if not drawn:
+        raise InputError(
+            f"all {len(prompts)} prompts say the same in groups of more than {heldout}, so none "
+            "can be held out; give more prompts, or held-out ones in a file of their own"
+        )
+    sides: tuple[list[Prompt], list[Prompt]] = [], []
+    for place, prompt in enumerate(prompts):
+        sides[place in drawn].append(prompt)
+    return sides
 
 
 def write_trained(folder: Path, texts: Iterable[str]) -> None:
@@ -78,6 +114,26 @@ def read_trained(folder: Path) -> frozenset[str]:
     except (OSError, ValueError, RecursionError) as error:
         raise StorageError(f"{file} is damaged ({error}); remove it, or distil again") from error
     return frozenset(known)
+
+
+def _pairs(ours: list[list[str]], theirs: list[list[str]]) -> Iterator[tuple[int, int]]:
+    """The places of lists of words that are nearly the same: those of ours in order, with the first
+    of theirs that is equal and some of the others.
+    """
+    buckets: defaultdict[int, list[int]] = defaultdict(list)
+    same: dict[tuple[str, ...], int] = {}
+    for place, words in enumerate(theirs):
+        same.setdefault(tuple(words), place)
+        for key in _sketch(words):
+            if len(buckets[key]) < BUCKET:
+                buckets[key].append(place)
+    for place, words in enumerate(ours):
+        if (equal := same.get(tuple(words))) is not None:
+            yield place, equal
+        near = Counter(other for key in _sketch(words) for other in buckets.get(key, ()))
+        for other, _ in near.most_common(CANDIDATES):
+            if other != equal and Indel.normalized_similarity(words, theirs[other]) >= NEAR:
+                yield place, other
 
 
 def _words(text: str) -> list[str]:
