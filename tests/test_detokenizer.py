@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import pytest
 from test_chat import byte_tokenizer, metaspace_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -56,35 +53,3 @@ def test_the_space_after_the_prompt_stays() -> None:
     )
     assert Detokenizer(tokenizer).add(answer) == "well"
     assert Detokenizer(tokenizer, after=prompt).add(answer) == " well"
-
-
-def test_the_sample_of_the_readme_splits_no_character() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (sample,) = re.findall(r"## In Python\n\n```python\n(.*?)```", readme, re.DOTALL)
-    loop = sample[sample.index("text = ") :]
-    tokenizer = byte_tokenizer()
-    ids, answer = (
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Hi", TEXTS[0])
-    )
-
-    class Round:
-        def __init__(self, token: int) -> None:
-            self.rows = [self]
-            self.tokens = [token]
-
-    class Fake:
-        def stream(self, requests: list) -> list[Round]:
-            return [Round(token) for token in answer]
-
-    shown: list[str] = []
-    names = {
-        "Detokenizer": Detokenizer,
-        "Request": lambda *args, **more: None,
-        "decoder": Fake(),
-        "target": type("Target", (), {"tokenizer": tokenizer}),
-        "sampling": None,
-        "ids": ids,
-        "print": lambda *args, **more: shown.append("".join(args)),
-    }
-    exec(loop, names)
-    assert "".join(shown) == TEXTS[0]
