@@ -76,35 +76,46 @@ class _Section(BaseModel):
 class Lora(_Section):
     """What is trained of the layers' linear maps W: the factors of W + (alpha / rank) B A."""
 
-    rank: Count = 16
-    alpha: Count = 32
+    rank: Count = Field(16, description="rank of the factors B and A")
+    alpha: Count = Field(32, description="scale of their product: alpha / rank")
 
 
 class Training(_Section):
-    """The optimiser and its budget. One of max_steps and max_seconds is given; with seconds, the
+    """The optimiser and its budget. Give one of max_steps and max_seconds; with seconds, the
     learning rate follows the training time instead of the step.
     """
 
-    max_steps: Count | None = None
-    max_seconds: Positive | None = None
-    batch_tokens: Count = Field(2048, description="padded tokens in one forward pass")
-    accumulate: Count = Field(
-        1, description="forward passes in one update, of all processes together"
+    max_steps: Count | None = Field(None, description="updates to make")
+    max_seconds: Positive | None = Field(
+        None, description="seconds to train, sampling included; evaluations do not count"
     )
-    learning_rate: Positive = 2e-3
-    warmup: Share = Field(0.05, lt=1, description="share of the budget with a rising rate")
-    weight_decay: Share = 0.0
-    clip_norm: Positive = 1.0
-    train_embeddings: bool = False
-    precision: Literal["fp32", "bf16"] = "fp32"
-    chunk: Count = Field(128, description="rows of logits held at a time")
+    batch_tokens: Count = Field(2048, description="tokens in one forward pass, padding included")
+    accumulate: Count = Field(
+        1, description="forward passes in one update, over all processes together"
+    )
+    learning_rate: Positive = Field(
+        2e-3, description="AdamW's highest learning rate; a cosine lowers it to a tenth"
+    )
+    warmup: Share = Field(
+        0.05, lt=1, description="share of the budget in which the learning rate rises"
+    )
+    weight_decay: Share = Field(0.0, description="AdamW's weight decay")
+    clip_norm: Positive = Field(1.0, description="longest gradient; longer ones are scaled to it")
+    train_embeddings: bool = Field(False, description="train the input embeddings too")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="what the draft's layers compute in; weights stay float32"
+    )
+    chunk: Count = Field(128, description="rows of logits held at a time; fewer take less memory")
     activation_checkpointing: bool = Field(
-        False, description="keep no activations within layers, compute them again: slower, smaller"
+        False,
+        description="compute activations again in the backward pass: slower, with less memory",
     )
     shard: bool = Field(
         False, description="cut weights, gradients and optimiser state over the processes (FSDP)"
     )
-    lora: Lora | None = None
+    lora: Lora | None = Field(
+        None, description="train low-rank factors (LoRA) instead of the weights"
+    )
 
     @model_validator(mode="after")
     def _one_thing_to_train(self) -> Training:
@@ -124,20 +135,31 @@ class Decode(_Section):
     target, kept signal or not; null leaves it out.
     """
 
-    prompts: Count = Field(8, description="of the held-out ones, at most")
-    max_new_tokens: Annotated[int, Interval(ge=2, le=limits.NEW_TOKENS.le), _Number] = 32
-    num_draft_tokens: DraftTokens = 4
-    temperature: Temperature = 0.0
+    prompts: Count = Field(8, description="held-out prompts to decode, at most")
+    max_new_tokens: Annotated[int, Interval(ge=2, le=limits.NEW_TOKENS.le), _Number] = Field(
+        32, description="tokens of each answer, at most"
+    )
+    num_draft_tokens: DraftTokens = Field(4, description="tokens the draft proposes a round (γ)")
+    temperature: Temperature = Field(0.0, description="sampling temperature; 0 is greedy")
+    least_reach: Annotated[Share, Field(lt=1)] = Field(
+        0.0,
+        description="end a proposal early once the chance that all of it is accepted falls below "
+        "this; 0 never does",
+    )
 
 
 class Hints(_Section):
-    """Hidden-state hints, beside the loss. layers maps the draft's layers to the target's, from 1;
-    left out, every layer goes to the one at the same relative depth.
-    """
+    """Hidden-state hints: the draft's layers are drawn towards the target's, beside the loss."""
 
-    layers: dict[Layer, Layer] | None = None
-    kind: Literal["mse", "smooth_l1", "cosine"] = "mse"
-    weight: Positive = 1.0
+    layers: dict[Layer, Layer] | None = Field(
+        None,
+        description="target layer by draft layer, from 1; by default each draft layer goes to the "
+        "one at the same relative depth",
+    )
+    kind: Literal["mse", "smooth_l1", "cosine"] = Field(
+        "mse", description="distance between two states"
+    )
+    weight: Positive = Field(1.0, description="weight of the hints beside the loss")
 
 
 _SAMPLED = {
@@ -161,15 +183,29 @@ POLICY_SETTINGS: dict[str, dict[str, Any]] = {
 class Policy(_Section):
     """Where the training tokens come from, see `policies.py`. A plain name takes its defaults."""
 
-    name: Literal["target", "fixed", "draft", "mixed", "skd", "induced", "fresh_target"] = "target"
-    refresh_every: Count | None = Field(None, description="steps between new samples")
-    prompts: Count | None = Field(None, description="of the data, sampled at each refresh")
-    max_new_tokens: NewTokens | None = None
-    sample_temperature: Temperature | None = Field(None, description="of draft and target")
-    share: Share | None = Field(None, description="of the draft's samples: GKD's λ")
-    top_k: Vocabulary | None = Field(None, description="of the target, that skd lets pass")
+    name: Literal["target", "fixed", "draft", "mixed", "skd", "induced", "fresh_target"] = Field(
+        "target", description="who writes the text that is trained on"
+    )
+    refresh_every: Count | None = Field(
+        None, description="steps between new samples; 100 for a policy that samples"
+    )
+    prompts: Count | None = Field(
+        None, description="prompts of the data that are sampled at each refresh; 64"
+    )
+    max_new_tokens: NewTokens | None = Field(None, description="tokens of each sample, at most; 64")
+    sample_temperature: Temperature | None = Field(
+        None, description="temperature of the samples, 0 is greedy; 1"
+    )
+    share: Share | None = Field(
+        None, description="of mixed: share of the draft's samples, GKD's λ; 0.5"
+    )
+    top_k: Vocabulary | None = Field(
+        None, description="of skd: a proposal stays if it is among the target's top k; 25"
+    )
     block: Annotated[int, Interval(ge=0, le=limits.MAX_DRAFT_TOKENS), _Number] | None = Field(
-        None, description="proposals a round; 0 only of fresh_target"
+        None,
+        description="of skd, induced, fresh_target: tokens proposed a round; 4 (fresh_target also "
+        "takes 0: no proposals)",
     )
 
     @model_validator(mode="before")
@@ -205,34 +241,55 @@ class DistillConfig(_Section):
     out it is kept for policy target, and live for the others.
     """
 
-    schema_version: Literal[1] = 1
-    target: LocalPath
-    draft: LocalPath
-    data: LocalPath
-    run_dir: LocalPath
-    loss: dict[str, Positive] = Field({"fkl": 1.0}, description="a name, or weights by name")
-    temperature: Divisor = Field(1.0, description="of the losses of the KL family")
-    decoding_temperature: Divisor = Field(1.0, description="of the overlap losses")
-    beta: Share | None = Field(None, description="of jsd; 0.5")
-    skew: Share | None = Field(None, description="of skew_kl and skew_rkl; 0.1")
+    schema_version: Literal[1] = Field(1, description="version of this format")
+    target: LocalPath = Field(description="target model: a folder or a Hugging Face name")
+    draft: LocalPath = Field(description="draft model to start from, see `specdistill init`")
+    data: LocalPath = Field(
+        description="answers: a folder of `specdistill generate`, or with policy fixed prompts "
+        "with responses (.jsonl)"
+    )
+    run_dir: LocalPath = Field(description="folder of the run; the draft comes to run_dir/draft")
+    loss: dict[str, Positive] = Field(
+        {"fkl": 1.0}, description="name of a loss, or weights by name for a sum of several"
+    )
+    temperature: Divisor = Field(1.0, description="temperature of the losses of the KL family")
+    decoding_temperature: Divisor = Field(
+        1.0, description="temperature of the overlap losses: tvd, lk_alpha, lk_hybrid, e2e_tv"
+    )
+    beta: Share | None = Field(None, description="of jsd: weight of KL(p‖m); 0.5")
+    skew: Share | None = Field(
+        None, description="of skew_kl and skew_rkl: share of p (of q) in the mixture; 0.1"
+    )
     eta: Annotated[float, Interval(ge=0, le=1e30)] | None = Field(
-        None, description="of lk_hybrid; 3"
+        None, description="of lk_hybrid: how fast fkl gives way to tvd as α grows; 3"
     )
-    num_draft_tokens: DraftTokens | None = Field(None, description="the block of e2e_tv")
-    hints: Hints | None = None
-    policy: Policy = Policy()
-    signal: Literal["kept", "live", "none"] = "kept"
-    heldout: Count = Field(
-        32, description="answers of the data kept out of training for the metrics"
+    num_draft_tokens: DraftTokens | None = Field(
+        None, description="of e2e_tv, and must be given with it: tokens in a block (γ)"
     )
-    evaluate_every: Count = Field(100, description="steps")
-    decode: Decode | None = Decode()
-    trackers: list[Tracker] = Field([], description="what also gets the metrics, by accelerate")
-    checkpoint_every: Count = Field(100, description="steps")
-    seed: Seed = 0
-    dtype: Dtype = "auto"
-    device: Name = "auto"
-    training: Training
+    hints: Hints | None = Field(
+        None, description="hidden-state hints beside the loss; {} takes the defaults"
+    )
+    policy: Policy = Field(
+        Policy(), description="where the training text comes from: a name, or a section"
+    )
+    signal: Literal["kept", "live", "none"] = Field(
+        "kept",
+        description="what is learnt from the target: kept with the data, a live pass, or its text "
+        "alone; kept for policy target, live for the others",
+    )
+    heldout: Count = Field(32, description="answers of the data held out of training, for metrics")
+    evaluate_every: Count = Field(100, description="steps between evaluations")
+    decode: Decode | None = Field(
+        Decode(), description="the speculative decode at each evaluation; null leaves it out"
+    )
+    trackers: list[Tracker] = Field([], description="trackers that also get the metrics")
+    checkpoint_every: Count = Field(100, description="steps between checkpoints")
+    seed: Seed = Field(0, description="seed of everything random")
+    dtype: Dtype = Field("auto", description="dtype of the target; the draft trains in float32")
+    device: Name = Field(
+        "auto", description="cpu, cuda, cuda:1; auto takes the GPU if there is one"
+    )
+    training: Training = Field(description="the optimiser and its budget")
 
     @field_validator("loss", mode="before")
     @classmethod

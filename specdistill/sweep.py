@@ -59,12 +59,16 @@ class Score(BaseModel):
     """How every draft is scored; as the options of `specdistill score`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    prompts: LocalPath
-    num_draft_tokens: list[DraftTokens] = Field([4], min_length=1)
-    temperatures: list[Temperature] = Field([0.0], min_length=1)
-    max_new_tokens: NewTokens = 64
-    limit: Count | None = None
-    seed: Seed = 0
+    prompts: LocalPath = Field(description="file of the prompts to score with")
+    num_draft_tokens: list[DraftTokens] = Field(
+        [4], min_length=1, description="tokens the draft proposes a round (γ), each scored"
+    )
+    temperatures: list[Temperature] = Field(
+        [0.0], min_length=1, description="sampling temperatures, each scored; 0 is greedy"
+    )
+    max_new_tokens: NewTokens = Field(64, description="tokens of each answer, at most")
+    limit: Count | None = Field(None, description="prompts to take of the file; all of them")
+    seed: Seed = Field(0, description="seed of the samples")
 
 
 @dataclass(frozen=True)

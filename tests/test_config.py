@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from specdistill.config import DistillConfig, Hints, Lora, Policy, Training, load_config
+from specdistill.config import Decode, DistillConfig, Hints, Lora, Policy, Training, load_config
 from specdistill.errors import InputError
 
 GOOD = """\
@@ -87,6 +87,12 @@ def test_a_file_with_a_grid_is_sent_to_sweep(tmp_path: Path) -> None:
 def test_no_two_sections_share_a_key() -> None:
     names = [n for m in (DistillConfig, Training, Lora, Hints, Policy) for n in m.model_fields]
     assert len(set(names)) == len(names)
+
+
+def test_every_key_says_what_it_does() -> None:
+    for section in (DistillConfig, Training, Lora, Hints, Policy, Decode):
+        for name, field in section.model_fields.items():
+            assert field.description, f"{section.__name__}.{name}"
 
 
 def test_a_policy_is_a_name_or_a_section_and_has_its_own_defaults(tmp_path: Path) -> None:

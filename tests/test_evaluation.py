@@ -24,23 +24,25 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[s
     return make_world(tmp_path_factory.mktemp("world"), tiny_folder)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("temperature", "least_reach"), [(0.0, 0.0), (1.0, 0.0), (1.0, 0.04)])
 def test_the_rows_hold_what_the_engine_measures(
     world: dict[str, str],
     tmp_path: Path,
     temperature: float,
+    least_reach: float,
 ) -> None:
     """The untrained draft and the one that was kept, each decoded by hand, one prompt at a time."""
-    decode = DECODE | {"temperature": temperature}
+    decode = DECODE | {"temperature": temperature, "least_reach": least_reach}
     rows = run(settings(world, tmp_path / "run", decode=decode, training={"max_steps": 40}))
     target = models.load(world["target"], dtype="float32")
     answers = read_examples(Path(world["data"]), signal=False)
     heldout, _ = split(answers, 5)
+    lengths = set()
     for row, folder in ((rows[0], world["draft"]), (rows[-1], tmp_path / "run" / "draft")):
         draft = models.load(str(folder), dtype="float32")
         emitted = rounds = accepted = tested = 0
         for example in heldout:
-            drafter = ModelDrafter(draft, target.vocab_size)
+            drafter = ModelDrafter(draft, target.vocab_size, least_reach=least_reach)
             decoder = SpeculativeDecoder(target, drafter, num_draft_tokens=3)
             request = Request(example.id, example.prompt_tokens, 9, Sampling(temperature))
             (output,) = decoder.run([request]).outputs
@@ -48,9 +50,11 @@ def test_the_rows_hold_what_the_engine_measures(
             rounds += len(output.rounds)
             accepted += sum(r.accepted for r in output.rounds)
             tested += sum(r.tested for r in output.rounds)
+            lengths |= {r.proposed for r in output.rounds[:1]}
         assert row["block_efficiency"] == pytest.approx(emitted / rounds)
         assert row["acceptance_rate"] == pytest.approx(accepted / tested)
         assert row["num_draft_tokens"] == 3
+    assert (lengths == {3}) == (least_reach == 0), "it ends some proposals early"
     evaluated = [row for row in rows[:-1] if "expected_alpha" in row]
     assert [row["step"] for row in evaluated] == [0, *range(5, 41, 5)]
     taus = [row["block_efficiency"] for row in evaluated]

@@ -131,7 +131,7 @@ def decoded(
         Request(e.id, e.prompt_tokens, settings.max_new_tokens, sampling, config.seed)
         for e in islice(asked.values(), settings.prompts)
     ]
-    drafter = ModelDrafter(draft, target.vocab_size)
+    drafter = ModelDrafter(draft, target.vocab_size, least_reach=settings.least_reach)
     decoder = SpeculativeDecoder(target, drafter, num_draft_tokens=num, batch_size=len(requests))
     rounds = [r for output in decoder.run(requests).outputs for r in output.rounds]
     tested = sum(r.tested for r in rounds)
