@@ -1,8 +1,8 @@
 """`python killed.py FOLDER PLACE NUMBER ARGUMENTS` runs `specdistill ARGUMENTS` and kills it by
 SIGKILL at the NUMBERth change of a file below FOLDER that matches PLACE, a regular expression; with
 PLACE "seconds" so long after the first change. A file about to be written is left torn: cut to
-nothing, or with half a line more. NUMBER 0 lets it live. With the ARGUMENTS `plan JSON` it runs
-the pipeline of `quickstart` with such a plan in FOLDER.
+nothing, or with half a line more. NUMBER 0 lets it live. With the ARGUMENTS `plan TASK PLAN`, both
+JSON, it runs the pipeline of `quickstart` with them in FOLDER.
 """
 
 import json
@@ -60,9 +60,10 @@ if __name__ == "__main__":
     sys.addaudithook(hook)
     sys.argv = ["specdistill", *sys.argv[4:]]
     if sys.argv[1] == "plan":
-        from specdistill.quickstart import QuickstartPlan, quickstart
+        from specdistill.quickstart import Plan, Task, quickstart
 
-        quickstart(Path(FOLDER), QuickstartPlan(**json.loads(sys.argv[2])))
+        task, plan = map(json.loads, sys.argv[2:])
+        quickstart(Path(FOLDER), Task(**task), Plan(**plan))
     else:
         from specdistill.cli import main
 

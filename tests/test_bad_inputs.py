@@ -46,6 +46,7 @@ SERVER = "generate --engine openai --target t --prompts prompts.jsonl --out new"
 WIDEN = "widen --target target --prompts prompts.jsonl --out new.jsonl --count 2"
 INIT = "init --target target --out new"
 SCORE = "score --target target --draft draft --prompts prompts.jsonl --out new.json"
+QUICKSTART = "quickstart --target target --prompts demo:train --run-dir new"
 CHECK = "check --target target --draft draft"
 EXPORT = "export --draft draft --out new --for vllm"
 DISTILL, SWEEP = "distill run.yaml", "sweep sweep.yaml"
@@ -113,6 +114,10 @@ NUMBERS = [
     *option(CHECK, "--max-new-tokens", "0", "1", HUGE),
     *option(CHECK, "--limit", "0", HUGE),
     *option("quickstart --run-dir new", "--threads", "0", HUGE),
+    *option(QUICKSTART, "--minutes", "0", "-1", "nan", "1e300", "0.001", says="minutes"),
+    *option(QUICKSTART, "--layers", "0", "-1", "99", "1,2", HUGE, says="layers"),
+    *option(QUICKSTART, "--vocab-size", "0", "-1", "1", "65", HUGE, says="vocab"),
+    *option(QUICKSTART, "--heldout", "none.jsonl"),
 ]
 
 COMMANDS = [

@@ -1,6 +1,5 @@
 """The whole loop on the embedded model, in small; and that model's losslessness."""
 
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -58,7 +57,7 @@ def test_the_target_accepts_its_own_samples(smollm2: LanguageModel) -> None:
 
 
 def test_quickstart_in_small_leaves_a_complete_run(tmp_path: Path) -> None:
-    plan = quickstart.QuickstartPlan(
+    plan = quickstart.Plan(
         answers=44,
         max_new_tokens=6,
         batch_size=44,
@@ -78,10 +77,11 @@ def test_quickstart_in_small_leaves_a_complete_run(tmp_path: Path) -> None:
 
     run = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        quickstart.quickstart(run, plan, stop_once)
-    before, after = quickstart.quickstart(run, plan, stop_once)
+        quickstart.quickstart(run, plan=plan, progress=stop_once)
+    before, after = quickstart.quickstart(run, plan=plan, progress=stop_once)
     assert stages.count("score, done") == 2, "the score before is not measured again"
     for name in (
+        "plan.json",
         "config.yaml",
         "metrics.jsonl",
         "scorecard.json",
@@ -113,5 +113,5 @@ def test_quickstart_in_small_leaves_a_complete_run(tmp_path: Path) -> None:
     stamp = (run / "scorecard.json").stat().st_mtime_ns
     time.sleep(0.01)
     with pytest.raises(InputError, match="finished run"):
-        quickstart.quickstart(run, dataclasses.replace(plan, seed=1))
+        quickstart.quickstart(run, quickstart.Task(seed=1))
     assert (run / "scorecard.json").stat().st_mtime_ns == stamp

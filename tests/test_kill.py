@@ -175,16 +175,17 @@ def test_a_quickstart_goes_on_after_every_stage(tmp_path: Path, tiny_folder: Pat
     """Nothing that was finished is made again, and the run ends with all of its files."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"w{5 + i % 40} w{9 + i // 40}\n" for i in range(24)))
+    task = {"target": str(tiny_folder), **dict.fromkeys(("prompts", "heldout"), str(prompts))}
     plan = {
-        **dict.fromkeys(("train_prompts", "heldout_prompts"), str(prompts)),
-        **{"target": str(tiny_folder), "answers": 24, "batch_size": 8, "vocab_size": 32},
+        **{"answers": 24, "batch_size": 8, "vocab_size": 32},
         **{"max_new_tokens": 8, "score_tokens": 8, "score_prompts": 2, "before_prompts": 2},
         **{"num_draft_tokens": [2], "before_num_draft_tokens": [2], "train_seconds": 0.3},
     }
-    asked = ("plan", json.dumps(plan))
+    asked = ("plan", json.dumps(task), json.dumps(plan))
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert specdistill(whole, "", 0, *asked) == 0
     kills = [
+        ("open .*unfinished-.*/plan.json", 1),
         ("open data/.*part.*parquet", 1),
         ("rename data/.*/manifest", 2),
         ("open .*unfinished-.*/undistilled/", 2),

@@ -1,0 +1,135 @@
+"""The whole loop on somebody's own model and prompts, and how it divides the minutes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_cli import run
+
+from specdistill import models, quickstart
+from specdistill.errors import InputError, SpecDistillError
+from specdistill.quickstart import LENGTHS, SHARE, Plan, Speed, Task, divide
+from specdistill.scoring.scorecard import Scorecard
+
+FAST = Speed(0.1, 0.01, 0.01, 0.005)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"prompt": " ".join(f"w{5 + i * k % 53}" for k in (1, 3, 7, 11, 13, 17))})
+             for i in range(1, 41)]  # fmt: skip
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("minutes", [0.5, 3, 30, 300])
+@pytest.mark.parametrize("speed", [FAST, Speed(*(x / 8 for x in FAST)), Speed(1, 0.1, 0.02, 0.02)])
+@pytest.mark.parametrize(("prompts", "heldout", "room"), [(16, 4, 16), (1000, 32, 4000)])
+def test_the_minutes_are_divided_without_rest(
+    minutes: float, speed: Speed, prompts: int, heldout: int, room: int
+) -> None:
+    try:
+        plan = divide(Plan(batch_size=16), minutes, 10.0, speed, prompts, heldout, room)
+    except InputError as error:
+        least = float(str(error).split("give at least ")[1].split(",")[0])
+        assert least > minutes
+        plan = divide(Plan(batch_size=16), least, 10.0, speed, prompts, heldout, room)
+        minutes = least
+    left = 60 * minutes - 10
+    parts = plan.answer_seconds, plan.score_seconds, plan.train_seconds
+    assert sum(parts) == pytest.approx(left)
+    assert max(parts[:2]) <= SHARE * left
+    assert 16 <= plan.answers <= prompts
+    assert 4 <= plan.score_prompts <= heldout
+    assert plan.max_new_tokens in LENGTHS
+    assert plan.max_new_tokens <= room
+
+
+def test_more_minutes_buy_longer_answers_then_more_of_them_then_training() -> None:
+    plans = [divide(Plan(), m, 0.0, FAST, 1000, 32, 4000) for m in (1, 2, 4, 8, 16, 32, 64, 128)]
+    lengths = [plan.max_new_tokens for plan in plans]
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1] == LENGTHS[0]
+    assert plans[-1].answers == 1000
+    assert plans[-1].train_seconds - plans[-2].train_seconds == pytest.approx(64 * 60)
+
+
+def test_a_command_takes_somebodys_model_to_a_verdict(
+    tmp_path: Path, tiny_folder: Path, prompts: Path
+) -> None:
+    folder = tmp_path / "run"
+    asked = ["quickstart", "--target", tiny_folder, "--prompts", prompts, "--run-dir", folder]
+    done = run(*asked, "--minutes", 0.2, "--vocab-size", 32)
+    assert done.code == 0, done.err
+    plan = json.loads((folder / "plan.json").read_text())["plan"]
+    for seconds, what in (("answer", "answers of up to"), ("train", "first 1 of 4 layers")):
+        assert f"up to {plan[f'{seconds}_seconds']:.0f} seconds: " in done.err
+        assert what in done.err
+    card, draft = Scorecard.read(folder / "scorecard.json"), models.load(str(folder / "draft"))
+    assert card.verdict.reason in done.out
+    assert (draft.num_layers, draft.vocab_size) == (1, 32)
+    assert f"{folder / 'report.html'}" in done.out
+    assert ("specdistill export" if card.verdict.pays else "--minutes 0.4") in done.out
+    answered = json.loads((folder / "data" / "manifest.json").read_text())["parts"]
+    scored = {row.prompt_id for row in card.per_prompt}
+    assert len(scored) >= 4
+    assert not scored & {id_ for part in answered for id_ in part["ids"]}
+    assert run(*asked).code == 2, "a finished run is not begun again"
+
+
+def test_the_same_command_goes_on(tmp_path: Path, tiny_folder: Path, prompts: Path) -> None:
+    task = Task(str(tiny_folder), str(prompts), minutes=1.0)
+    small = Plan(16, 8, 16, 1, None, train_seconds=0.3, score_prompts=4, score_tokens=6)
+    folder, seen = tmp_path / "run", []
+
+    def stop(stage: str, done: float, total: float, detail: str = "") -> None:
+        seen.append(stage)
+        if stage == "distil" and seen.count("distil") == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quickstart.quickstart(folder, task, small, progress=stop)
+    plan, before = (folder / "plan.json").read_text(), (folder / "scorecard_before.json").stat()
+    asked = ["quickstart", "--target", tiny_folder, "--prompts", prompts, "--run-dir", folder]
+    other = run(*asked, "--minutes", 1, "--layers", 2)
+    assert other.code == 2
+    assert "holds a run with layers: None, and now it is 2" in other.err
+    seen.clear()
+    quickstart.quickstart(folder, task, progress=lambda stage, *_: seen.append(stage))
+    assert {"timing", "generate"}.isdisjoint(seen)
+    assert (folder / "plan.json").read_text() == plan
+    assert (folder / "scorecard_before.json").stat().st_mtime_ns == before.st_mtime_ns
+    assert models.load(str(folder / "draft")).vocab is None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layers": 4}, "fewer layers than its target"),
+        ({"vocab_size": 65}, "vocabulary size must be 1 to 64"),
+        ({"minutes": 0.001}, "give at least"),
+        ({"target": "nowhere/none"}, "nowhere/none"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_work(
+    tmp_path: Path, tiny_folder: Path, prompts: Path, change: dict, words: str
+) -> None:
+    task = Task(**{"target": str(tiny_folder), "prompts": str(prompts), "minutes": 1.0, **change})
+    with pytest.raises(SpecDistillError, match=words):
+        quickstart.quickstart(tmp_path / "run", task)
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_prompts_are_refused(tmp_path: Path, tiny_folder: Path, prompts: Path) -> None:
+    lines = prompts.read_text().splitlines(keepends=True)
+    few, same = tmp_path / "few.jsonl", tmp_path / "same.jsonl"
+    few.write_text("".join(lines[:19]))
+    same.write_text(lines[0] * 4)
+    for task, words in (
+        (Task(str(tiny_folder), str(few)), "15 prompts to answer and 4 held-out"),
+        (Task(str(tiny_folder), str(prompts), heldout=str(same)), "1 different held-out"),
+    ):
+        with pytest.raises(InputError, match=words):
+            quickstart.quickstart(tmp_path / "run", task)
+    assert not (tmp_path / "run").exists()
