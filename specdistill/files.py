@@ -120,7 +120,7 @@ def holding(parameter: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         @wraps(function)
         def alone(*args: P.args, **kwargs: P.kwargs) -> R:
             place = signature.bind(*args, **kwargs).arguments[parameter]
-            with held(place):
+            with held(Path(place)):
                 return function(*args, **kwargs)
 
         return alone

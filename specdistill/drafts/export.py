@@ -47,21 +47,27 @@ class Exported:
 
 @holding("out")
 def export(
-    draft: str,
-    out: Path,
+    draft: str | LanguageModel,
+    out: str | Path,
     engine: Engine,
     scorecard: Path | None = None,
     target_name: str | None = None,
 ) -> Exported:
-    """Write `draft` into the new folder `out` for `engine`, whole or not at all. Figures come from
-    `scorecard`, or from the scorecard.json beside the draft's folder where that is of this draft.
+    """Write `draft`, a folder or a model loaded from one, into the new folder `out` for `engine`,
+    whole or not at all. Figures come from `scorecard`, or from the scorecard.json beside the
+    draft's folder where that is of this draft.
 
     The checkpoint has as many rows for tokens as the target, which is `target_name`, or that of the
     run that made the draft.
 
-    Raises `InputError` for a scorecard of another draft, `ModelError` where the written checkpoint
-    does not compute what the draft does.
+    Raises `InputError` for a scorecard of another draft or a draft that lies in no folder,
+    `ModelError` where the written checkpoint does not compute what the draft does.
     """
+    out = Path(out)
+    if isinstance(draft, LanguageModel):
+        if draft.path == Path():
+            raise InputError("this draft lies in no folder yet; distil it, and export what comes")
+        draft = str(draft.path)
     keep_apart([out], [draft, scorecard])
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not empty; name another folder or remove it")

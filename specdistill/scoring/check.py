@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from specdistill.data.chat import EncodedPrompt
+from specdistill.data.chat import EncodedPrompt, encoded
 from specdistill.data.prompts import Prompt
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.decoding.records import CacheSize, Output
@@ -291,6 +291,21 @@ CHECKS: Mapping[str, Callable[[Pair], Check]] = {
     "distribution, block": lambda pair: distribution(pair, "block"),
     "seeds": seeds,
 }
+
+
+def check(
+    target: LanguageModel,
+    draft: LanguageModel,
+    prompts: Sequence[Prompt] | None = None,
+    *,
+    max_new_tokens: int = 32,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[Check]:
+    """`run_checks` on the prompts, or on a few that are built in. Raises `InputError`."""
+    asked = built_in_prompts(len(QUESTIONS)) if prompts is None else prompts
+    pair = Pair(target, draft, encoded(target.tokenizer, asked), max_new_tokens, seed)
+    return run_checks(pair, progress)
 
 
 def run_checks(pair: Pair, progress: Progress = silent) -> list[Check]:

@@ -1,0 +1,49 @@
+"""`import specdistill as sd`: what it offers, and the loop written with nothing else."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from test_packaging import modules_loaded_by
+
+import specdistill as sd
+from specdistill.errors import InputError
+
+NAMES = {
+    "Decoder", "Sampling", "check", "compare", "distill", "export", "generate", "load",
+    "make_draft", "plot", "prompts", "score",
+}  # fmt: skip
+
+
+def test_the_face_has_these_names_and_loads_them_on_use() -> None:
+    assert {name for name in dir(sd) if not name.startswith("_")} >= NAMES
+    for name in NAMES:
+        assert callable(getattr(sd, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'distil'"):
+        sd.distil  # noqa: B018
+    loaded, _ = modules_loaded_by("import specdistill as sd\ndir(sd)\nsd.__version__")
+    assert not loaded & {"torch", "transformers"}
+
+
+def test_type_checkers_see_the_objects_that_programs_get() -> None:
+    tree = ast.parse(Path(sd.__file__).read_text(encoding="utf-8"))
+    (known,) = (node for node in tree.body if isinstance(node, ast.If))
+    typed = {
+        alias.asname: f"{node.module}:{alias.name}".removeprefix("specdistill.")
+        for node in known.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert typed == sd._PLACES
+    assert typed.keys() == NAMES
+
+
+def test_prompts_come_from_files_and_from_lists(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("".join(f"question {i} of {i * i}\n" for i in range(40)))
+    train, heldout = sd.prompts(str(tmp_path / "p.txt")).split(heldout=8)
+    assert (len(train), len(heldout)) == (32, 8)
+    assert {p.id for p in train}.isdisjoint(p.id for p in heldout)
+    texts = sd.prompts(["one", [{"role": "user", "content": "two"}]])
+    assert [p.messages[-1]["content"] for p in texts] == ["one", "two"]
+    with pytest.raises(InputError, match="prompt 2"):
+        sd.prompts(["one", []])
