@@ -45,7 +45,7 @@ from specdistill.decoding import (
     Sampling,
     SpeculativeDecoder,
 )
-from specdistill.decoding.drafters import Draft, RoundState
+from specdistill.decoding.drafters import Context, Draft, DraftStream, NgramStream
 from specdistill.decoding.sampling import row_seed
 from specdistill.drafts.making import make_draft
 from specdistill.limits import MAX_DRAFT_TOKENS
@@ -191,7 +191,7 @@ def check_identity(mode: Mode, temperature: float) -> None:
 
 
 class Recorder:
-    """A drafter that notes what it saw and what it said."""
+    """A drafter that notes what its streams saw and what they said."""
 
     def __init__(self, drafter: Drafter) -> None:
         self.drafter = drafter
@@ -200,10 +200,17 @@ class Recorder:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.drafter, name)
 
-    def propose(self, state: RoundState, num_tokens: int) -> Draft:
-        draft = self.drafter.propose(state, num_tokens)
-        self.notes.append(([list(text) for text in state.texts], draft))
-        return draft
+    def open(self, batch: int, capacity: int) -> DraftStream:
+        stream = self.drafter.open(batch, capacity)
+        propose = stream.propose
+
+        def noted(context: Context, num_tokens: int) -> Draft:
+            draft = propose(context, num_tokens)
+            self.notes.append(([list(row) for row in context.tokens], draft))
+            return draft
+
+        stream.propose = noted
+        return stream
 
 
 class Oracle(NgramDrafter):
@@ -213,12 +220,17 @@ class Oracle(NgramDrafter):
         super().__init__()
         self.texts = texts
 
-    def look_up(self, state: RoundState, num_tokens: int) -> list[list[int]]:
+    def open(self, batch: int, capacity: int) -> NgramStream:
+        stream = super().open(batch, capacity)
+        stream.look_up = self.look_up
+        return stream
+
+    def look_up(self, context: Context, num_tokens: int) -> list[list[int]]:
         def follow(text: list[int]) -> list[int]:
             whole = next((t for t in self.texts if t[: len(text)] == text), [])
             return whole[len(text) :][:num_tokens] if len(text) % 3 else []
 
-        return [follow(text) for text in state.texts]
+        return [follow(text) for text in context.tokens]
 
 
 def check_draft_cache(kind: str) -> None:
@@ -425,8 +437,8 @@ def check_filter_edge() -> None:
 def check_look_up() -> None:
     """The latest place of the longest match; nothing that the text does not hold."""
     drafter = NgramDrafter(longest=3, shortest=1)
-    drafter.open(1, 64)
-    drafter.prefill(torch.tensor([0]), [[1, 2, 3]])
+    stream = drafter.open(1, 64)
+    stream.prefill(torch.tensor([0]), [[1, 2, 3]])
     for text, expected in (
         ([1, 2, 3, 4], []),
         ([1, 2, 3, 4, 2, 3], [4, 2, 3]),
@@ -435,7 +447,7 @@ def check_look_up() -> None:
         ([1, 2, 3, 4, 2, 3, 9, 2, 3, 4], [2, 3, 9]),
         ([1, 2, 3, 4, 2, 3, 9, 2, 3, 4, 7, 1], [2, 3, 4]),
     ):
-        found = drafter.seen[0].follow(text, 3)
+        found = stream.seen[0].follow(text, 3)
         assert found == expected, f"{found} after {text}"
 
 

@@ -25,7 +25,7 @@ from specdistill.decoding import (
     Sampling,
     SpeculativeDecoder,
 )
-from specdistill.decoding.drafters import RoundState, _NgramIndex
+from specdistill.decoding.drafters import Context, _NgramIndex
 from specdistill.decoding.sampling import SamplingBatch
 from specdistill.drafts.making import make_draft
 from specdistill.errors import InputError
@@ -83,14 +83,13 @@ def test_a_look_up_reads_each_token_once() -> None:
 
 
 def test_a_new_request_does_not_see_the_text_of_the_last() -> None:
-    drafter = NgramDrafter(shortest=1)
-    drafter.open(2, 64)
-    drafter.prefill(torch.tensor([0, 1]), [[1, 2], [5]])
-    assert drafter.seen[0].follow([1, 2, 1], 2) == [2, 1]
-    drafter.prefill(torch.tensor([0]), [[9]])
-    assert drafter.seen[0].follow([9, 1], 2) == []
-    drafter.keep([1])
-    assert len(drafter.seen) == 1
+    stream = NgramDrafter(shortest=1).open(2, 64)
+    stream.prefill(torch.tensor([0, 1]), [[1, 2], [5]])
+    assert stream.seen[0].follow([1, 2, 1], 2) == [2, 1]
+    stream.prefill(torch.tensor([0]), [[9]])
+    assert stream.seen[0].follow([9, 1], 2) == []
+    stream.keep([1])
+    assert len(stream.seen) == 1
 
 
 @pytest.mark.parametrize("sizes", [(0, 0), (2, 3), (3, 0)])
@@ -126,12 +125,12 @@ def test_the_model_sleeps_while_every_row_is_looked_up_and_catches_up_after() ->
     class Half(Oracle):
         """Silent from the twelfth new token on."""
 
-        def look_up(self, state, num_tokens):
+        def look_up(self, context, num_tokens):
             starts = {tuple(text[: len(text) - 24]): len(text) - 12 for text in self.texts}
-            found = super().look_up(state, num_tokens)
+            found = super().look_up(context, num_tokens)
             late = [
                 any(tuple(text[: len(s)]) == s and len(text) >= end for s, end in starts.items())
-                for text in state.texts
+                for text in context.tokens
             ]
             return [[] if is_late else f for f, is_late in zip(found, late, strict=True)]
 
@@ -176,14 +175,14 @@ def test_a_row_stops_after_the_token_that_leaves_too_small_a_chance(temperature:
     drafter = drafter_for(endless(), "half", least_reach=0.1)
     assert isinstance(drafter, ModelDrafter)
     texts = [[7, 8, 9], [5, 6], list(range(5, 45))]
-    drafter.open(3, 64)
-    drafter.prefill(torch.arange(3), [text[:-1] for text in texts])
+    stream = drafter.open(3, 64)
+    stream.prefill(torch.arange(3), [text[:-1] for text in texts])
     settings = SamplingBatch.build([Sampling(temperature, top_k=40)] * 3, [1, 2, 3], CPU)
     lengths = torch.tensor([len(text) - 1 for text in texts])
     counts = set()
     for step in range(12):
-        state = RoundState(texts, lengths, 39, settings, torch.full((3,), step))
-        draft = drafter.propose(state, 4)
+        context = Context(texts, lengths, 39, settings, torch.full((3,), step))
+        draft = stream.propose(context, 4)
         q = (draft.logits / (temperature or 1.0)).softmax(-1)
         reach = q.gather(-1, draft.tokens[..., None])[..., 0].cumprod(-1).tolist()
         for chances, count in zip(reach, draft.counts, strict=True):

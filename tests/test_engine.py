@@ -1,9 +1,12 @@
 """The decoding engine beyond its losslessness: caches, accounts, streaming, and what it refuses."""
 
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
+from itertools import zip_longest
 
 import pytest
 import torch
+from checks import drafter_for, endless
 
 from specdistill.decoding import (
     GREEDY,
@@ -168,15 +171,30 @@ def test_nan_logits_name_row_and_step(tiny: Tiny) -> None:
         SpeculativeDecoder(target).generate([[7, 8]], max_new_tokens=4)
 
 
-def test_a_second_stream_ends_the_first(tiny: Tiny) -> None:
-    target = tiny(13, eos_token_id=None)
-    decoder = SpeculativeDecoder(target)
-    first = decoder.stream([Request("a", [7, 8], 5)])
-    next(first)
-    whole = [round_.rows[0].tokens[0] for round_ in decoder.stream([Request("b", [9], 5)])]
-    assert len(whole) == 5
-    with pytest.raises(DecodingError, match="another stream"):
-        next(first)
+@pytest.mark.parametrize("kind", ["none", "half", "look-up", "both"])
+def test_streams_of_one_decoder_do_not_meet(kind: str) -> None:
+    """Round by round in turns they say what they say one after the other."""
+    target = endless()
+    decoder = SpeculativeDecoder(
+        target, drafter_for(target, kind), num_draft_tokens=3 * (kind != "none"), batch_size=2
+    )
+    both = [
+        [Request(f"{name}{i}", p, 9 + i, Sampling(t), seed=4) for i, p in enumerate(prompts)]
+        for name, prompts, t in (("a", PROMPTS[:3], 1.0), ("b", [[9], [6, 6, 6, 6], [8]], 0.0))
+    ]
+    alone = [{o.request_id: o.tokens for o in decoder.run(requests).outputs} for requests in both]
+    together: list[dict[str, list[int]]] = [{r.id: [] for r in requests} for requests in both]
+    for rounds in zip_longest(*map(decoder.stream, both)):
+        for texts, round_ in zip(together, rounds, strict=True):
+            for row in round_.rows if round_ else []:
+                texts[row.request_id] += row.tokens
+    assert together == alone
+
+
+def test_a_decoder_is_settings() -> None:
+    decoder = SpeculativeDecoder(endless())
+    with pytest.raises(FrozenInstanceError):
+        decoder.batch_size = 2
 
 
 def test_rounds_are_yielded_as_they_happen(tiny: Tiny) -> None:

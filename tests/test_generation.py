@@ -24,6 +24,7 @@ from specdistill.data.generation import generate, signal_bytes
 from specdistill.data.prompts import Prompt
 from specdistill.data.token_store import MANIFEST, Example, read_examples, read_manifest
 from specdistill.decoding import Request, Sampling, SpeculativeDecoder
+from specdistill.decoding.engine import _Stream
 from specdistill.drafts.making import save_draft
 from specdistill.errors import InputError, SpecDistillError, StorageError
 from specdistill.models import LanguageModel
@@ -160,7 +161,7 @@ def test_a_finished_folder_is_left_as_it_is(
 ) -> None:
     answer(target, tmp_path / "data")
     before = {f.name: f.read_bytes() for f in (tmp_path / "data").iterdir()}
-    monkeypatch.setattr(SpeculativeDecoder, "_round", lambda self: pytest.fail("decoded again"))
+    monkeypatch.setattr(_Stream, "round", lambda self: pytest.fail("decoded again"))
     assert_same(answer(target, tmp_path / "data"), whole)
     assert {f.name: f.read_bytes() for f in (tmp_path / "data").iterdir()} == before
 
@@ -332,7 +333,7 @@ def test_a_disk_too_small_is_refused_before_any_work(
     free = needed - 1
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free, 0, free))
     with monkeypatch.context() as patch:
-        patch.setattr(SpeculativeDecoder, "_round", lambda self: pytest.fail("it decoded"))
+        patch.setattr(_Stream, "round", lambda self: pytest.fail("it decoded"))
         with pytest.raises(StorageError) as caught:
             answer(target, tmp_path / "data")
     for part in (f"{needed:,}", f"{free:,} free", str(tmp_path / "data"), "keep no signal"):

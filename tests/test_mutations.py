@@ -37,8 +37,8 @@ from evidence_checks import check_failed, check_figures, check_tie
 from score_checks import check_choice, check_interval, check_row
 
 from specdistill.decoding.cache import CachedModel, attention_mask
-from specdistill.decoding.drafters import CombinedDrafter, ModelDrafter, _NgramIndex
-from specdistill.decoding.engine import SpeculativeDecoder
+from specdistill.decoding.drafters import CombinedStream, ModelStream, _NgramIndex
+from specdistill.decoding.engine import _Stream
 from specdistill.decoding.sampling import row_seed
 from specdistill.scoring import rows, scorecard, trust
 from specdistill.scoring.choice import choose
@@ -153,14 +153,14 @@ MUTATIONS = [
     Mutation(
         "the step does not advance",
         "stream, near",
-        [(SpeculativeDecoder._advance, "row.steps += 1", "row.steps += 0")],
+        [(_Stream._advance, "row.steps += 1", "row.steps += 0")],
     ),
     Mutation(
         "block verification's coins belong to places in the text, so that some are seen twice",
         "coins, block",
         [
             (noise.counter_noise, "(step * 256 + position)", "(step + position)"),
-            (SpeculativeDecoder._state, "row.steps", "row.emitted"),
+            (_Stream._context, "row.steps", "row.emitted"),
         ],
     ),
     Mutation(
@@ -276,7 +276,7 @@ MUTATIONS = [
     Mutation(
         "look-up rows count as drawn from q",
         "stream, both",
-        [(SpeculativeDecoder._round, "point_mass=draft.point_mass", "point_mass=None")],
+        [(_Stream.round, "point_mass=draft.point_mass", "point_mass=None")],
     ),
     Mutation(
         "a trimmed vocabulary's probabilities one column off",
@@ -299,7 +299,7 @@ MUTATIONS = [
         "stream, near",
         [
             (
-                ModelDrafter.propose,
+                ModelStream.propose,
                 "        counts,\n",
                 "        (torch.stack(all_logits, 1).softmax(-1)"
                 ".gather(-1, torch.stack(tokens, 1)[..., None])[..., 0] > 0.3)"
@@ -312,7 +312,7 @@ MUTATIONS = [
         "stream, adaptive",
         [
             (
-                SpeculativeDecoder._round,
+                _Stream.round,
                 "lengths=torch.tensor(counts, device=tokens.device),",
                 "lengths=torch.tensor(counts, device=tokens.device).minimum("
                 "(draft.tokens == logits[:, :-1].argmax(-1)).long().cumprod(-1).sum(-1)),",
@@ -322,17 +322,17 @@ MUTATIONS = [
     Mutation(
         "the number of proposals is another row's",
         "greedy, both",
-        [(SpeculativeDecoder._round, "torch.tensor(counts,", "torch.tensor(counts[::-1],")],
+        [(_Stream.round, "torch.tensor(counts,", "torch.tensor(counts[::-1],")],
     ),
     Mutation(
         "the cached length is another row's",
         "greedy, half",
-        [(SpeculativeDecoder._state, "torch.tensor(lengths,", "torch.tensor(lengths[::-1],")],
+        [(_Stream._context, "torch.tensor(lengths,", "torch.tensor(lengths[::-1],")],
     ),
     Mutation(
         "the target's positions one off",
         "greedy, half",
-        [(SpeculativeDecoder._round, "positions = start +", "positions = start + 1 +")],
+        [(_Stream.round, "positions = start +", "positions = start + 1 +")],
     ),
     Mutation(
         "a stale slot is seen",
@@ -344,7 +344,7 @@ MUTATIONS = [
         "identity",
         [
             (
-                SpeculativeDecoder._round,
+                _Stream.round,
                 "accepted[i] + 1]",
                 "accepted[i] + (not counts[i] or accepted[i] < counts[i])]",
             )
@@ -355,7 +355,7 @@ MUTATIONS = [
         "greedy, itself",
         [
             (
-                SpeculativeDecoder._advance,
+                _Stream._advance,
                 "in enumerate(tokens) if",
                 "in [*enumerate(tokens)][-1:] if",
             )
@@ -366,7 +366,7 @@ MUTATIONS = [
         "stream, near",
         [
             (
-                SpeculativeDecoder._advance,
+                _Stream._advance,
                 "min(accepted + 1, proposed, len(tokens))",
                 "proposed",
             )
@@ -376,19 +376,19 @@ MUTATIONS = [
         "the draft's cache one off after full acceptance",
         "draft's cache",
         [
-            (ModelDrafter.propose, "steps - 1 for text", "steps for text"),
-            (ModelDrafter.propose, "max(2, *missing)", "max(1, *missing)"),
+            (ModelStream.propose, "steps - 1 for row", "steps for row"),
+            (ModelStream.propose, "max(2, *missing)", "max(1, *missing)"),
         ],
     ),
     Mutation(
         "the draft forgets to rewind",
         "draft's cache, both",
-        [(ModelDrafter.rewind, "[min(pair) for", "[max(pair) for")],
+        [(ModelStream.rewind, "[min(pair) for", "[max(pair) for")],
     ),
     Mutation(
         "the draft takes for read what it proposed beside the look-up",
         "draft's cache, both",
-        [(CombinedDrafter.propose, "in enumerate(found):", "in []:")],
+        [(CombinedStream.propose, "in enumerate(matches):", "in []:")],
     ),
     Mutation(
         "rows leave the batch, and the target's cache keeps the wrong ones",
@@ -398,7 +398,7 @@ MUTATIONS = [
     Mutation(
         "rows leave the batch, and the draft's cache keeps the wrong ones",
         "identity",
-        [(ModelDrafter.keep, "self.cached.keep(rows)", "self.cached.keep(rows[::-1])")],
+        [(ModelStream.keep, "self.cached.keep(rows)", "self.cached.keep(rows[::-1])")],
     ),
     Mutation(
         "a place's noise is the next step's from place 16 on",
@@ -432,8 +432,8 @@ MUTATIONS = [
         [
             (
                 _NgramIndex.follow,
-                "text[place : place + count]",
-                "text[place + 1 : place + 1 + count]",
+                "tokens[place : place + count]",
+                "tokens[place + 1 : place + 1 + count]",
             )
         ],
     ),

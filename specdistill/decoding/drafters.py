@@ -1,5 +1,5 @@
-"""What proposes tokens: a small model, a look-up in the text so far, or both. A drafter sees the
-rows' texts, and says which distribution it drew from.
+"""What proposes tokens: a small model, a look-up in the text so far, or both. A drafter is
+settings; what it knows of a stream's rows is in the `DraftStream` that it opens.
 """
 
 from __future__ import annotations
@@ -21,29 +21,26 @@ from specdistill_kernels import sample
 
 
 @dataclass
-class RoundState:
-    """The batch of B rows at the start of a round. `texts` are the rows' tokens, prompt and answer
-    so far; `lengths` [B] and `longest`, their maximum on the host, leave out each last token, which
-    no cache holds yet. `step` [B] counts a row's rounds.
+class Context:
+    """What the B rows of a batch hold at the start of a round. `tokens` are the rows' prompts and
+    answers so far; `lengths` [B] and `longest`, their maximum on the host, leave out each last
+    token, which no cache holds yet. `step` [B] counts a row's rounds.
     """
 
-    texts: list[list[int]]
+    tokens: list[list[int]]
     lengths: Tensor
     longest: int
     sampling: SamplingBatch
     step: Tensor
 
     def tail(self, width: int) -> tuple[Tensor, Tensor]:
-        """Each row's last `width` tokens and their positions, both [B, width]. A shorter text
+        """Each row's last `width` tokens and their positions, both [B, width]. A shorter row
         repeats its first token at position 0, which writes the same values again.
         """
         device = self.lengths.device
-        places = [range(len(text) - width, len(text)) for text in self.texts]
-        tokens = [
-            [text[max(i, 0)] for i in place] for text, place in zip(self.texts, places, strict=True)
-        ]
+        tail = [[row[max(i, 0)] for i in range(len(row) - width, len(row))] for row in self.tokens]
         offsets = torch.arange(1 - width, 1, device=device)
-        return torch.tensor(tokens, device=device), (self.lengths[:, None] + offsets).clamp(min=0)
+        return torch.tensor(tail, device=device), (self.lengths[:, None] + offsets).clamp(min=0)
 
 
 @dataclass
@@ -64,18 +61,13 @@ class Draft:
     steps: int = 0
 
 
-class Drafter(Protocol):
-    def cache_bytes(self, batch: int, capacity: int) -> int:
-        """What `open` allocates."""
-        ...
-
-    def open(self, batch: int, capacity: int) -> None:
-        """Make room for `batch` rows of up to `capacity` tokens."""
+class DraftStream(Protocol):
+    """What a drafter keeps of the rows of one stream."""
 
     def prefill(self, rows: Tensor, prompts: list[list[int]]) -> None:
         """New requests in some rows: all their tokens but the last."""
 
-    def propose(self, state: RoundState, num_tokens: int) -> Draft:
+    def propose(self, context: Context, num_tokens: int) -> Draft:
         """At most `num_tokens` proposals a row. Whether a row goes on may depend on what it has
         drawn so far, but a token once drawn must be proposed: dropping it would bias the output.
         """
@@ -83,6 +75,16 @@ class Drafter(Protocol):
 
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these, renumbered in this order."""
+
+
+class Drafter(Protocol):
+    def cache_bytes(self, batch: int, capacity: int) -> int:
+        """What `open` allocates."""
+        ...
+
+    def open(self, batch: int, capacity: int) -> DraftStream:
+        """Room for `batch` rows of up to `capacity` tokens."""
+        ...
 
 
 class ModelDrafter:
@@ -128,14 +130,21 @@ class ModelDrafter:
     def cache_bytes(self, batch: int, capacity: int) -> int:
         return cache_bytes(self.draft, batch, capacity)
 
-    def open(self, batch: int, capacity: int) -> None:
-        graphs = Graphs() if self.cuda_graphs else None
-        vars(self).pop("cached", None)  # the old slots go before new ones are taken
-        self.cached = CachedModel(self.draft, batch, capacity, graphs)
-        self.known = [0] * batch  # tokens at the start of each row's text that the cache holds
+    def open(self, batch: int, capacity: int) -> ModelStream:
+        return ModelStream(self, batch, capacity)
+
+
+class ModelStream:
+    """A draft model's cache, and how many tokens at the start of each row it holds (`known`)."""
+
+    def __init__(self, drafter: ModelDrafter, batch: int, capacity: int) -> None:
+        self.drafter = drafter
+        graphs = Graphs() if drafter.cuda_graphs else None
+        self.cached = CachedModel(drafter.draft, batch, capacity, graphs)
+        self.known = [0] * batch
 
     def prefill(self, rows: Tensor, prompts: list[list[int]]) -> None:
-        most = self.draft.full_vocab_size - 1
+        most = self.drafter.draft.full_vocab_size - 1
         self.cached.prefill(rows, [[min(token, most) for token in p] for p in prompts])
         for row, prompt in zip(rows.tolist(), prompts, strict=True):
             self.known[row] = len(prompt)
@@ -144,44 +153,46 @@ class ModelDrafter:
         self.cached.keep(rows)
         self.known = [self.known[row] for row in rows]
 
-    def rewind(self, state: RoundState) -> None:
-        """Forget the last proposals but for the accepted ones; a text's last token is none."""
-        lengths = [len(text) - 1 for text in state.texts]
+    def rewind(self, context: Context) -> None:
+        """Forget the last proposals but for the accepted ones; a row's last token is none."""
+        lengths = [len(row) - 1 for row in context.tokens]
         self.known = [min(pair) for pair in zip(self.known, lengths, strict=True)]
 
-    def propose(self, state: RoundState, num_tokens: int) -> Draft:
-        """The first pass takes what the cache lacks of each text, at least two tokens: after a
+    def propose(self, context: Context, num_tokens: int) -> Draft:
+        """The first pass takes what the cache lacks of each row, at least two tokens: after a
         fully accepted round that is the last accepted token and the bonus token, so that rounds
         have the same shape. What a shorter row reads again writes the same values.
         """
-        self.rewind(state)
-        missing = [len(text) - known for text, known in zip(state.texts, self.known, strict=True)]
-        inputs, positions = state.tail(max(2, *missing))
-        reach = torch.ones(len(state.texts), dtype=torch.float64, device=inputs.device)
-        counts, going = [0] * len(state.texts), [True] * len(state.texts)
+        drafter, draft = self.drafter, self.drafter.draft
+        self.rewind(context)
+        missing = [len(row) - known for row, known in zip(context.tokens, self.known, strict=True)]
+        inputs, positions = context.tail(max(2, *missing))
+        reach = torch.ones(len(context.tokens), dtype=torch.float64, device=inputs.device)
+        counts, going = [0] * len(context.tokens), [True] * len(context.tokens)
         tokens, all_logits, logsumexp = [], [], []
         for i in range(num_tokens):
             if not any(going):
                 break
             counts = [count + goes_on for count, goes_on in zip(counts, going, strict=True)]
-            hidden = self.cached.run(self.readable(inputs), positions, state.longest + i + 1)[:, -1]
-            logits = self.draft.logits(hidden)[:, : self.width]
-            drawn = sample(logits, **state.sampling.arguments(), step=state.step, position=i)
-            tokens.append(drawn.tokens if self.vocab is None else self.vocab[drawn.tokens])
+            readable = drafter.readable(inputs)
+            hidden = self.cached.run(readable, positions, context.longest + i + 1)[:, -1]
+            logits = draft.logits(hidden)[:, : drafter.width]
+            drawn = sample(logits, **context.sampling.arguments(), step=context.step, position=i)
+            tokens.append(drawn.tokens if drafter.vocab is None else drafter.vocab[drawn.tokens])
             all_logits.append(logits)
             logsumexp.append(drawn.logsumexp)
-            inputs, positions = tokens[-1][:, None], state.lengths[:, None] + i + 1
-            if self.least_reach and i + 1 < num_tokens:
-                reach = reach * _chances(logits, drawn.tokens, state.sampling.temperature)
-                going = (reach >= self.least_reach).tolist()
+            inputs, positions = tokens[-1][:, None], context.lengths[:, None] + i + 1
+            if drafter.least_reach and i + 1 < num_tokens:
+                reach = reach * _chances(logits, drawn.tokens, context.sampling.temperature)
+                going = (reach >= drafter.least_reach).tolist()
         steps = len(tokens)
-        self.known = [len(text) + steps - 1 for text in state.texts]  # if all are accepted
+        self.known = [len(row) + steps - 1 for row in context.tokens]  # if all are accepted
         return Draft(
             torch.stack(tokens, 1),
             counts,
             torch.stack(all_logits, 1),
             torch.stack(logsumexp, 1),
-            self.vocab,
+            drafter.vocab,
             steps=steps,
         )
 
@@ -208,8 +219,16 @@ class NgramDrafter:
     def cache_bytes(self, batch: int, capacity: int) -> int:
         return 0
 
-    def open(self, batch: int, capacity: int) -> None:
-        self.seen: list[_NgramIndex] = [_NgramIndex(self.sizes) for _ in range(batch)]
+    def open(self, batch: int, capacity: int) -> NgramStream:
+        return NgramStream(self.sizes, batch)
+
+
+class NgramStream:
+    """Where the n-grams of each row occurred."""
+
+    def __init__(self, sizes: Sequence[int], batch: int) -> None:
+        self.sizes = sizes
+        self.seen = [_NgramIndex(sizes) for _ in range(batch)]
 
     def prefill(self, rows: Tensor, prompts: list[list[int]]) -> None:
         for row in rows.tolist():
@@ -218,15 +237,15 @@ class NgramDrafter:
     def keep(self, rows: list[int]) -> None:
         self.seen = [self.seen[row] for row in rows]
 
-    def look_up(self, state: RoundState, num_tokens: int) -> list[list[int]]:
+    def look_up(self, context: Context, num_tokens: int) -> list[list[int]]:
         """Up to `num_tokens` proposals for each row; none where nothing matches."""
         return [
-            index.follow(text, num_tokens)
-            for index, text in zip(self.seen, state.texts, strict=True)
+            index.follow(tokens, num_tokens)
+            for index, tokens in zip(self.seen, context.tokens, strict=True)
         ]
 
-    def propose(self, state: RoundState, num_tokens: int) -> Draft:
-        return _certain(self.look_up(state, num_tokens), state.lengths.device)
+    def propose(self, context: Context, num_tokens: int) -> Draft:
+        return _certain(self.look_up(context, num_tokens), context.lengths.device)
 
 
 class CombinedDrafter:
@@ -239,9 +258,14 @@ class CombinedDrafter:
     def cache_bytes(self, batch: int, capacity: int) -> int:
         return self.model.cache_bytes(batch, capacity)
 
-    def open(self, batch: int, capacity: int) -> None:
-        self.ngram.open(batch, capacity)
-        self.model.open(batch, capacity)
+    def open(self, batch: int, capacity: int) -> CombinedStream:
+        return CombinedStream(self.ngram.open(batch, capacity), self.model.open(batch, capacity))
+
+
+class CombinedStream:
+    def __init__(self, ngram: NgramStream, model: ModelStream) -> None:
+        self.ngram = ngram
+        self.model = model
 
     def prefill(self, rows: Tensor, prompts: list[list[int]]) -> None:
         self.ngram.prefill(rows, prompts)
@@ -251,56 +275,56 @@ class CombinedDrafter:
         self.ngram.keep(rows)
         self.model.keep(rows)
 
-    def propose(self, state: RoundState, num_tokens: int) -> Draft:
+    def propose(self, context: Context, num_tokens: int) -> Draft:
         """Where every row matches, the model does not run; it reads later what it missed."""
-        self.model.rewind(state)
-        found = self.ngram.look_up(state, num_tokens)
-        if all(found):
-            return _certain(found, state.lengths.device)
-        draft = self.model.propose(state, num_tokens)
-        if any(found):
-            _replace(draft, found)
-        for row, tokens in enumerate(found):
+        self.model.rewind(context)
+        matches = self.ngram.look_up(context, num_tokens)
+        if all(matches):
+            return _certain(matches, context.lengths.device)
+        draft = self.model.propose(context, num_tokens)
+        if any(matches):
+            _replace(draft, matches)
+        for row, tokens in enumerate(matches):
             if tokens:  # what the model drew there was not proposed
-                self.model.known[row] = len(state.texts[row])
+                self.model.known[row] = len(context.tokens[row])
         return draft
 
 
-def _replace(draft: Draft, found: list[list[int]]) -> None:
+def _replace(draft: Draft, matches: list[list[int]]) -> None:
     """Proposals made with certainty in the place of those drawn, in the rows that have some."""
-    more = max(map(len, found)) - draft.tokens.shape[1]
+    more = max(map(len, matches)) - draft.tokens.shape[1]
     if more > 0 and draft.logits is not None and draft.logsumexp is not None:
         draft.tokens = functional.pad(draft.tokens, (0, more), value=-1)
         draft.logits = functional.pad(draft.logits, (0, 0, 0, more))
         draft.logsumexp = functional.pad(draft.logsumexp, (0, more))
     width = draft.tokens.shape[1]
-    for row, tokens in enumerate(found):
+    for row, tokens in enumerate(matches):
         if tokens:
             padded = tokens + [-1] * (width - len(tokens))
             draft.tokens[row] = torch.tensor(padded, device=draft.tokens.device)
             draft.counts[row] = len(tokens)
-    draft.point_mass = torch.tensor([bool(f) for f in found], device=draft.tokens.device)
+    draft.point_mass = torch.tensor([bool(match) for match in matches], device=draft.tokens.device)
 
 
 class _NgramIndex:
-    """The latest place after each n-gram of one growing text; each token is read once."""
+    """The latest place after each n-gram of one growing row; each token is read once."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = sizes
         self.places: dict[tuple[int, ...], int] = {}
         self.read = 0
 
-    def follow(self, text: list[int], count: int) -> list[int]:
-        """Up to `count` tokens that followed the latest earlier occurrence of the text's end."""
-        for end in range(self.read + 1, len(text)):  # n-grams that something follows
+    def follow(self, tokens: list[int], count: int) -> list[int]:
+        """Up to `count` tokens that followed the latest earlier occurrence of the row's end."""
+        for end in range(self.read + 1, len(tokens)):  # n-grams that something follows
             for size in self.sizes:
                 if size <= end:
-                    self.places[tuple(text[end - size : end])] = end
-        self.read = max(len(text) - 1, 0)
+                    self.places[tuple(tokens[end - size : end])] = end
+        self.read = max(len(tokens) - 1, 0)
         for size in self.sizes:
-            place = self.places.get(tuple(text[-size:])) if size <= len(text) else None
+            place = self.places.get(tuple(tokens[-size:])) if size <= len(tokens) else None
             if place is not None:
-                return text[place : place + count]
+                return tokens[place : place + count]
         return []
 
 

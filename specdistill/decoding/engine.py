@@ -1,6 +1,6 @@
 """Speculative decoding: propose, verify, rewind, for a batch of rows that each keep their own pace.
 
-Plain decoding is the same loop with no drafter. `_round` is the whole algorithm.
+Plain decoding is the same loop with no drafter. `_Stream.round` is the whole algorithm.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 
 from specdistill.decoding.cache import CachedModel, cache_bytes
-from specdistill.decoding.drafters import Draft, Drafter, RoundState
+from specdistill.decoding.drafters import Context, Draft, Drafter
 from specdistill.decoding.graphs import Graphs
 from specdistill.decoding.records import (
     CacheSize,
@@ -31,17 +32,10 @@ from specdistill.models import LanguageModel, check_tokens
 from specdistill_kernels import Lenience, Mode, Verdict, verify
 
 
-@dataclass
-class _Row:
-    request: Request
-    tokens: list[int]  # prompt and answer so far; all but the last are in the caches
-    emitted: int = 0
-    steps: int = 0
-
-
+@dataclass(frozen=True, eq=False)
 class SpeculativeDecoder:
     """Decodes requests with `target`, and with `drafter` proposing at most `num_draft_tokens` a
-    round where one is given.
+    round where one is given. These are settings: each stream has rows and caches of its own.
 
     `mode` "block" verifies whole blocks (2403.10444): the same distribution, and at temperatures
     above 0 on average at least as many accepted tokens. `lenience` accepts more and is LOSSY.
@@ -49,20 +43,21 @@ class SpeculativeDecoder:
     `rule` takes the place of `verify`, for texts that are not meant to be the target's.
     """
 
-    def __init__(
-        self,
-        target: LanguageModel,
-        drafter: Drafter | None = None,
-        *,
-        num_draft_tokens: int = 0,
-        batch_size: int = 1,
-        keep_hidden: bool = False,
-        keep_proposals: bool = False,
-        rule: Callable[..., Verdict] | None = None,
-        mode: Mode = "token",
-        lenience: Lenience | None = None,
-        cuda_graphs: bool = False,
-    ) -> None:
+    target: LanguageModel
+    drafter: Drafter | None = None
+    _: KW_ONLY
+    num_draft_tokens: int = 0
+    batch_size: int = 1
+    keep_hidden: bool = False
+    keep_proposals: bool = False
+    rule: Callable[..., Verdict] | None = None
+    mode: Mode = "token"
+    lenience: Lenience | None = None
+    cuda_graphs: bool = False
+
+    def __post_init__(self) -> None:
+        drafter, num_draft_tokens = self.drafter, self.num_draft_tokens
+        mode, lenience = self.mode, self.lenience
         if (drafter is None) != (num_draft_tokens == 0):
             raise InputError(
                 f"num_draft_tokens is {num_draft_tokens}: 0 exactly for plain decoding without "
@@ -85,18 +80,8 @@ class SpeculativeDecoder:
                 f"lenience must be lin, sq or exp with 0 < epsilon <= 1; got {lenience.kind} with "
                 f"{lenience.epsilon}"
             )
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1; got {batch_size}")
-        self.target = target
-        self.drafter = drafter
-        self.num_draft_tokens = num_draft_tokens
-        self.batch_size = batch_size
-        self.keep_hidden = keep_hidden
-        self.keep_proposals = keep_proposals
-        self.rule = rule
-        self.mode = mode
-        self.lenience = lenience
-        self.cuda_graphs = cuda_graphs
+        if self.batch_size < 1:
+            raise InputError(f"batch_size must be at least 1; got {self.batch_size}")
 
     def generate(
         self,
@@ -128,47 +113,34 @@ class SpeculativeDecoder:
         answers = [outputs[r.id] for r in requests]
         return Generation(answers, seconds, len(by_round), draft_steps, self.lenience, by_round)
 
-    @torch.inference_mode()
     def stream(self, requests: Iterable[Request]) -> Iterator[Round]:
-        """Yield rounds as they happen. A finished row is replaced by a waiting request; when none
-        waits, rows leave. A decoder has one stream at a time: a new one ends the last.
+        """Rounds as they happen. A finished row is replaced by a waiting request; when none waits,
+        rows leave.
 
-        Raises `InputError` for a request that cannot be served, before any work, and
-        `DecodingError` where the target's logits hold no distribution, or another stream of this
-        decoder has begun.
+        Raises `InputError` for requests that cannot be served, before any work, and `DecodingError`
+        where the target's logits hold no distribution.
         """
-        self._waiting = waiting = deque(requests)
-        for request in waiting:
+        requests = list(requests)
+        self.check(requests)
+        return self._rounds(requests)
+
+    @torch.inference_mode()
+    def _rounds(self, requests: Sequence[Request]) -> Iterator[Round]:
+        if requests:
+            stream = _Stream(self, requests)
+            while stream.is_open():
+                yield stream.round()
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raises `InputError` for requests that cannot be served."""
+        for request in requests:
             self._check(request)
-        if len({request.id for request in waiting}) != len(waiting):
+        if len({request.id for request in requests}) != len(requests):
             raise InputError("request ids must be distinct: they seed the rows")
-        if not waiting:
-            return
-        self._eos_ids = self.target.eos_ids
-        capacity = self._capacity(waiting)
-        self._rows: list[_Row | None] = [None] * self._width(waiting)
-        graphs = Graphs() if self.cuda_graphs else None
-        vars(self).pop("_cached", None)  # an earlier stream's slots go before new ones are taken
-        self._cached = CachedModel(self.target, len(self._rows), capacity, graphs)
-        if self.drafter is not None:
-            self.drafter.open(len(self._rows), capacity)
-        while waiting or any(self._rows):
-            start = time.perf_counter()
-            self._admit(waiting)
-            self._prefill_seconds = self._clock() - start
-            yield self._round()
-            if self._waiting is not waiting:
-                raise DecodingError(
-                    "another stream of this decoder has begun, which ends this one; give each "
-                    "stream a decoder and a drafter of its own"
-                )
 
     def cache_size(self, requests: Sequence[Request]) -> CacheSize:
-        """What `stream` will allocate for these requests, before it does. Raises `InputError` for a
-        request that cannot be served.
-        """
-        for request in requests:
-            self._check_size(request)
+        """What `stream` will allocate for these requests, before it does. Raises as `check`."""
+        self.check(requests)
         rows, slots = self._width(requests), self._capacity(requests)
         total = cache_bytes(self.target, rows, slots)
         if self.drafter is not None:
@@ -183,14 +155,6 @@ class SpeculativeDecoder:
         return max(len(r.tokens) + r.max_new_tokens for r in requests) + self.num_draft_tokens + 1
 
     def _check(self, request: Request) -> None:
-        self._check_size(request)
-        if self.lenience is not None and request.sampling.temperature == 0:
-            raise InputError(
-                f"request {request.id}: lenience has no effect at temperature 0, where the target "
-                "gives its own token probability 1; raise the temperature or drop the lenience"
-            )
-
-    def _check_size(self, request: Request) -> None:
         if not request.tokens:
             raise InputError(f"request {request.id}: the prompt has no tokens")
         check_tokens(self.target, request.tokens, f"request {request.id}: the prompt")
@@ -207,85 +171,86 @@ class SpeculativeDecoder:
                 f"the {self.target.max_length} positions of {self.target.name}; shorten the prompt "
                 "or ask for fewer new tokens"
             )
+        if self.lenience is not None and request.sampling.temperature == 0:
+            raise InputError(
+                f"request {request.id}: lenience has no effect at temperature 0, where the target "
+                "gives its own token probability 1; raise the temperature or drop the lenience"
+            )
 
-    def _admit(self, waiting: deque[Request]) -> None:
-        """Fill free rows from the queue; drop free rows for good when nobody waits and they are a
-        quarter of the batch.
+
+@dataclass
+class _Row:
+    request: Request
+    tokens: list[int]  # prompt and answer so far; all but the last are in the caches
+    emitted: int = 0
+    steps: int = 0
+
+
+class _Stream:
+    """The requests of one call of `stream`: those that wait, and the rows under way with their
+    caches. A row is None while no request is in it.
+    """
+
+    def __init__(self, decoder: SpeculativeDecoder, requests: Sequence[Request]) -> None:
+        self.decoder = decoder
+        self.target = decoder.target
+        self.eos_ids = self.target.eos_ids
+        self.waiting = deque(requests)
+        width, capacity = decoder._width(requests), decoder._capacity(requests)
+        self.rows: list[_Row | None] = [None] * width
+        graphs = Graphs() if decoder.cuda_graphs else None
+        self.cached = CachedModel(self.target, width, capacity, graphs)
+        self.drafts = None if decoder.drafter is None else decoder.drafter.open(width, capacity)
+
+    def is_open(self) -> bool:
+        return bool(self.waiting) or any(self.rows)
+
+    def round(self) -> Round:
+        """Admit, propose, verify, advance. A row that needs only m more tokens proposes at most
+        m - 1.
         """
-        free = [i for i, row in enumerate(self._rows) if row is None]
-        if free and waiting:
-            new = free[: len(waiting)]
-            for i in new:
-                request = waiting.popleft()
-                self._rows[i] = _Row(request, list(request.tokens))
-            prompts = [self._row(i).tokens[:-1] for i in new]
-            rows = torch.tensor(new, device=self.target.device)
-            self._cached.prefill(rows, prompts)
-            if self.drafter is not None:
-                self.drafter.prefill(rows, prompts)
-            self._sampling = self._settings()
-        elif len(free) * 4 >= len(self._rows) and free:
-            kept = [i for i, row in enumerate(self._rows) if row is not None]
-            self._rows = [self._rows[i] for i in kept]
-            self._cached.keep(kept)
-            if self.drafter is not None:
-                self.drafter.keep(kept)
-            self._sampling = self._settings()
+        watch = _Watch(self.target.device)
+        self._admit()
+        watch.mark("prefill")
 
-    def _settings(self) -> SamplingBatch:
-        requests = [None if row is None else row.request for row in self._rows]
-        return SamplingBatch.build(
-            [Sampling() if r is None else r.sampling for r in requests],
-            [0 if r is None else row_seed(r.seed, r.id) for r in requests],
-            self.target.device,
-        )
-
-    def _row(self, index: int) -> _Row:
-        row = self._rows[index]
-        assert row is not None
-        return row
-
-    def _round(self) -> Round:
-        """Propose, verify, advance. A row that needs only m more tokens proposes at most m - 1."""
-        marks = [self._clock()]
-        state = self._state()
-        wanted = [0 if row is None else self._wanted(row) for row in self._rows]
-        if self.drafter is not None and max(wanted):
-            draft = self.drafter.propose(state, max(wanted))
+        context = self._context()
+        wanted = [0 if row is None else self._wanted(row) for row in self.rows]
+        if self.drafts is not None and max(wanted):
+            draft = self.drafts.propose(context, max(wanted))
         else:
             nothing = torch.empty(len(wanted), 0, dtype=torch.int64, device=self.target.device)
             draft = Draft(nothing, [0] * len(wanted))
         num = draft.tokens.shape[1]
         counts = [min(pair) for pair in zip(wanted, draft.counts, strict=True)]
-        marks.append(self._clock())
+        watch.mark("draft")
 
-        last, start = state.tail(1)
+        last, start = context.tail(1)
         tokens = torch.cat([last, draft.tokens.clamp(min=0)], 1)
         positions = start + torch.arange(num + 1, device=tokens.device)
-        hidden = self._cached.run(tokens, positions, state.longest + num + 1)
+        hidden = self.cached.run(tokens, positions, context.longest + num + 1)
         logits = self.target.logits(hidden)
-        marks.append(self._clock())
+        watch.mark("target")
 
-        verdict = (self.rule or verify)(
+        verdict = (self.decoder.rule or verify)(
             draft.tokens,
             draft.logits,
             logits,
             lengths=torch.tensor(counts, device=tokens.device),
-            **self._sampling.arguments(),
-            step=state.step,
+            **context.sampling.arguments(),
+            step=context.step,
             draft_vocab=draft.vocab,
             draft_lse=draft.logsumexp,
             point_mass=draft.point_mass,
-            mode=self.mode,
-            lenience=self.lenience,
+            mode=self.decoder.mode,
+            lenience=self.decoder.lenience,
         )
         emitted, accepted = verdict.tokens.tolist(), verdict.num_accepted.tolist()
-        marks.append(self._clock())
+        watch.mark("verify")
 
-        logsumexp = logits.logsumexp(-1) if self.keep_hidden else None
-        proposals = draft.tokens.tolist() if self.keep_proposals else None
+        logsumexp = logits.logsumexp(-1) if self.decoder.keep_hidden else None
+        proposals = draft.tokens.tolist() if self.decoder.keep_proposals else None
         rows = []
-        for i, row in enumerate(self._rows):
+        for i, row in enumerate(self.rows):
             if row is not None:
                 out = self._advance(row, emitted[i][: accepted[i] + 1], counts[i], accepted[i])
                 if logsumexp is not None:
@@ -294,31 +259,59 @@ class SpeculativeDecoder:
                 if proposals is not None:
                     out.proposals = proposals[i][: counts[i]]
                 if out.finished:
-                    self._rows[i] = None
+                    self.rows[i] = None
                 rows.append(out)
-        marks.append(self._clock())
-        spent = [b - a for a, b in pairwise(marks)]
-        seconds = dict(zip(("draft", "target", "verify", "other"), spent, strict=True))
-        return Round(rows, {"prefill": self._prefill_seconds, **seconds}, draft.steps)
+        watch.mark("other")
+        return Round(rows, watch.seconds(), draft.steps)
 
-    def _state(self) -> RoundState:
-        """The batch as the drafter sees it. A row that waits for nobody computes nothing of use, in
+    def _admit(self) -> None:
+        """Fill free rows from the queue; drop free rows for good when nobody waits and they are a
+        quarter of the batch.
+        """
+        free = [i for i, row in enumerate(self.rows) if row is None]
+        if free and self.waiting:
+            new = free[: len(self.waiting)]
+            admitted = [self.waiting.popleft() for _ in new]
+            for i, request in zip(new, admitted, strict=True):
+                self.rows[i] = _Row(request, list(request.tokens))
+            prompts = [list(request.tokens[:-1]) for request in admitted]
+            rows = torch.tensor(new, device=self.target.device)
+            self.cached.prefill(rows, prompts)
+            if self.drafts is not None:
+                self.drafts.prefill(rows, prompts)
+        elif free and len(free) * 4 >= len(self.rows):
+            taken = [i for i, row in enumerate(self.rows) if row is not None]
+            self.rows = [self.rows[i] for i in taken]
+            self.cached.keep(taken)
+            if self.drafts is not None:
+                self.drafts.keep(taken)
+        else:
+            return
+        requests = [None if row is None else row.request for row in self.rows]
+        self.sampling = SamplingBatch.build(
+            [Sampling() if r is None else r.sampling for r in requests],
+            [0 if r is None else row_seed(r.seed, r.id) for r in requests],
+            self.target.device,
+        )
+
+    def _context(self) -> Context:
+        """The batch as the drafter sees it. A row without a request computes nothing of use, in
         slots that will be overwritten.
         """
-        texts = [[0] if row is None else row.tokens for row in self._rows]
-        lengths = [len(text) - 1 for text in texts]
-        steps = [0 if row is None else row.steps for row in self._rows]
+        tokens = [[0] if row is None else row.tokens for row in self.rows]
+        lengths = [len(row) - 1 for row in tokens]
+        steps = [0 if row is None else row.steps for row in self.rows]
         device = self.target.device
-        return RoundState(
-            texts,
+        return Context(
+            tokens,
             torch.tensor(lengths, device=device),
             max(lengths),
-            self._sampling,
+            self.sampling,
             torch.tensor(steps, device=device),
         )
 
     def _wanted(self, row: _Row) -> int:
-        return min(self.num_draft_tokens, row.request.max_new_tokens - row.emitted - 1)
+        return min(self.decoder.num_draft_tokens, row.request.max_new_tokens - row.emitted - 1)
 
     def _advance(self, row: _Row, tokens: list[int], proposed: int, accepted: int) -> RowRound:
         if tokens[-1] < 0:
@@ -327,7 +320,7 @@ class SpeculativeDecoder:
                 f"{row.emitted + accepted}: the target's logits are "
                 "NaN or all -inf; check the checkpoint, or try dtype float32"
             )
-        end = next((i + 1 for i, token in enumerate(tokens) if token in self._eos_ids), None)
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self.eos_ids), None)
         tokens = tokens[:end]
         row.tokens += tokens
         row.emitted += len(tokens)
@@ -338,7 +331,32 @@ class SpeculativeDecoder:
             row.request.id, tokens, proposed, tested, min(accepted, len(tokens)), finished
         )
 
-    def _clock(self) -> float:
-        if self.target.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+
+class _Watch:
+    """The seconds of a round by part. On CUDA they are read from events when the round is over, so
+    that the host does not wait for the device between the parts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self.parts: list[str] = []
+        self.marks: list[Any] = [self._now()]
+
+    def mark(self, part: str) -> None:
+        self.parts.append(part)
+        self.marks.append(self._now())
+
+    def seconds(self) -> dict[str, float]:
+        if self.stream is None:
+            spent = [b - a for a, b in pairwise(self.marks)]
+        else:
+            self.marks[-1].synchronize()
+            spent = [a.elapsed_time(b) / 1000 for a, b in pairwise(self.marks)]
+        return dict(zip(self.parts, spent, strict=True))
+
+    def _now(self) -> float | torch.cuda.Event:
+        if self.stream is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        self.stream.record_event(event)
+        return event

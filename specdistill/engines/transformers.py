@@ -146,7 +146,7 @@ class Batches:
         """Raises `InputError` and `DecodingError` as `SpeculativeDecoder.stream`."""
         waiting = sorted(requests, key=lambda r: (*_alike(r), len(r.tokens)))
         if waiting:
-            SpeculativeDecoder(self.target).cache_size(waiting)  # refuses what cannot be served
+            SpeculativeDecoder(self.target).check(waiting)
         for _, group in groupby(waiting, key=_alike):
             rows = list(group)
             for first in range(0, len(rows), self.batch_size):

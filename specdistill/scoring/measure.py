@@ -98,8 +98,8 @@ def score(
     decoders = _decoders(target, draft, num_draft_tokens, mode, lenience)
     temperatures = list(dict.fromkeys(temperatures))
     settings = [(t, g) for t in temperatures for g in decoders]
-    # Refuses what cannot be served, before any work; with a draft the same.
-    decoders[0].cache_size([Request(p.id, p.tokens, max_new_tokens) for p in prompts])
+    # Before any work; with a draft the same.
+    decoders[0].check([Request(p.id, p.tokens, max_new_tokens) for p in prompts])
     check_positions([draft], ((p.id, len(p.tokens) + max_new_tokens) for p in prompts))
     progress("score", 0, len(prompts), "a short run of each setting first")
     for t, g in settings:
