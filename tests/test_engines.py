@@ -5,9 +5,11 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from math import nan
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -365,6 +367,8 @@ class LLM:
             os._exit(7)
         first = sum(prompt["prompt_token_ids"]) % 50
         tokens = [first + i for i in range(params.given["max_tokens"])]
+        if self.gamma == DIFFERS:
+            tokens[-1] += 1
         if self.gamma:  # every round accepts all but the last, and the prompt's pass emits one
             self.rounds += -(-(len(tokens) - 1) // self.gamma)
         class Output:
@@ -383,9 +387,10 @@ class LLM:
 """
 
 
-def stand_in(folder: Path, die_at: int = 0, lacking: int = 0) -> Path:
+def stand_in(folder: Path, die_at: int = 0, lacking: int = 0, differs: int = 0) -> Path:
     """An interpreter whose `vllm` is `STAND_IN`."""
     text = STAND_IN.replace("DIE_AT", str(die_at)).replace("LACKING", str(lacking))
+    text = text.replace("DIFFERS", str(differs or None))
     package = folder / "vllm"
     package.mkdir(exist_ok=True)
     (package / "__init__.py").write_text(text, encoding="utf-8")
@@ -423,6 +428,24 @@ def test_vllm_is_asked_in_turns_and_its_counters_taken(
         assert row.tested == 6 * rounds * gamma, "all but the last were accepted"
         assert row.survival_by_position == [1.0] * (gamma - 1) + [0.0]
     assert [row.rounds for row in found.per_prompt] == [6] * 6 + [4] * 6
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+def test_what_differs_in_vllm_is_explained_by_our_own_pass_or_fails(
+    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path, rounding: bool
+) -> None:
+    """vLLM's passes of one and of many tokens round apart, as any engine's in half precision."""
+    with ExitStack() as patches:
+        if rounding:
+            apart = {"most_rounding": 1e9, "both_passes": (torch.zeros(8, 64), torch.ones(8, 64))}
+            for name, value in apart.items():
+                place = f"specdistill.scoring.lossless.{name}"
+                patches.enter_context(mock.patch(place, return_value=value))
+        card = run_vllm(stand_in(tmp_path, differs=3), pair)
+    assert card.lossless.greedy_identical == (6, 12)
+    assert [tie["position"] for tie in card.lossless.ties] == [9] * 6
+    assert all(tie["within_rounding"] is rounding for tie in card.lossless.ties)
+    assert bool(card.failures) is not rounding
 
 
 def test_a_vllm_that_ends_early_says_why(

@@ -13,8 +13,11 @@ from statistics import median_low
 from typing import Any
 
 from specdistill.data.chat import EncodedPrompt
+from specdistill.decoding import Output
+from specdistill.models import LanguageModel
 from specdistill.progress import Progress
 from specdistill.scoring.choice import Setting
+from specdistill.scoring.lossless import GreedyPair, explain_difference
 from specdistill.scoring.measure import cpu_times, in_turn, stolen
 from specdistill.scoring.rows import STALL, ratio, shares, survival
 from specdistill.scoring.scorecard import (
@@ -195,6 +198,24 @@ def scorecard(
         by_category=by_category(per_prompt, seed),
         by_prompt_length=by_prompt_length(per_prompt, seed),
     )
+
+
+def explained_differences(
+    load_target: Callable[[], LanguageModel], prompts: Sequence[EncodedPrompt], measured: Measured
+) -> list[dict[str, Any]]:
+    """What `explain_difference` says of each greedy text that is not the engine's plain one; the
+    target is loaded only where there is such a text.
+    """
+    runs = measured.runs
+    pairs = [
+        GreedyPair(prompt.id, prompt.tokens, Output("", plain.tokens), Output("", answer.tokens))
+        for (t, g), answers in runs.items()
+        if t == 0 and g
+        for prompt, plain, answer in zip(prompts, runs[0, 0], answers, strict=True)
+        if plain.tokens != answer.tokens
+    ]
+    target = load_target() if pairs else None
+    return [explain_difference(target, pair, alone=False) for pair in pairs if target is not None]
 
 
 def _row(setting: Setting, runs: Runs, weight_ratio: float, seed: int) -> Row:

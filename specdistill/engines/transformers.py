@@ -22,15 +22,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding import Request, Round, RowRound, Sampling, SpeculativeDecoder
-from specdistill.decoding.records import Output
 from specdistill.decoding.sampling import row_seed
-from specdistill.engines.base import Answer, scorecard, take_turns
+from specdistill.engines.base import Answer, explained_differences, scorecard, take_turns
 from specdistill.errors import DecodingError, InputError
 from specdistill.models import LanguageModel, check_positions, check_sizes
 from specdistill.models.randomness import seeded
 from specdistill.progress import Progress, silent
 from specdistill.scoring.choice import Setting
-from specdistill.scoring.lossless import GreedyPair, explain_difference
 from specdistill.scoring.measure import model_card, provenance
 from specdistill.scoring.scorecard import Scorecard
 
@@ -96,20 +94,7 @@ def score(
         return _generate(target, draft, prompt, setting, count, seed)
 
     measured = take_turns(ask, prompts, temperatures, num_draft_tokens, max_new_tokens, progress)
-    runs = measured.runs
-    ties = [
-        explain_difference(
-            target,
-            GreedyPair(
-                prompt.id, prompt.tokens, Output("", plain.tokens), Output("", answer.tokens)
-            ),
-            alone=False,
-        )
-        for (t, g), answers in runs.items()
-        if t == 0 and g
-        for prompt, plain, answer in zip(prompts, runs[0, 0], answers, strict=True)
-        if plain.tokens != answer.tokens
-    ]
+    ties = explained_differences(lambda: target, prompts, measured)
     told = provenance(target, draft, seed, max_new_tokens, prompts)
     told |= {"engine": "transformers", "turns": "prompt by prompt, in one process"}
     return scorecard(model_card(target), model_card(draft), told, prompts, measured, ties, seed)

@@ -14,16 +14,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
 from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding.sampling import row_seed
 from specdistill.engines import vllm_worker
-from specdistill.engines.base import Answer, scorecard, take_turns
+from specdistill.engines.base import Answer, explained_differences, scorecard, take_turns
 from specdistill.errors import DecodingError, InputError
-from specdistill.models import LanguageModel, check_positions, check_sizes
+from specdistill.limits import Dtype
+from specdistill.models import LanguageModel, check_positions, check_sizes, load
 from specdistill.progress import Progress, silent
 from specdistill.scoring.choice import Setting
 from specdistill.scoring.measure import model_card, provenance
@@ -69,6 +70,9 @@ class Pair:
             sorted(target.eos_ids),
             provenance(target, draft, seed, max_new_tokens, prompts),
         )
+
+    def load_target(self) -> LanguageModel:
+        return load(str(self.target_path), dtype=cast("Dtype", self.target.dtype))
 
 
 class _Worker:
@@ -116,7 +120,8 @@ def score(
 
     All engines are there at a time, so that they can take turns, and share the device's memory.
     Raises `InputError` where `python` cannot be run or that memory is too small, `DecodingError`
-    where vLLM ends early or its counters do not tell enough.
+    where vLLM ends early or its counters do not tell enough. Where greedy texts differ, our own
+    pass reads them once the engines have ended.
     """
     if not python.is_file():
         raise InputError(f"there is no interpreter {python}; name the python of an environment")
@@ -146,7 +151,8 @@ def score(
     told["threads"] = threads or torch.get_num_threads()
     told["device"] = facts["device"] or told["device"]
     told["compiled"] = facts["compiled"]
-    return scorecard(pair.target, pair.draft, told, prompts, measured, [], seed)
+    ties = explained_differences(pair.load_target, prompts, measured)  # its memory is free again
+    return scorecard(pair.target, pair.draft, told, prompts, measured, ties, seed)
 
 
 def _check_memory(pair: Pair, memory_bytes: int | None, engines: int) -> None:
