@@ -7,6 +7,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -17,6 +18,7 @@ import typer
 import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from test_cli import run
 
 import specdistill
 from specdistill.cli import app
@@ -146,6 +148,31 @@ def test_commands_within_a_line_have_the_options_they_are_given(page: Path) -> N
             check_shell(shlex.split(span))
 
 
+FEWER = {  # so that what the README says takes seconds
+    "generate": ["--max-new-tokens", 6],
+    "distill": ["heldout=4", "training.max_steps=2"],
+    "score": ["--limit", 2, "--max-new-tokens", 8, "--num-draft-tokens", "1,2"],
+}
+
+
+def test_the_four_commands_of_the_readme_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_folder, "T")
+    for name, first in (("prompts", 5), ("heldout", 30)):
+        lines = [json.dumps({"prompt": f"w{i} w{i + 2}"}) for i in range(first, first + 20)]
+        Path(f"{name}.jsonl").write_text("\n".join(lines))
+    (config,) = blocks(README, "yaml")
+    Path("config.yaml").write_text(config)
+    (block,) = [block for block in blocks(README, "") if "config.yaml" in block]
+    for _, name, *words in shell_lines(block):
+        done = run(name, *words, *FEWER.get(name, []))
+        assert done.code == 0, done.err
+    assert (tmp_path / "run" / "draft" / "config.json").exists()
+    assert (tmp_path / "run" / "scorecard.json").exists()
+
+
 @pytest.mark.parametrize("path", [*EXAMPLES, *CONFIGS], ids=lambda path: path.name)
 def test_the_comments_of_an_example_say_how_to_run_it(path: Path) -> None:
     indented = re.findall(r"^#  +(.*)", path.read_text(encoding="utf-8"), re.MULTILINE)
@@ -217,6 +244,15 @@ def test_paths_and_the_names_after_them_exist(page: Path) -> None:
             defined = rf"^(?:def|class) {name}\b|^{name}\b.*="
             source = (ROOT / path).read_text(encoding="utf-8")
             assert re.search(defined, source, re.MULTILINE), f"{path} has no {name}"
+
+
+def test_the_tree_shows_every_module_and_no_other() -> None:
+    (tree,) = [b for b in blocks(ROOT / "docs" / "contributing.md", "") if "cli/" in b]
+    (package,) = re.findall(r"^specdistill/\n((?:  .*\n)+)", tree, re.MULTILINE)
+    shown = set(re.findall(r"\w+(?:\.py|/)(?= |$)", package, re.MULTILINE)) - {"plots/"}
+    there = {f"{p.name}/" for p in (ROOT / "specdistill").iterdir() if (p / "__init__.py").exists()}
+    there |= {file.name for file in (ROOT / "specdistill").glob("[a-z]*.py")}
+    assert shown == there
 
 
 def anchors(page: Path) -> set[str]:

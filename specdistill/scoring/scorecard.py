@@ -159,8 +159,8 @@ class Baseline:
 @with_config(Strict)
 @dataclass(frozen=True)
 class Row:
-    """Speculative decoding at one temperature and one γ, over all prompts. See the words in the
-    README.
+    """Speculative decoding at one temperature and one γ, over all prompts. The words are
+    those of docs/guide/scorecard.md.
 
     Lists are indexed by draft position: `acceptance_by_position[i]` given that all earlier
     positions were accepted, `survival_by_position[i]` of all rounds, see `rows.survival`.
