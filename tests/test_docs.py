@@ -185,7 +185,7 @@ def test_the_comments_of_an_example_say_how_to_run_it(path: Path) -> None:
 # Configurations
 
 BASE = {"target": "T", "draft": "D", "data": "data", "run_dir": "run", "training": {"max_steps": 1}}
-AND_SO = {"signal: none": {"loss": "ce"}}  # what a setting wants beside it
+LOSS_OF = {"beta": "jsd", "skew": "skew_kl", "eta": "lk_hybrid", "num_draft_tokens": "e2e_tv"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -208,8 +208,9 @@ def test_configurations_are_valid(page: Path, tmp_path: Path) -> None:
         nested = key in Training.model_fields and key not in DistillConfig.model_fields
         if colon and (sections or nested):
             goal = f"training.{key}" if nested else key
-            file.write_text(yaml.safe_dump(BASE | AND_SO.get(span, {})))
-            load_config(file, [f"{goal}={value}"])
+            loss = "ce" if span == "signal: none" else LOSS_OF.get(key, "fkl")
+            file.write_text(yaml.safe_dump({"loss": loss, **BASE}))
+            configured_objective(load_config(file, [f"{goal}={value}"]))
 
 
 # Python
