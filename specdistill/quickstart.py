@@ -301,7 +301,8 @@ def choose(
     if vocab_size is not None:
         choose_vocabulary(target, torch.ones(target.vocab_size), vocab_size)  # or it raises
     elif 2 * draft.head.weight.numel() > draft.weight_bytes() // draft.dtype.itemsize:
-        vocab_size = max(1024, target.vocab_size // 16 // 1024 * 1024)
+        fewer = max(1024, target.vocab_size // 16 // 1024 * 1024)
+        vocab_size = fewer if fewer < target.vocab_size else None
     del draft
     longest = max(len(p.tokens) for p in (*prompts, *heldout))
     room = target.max_length - longest

@@ -1,14 +1,18 @@
 """The whole loop on somebody's own model and prompts, and how it divides the minutes."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
+from conftest import tiny_model
 from test_cli import run
 
 from specdistill import models, quickstart
+from specdistill.data.chat import encoded
+from specdistill.data.prompts import load_prompts
 from specdistill.errors import InputError, SpecDistillError
-from specdistill.quickstart import LENGTHS, SHARE, Plan, Speed, Task, divide
+from specdistill.quickstart import LENGTHS, SHARE, Plan, Speed, Task, choose, divide
 from specdistill.scoring.scorecard import Scorecard
 
 FAST = Speed(0.1, 0.01, 0.01, 0.005)
@@ -53,6 +57,17 @@ def test_more_minutes_buy_longer_answers_then_more_of_them_then_training() -> No
     assert lengths[0] < lengths[-1] == LENGTHS[0]
     assert plans[-1].answers == 1000
     assert plans[-1].train_seconds - plans[-2].train_seconds == pytest.approx(64 * 60)
+
+
+@pytest.mark.parametrize(("vocabulary", "kept"), [(600, None), (2000, 1024)])
+def test_the_draft_keeps_fewer_tokens_than_there_are_or_all(
+    prompts: Path, vocabulary: int, kept: int | None
+) -> None:
+    target = tiny_model(vocab=vocabulary, layers=4)  # the head is most of a draft
+    questions = encoded(target.tokenizer, load_prompts(str(prompts)))
+    task = Task(str(prompts.parent), str(prompts))
+    plan = choose(task, target, questions[:20], questions[20:], time.perf_counter())
+    assert plan.vocab_size == kept
 
 
 def test_a_command_takes_somebodys_model_to_a_verdict(
