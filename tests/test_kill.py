@@ -103,7 +103,7 @@ def test_no_answer_of_a_server_is_lost_or_paid_for_twice(tmp_path: Path) -> None
         ("rename .*/answers.jsonl", 1),
     ]
     with serving(echo) as (url, fake):
-        asked = ["generate", "--engine", "openai", "--base-url", url, "--target", "big"]
+        asked = ["ask", "--base-url", url, "--target", "big"]
         asked += ["--prompts", prompts, "--concurrency", 2, "--out", folder]
         for place, number in kills:
             assert specdistill(folder, place, number, *asked) == -signal.SIGKILL, place

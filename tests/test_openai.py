@@ -38,7 +38,7 @@ from specdistill.data.text_store import ANSWERS, REPLIES, read_answers
 from specdistill.data.token_store import MANIFEST
 from specdistill.decoding import GREEDY, Sampling, SpeculativeDecoder
 from specdistill.engines import openai
-from specdistill.engines.openai import Server, answer
+from specdistill.engines.openai import Server
 from specdistill.errors import InputError, ServerError, StorageError
 
 KEY = "sk-this-must-not-be-seen"
@@ -77,7 +77,7 @@ def echo(body: dict[str, Any], before: int) -> Reply:
 def ask(url: str, folder: Path, prompts: list[Prompt] = PROMPTS, **changes: Any) -> Any:
     server = Server(url, "big", changes.pop("concurrency", 4))
     settings = {"max_new_tokens": 32, "samplings": [GREEDY], **changes}
-    return answer(server, prompts, folder, **settings)
+    return openai.ask(server, prompts, folder, **settings)
 
 
 def texts(folder: Path) -> dict[str, str]:
@@ -583,16 +583,16 @@ def test_an_interrupt_changes_nothing_of_what_is_kept(tmp_path: Path) -> None:
 
 def test_filters_by_command(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("question 1\nquestion 2\n")
-    ask = ["generate", "--engine", "openai", "--target", "big", "--temperature", 1, "--json"]
+    ask = ["ask", "--target", "big", "--temperature", 1, "--json"]
     ask += ["--prompts", tmp_path / "prompts.txt", "--retries", 1]
     with serving(drawn("no", "yes, that is so")) as (url, _):
-        done = run(*ask, "--base-url", url, "--out", tmp_path / "a", "--min-tokens", 3)
+        done = run(*ask, "--base-url", url, "--out", tmp_path / "a", "--min-words", 3)
         assert done.code == 0
         counts = {"answers": 2, "removed": {"short": 2}, "regenerated": 2, "dropped": 0}
         assert done.document.items() >= counts.items()
         assert "removed: 2 short; 2 prompts answered in another way, 0 without" in done.err
         assert "does not sample" not in done.err
-        done = run(*ask, "--base-url", url, "--out", tmp_path / "b", "--min-tokens", 9)
+        done = run(*ask, "--base-url", url, "--out", tmp_path / "b", "--min-words", 9)
         assert done.code == 2
         assert "removed: 4 short; 0 prompts answered in another way, 2 without" in done.err
         assert "no answer is left" in done.err
@@ -718,13 +718,13 @@ def test_the_key_is_in_no_file_message_or_output(tmp_path: Path) -> None:
     with serving(reply) as (url, _):
         secret = url.replace("//", "//me:hidden@")
         said = run(
-            *("generate", "--target", "big", "--engine", "openai", "--base-url", secret),
+            *("ask", "--target", "big", "--base-url", secret),
             *("--prompts", prompts, "--out", tmp_path / "data", "--json"),
         )
         assert said.document["refused"] == 3
     with serving(lambda body, before: failure(401, f"wrong key {KEY}")) as (url, _):
         refused = run(
-            *("generate", "--target", "big", "--engine", "openai", "--base-url", url),
+            *("ask", "--target", "big", "--base-url", url),
             *("--prompts", prompts, "--out", tmp_path / "none"),
         )
         assert refused.code == 2
@@ -849,24 +849,26 @@ def test_without_the_package_it_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--engine openai", "--engine openai needs --base-url"),
-        ("--engine openai --base-url http://x --signal none", "--signal has no effect"),
-        ("--engine openai --base-url http://x --generator y", "--generator has no effect"),
-        ("--engine openai --base-url http://x --retries 3", "retries: 3 has no effect without"),
-        ("--base-url http://x", "--base-url has no effect with --engine specdistill"),
-        ("--concurrency 3", "--concurrency has no effect with --engine specdistill"),
-        ("--shots 2", "--shots has no effect with --style instruction"),
-        ("--style in-context", "prompts with responses by --examples"),
-        ("--style poem", "unknown style 'poem'; choose from instruction, in-context"),
+        ("generate --engine openai", "type `specdistill ask --base-url URL"),
+        ("generate --engine=openai --base-url http://x --signal none", "type `specdistill ask"),
+        ("generate --base-url http://x", "No such option: --base-url"),
+        ("generate --concurrency 3", "No such option: --concurrency"),
+        ("generate --shots 2", "shots: 2 examples have no effect with the style 'instruction'"),
+        ("generate --style in-context", "prompts with responses by --examples"),
+        ("generate --style poem", "unknown style 'poem'; choose from instruction, in-context"),
+        ("generate --response-column x", "--response-column has no effect without --scorer"),
+        ("ask", "Missing option '--base-url'"),
+        ("ask --base-url http://x --signal none", "No such option: --signal"),
+        ("ask --base-url http://x --retries 3", "retries: 3 has no effect without"),
+        ("ask --base-url http://x --best-of 3", "--best-of and --scorer go together"),
     ],
 )
 def test_options_without_effect_are_errors(tmp_path: Path, arguments: str, message: str) -> None:
-    done = run(
-        *("generate", "--target", "demo:x", "--prompts", "demo:train", "--out", tmp_path / "x"),
-        *arguments.split(),
-    )
+    given = ("--target", "demo:x", "--prompts", "demo:train", "--out", tmp_path / "x")
+    done = run(*arguments.split(), *given)
     assert done.code == 2
     assert message in done.err
+    assert not (tmp_path / "x").exists()
 
 
 # A real server
@@ -910,7 +912,7 @@ def test_a_real_server_answers_as_the_engine_does(
         Prompt(f"p{i}", ({"role": "user", "content": f"w{5 + i} w{9 + 2 * i} w30"},))
         for i in range(6)
     ]
-    _, refused = answer(real, prompts, tmp_path / "d", max_new_tokens=8, samplings=[GREEDY])
+    _, refused = openai.ask(real, prompts, tmp_path / "d", max_new_tokens=8, samplings=[GREEDY])
     assert refused == {}
     target = models.load(str(tiny_folder), dtype="float32")
     ids = [encode_prompt(target.tokenizer, p) for p in prompts]
@@ -924,7 +926,7 @@ def test_a_real_server_answers_as_the_engine_does(
 
 def test_a_real_servers_replies_are_filtered(real: Server, tmp_path: Path) -> None:
     prompts = [Prompt(f"p{i}", ({"role": "user", "content": f"w{5 + i} w9"},)) for i in range(8)]
-    settled, refused = answer(
+    settled, refused = openai.ask(
         real,
         prompts,
         tmp_path / "d",

@@ -13,6 +13,7 @@ import typer
 
 from specdistill import __version__
 from specdistill.cli import (
+    asking,
     console,
     generating,
     quickstart,
@@ -46,6 +47,7 @@ COMMANDS = (
     training.init,
     generating.widen,
     generating.generate,
+    asking.ask,
     training.distill,
     sweeping.sweep,
     scoring.score,
@@ -66,7 +68,8 @@ for command in COMMANDS:
     app.command()(command)
 
 _AFTER_INTERRUPT = dict.fromkeys(
-    ("quickstart", "widen", "generate", "sweep"), "; the same command goes on where it stopped"
+    ("quickstart", "widen", "generate", "ask", "sweep"),
+    "; the same command goes on where it stopped",
 ) | {
     "distill": "; with --resume the same command goes on from the last checkpoint (there is one "
     "every checkpoint_every steps)"
@@ -93,6 +96,7 @@ def main() -> None:
 def _run(arguments: list[str], debug: bool) -> None:
     try:
         _refuse_empty(arguments)
+        _refuse_servers(arguments)
         app([at_home(argument) for argument in arguments], standalone_mode=True)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != 130:  # what typer makes of an interrupt
@@ -117,6 +121,16 @@ def _refuse_empty(arguments: list[str]) -> None:
         if not argument or (option.startswith("--") and equals and not value):
             name = option or before or "an argument"
             raise InputError(f"{name}: the value is empty; give it one, or leave it out")
+
+
+def _refuse_servers(arguments: list[str]) -> None:
+    """`generate` asked servers, too, before there was `ask`. Raises `InputError`."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    if words[:1] == ["generate"] and ("--engine", "openai") in pairwise(words):
+        raise InputError(
+            "`generate` asks no server; type `specdistill ask --base-url URL --target MODEL "
+            "--prompts P --out FOLDER`, without --engine"
+        )
 
 
 def _last_words(error: Exception) -> tuple[str, int]:

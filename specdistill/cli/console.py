@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from specdistill.data.token_store import Example
-    from specdistill.decoding import CacheSize
     from specdistill.models import LanguageModel
     from specdistill.progress import Progress
 
@@ -131,11 +130,6 @@ def note_models(target: LanguageModel, *drafts: LanguageModel, decoding: bool = 
         note(f"{target.name}: its generation config's {', '.join(ignored)} is not applied")
     if tells_date(target.tokenizer):
         note(f"{target.name}: its chat template tells the date, and is told {DATE:%d %B %Y} always")
-
-
-def note_cache(size: CacheSize) -> None:
-    rows = "1 row" if size.rows == 1 else f"{size.rows} rows"
-    note(f"cache: {size.bytes / 1e6:,.1f} MB for {rows} of up to {size.slots:,} tokens")
 
 
 def note_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -34,3 +35,44 @@ Limit = Annotated[int | None, among(limits.COUNT, "Use only the first so many pr
 LongestAnswer = Annotated[int, among(limits.NEW_TOKENS, "Tokens of the longest answer.")]
 BatchSize = Annotated[int, among(limits.ROWS, "Rows decoded together.")]
 Seed = Annotated[int, among(limits.SEED)]
+
+# What both `generate` and `ask` do with prompts and answers.
+Answers = Annotated[
+    Path, typer.Option(help="Folder of the answers; an unfinished one is continued.")
+]
+Style = Annotated[
+    str, typer.Option(help="How prompts are put: instruction, in-context, chain-of-thought.")
+]
+Examples = Annotated[
+    str | None, typer.Option(help="Prompts with responses, for --style in-context.")
+]
+Shots = Annotated[
+    int | None, among(limits.SHOTS, "Examples shown with each prompt, for --style in-context; 4.")
+]
+Temperatures = Annotated[
+    str, typer.Option(help="0 is greedy; with 0,1 each prompt gets one of the two.")
+]
+TopP = Annotated[float, typer.Option(help="1 is off.")]
+ResponseColumn = Annotated[
+    str | None,
+    typer.Option(help="Field of the prompts' own answers, for --scorer, if there are several."),
+]
+MaxRepetition = Annotated[
+    float, among(limits.SHARE, "Remove answers with a larger share of repeated 4-grams.")
+]
+DropTruncated = Annotated[
+    bool, typer.Option("--drop-truncated", help="Remove answers cut at --max-new-tokens.")
+]
+DropDuplicates = Annotated[
+    bool, typer.Option("--drop-duplicates", help="Of equal answers keep one.")
+]
+Retries = Annotated[
+    int, among(limits.RETRIES, "Ask again so often, sampling anew, for what was removed.")
+]
+Best = Annotated[
+    int | None, among(limits.ANSWERS, "Of so many answers to a prompt keep one, by --scorer.")
+]
+Scorer = Annotated[
+    str | None,
+    typer.Option(help="log-probability, exact-match, majority, or a function, module:function."),
+]

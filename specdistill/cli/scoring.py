@@ -103,7 +103,7 @@ def score(
         )
     score_pair: Callable[..., Scorecard]
     if engine == "specdistill":
-        console.note_cache(measure.cache_size(big, small, encoded, gammas, max_new_tokens))
+        console.note(measure.cache_size(big, small, encoded, gammas, max_new_tokens).line)
         score_pair = partial(
             measure.score, big, small, mode=verification, lenience=rule, keep_text=keep_text
         )
@@ -170,7 +170,7 @@ def check(
         asked = load_prompts(prompts, split=split, column=column, limit=limit)
     big, small = _load_pair(target, draft, dtype, device)
     pair = checks.Pair(big, small, encoded(big.tokenizer, asked), max_new_tokens, seed)
-    console.note_cache(pair.cache_size())
+    console.note(pair.cache_size().line)
     with console.progress() as progress:
         results = checks.run_checks(pair, progress)
     passed = all(result.passed for result in results)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ from specdistill.data.signal import (
     token_log_probs,
 )
 from specdistill.data.token_store import Example, Manifest, Store, read_examples, tokenizer_sha256
-from specdistill.decoding import GREEDY, ModelDrafter, Sampling, SpeculativeDecoder
+from specdistill.decoding import GREEDY, Sampling, SpeculativeDecoder
 from specdistill.decoding.sampling import own_sampling
 from specdistill.errors import InputError, StorageError
 from specdistill.files import holding
 from specdistill.models import LanguageModel
-from specdistill.progress import Progress, silent
+from specdistill.progress import Note, Progress, silent, unsaid
 
 PART = 64  # answers a part
 
@@ -57,11 +57,10 @@ def generate(
     filters: Filters = NO_FILTER,
     best_of: BestOf | None = None,
     writer: LanguageModel | None = None,
-    draft: LanguageModel | None = None,
-    num_draft_tokens: int = 0,
     outside: tuple[str, Decoder] | None = None,
     max_seconds: float | None = None,
     progress: Progress = silent,
+    note: Note = unsaid,
 ) -> Store:
     """Answer every prompt not yet answered in `folder`. The same call again goes on where an
     interrupted one stopped. With several samplings each prompt gets one of them, by its id and
@@ -69,10 +68,9 @@ def generate(
     `max_seconds`, once there is an answer, what is finished is kept and the rest left unanswered.
     Of `best_of` answers that `filters` leave, the best is kept; a prompt none of whose answers is
     left is asked again, see `Filters`, and the store counts them. Duplicates are looked for among
-    all that is kept, whenever every prompt has been asked. A `draft` that proposes
-    `num_draft_tokens` a round saves time, see `gain.py`, and changes nothing of what the target may
-    say. Where a cheaper `writer` of the target's tokens answers in its place, the target only reads
-    what is kept, for its signal. An `outside` engine, with its name, decodes in place of ours.
+    all that is kept, whenever every prompt has been asked. Where a cheaper `writer` of the target's
+    tokens answers in its place, the target only reads what is kept, for its signal. An `outside`
+    engine, with its name, decodes in place of ours. `note` is told what cache and signal take.
 
     Raises `InputError` for a writer with a trimmed vocabulary, and `StorageError` before any work
     where the disk cannot hold the signal, or `folder` holds other generations.
@@ -85,9 +83,7 @@ def generate(
             f"{writer.name} has a trimmed vocabulary, so it cannot write all that {target.name} "
             "can; let a model with the whole vocabulary answer"
         )
-    author = target if writer is None else writer
     selection = Selection.checked(filters, best_of, prompts, samplings)
-    number, scored = selection.number, selection.reads_log_probability
     settings = {
         "max_new_tokens": max_new_tokens,
         "seed": seed,
@@ -95,136 +91,200 @@ def generate(
         "samplings": [asdict(sampling) for sampling in samplings],
         **selection.settings,
         **({} if writer is None else {"writer": [writer.name, writer.sha256()]}),
-        **({} if draft is None else {"draft": [draft.sha256(), num_draft_tokens]}),
         **({} if outside is None else {"engine": outside[0]}),
     }
     manifest = _manifest(target, prompts, settings, signal)
     manifest.writer_parameters = None if writer is None else writer.parameters()
-    store = Store(folder, manifest)
-    removals = Counter(id_ for id_, _ in store.manifest.removed)
-
-    def retried(id_: str) -> bool:
-        return removals[id_] <= filters.retries_of(own_sampling(samplings, seed, id_))
-
-    def pending() -> list[Question]:
-        """What is to be asked next, of each open prompt once, in another way after a removal."""
-        done = store.done()
-        found = []
-        for prompt in prompts:
-            if prompt.id not in done and retried(prompt.id):
-                tokens = encode_prompt(target.tokenizer, prompt)
-                own = round_seed(seed, removals[prompt.id])
-                sampling = own_sampling(samplings, seed, prompt.id)
-                found.append(Question(prompt, tokens, sampling, own))
-        # Neighbours share what they begin with; ids seed the draws.
-        found.sort(key=lambda question: question.tokens)
-        # What there may be no time for is every n-th of them, not one task.
-        turns = 1 if max_seconds is None else max(len(found) // batch_size, 1)
-        return [question for first in range(turns) for question in found[first::turns]]
-
-    def drop_duplicates() -> int:
-        """Take back all equal answers but the first, in an order of their own, and not that in
-        which they ended: an interrupt changes that. Returns how many are to be asked for again.
-        """
-        if not filters.duplicates or not store.manifest.parts:
-            return 0
-        kept = read_examples(folder, signal=False)
-        kept.sort(key=lambda answer: (removals[answer.id], answer.id))
-        again = repeated((answer.id, answer.response_tokens) for answer in kept)
-        store.withdraw(again, DUPLICATE)
-        removals.update(again)
-        return sum(map(retried, again))
-
-    drop_duplicates()  # of a run that was killed before it came to it
-    questions = pending()
-    needed = signal_bytes(target, len(questions) * filters.written, max_new_tokens, signal)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise StorageError(
-            f"the signal of {len(questions)} answers may take {needed:,} bytes, {folder} has "
-            f"{free:,} free; keep no signal, "
-            "shorten the answers or choose another disk"
-        )
     decoder: Decoder
     if outside is not None:
         _, decoder = outside
     else:
         decoder = SpeculativeDecoder(
-            author,
-            None if draft is None else ModelDrafter(draft, author.vocab_size),
-            num_draft_tokens=num_draft_tokens,
+            writer or target,
             batch_size=batch_size,
-            keep_hidden=scored or (signal != NONE and writer is None),
+            keep_hidden=selection.reads_log_probability or (signal != NONE and writer is None),
         )
-    finished: list[Example] = []
-    removed: list[tuple[str, str]] = []
-    passed_over: Counter[str] = Counter()
+    asking = _Asking(
+        target,
+        writer or target,
+        decoder,
+        Store(folder, manifest),
+        {
+            p.id: Question(
+                p, encode_prompt(target.tokenizer, p), own_sampling(samplings, seed, p.id)
+            )
+            for p in prompts
+        },
+        seed,
+        selection,
+        max_new_tokens,
+        batch_size,
+        max_seconds,
+        progress,
+    )
+    asking.drop_duplicates()  # of a run that was killed before it came to it
+    questions = asking.open()
+    asking.check_space(questions, note)
+    if questions and isinstance(decoder, SpeculativeDecoder):
+        requests = [r for q in questions for r in q.requests(selection.number, max_new_tokens)]
+        note(decoder.cache_size(requests).line)
+    asking.all(questions)
+    return asking.store
 
-    def flush() -> None:
-        nonlocal finished, removed, passed_over
-        part, finished = finished, []  # so that an interrupt cannot write it again
-        gone, removed = removed, []
-        others, passed_over = passed_over, Counter()
-        if part or gone:
-            store.append(part, gone, others)
 
-    def choose(prompt: Prompt, answers: list[Example]) -> tuple[Example | None, list[str]]:
+class _Asking:
+    """One call of `generate`: what is asked, and what has ended and is not yet written."""
+
+    def __init__(
+        self,
+        target: LanguageModel,
+        author: LanguageModel,
+        decoder: Decoder,
+        store: Store,
+        questions: Mapping[str, Question],
+        seed: int,
+        selection: Selection,
+        max_new_tokens: int,
+        batch_size: int,
+        max_seconds: float | None,
+        progress: Progress,
+    ) -> None:
+        self.target, self.author, self.decoder, self.store = target, author, decoder, store
+        self.questions, self.seed, self.selection = questions, seed, selection
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.max_seconds, self.progress = max_seconds, progress
+        self.removals = Counter(id_ for id_, _ in store.manifest.removed)
+        self.answered = 0
+        self.start = time.perf_counter()
+        self._begin_part()
+
+    def _begin_part(self) -> None:
+        self.finished: list[Example] = []
+        self.removed: list[tuple[str, str]] = []
+        self.passed_over: Counter[str] = Counter()
+
+    def retried(self, id_: str) -> bool:
+        """Whether a prompt that has no answer is asked, for the first time or again."""
+        retries = self.selection.filters.retries_of(self.questions[id_].sampling)
+        return self.removals[id_] <= retries
+
+    def open(self) -> list[Question]:
+        """What is to be asked next, of each open prompt once, in another way after a removal."""
+        done = self.store.done()
+        waiting = [
+            replace(question, seed=round_seed(self.seed, self.removals[id_]))
+            for id_, question in self.questions.items()
+            if id_ not in done and self.retried(id_)
+        ]
+        # Neighbours share what they begin with; ids seed the draws.
+        waiting.sort(key=lambda question: question.tokens)
+        # What there may be no time for is every n-th of them, not one task.
+        turns = 1 if self.max_seconds is None else max(len(waiting) // self.batch_size, 1)
+        return [question for first in range(turns) for question in waiting[first::turns]]
+
+    def check_space(self, questions: Sequence[Question], note: Note) -> None:
+        """Raises `StorageError` where the disk cannot hold the signal."""
+        store = self.store
+        number = len(questions) * self.selection.filters.written
+        signal = store.manifest.signal
+        needed = signal_bytes(self.target, number, self.max_new_tokens, signal)
+        free = shutil.disk_usage(store.folder).free
+        if needed > free:
+            raise StorageError(
+                f"the signal of {len(questions)} answers may take {needed:,} bytes, {store.folder} "
+                f"has {free:,} free; keep no signal, shorten the answers or choose another disk"
+            )
+        if needed:
+            note(
+                f"the signal of {len(questions)} answers takes at most {needed:,} bytes in "
+                f"{store.folder}, {needed // (number * self.max_new_tokens):,} a token"
+            )
+
+    def all(self, questions: list[Question]) -> None:
+        """Until no question is open, or the time is up."""
+        total = len(self.questions)
+        self.answered = total - len(questions)
+        if self.answered:
+            self.progress("generate", self.answered, total, f"{self.answered} were answered before")
+        try:
+            while questions and not self.late():
+                self.ask(questions)
+                self.flush()
+                self.answered -= self.drop_duplicates()
+                questions = self.open()
+            if questions:
+                self.progress("generate", total, total, f"out of time, {self.answered} answers")
+        finally:  # on an interrupt, too, nothing finished is lost
+            self.flush()
+
+    def late(self) -> bool:
+        """Out of time, with something to show for it."""
+        if self.max_seconds is None or not self.answered:
+            return False
+        return time.perf_counter() - self.start > self.max_seconds
+
+    def ask(self, questions: Sequence[Question]) -> None:
+        number, longest = self.selection.number, self.max_new_tokens
+        tokens = settled = 0  # emitted in all, and by finished rows
+        for ended, round_ in rounds(self.decoder, questions, number, longest):
+            tokens += sum(len(row.tokens) for row in round_.rows)
+            for question, answers in ended:
+                settled += sum(len(answer.response_tokens) for answer in answers)
+                self.settle(question, answers)
+            if len(self.finished) + len(self.removed) >= PART:
+                self.flush()
+            under_way = (tokens - settled) / (longest * number)
+            done = self.answered + under_way
+            self.progress("generate", done, len(self.questions), f"{tokens:,} tokens")
+            if self.late():
+                break
+
+    def settle(self, question: Question, answers: list[Example]) -> None:
+        """Keep the best of a prompt's answers, with its signal, or ask again."""
+        id_ = question.prompt.id
+        kept, gone = self.choose(question.prompt, answers)
+        if kept is None:
+            self.removed.append((id_, gone[0]))
+            self.passed_over.update(gone[1:])
+            self.removals[id_] += 1
+            self.answered += not self.retried(id_)
+            return
+        states, kept.signal = kept.signal, None
+        if (signal := self.store.manifest.signal) != NONE:
+            if states is None or self.author is not self.target:
+                states = read_states(self.target, kept.prompt_tokens, kept.response_tokens)
+            kept.signal = keep(self.target, **states, signal=signal)
+        self.finished.append(kept)
+        self.passed_over.update(gone)
+        self.answered += 1
+
+    def choose(self, prompt: Prompt, answers: list[Example]) -> tuple[Example | None, list[str]]:
         """The answer that is kept, if one is, and why others are not."""
-        seen = [Answer(t, t[-1] in target.eos_ids) for t in (a.response_tokens for a in answers)]
-        place, gone = selection.choose(
-            prompt, seen, lambda place: _candidate(author, answers[place], scored)
+        ends, scored = self.target.eos_ids, self.selection.reads_log_probability
+        seen = [Answer(t, t[-1] in ends) for t in (a.response_tokens for a in answers)]
+        place, gone = self.selection.choose(
+            prompt, seen, lambda place: _candidate(self.author, answers[place], scored)
         )
         return (None if place is None else answers[place]), gone
 
-    tokens = settled = 0  # emitted in all, and by finished rows
-    answered = len(prompts) - len(questions)
-    start = time.perf_counter()
+    def flush(self) -> None:
+        part, removed, passed_over = self.finished, self.removed, self.passed_over
+        self._begin_part()  # so that an interrupt cannot write it again
+        if part or removed:
+            self.store.append(part, removed, passed_over)
 
-    def late() -> bool:
-        """Out of time, with something to show for it."""
-        if max_seconds is None or not answered:
-            return False
-        return time.perf_counter() - start > max_seconds
-
-    if answered:
-        progress("generate", answered, len(prompts), f"{answered} were answered before")
-    try:
-        while questions and not late():
-            for ended, round_ in rounds(decoder, questions, number, max_new_tokens):
-                tokens += sum(len(row.tokens) for row in round_.rows)
-                store.decoding_seconds += sum(round_.seconds.values())
-                for question, answers in ended:
-                    settled += sum(len(answer.response_tokens) for answer in answers)
-                    id_ = question.prompt.id
-                    kept, gone = choose(question.prompt, answers)
-                    if kept is None:
-                        removed.append((id_, gone[0]))
-                        passed_over.update(gone[1:])
-                        removals[id_] += 1
-                        answered += not retried(id_)
-                        continue
-                    raw, kept.signal = kept.signal, None
-                    if signal != NONE:
-                        if raw is None or writer is not None:
-                            raw = read_states(target, kept.prompt_tokens, kept.response_tokens)
-                        kept.signal = keep(target, **raw, signal=signal)
-                    finished.append(kept)
-                    passed_over.update(gone)
-                    answered += 1
-                if len(finished) + len(removed) >= PART:
-                    flush()
-                under_way = (tokens - settled) / (max_new_tokens * number)
-                progress("generate", answered + under_way, len(prompts), f"{tokens:,} tokens")
-                if late():
-                    break
-            flush()
-            answered -= drop_duplicates()
-            questions = pending()
-        if questions:
-            progress("generate", len(prompts), len(prompts), f"out of time, {answered} answers")
-    finally:  # on an interrupt, too, nothing finished is lost
-        flush()
-    return store
+    def drop_duplicates(self) -> int:
+        """Take back all equal answers but the first, in an order of their own, and not that in
+        which they ended: an interrupt changes that. Returns how many are to be asked for again.
+        """
+        if not self.selection.filters.duplicates or not self.store.manifest.parts:
+            return 0
+        kept = read_examples(self.store.folder, signal=False)
+        kept.sort(key=lambda answer: (self.removals[answer.id], answer.id))
+        again = repeated((answer.id, answer.response_tokens) for answer in kept)
+        self.store.withdraw(again, DUPLICATE)
+        self.removals.update(again)
+        return sum(map(self.retried, again))
 
 
 def _candidate(author: LanguageModel, answer: Example, scored: bool) -> Candidate:

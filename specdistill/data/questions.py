@@ -37,7 +37,7 @@ class Question:
     prompt: Prompt
     tokens: list[int]
     sampling: Sampling
-    seed: int
+    seed: int = 0
 
     def requests(self, number: int, max_new_tokens: int) -> list[Request]:
         ids = [answer_id(self.prompt.id, i) for i in range(number)]

@@ -12,6 +12,7 @@ from typing import Any
 from specdistill.data.prompts import Prompt
 from specdistill.errors import InputError
 
+SHOTS = 4
 ANSWER_MARK = "Answer:"
 THINK = f"Think step by step. Then give the answer on a last line that begins with {ANSWER_MARK!r}."
 
@@ -51,11 +52,11 @@ def styled(
     style: str,
     *,
     examples: Sequence[Prompt] = (),
-    shots: int = 4,
+    shots: int | None = None,
     seed: int = 0,
 ) -> list[Prompt]:
-    """The prompts in a style. "in-context" shows each of them `shots` of the examples, drawn by the
-    seed and its id, never one that asks the same.
+    """The prompts in a style. "in-context" shows each of them `shots` of the examples (or
+    `SHOTS`), drawn by the seed and its id, never one that asks the same.
 
     Raises `InputError` for an unknown style, examples that are missing, have no response or have no
     effect.
@@ -78,11 +79,16 @@ def styled(
                 f"example {example.id!r} has no response to show; give each one, as in "
                 '{"prompt": "...", "response": "..."}'
             )
-    if examples and shots < 1:
+    if shots is not None and not examples:
+        raise InputError(
+            f"shots: {shots} examples have no effect with the style {style!r}; leave them out"
+        )
+    number = SHOTS if shots is None else shots
+    if number < 1:
         raise InputError(f"shots, the examples shown, must be at least 1; got {shots}")
     put = []
     for prompt in prompts:
         others = [e for e in examples if e.messages[-1] != prompt.messages[-1]]
-        drawn = random.Random(f"{seed}:{prompt.id}").sample(others, min(shots, len(others)))
+        drawn = random.Random(f"{seed}:{prompt.id}").sample(others, min(number, len(others)))
         put.append(STYLES[style](prompt, drawn))
     return put

@@ -105,7 +105,6 @@ class Store:
         else.
         """
         self.folder, self.manifest = folder, manifest
-        self.decoding_seconds = 0.0  # of answers since the folder was opened
         if (folder / MANIFEST).exists() and (
             (found := read_manifest(folder)).parts or found.removed
         ):

@@ -84,3 +84,8 @@ class CacheSize(NamedTuple):
     bytes: int
     rows: int
     slots: int
+
+    @property
+    def line(self) -> str:
+        rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
+        return f"cache: {self.bytes / 1e6:,.1f} MB for {rows} of up to {self.slots:,} tokens"

@@ -107,7 +107,7 @@ class _NoAnswer(Exception):
 
 
 @holding("folder")
-def answer(
+def ask(
     server: Server,
     prompts: Sequence[Prompt],
     folder: Path,
@@ -177,7 +177,7 @@ def answer(
 
 @dataclass
 class _Asking:
-    """One call of `answer`: what is still to be asked, and what was refused in it."""
+    """One call of `ask`: what is still to be asked, and what was refused in it."""
 
     server: Server
     client: AsyncOpenAI

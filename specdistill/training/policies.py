@@ -239,8 +239,8 @@ def read_given(config: DistillConfig, reader: LanguageModel) -> list[Example]:
             raise InputError(
                 f"{config.data} holds tokens of {made_by.target}, whose tokenizer or chat template "
                 f"differs from {reader.name}'s; generate answers of this target, or learn across "
-                "tokenizers from text: generate with --engine openai, or give .jsonl with prompts "
-                "and responses"
+                "tokenizers from text: have a server answer (`specdistill ask`), or give .jsonl "
+                "with prompts and responses"
             )
         learnt = config.signal != "none" and name in ("target", "mixed")
         if learnt and not reader.has_sha256(made_by.target_sha256):

@@ -1,0 +1,123 @@
+"""What a draft learns from where the target is a server's: `ask`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from specdistill import limits
+from specdistill.cli import answers, console, options, parsing
+from specdistill.cli.options import among
+from specdistill.files import held, keep_apart
+
+if TYPE_CHECKING:
+    from specdistill.data.text_store import Settled
+
+
+def ask(
+    base_url: Annotated[str, typer.Option(help="The server's, such as http://localhost:8000/v1.")],
+    target: Annotated[str, typer.Option(help="The model's name there.")],
+    prompts: options.Prompts,
+    out: options.Answers,
+    concurrency: Annotated[int, among(limits.ROWS, "Questions under way at once.")] = 8,
+    style: options.Style = "instruction",
+    examples: options.Examples = None,
+    shots: options.Shots = None,
+    max_new_tokens: options.LongestAnswer = 256,
+    temperature: options.Temperatures = "0",
+    top_p: options.TopP = 1.0,
+    seed: options.Seed = 0,
+    limit: options.Limit = None,
+    response_column: options.ResponseColumn = None,
+    min_words: Annotated[int, among(limits.LEAST_TOKENS, "Remove shorter answers.")] = 0,
+    max_repetition: options.MaxRepetition = 1.0,
+    drop_truncated: options.DropTruncated = False,
+    drop_duplicates: options.DropDuplicates = False,
+    retries: options.Retries = 0,
+    best_of: options.Best = None,
+    scorer: options.Scorer = None,
+    split: options.Split = None,
+    column: options.Column = None,
+    as_json: options.Json = False,
+) -> None:
+    """Have a server with OpenAI's protocol answer prompts; a draft learns from the text. The key
+    comes from the environment, OPENAI_API_KEY.
+    """
+    keep_apart([out], [prompts, examples])
+    from specdistill.data.filters import Filters
+    from specdistill.decoding import Sampling
+    from specdistill.engines import openai
+
+    samplings = [Sampling(t, top_p=top_p) for t in parsing.temperatures(temperature)]
+    filters = Filters(min_words, max_repetition, drop_truncated, drop_duplicates, retries)
+    choice = answers.choice(best_of, scorer)
+    server = openai.Server(base_url, target, concurrency)
+    with held(out), console.progress() as progress:
+        settled, refused = openai.ask(
+            server,
+            answers.asked(
+                prompts,
+                split=split,
+                column=column,
+                response_column=response_column,
+                limit=limit,
+                scorer=scorer,
+                style=style,
+                examples=examples,
+                shots=shots,
+                seed=seed,
+            ),
+            out,
+            max_new_tokens=max_new_tokens,
+            samplings=samplings,
+            seed=seed,
+            filters=filters,
+            best_of=choice,
+            progress=progress,
+        )
+    removing = filters.remove or choice is not None
+    _finish(settled, refused, out, removing=removing, as_json=as_json)
+
+
+def _finish(
+    settled: Settled, refused: dict[str, str], out: Path, *, removing: bool, as_json: bool
+) -> None:
+    """What came of asking a server."""
+    said = [answer for answer in settled.kept if (answer.prompt.response or "").strip()]
+    counts = {
+        "answers": len(said),
+        "empty": len(settled.kept) - len(said),
+        "cut": sum(not answer.ended for answer in said),
+        "refused": len(refused),
+    }
+    lines = [f"{len(said)} answers in {out}, as text", *_server_lines(counts, refused)]
+    if removing:
+        lines.append(answers.removed_line(settled.counts))
+    if settled.unvaried > 1:
+        lines.append(
+            f"the server gave {settled.unvaried} prompts the same reply each time: it does "
+            "not sample (some do if the checkpoint's generation_config.json has do_sample: true)"
+        )
+    if apart := sum(answer.reasoning is not None for answer in said):
+        line = f"{apart} answers came with reasoning apart from the text, which a draft learns "
+        line += "where its chat template writes 'reasoning_content'"
+        lines.append(f"{line}; else serve without a reasoning parser to have it")
+    console.print_lines(console.screen_for(as_json), lines)
+    answers.refuse_none(said, out, settled.removed)
+    told = {"out": str(out), **counts, "reasoning_apart": apart, **settled.counts}
+    console.finish(as_json, told)
+
+
+def _server_lines(counts: dict[str, int], refused: dict[str, str]) -> list[str]:
+    lines = []
+    if counts["cut"] or counts["empty"]:
+        lines.append(f"{counts['cut']} cut at the limit, {counts['empty']} empty")
+    if refused:
+        prompt, reason = next(iter(refused.items()))
+        lines.append(
+            f"{len(refused)} prompts refused, and asked again by the same command; "
+            f"{prompt!r}: {reason}"
+        )
+    return lines
