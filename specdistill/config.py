@@ -176,7 +176,7 @@ POLICY_SETTINGS: dict[str, dict[str, Any]] = {
     "mixed": _SAMPLED | {"share": 0.5},
     "skd": _SAMPLED | {"top_k": 25, "block": 4},
     "induced": _SAMPLED | {"block": 4},
-    "fresh_target": _SAMPLED | {"block": 4},
+    "fresh_target": _SAMPLED,
 }
 
 
@@ -202,10 +202,8 @@ class Policy(_Section):
     top_k: Vocabulary | None = Field(
         None, description="of skd: a proposal stays if it is among the target's top k; 25"
     )
-    block: Annotated[int, Interval(ge=0, le=limits.MAX_DRAFT_TOKENS), _Number] | None = Field(
-        None,
-        description="of skd, induced, fresh_target: tokens proposed a round; 4 (fresh_target also "
-        "takes 0: no proposals)",
+    block: DraftTokens | None = Field(
+        None, description="of skd, induced: tokens proposed a round; 4"
     )
 
     @model_validator(mode="before")
@@ -216,18 +214,12 @@ class Policy(_Section):
             return raw
         name = raw.get("name", "target")
         own = POLICY_SETTINGS.get(name, {}) if isinstance(name, str) else {}
+        if name == "fresh_target":  # runs of earlier versions have it in their config.yaml
+            raw = {key: value for key, value in raw.items() if key != "block"}
         for key in cls.model_fields:
             if key != "name" and key not in own and raw.get(key) is not None:
                 raise ValueError(f"the policy {name!r} has no {key}; it has {', '.join(own)}")
         return {**own, **{key: value for key, value in raw.items() if value is not None}}
-
-    @model_validator(mode="after")
-    def _something_to_propose(self) -> Policy:
-        if self.block == 0 and self.name != "fresh_target":
-            raise ValueError(
-                f"the policy {self.name!r} is made of the draft's proposals: block >= 1"
-            )
-        return self
 
     def own(self) -> dict[str, Any]:
         """The settings that this policy has."""

@@ -277,24 +277,6 @@ def test_the_middle_of_a_long_example_is_left_out(world: World) -> None:
     assert err.getvalue().endswith(f"\n{text}|{text}|\n"), "no order to a terminal"
 
 
-def test_distill_tells_what_its_draft_saves_of_new_answers(world: World, tmp_path: Path) -> None:
-    policy = "policy={name: fresh_target, refresh_every: 4, prompts: 5, max_new_tokens: 6}"
-    changes = [policy, "signal=live", f"run_dir={tmp_path}"]
-    done = run("distill", world.places["config"], *changes, "--json")
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    fresh = [row for row in rows if "answer_tokens" in row]
-    assert [row["step"] for row in fresh] == [1, 5, 9]
-    names = ("answer_tokens", "answer_seconds", "answer_seconds_plain")
-    sums = {name: sum(row[name] for row in fresh) for name in names}
-    assert sums == {name: done.document[name] for name in names}
-    assert 0 < sums["answer_tokens"] <= 3 * 5 * 6
-    assert all(1 <= row["answer_tokens_per_call"] <= 5 for row in fresh)
-    ratio = sums["answer_seconds_plain"] / sums["answer_seconds"]
-    assert f"{sums['answer_tokens']} tokens of new answers" in done.err
-    assert f"without it: {ratio:.2f} times" in done.err
-    assert ("it does not pay: set policy.block lower, or to 0" in done.err) == (ratio <= 1)
-
-
 def test_score_writes_the_card_it_prints(world: World) -> None:
     document = world.said["score"].document
     assert document == json.loads(world.places["card"].read_text())

@@ -104,12 +104,13 @@ def test_a_policy_is_a_name_or_a_section_and_has_its_own_defaults(tmp_path: Path
     assert (given.share, given.refresh_every, given.top_k) == (0.2, 100, None)
 
 
-def test_only_new_answers_of_the_target_can_do_without_proposals(tmp_path: Path) -> None:
+def test_only_policies_with_proposals_have_a_block(tmp_path: Path) -> None:
     given = "policy={{name: {}, block: 0}}".format
-    assert read(tmp_path, GOOD, given("fresh_target")).policy.own()["block"] == 0
     for name in ("skd", "induced"):
-        assert f"{name!r} is made of the draft's proposals" in refusal(tmp_path, GOOD, given(name))
+        assert "policy.block" in refusal(tmp_path, GOOD, given(name))
     assert "'draft' has no block" in refusal(tmp_path, GOOD, given("draft"))
+    earlier = read(tmp_path, GOOD, given("fresh_target"))
+    assert earlier == read(tmp_path, GOOD, "policy=fresh_target"), "as runs before have it"
 
 
 def test_the_signal_follows_the_policy_where_it_is_left_out(tmp_path: Path) -> None:

@@ -138,25 +138,6 @@ def heldout_line(metrics: Mapping[str, float]) -> str:
     return f"held-out {', '.join(parts)} with the weights of step {kept:,} of {last:,}"
 
 
-def drafted_answers(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Sums over a run's metrics of the target's answers that its own draft proposed; empty where
-    there were none.
-    """
-    names = "answer_tokens", "answer_seconds", "answer_seconds_plain"
-    rows = [row for row in metrics if names[0] in row]
-    return {name: sum(row[name] for row in rows) for name in names} if rows else {}
-
-
-def drafted_line(answers: Mapping[str, float]) -> str:
-    """What the draft in training saved of the time that the target's new answers took."""
-    seconds, plain = answers["answer_seconds"], answers["answer_seconds_plain"]
-    ends = "" if seconds < plain else "; here it does not pay: set policy.block lower, or to 0"
-    return (
-        f"{answers['answer_tokens']:,} tokens of new answers in {seconds:.0f} s, proposed by the "
-        f"draft in training; about {plain:.0f} s without it: {plain / seconds:.2f} times{ends}"
-    )
-
-
 def sweep_table(cards: Mapping[str, Scorecard]) -> Table:
     """A row for every run and temperature, at its fastest γ."""
     interval = Column("speedup [95%]", no_wrap=True)

@@ -129,17 +129,15 @@ def distill(
     with held(Path(settings.run_dir)):
         given_config(config, settings, resume)
         check_run(settings, resume)
-        folder, answers, last = _distill(settings, resume)
+        folder, last = _distill(settings, resume)
     leave_processes()
     screen = console.screen_for(as_json)
-    if answers:
-        screen.print(tables.drafted_line(answers), soft_wrap=True)
     screen.print(f"{tables.heldout_line(last)}; draft in {folder}", soft_wrap=True)
-    console.finish(as_json, {"draft": str(folder), **last, **answers})
+    console.finish(as_json, {"draft": str(folder), **last})
 
 
-def _distill(settings: DistillConfig, resume: bool) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """The draft's folder, what the policy's answers came to, and the last row of the metrics."""
+def _distill(settings: DistillConfig, resume: bool) -> tuple[Path, dict[str, Any]]:
+    """The draft's folder, and the last row of the metrics."""
     from specdistill import models
     from specdistill.models import head_only, packing
     from specdistill.run_folder import METRICS, read_metrics
@@ -158,7 +156,7 @@ def _distill(settings: DistillConfig, resume: bool) -> tuple[Path, dict[str, Any
         models.check_pair(target, student)
     if os.environ.get("RANK", "0") != "0":
         folder = distillation.distill(settings, target, student, resume=resume, in_place=True)
-        return folder, {}, {}
+        return folder, {}
     console.note_models(*filter(None, (target, student)), decoding=False)
     show = partial(console.note_example, student.tokenizer)
     with console.progress() as progress:
@@ -171,5 +169,4 @@ def _distill(settings: DistillConfig, resume: bool) -> tuple[Path, dict[str, Any
             show=show,
             progress=progress,
         )
-    metrics = read_metrics(folder.parent / METRICS)
-    return folder, tables.drafted_answers(metrics), metrics[-1]
+    return folder, read_metrics(folder.parent / METRICS)[-1]

@@ -52,7 +52,6 @@ _UNSUPPORTED_SAMPLED: dict[str, Any] = {
     "eta_cutoff": 0.0,
     "top_h": None,
 }
-_DEFAULT_TOP_K = 50  # what `generate` fills in where a config samples and gives none
 
 
 @dataclass(frozen=True)
@@ -73,25 +72,6 @@ class Sampling:
             raise InputError(f"top_p must be above 0 and at most 1 (off); got {self.top_p}")
         if not 0 <= self.min_p < 1:
             raise InputError(f"min_p must be at least 0 (off) and below 1; got {self.min_p}")
-
-    @classmethod
-    def from_generation_config(cls, config: GenerationConfig) -> Sampling:
-        """What a model's generation config asks for, as Transformers' `generate` would take it:
-        greedy without `do_sample`. Raises `InputError` where it asks for what the engine cannot do.
-        """
-        if refused := unsupported_settings(config):
-            raise InputError(
-                f"the generation config asks for {', '.join(refused)}, which the engine cannot do "
-                "exactly; set each to None, or decode with Transformers"
-            )
-        if not config.do_sample:
-            return GREEDY
-        return cls(
-            temperature=1.0 if config.temperature is None else config.temperature,
-            top_k=_DEFAULT_TOP_K if config.top_k is None else config.top_k,
-            top_p=1.0 if config.top_p is None else config.top_p,
-            min_p=0.0 if config.min_p is None else config.min_p,
-        )
 
 
 def unsupported_settings(config: GenerationConfig) -> list[str]:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from specdistill.config import DistillConfig, Policy
 from specdistill.data.chat import encode_example
-from specdistill.data.draft_gain import decode_timed
 from specdistill.data.prompts import load_prompts
 from specdistill.data.text_store import Answer, holds_answers, read_answers
 from specdistill.data.token_store import (
@@ -43,16 +42,13 @@ BATCH = 64  # rows decoded together
 
 @dataclass(frozen=True)
 class Source:
-    """What a policy draws on. `given` are the answers of the data, with their prompts; `report`
-    takes figures of its work, for the metrics.
-    """
+    """What a policy draws on. `given` are the answers of the data, with their prompts."""
 
     given: Sequence[Example]
     target: LanguageModel
     draft: LanguageModel
     policy: Policy
     seed: int
-    report: Callable[[dict[str, float]], object] = dict  # forgets them
 
     def chosen(self, step: int) -> list[Example]:
         """The examples whose prompts are sampled at a step."""
@@ -137,26 +133,10 @@ def induced(source: Source, step: int) -> list[Example]:
 
 
 def fresh_target(source: Source, step: int) -> list[Example]:
-    """New answers of the target, decoded speculatively with the draft in training: losslessly, so
-    that it saves time and nothing else. Reports how much. With a block of 0 they are decoded
-    plainly.
-    """
-    requests, num = source.requests(step), source.policy.own()["block"]
-    if num == 0:
-        plain = SpeculativeDecoder(source.target, batch_size=BATCH)
-        return _answers(plain.run(requests), requests, source)
-    drafter = ModelDrafter(source.draft, source.target.vocab_size)
-    decoder = SpeculativeDecoder(source.target, drafter, num_draft_tokens=num, batch_size=BATCH)
-    found = decode_timed(decoder, requests)
-    source.report(
-        {
-            "answer_tokens": found.tokens,
-            "answer_tokens_per_call": found.tokens_per_call,
-            "answer_seconds": found.seconds,
-            "answer_seconds_plain": found.plain_seconds,
-        }
-    )
-    return _answers(found.generation, requests, source)
+    """New answers of the target. A draft in training that proposed them saved no time."""
+    requests = source.requests(step)
+    decoder = SpeculativeDecoder(source.target, batch_size=BATCH)
+    return _answers(decoder.run(requests), requests, source)
 
 
 POLICIES: dict[str, Callable[[Source, int], list[Example]]] = {
@@ -172,8 +152,10 @@ POLICIES: dict[str, Callable[[Source, int], list[Example]]] = {
 
 def verified_rows(policy: Policy) -> int:
     """Tokens in a pass of the target while a policy decodes with it; 0 where none does."""
+    if policy.name not in ("skd", "induced", "fresh_target"):
+        return 0
     p = policy.own()
-    return min(p["prompts"], BATCH) * (p["block"] + 1) if "block" in p else 0
+    return min(p["prompts"], BATCH) * (p.get("block", 0) + 1)
 
 
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]

@@ -205,13 +205,11 @@ def _distill(
         keep_metrics(run, state["step"])
         write_config(config, target, draft, processes)
 
-    told: dict[str, float] = {}  # by the policy, for the row of the next update
-
     def sampled(step: int) -> list[Example]:
         if target is None:
             return training
         distiller.gather()
-        source = Source(training, target, draft, config.policy, config.seed, told.update)
+        source = Source(training, target, draft, config.policy, config.seed)
         with accelerator.main_process_first():  # it writes them, and the others read
             try:
                 found = examples_at(source, step, run / SAMPLES)
@@ -284,9 +282,7 @@ def _distill(
             "tokens": state["tokens"],
             "tokens_per_second": state["tokens"] / state["seconds"],
             "learning_rate": rate(share, config),
-            **told,
         }
-        told.clear()
         if state["step"] % config.evaluate_every == 0 or spent(state, config) >= 1:
             row |= measured()
         _check_numbers(row, state["step"], config)
