@@ -12,7 +12,7 @@ from specdistill import models, quickstart
 from specdistill.data.chat import encoded
 from specdistill.data.prompts import load_prompts
 from specdistill.errors import InputError, SpecDistillError
-from specdistill.quickstart import LENGTHS, SHARE, Plan, Speed, Task, choose, divide
+from specdistill.quickstart.plan import LENGTHS, SHARE, Plan, Speed, Task, choose, divide
 from specdistill.scoring.scorecard import Scorecard
 
 FAST = Speed(0.1, 0.01, 0.01, 0.005)
@@ -51,12 +51,13 @@ def test_the_minutes_are_divided_without_rest(
 
 
 def test_more_minutes_buy_longer_answers_then_more_of_them_then_training() -> None:
-    plans = [divide(Plan(), m, 0.0, FAST, 1000, 32, 4000) for m in (1, 2, 4, 8, 16, 32, 64, 128)]
+    speed = Speed(5, 0.25, 0.04, 0.04)
+    plans = [divide(Plan(), m, 0.0, speed, 1000, 32, 4000) for m in (4, 8, 16, 32, 64, 128, 256)]
     lengths = [plan.max_new_tokens for plan in plans]
     assert lengths == sorted(lengths)
     assert lengths[0] < lengths[-1] == LENGTHS[0]
     assert plans[-1].answers == 1000
-    assert plans[-1].train_seconds - plans[-2].train_seconds == pytest.approx(64 * 60)
+    assert plans[-1].train_seconds - plans[-2].train_seconds == pytest.approx(128 * 60)
 
 
 @pytest.mark.parametrize(("vocabulary", "kept"), [(600, None), (2000, 1024)])

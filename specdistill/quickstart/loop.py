@@ -1,0 +1,249 @@
+"""The loop: answers of the target, a draft, its score, distillation, its score again, pictures,
+report.
+
+The plan and every stage's result are kept in the run folder. A stage is skipped where its result is
+there, so an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from specdistill import models
+from specdistill.config import DistillConfig, Training
+from specdistill.data.chat import EncodedPrompt, encoded
+from specdistill.data.generation import generate
+from specdistill.data.likeness import split_prompts
+from specdistill.data.prompts import Prompt, load_prompts
+from specdistill.data.token_store import Example, read_examples, read_manifest
+from specdistill.decoding import Sampling
+from specdistill.documents import read_json
+from specdistill.drafts.making import choose_vocabulary, expected_usage, make_draft, save_draft
+from specdistill.errors import InputError, StorageError
+from specdistill.files import holding, keep_apart, write_whole
+from specdistill.models import LanguageModel, packing
+from specdistill.progress import Note, Progress, silent, unsaid
+from specdistill.quickstart.plan import LEAST_ANSWERS, Plan, Task, announcement, choose
+from specdistill.report import write_report
+from specdistill.report.plots import plot_all
+from specdistill.scoring.measure import MIN_PROMPTS, score
+from specdistill.scoring.scorecard import Scorecard
+from specdistill.training.run import distill
+
+PLAN = "plan.json"  # in the run folder
+STAGES = ("data", "undistilled", "draft")  # folders in it
+
+
+@dataclass(frozen=True)
+class _Kept:
+    task: Task
+    plan: Plan
+
+
+@holding("run_dir")
+def quickstart(
+    run_dir: Path,
+    task: Task | None = None,
+    plan: Plan | None = None,
+    progress: Progress = silent,
+    note: Note = unsaid,
+) -> tuple[Scorecard, Scorecard]:
+    """Returns the scorecards before and after. Without a `plan` the demo's is taken for the demo,
+    and `choose` makes one for any other task.
+
+    Raises `InputError` where `run_dir` holds a finished run or that of another task, and before
+    any work where the prompts are too few, the minutes too short, or the target too shallow.
+    """
+    task = task or Task()
+    began = time.perf_counter()
+    keep_apart([run_dir], [task.target])
+    keep_apart([run_dir / name for name in STAGES], [task.prompts, task.heldout])
+    kept = check_run(run_dir, task)
+    train, heldout = read_prompts(task)
+    progress("load", 0, 1, task.target)
+    target = models.load(task.target)
+    progress("load", 1, 1, task.target)
+    questions = encoded(target.tokenizer, heldout)
+    _enough(len(train), len(questions), "different ")
+    if kept is not None:
+        plan = kept.plan
+    elif plan is None and task == Task():
+        plan = Plan()
+    elif plan is None:
+        asked = encoded(target.tokenizer, train)
+        plan = choose(task, target, asked, questions, began, progress)
+    _write_plan(run_dir, _Kept(task, plan))
+    for line in announcement(target, plan):
+        note(line)
+
+    data = _answers(run_dir / "data", target, train[: plan.answers], task.seed, plan, progress)
+    undistilled = _undistilled(run_dir / "undistilled", target, data, task.seed, plan, note)
+    questions = questions[: plan.score_prompts]
+    packing.pack(target, 8)
+
+    def scored(
+        file: str, draft: Path, prompts: list[EncodedPrompt], gammas: Sequence[int]
+    ) -> Scorecard:
+        if (run_dir / file).exists():
+            return Scorecard.read(run_dir / file)
+        card = score(
+            target,
+            packing.pack(models.load(str(draft)), 8),
+            prompts,
+            num_draft_tokens=gammas,
+            temperatures=plan.temperatures,
+            max_new_tokens=plan.score_tokens,
+            seed=task.seed,
+            max_seconds=plan.score_seconds,
+            keep_text=True,
+            progress=progress,
+        )
+        card.write(run_dir / file)
+        return card
+
+    before = scored(
+        "scorecard_before.json",
+        undistilled,
+        questions[: plan.before_prompts],
+        plan.before_num_draft_tokens,
+    )
+    if not (run_dir / "draft" / "config.json").exists():
+        config = DistillConfig(
+            target=task.target,
+            draft=str(undistilled),
+            data=str(data),
+            run_dir=str(run_dir),
+            seed=task.seed,
+            heldout=max(1, min(32, len(read_manifest(data).ids) // 4)),
+            decode=None,  # it is scored before and after
+            training=Training(
+                max_seconds=plan.train_seconds,
+                batch_tokens=plan.batch_tokens,
+                learning_rate=plan.learning_rate,
+            ),
+        )
+        student = models.load(str(undistilled), dtype="float32")
+        distill(config, target, student, resume=True, in_place=True, progress=progress)
+    after = scored("scorecard.json", run_dir / "draft", questions, plan.num_draft_tokens)
+    progress("report", 0, 1)
+    plot_all(run_dir, note=note)
+    write_report(run_dir)
+    progress("report", 1, 1)
+    return before, after
+
+
+def check_run(run_dir: Path, task: Task) -> _Kept | None:
+    """The plan that an interrupted run goes on with. Raises `InputError` for a folder whose run is
+    finished, or is not this task.
+    """
+    if (run_dir / "report.md").exists():
+        raise InputError(
+            f"{run_dir} already holds a finished run; give another --run-dir, or remove it"
+        )
+    if not (run_dir / PLAN).exists():
+        for name in ("config.yaml", *STAGES):
+            if task != Task() and (run_dir / name).exists():
+                raise InputError(
+                    f"{run_dir} holds {name} of something else; give another --run-dir"
+                )
+        return None
+    kept = read_json(run_dir / PLAN, _Kept, "remove the run folder, or give another --run-dir")
+    for name, now in asdict(task).items():
+        if (first := getattr(kept.task, name)) != now:
+            raise InputError(
+                f"{run_dir} holds a run with {name}: {first}, and now it is {now}; go on with the "
+                "first command, or give another --run-dir"
+            )
+    return kept
+
+
+def _write_plan(run_dir: Path, kept: _Kept) -> None:
+    try:
+        write_whole(run_dir / PLAN, json.dumps(asdict(kept), indent=1) + "\n")
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {run_dir / PLAN}: {error.strerror}; free space or give another --run-dir"
+        ) from error
+
+
+def read_prompts(task: Task) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to answer and those held out for the score. Where the task names no held-out
+    ones, a fifth of the prompts are, 32 at most. Raises `InputError` where there are too few.
+    """
+    prompts = load_prompts(task.prompts)
+    heldout = task.heldout or ("demo:heldout" if task.prompts == "demo:train" else None)
+    if heldout is not None:
+        sides = prompts, load_prompts(heldout)
+    else:
+        _enough(len(prompts) - MIN_PROMPTS, MIN_PROMPTS)
+        number = max(MIN_PROMPTS, min(32, len(prompts) // 5))
+        sides = split_prompts(prompts, number, task.seed)
+    _enough(len(sides[0]), len(sides[1]))
+    if task != Task():  # a file may go by topic, and its first prompts are not like its last
+        for side in sides:
+            random.Random(task.seed).shuffle(side)
+    return sides
+
+
+def _enough(train: int, heldout: int, kind: str = "") -> None:
+    if train < LEAST_ANSWERS or heldout < MIN_PROMPTS:
+        raise InputError(
+            f"there are {train} prompts to answer and {heldout} {kind}held-out ones: a verdict "
+            f"needs at least {LEAST_ANSWERS} and {MIN_PROMPTS}; give more prompts"
+        )
+
+
+def _answers(
+    folder: Path,
+    target: LanguageModel,
+    prompts: Sequence[Prompt],
+    seed: int,
+    plan: Plan,
+    progress: Progress,
+) -> Path:
+    if (folder.parent / "undistilled").exists():  # the answers were finished, perhaps out of time
+        return folder
+    packing.pack(target, plan.batch_size)
+    generate(
+        target,
+        prompts,
+        folder,
+        max_new_tokens=plan.max_new_tokens,
+        samplings=[Sampling(t) for t in plan.temperatures],
+        seed=seed,
+        batch_size=plan.batch_size,
+        max_seconds=plan.answer_seconds,
+        progress=progress,
+    )
+    return folder
+
+
+def _undistilled(
+    folder: Path, target: LanguageModel, data: Path, seed: int, plan: Plan, note: Note
+) -> Path:
+    if (folder / "config.json").exists():
+        return folder
+    ids = None
+    if plan.vocab_size is not None:
+        hidden = torch.cat([_hidden(e) for e in read_examples(data, signal=True)])
+        generator = torch.Generator().manual_seed(seed)
+        sample = hidden[torch.randperm(len(hidden), generator=generator)[:4096]]
+        usage = expected_usage(target, sample)
+        vocabulary = choose_vocabulary(target, usage, plan.vocab_size)
+        ids = vocabulary.ids
+        note(f"the draft's tokens hold {vocabulary.coverage:.2%} of the target's probability")
+    save_draft(make_draft(target, list(range(plan.layers)), ids), folder)
+    return folder
+
+
+def _hidden(example: Example) -> Tensor:
+    assert example.signal is not None
+    return example.signal["hidden"]
