@@ -1,7 +1,7 @@
 """Answers for training: `specdistill generate` against Transformers' `generate` in batches, on the
 same prompts and lengths, greedily.
 
-    python -m bench.against_generate [--draft D]
+    python -m bench.against_generate --limit 48 --turns 3
 
 Ours writes its folder each time, with the target's states and without; Transformers gets its
 prompts ordered by length, so that batches have little padding, and writes nothing. All sides run
@@ -52,25 +52,17 @@ def theirs(
     return dict(zip(ids, run([tokens[id_] for id_ in ids], max_new_tokens), strict=True))
 
 
-def sides(
-    stock: LanguageModel, target: LanguageModel, draft: LanguageModel | None, num: int
-) -> dict[str, Callable[..., Answers]]:
-    found: dict[str, Callable[..., Answers]] = {
+def sides(stock: LanguageModel, target: LanguageModel) -> dict[str, Callable[..., Answers]]:
+    return {
         STOCK: partial(theirs, stock),
         "generate --signal none": partial(ours, target, signal=NONE),
         "generate": partial(ours, target, signal=STATES),
     }
-    if draft is not None:
-        drafted = partial(ours, target, signal=STATES, draft=draft, num_draft_tokens=num)
-        found["generate --draft"] = drafted
-    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", default="demo:smollm2")
-    parser.add_argument("--draft")
-    parser.add_argument("--num-draft-tokens", type=int, default=2)
     parser.add_argument("--prompts", default="demo:train")
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -83,7 +75,6 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     logging.set_verbosity_error()
     stock, target = (load(given.target, dtype=given.dtype) for _ in range(2))
-    draft = None if given.draft is None else load(given.draft, dtype=given.dtype)
     prompts = load_prompts(given.prompts, limit=given.limit)
     document: dict[str, Any] = {
         "device": device_name(target.device),
@@ -93,15 +84,11 @@ def main() -> None:
         "git": git_commit(),
         "prompts": len(prompts),
         "max_new_tokens": given.max_new_tokens,
-        "num_draft_tokens": given.num_draft_tokens if draft else None,
         "batch_sizes": {},
     }
     for batch in given.batch_sizes:
-        num = given.num_draft_tokens
-        pack(target, batch * (num + 1 if draft else 1))
-        if draft is not None:
-            pack(draft, batch)
-        contenders = sides(stock, target, draft, num)
+        pack(target, batch)
+        contenders = sides(stock, target)
         names, speeds = list(contenders), {name: [] for name in contenders}
         answers: dict[str, Answers] = {}
         how = {"batch_size": batch, "max_new_tokens": given.max_new_tokens}
