@@ -8,6 +8,7 @@ from test_packaging import modules_loaded_by
 
 import specdistill as sd
 from specdistill.errors import InputError
+from specdistill.models import LanguageModel
 
 NAMES = {
     "Decoder", "Sampling", "check", "compare", "distill", "export", "generate", "load",
@@ -47,3 +48,16 @@ def test_prompts_come_from_files_and_from_lists(tmp_path: Path) -> None:
     assert [p.messages[-1]["content"] for p in texts] == ["one", "two"]
     with pytest.raises(InputError, match="prompt 2"):
         sd.prompts(["one", []])
+
+
+def test_answers_are_asked_for_by_temperature(target: LanguageModel, tmp_path: Path) -> None:
+    asked = sd.prompts([f"w{5 + i} w{9 + i}" for i in range(8)])
+    settings = {"max_new_tokens": 8, "seed": 3}
+    named = sd.generate(target, asked, str(tmp_path / "a"), temperature=(0, 1), **settings)
+    samplings = [sd.Sampling(0.0), sd.Sampling(1.0)]
+    same = sd.generate(target, asked, tmp_path / "b", samplings=samplings, **settings)
+    assert named.texts() == same.texts()
+    greedy = sd.generate(target, asked, tmp_path / "c", **settings)
+    assert named.texts() != greedy.texts()
+    with pytest.raises(InputError, match="one of the two"):
+        sd.generate(target, asked, tmp_path / "d", samplings=samplings, temperature=1.0)

@@ -26,7 +26,7 @@ from specdistill.data.signal import (
     token_log_probs,
 )
 from specdistill.data.token_store import Example, Manifest, Store, read_examples, tokenizer_sha256
-from specdistill.decoding import GREEDY, Sampling, SpeculativeDecoder
+from specdistill.decoding import Sampling, SpeculativeDecoder
 from specdistill.decoding.sampling import own_sampling
 from specdistill.errors import InputError, StorageError
 from specdistill.files import holding
@@ -47,10 +47,11 @@ def signal_bytes(
 def generate(
     target: LanguageModel,
     prompts: Sequence[Prompt],
-    folder: Path,
+    folder: str | Path,
     *,
-    max_new_tokens: int,
-    samplings: Sequence[Sampling] = (GREEDY,),
+    max_new_tokens: int = 256,
+    temperature: float | Sequence[float] | None = None,
+    samplings: Sequence[Sampling] | None = None,
     seed: int = 0,
     batch_size: int = 32,
     signal: str = STATES,
@@ -63,9 +64,11 @@ def generate(
     note: Note = unsaid,
 ) -> Store:
     """Answer every prompt not yet answered in `folder`. The same call again goes on where an
-    interrupted one stopped. With several samplings each prompt gets one of them, by its id and
-    the seed: a draft that will decode at two temperatures should see texts of both. After
-    `max_seconds`, once there is an answer, what is finished is kept and the rest left unanswered.
+    interrupted one stopped. With several temperatures, or samplings in their place, each prompt
+    gets one of them, by its id and the seed: a draft that will decode at two temperatures should
+    see texts of both. After `max_seconds`, once there is an answer, what is finished is kept and
+    the rest left unanswered.
+
     Of `best_of` answers that `filters` leave, the best is kept; a prompt none of whose answers is
     left is asked again, see `Filters`, and the store counts them. Duplicates are looked for among
     all that is kept, whenever every prompt has been asked. Where a cheaper `writer` of the target's
@@ -75,6 +78,7 @@ def generate(
     Raises `InputError` for a writer with a trimmed vocabulary, and `StorageError` before any work
     where the disk cannot hold the signal, or `folder` holds other generations.
     """
+    folder, samplings = Path(folder), _samplings(temperature, samplings)
     if not prompts or not samplings:
         raise InputError("there are no prompts to answer, or no sampling to answer with")
     kept_tokens(signal)  # a kind there is
@@ -295,6 +299,17 @@ def _candidate(author: LanguageModel, answer: Example, scored: bool) -> Candidat
         answer.signal = read_states(author, answer.prompt_tokens, answer.response_tokens)
     log_probs = token_log_probs(author, **answer.signal, tokens=answer.response_tokens)
     return Candidate(text, log_probs.mean().item())
+
+
+def _samplings(
+    temperature: float | Sequence[float] | None, samplings: Sequence[Sampling] | None
+) -> Sequence[Sampling]:
+    if samplings is None:
+        several = temperature if isinstance(temperature, Sequence) else [temperature or 0.0]
+        return [Sampling(value) for value in several]
+    if temperature is not None:
+        raise InputError("samplings have temperatures of their own; give one of the two")
+    return samplings
 
 
 def _manifest(
