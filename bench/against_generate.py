@@ -29,7 +29,6 @@ from specdistill.data.prompts import Prompt, load_prompts
 from specdistill.data.signal import NONE, STATES
 from specdistill.data.token_store import read_examples
 from specdistill.models import LanguageModel, load
-from specdistill.models.packing import pack
 from specdistill.provenance import device_name, git_commit, versions
 
 Answers = dict[str, list[int]]
@@ -87,7 +86,6 @@ def main() -> None:
         "batch_sizes": {},
     }
     for batch in given.batch_sizes:
-        pack(target, batch)
         contenders = sides(stock, target)
         names, speeds = list(contenders), {name: [] for name in contenders}
         answers: dict[str, Answers] = {}

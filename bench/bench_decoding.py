@@ -26,7 +26,6 @@ from specdistill.data.prompts import load_prompts
 from specdistill.decoding import ModelDrafter, SpeculativeDecoder
 from specdistill.drafts.making import at_full_vocabulary, make_draft
 from specdistill.models import LanguageModel, load
-from specdistill.models.packing import pack
 from specdistill.provenance import device_name, git_commit, versions
 from specdistill.scoring.statistics import speedup_interval
 
@@ -260,9 +259,6 @@ def main() -> None:
         "batches": {},
     }
     for batch, num in zip(given.batches, given.num_draft_tokens, strict=True):
-        pack(pair.target, batch * (num + 1))
-        for small in (pair.draft, pair.wide):
-            pack(small, 2 * batch)
         size = 1 if batch == 1 else 3 * batch  # a waiting request takes a finished row's place
         wanted = prompts[: max(given.limit, 2 * size if batch > 1 else 0)]
         groups = [wanted[i : i + size] for i in range(0, len(wanted), size)]

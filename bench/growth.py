@@ -20,7 +20,6 @@ from specdistill.data.chat import encode_prompt
 from specdistill.data.prompts import load_prompts
 from specdistill.decoding import Generation, ModelDrafter, SpeculativeDecoder
 from specdistill.models import LanguageModel, load
-from specdistill.models.packing import pack
 from specdistill.provenance import device_name, git_commit, versions
 
 
@@ -48,8 +47,6 @@ class Point:
         """
         prompts = self.batches[turn % len(self.batches)]
         batch = len(prompts)
-        pack(target, batch * (self.num + 1))
-        pack(draft, 2 * batch)
         drafter = ModelDrafter(draft, target.vocab_size)
         decoders = [
             (self.plain, SpeculativeDecoder(target, batch_size=batch)),

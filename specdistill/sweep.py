@@ -40,7 +40,7 @@ from specdistill.documents import read_json
 from specdistill.errors import InputError
 from specdistill.files import at_home, held, keep_apart
 from specdistill.limits import shown
-from specdistill.models import LanguageModel, packing
+from specdistill.models import LanguageModel
 from specdistill.progress import Note, Progress, silent, unsaid
 from specdistill.report.plots import figure_sweep, save_each
 from specdistill.run_folder import DRAFT, METRICS, check_run, flat, outputs
@@ -224,7 +224,6 @@ def _run_all(sweep: Sweep, progress: Progress, note: Note) -> Result:
                 if target is None or read != (config.target, config.dtype, config.device):
                     read = (config.target, config.dtype, config.device)
                     target = models.load(config.target, dtype=config.dtype, device=config.device)
-                    packing.pack(target, 8)
                 _run(config, sweep.score, target, within).write(card)
             scored = Scorecard.read(card)
         except Exception as error:  # of whatever kind, the other runs go on
@@ -248,7 +247,7 @@ def _run(config: DistillConfig, how: Score, target: LanguageModel, progress: Pro
     trained = str(Path(config.run_dir) / DRAFT)
     return score(
         target,
-        packing.pack(models.load(trained, dtype=config.dtype, device=config.device), 8),
+        models.load(trained, dtype=config.dtype, device=config.device),
         encoded(target.tokenizer, load_prompts(how.prompts, limit=how.limit)),
         num_draft_tokens=how.num_draft_tokens,
         temperatures=how.temperatures,

@@ -13,7 +13,7 @@ from specdistill.decoding import ModelDrafter, SpeculativeDecoder
 from specdistill.decoding import cache as cache_module
 from specdistill.decoding.cache import CachedModel, attention_mask, cache_bytes
 from specdistill.errors import DecodingError
-from specdistill.models import LanguageModel
+from specdistill.models import LanguageModel, memory
 from specdistill.models.llama import LlamaBody
 
 Tiny = Callable[..., LanguageModel]
@@ -84,13 +84,13 @@ def test_free_memory_is_what_linux_or_the_system_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu = torch.device("cpu")
-    everything = cache_module.os.sysconf("SC_PHYS_PAGES") * cache_module.os.sysconf("SC_PAGE_SIZE")
-    assert 0 < cache_module.free_bytes(cpu) <= everything
+    everything = memory.os.sysconf("SC_PHYS_PAGES") * memory.os.sysconf("SC_PAGE_SIZE")
+    assert 0 < memory.free_bytes(cpu) <= everything
     (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable:   300 kB\nHugePages: 0\n")
-    monkeypatch.setattr(cache_module, "Path", lambda _: tmp_path / "meminfo")
-    assert cache_module.free_bytes(cpu) == 300 * 1024
+    monkeypatch.setattr(memory, "Path", lambda _: tmp_path / "meminfo")
+    assert memory.free_bytes(cpu) == 300 * 1024
     (tmp_path / "meminfo").unlink()
-    assert cache_module.free_bytes(cpu) == everything
+    assert memory.free_bytes(cpu) == everything
 
 
 ERRORS = [

@@ -748,7 +748,8 @@ def test_a_draft_that_cannot_be_trained_in_place_is_refused(
         half = models.load(world["draft"], dtype=dtype)
         with pytest.raises(InputError, match=rf"weights in {message}.* dtype='float32'"):
             Distiller(target, half, settings(world, tmp_path / "run"))
-    packed = pack(models.load(world["draft"], dtype="float32"), 8)
+    packed = models.load(world["draft"], dtype="float32")
+    pack(packed, 8)
     with pytest.raises(InputError, match=r"is packed for decoding.* load it again"):
         distill(settings(world, tmp_path / "run"), target, packed, in_place=True)
     assert not (tmp_path / "run" / "draft").exists()

@@ -16,14 +16,14 @@ from specdistill.data.prompts import load_prompts
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
 from specdistill.drafts.making import at_full_vocabulary, make_draft, save_draft
 from specdistill.errors import InputError
-from specdistill.models import LanguageModel, packing
+from specdistill.models import LanguageModel
 from specdistill.models.gguf_files import DEMO
 from specdistill.scoring.scorecard import Scorecard
 
 
 @pytest.fixture(scope="module")
 def smollm2() -> LanguageModel:
-    return packing.pack(models.load(DEMO, dtype="float32"), 8)
+    return models.load(DEMO, dtype="float32")
 
 
 def test_greedy_text_with_a_draft_is_that_without(smollm2: LanguageModel) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from specdistill.decoding.cache import CachedModel, attention_mask
 from specdistill.models import LanguageModel, packed_linear
-from specdistill.models.llama import FAMILIES, LlamaBody, llama_body
+from specdistill.models.llama import FAMILIES, LlamaBody, _added, llama_body
 from specdistill.models.packed_linear import Joined, packs
 from specdistill.models.packing import pack
 
@@ -147,7 +147,7 @@ def test_packed_passes_are_the_same_passes() -> None:
         model.model.float()
         expected = {count: states(model, count) for count in (1, 3, 9)}
         pack(model, 2)
-        assert all(p.max_rows > 0 for layer in model.body.layers for p in layer.products())
+        assert all(p.max_rows > 0 for p in model.body.products())
         for count, hidden in expected.items():
             assert torch.allclose(states(model, count), hidden, atol=1e-4), (name, count)
 
@@ -188,8 +188,9 @@ def test_masks_to_be_added(tiny: Tiny) -> None:
     model = tiny(0)
     slots, positions = torch.arange(4), torch.tensor([[1, 2]])
     seen = attention_mask(model, slots, positions)
-    added = attention_mask(model, slots, positions, added=True)
+    added = _added(seen, model.dtype)
     assert seen.dtype == torch.bool
+    assert _added(added, model.dtype) is added
     assert torch.equal(added == 0, seen)
     assert added.dtype == model.dtype
     assert added[~seen].max() < -1e30

@@ -36,12 +36,12 @@ from specdistill import models
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import ModelError, StorageError
-from specdistill.models import LanguageModel, check_pair, gguf_files, load, packed_linear
+from specdistill.models import LanguageModel, check_pair, gguf_files, load, packed_linear, packing
 from specdistill.models.checkpoint_files import weight_files
 from specdistill.models.hashes import file_sha256, model_sha256
 from specdistill.models.head_only import load_head
-from specdistill.models.packed_linear import packs
-from specdistill.models.packing import PackedLinear, pack
+from specdistill.models.packed_linear import Joined, packs
+from specdistill.models.packing import PackedLinear, is_packed, pack
 from specdistill_kernels import probabilities
 
 Tiny = Callable[..., LanguageModel]
@@ -810,7 +810,8 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_packed_layer_equals_the_stock_one(library: str, bias: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(96, 160, bias=bias).requires_grad_(False)
-    packed = PackedLinear(linear, rows=8)
+    packed = PackedLinear(linear)
+    packed.product.pack(8)
     assert packed.weight is linear.weight
     assert packed.bias is linear.bias
     for shape in ((1, 96), (5, 96), (2, 4, 96), (8, 1, 96), (31, 96), (33, 96), (3, 50, 96)):
@@ -826,7 +827,8 @@ def test_a_row_is_bitwise_the_same_alone_and_among_others(dtype: torch.dtype) ->
         pytest.skip(f"no library here packs {dtype}")
     torch.manual_seed(1)
     for width, height in ((576, 3072), (1536, 576), (576, 960), (576, 576), (576, 3000)):
-        packed = PackedLinear(nn.Linear(width, height, dtype=dtype).requires_grad_(False), rows=8)
+        packed = PackedLinear(nn.Linear(width, height, dtype=dtype).requires_grad_(False))
+        packed.product.pack(8)
         x = torch.randn(8, width, dtype=dtype)
         together = packed(x)
         for row in range(8):
@@ -840,19 +842,74 @@ def test_packing_changes_neither_the_text_nor_the_figures(tiny: Tiny, lean: bool
     plain, packed = (tiny(2, layers=3, tie_word_embeddings=True) for _ in range(2))
     if not lean:  # as for a family that has none
         packed.body = None
-    assert pack(packed, 8) is packed
-    assert isinstance(packed.head, PackedLinear)
+    pack(packed, 8)
+    assert is_packed(packed)
     linears = [m for m in packed.model.modules() if isinstance(m, PackedLinear)]
-    assert len(linears) == (1 if lean else 3 * 7 + 1)
+    assert len(linears) == (0 if lean else 3 * 7)
     assert packed.parameters() == plain.parameters()
     assert packed.weight_bytes() == plain.weight_bytes()
     assert packed.vocab_size == plain.vocab_size
     prompts = [TOKENS[0].tolist(), [11, 12, 13], [50]]
+    plain.model.requires_grad_(True)  # in training nothing is packed
     texts = [
         [o.tokens for o in SpeculativeDecoder(m).generate(prompts, max_new_tokens=30).outputs]
-        for m in (plain, packed, pack(packed, 2))
+        for m in (plain, packed)
     ]
-    assert texts[0] == texts[1] == texts[2]
+    assert not is_packed(plain)
+    assert texts[0] == texts[1]
+
+
+@needs_packing
+@pytest.mark.parametrize("lean", [True, False])
+def test_a_decoder_packs_its_models_once_and_anew_for_other_weights(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, lean: bool
+) -> None:
+    target, draft = tiny(2, layers=3), tiny(3, layers=2)
+    if not lean:
+        target.body = draft.body = None
+    packed: list[int] = []
+    real = Joined.pack
+    monkeypatch.setattr(Joined, "pack", lambda self, n: (packed.append(n), real(self, n))[1])
+    decoder = SpeculativeDecoder(target, ModelDrafter(draft, 64), num_draft_tokens=3, batch_size=2)
+
+    def text() -> list[int]:
+        return decoder.generate([[5, 6], [7]], max_new_tokens=6).outputs[0].tokens
+
+    before = text()
+    products = [3 * (4 if lean else 7) + 1, 2 * (4 if lean else 7) + 1]
+    assert packed == [8] * products[0] + [4] * products[1]
+    assert text() == before
+    SpeculativeDecoder(target).generate([[9]], max_new_tokens=2)
+    assert len(packed) == sum(products), "packed again without need"
+    with torch.no_grad():
+        for parameter in target.model.parameters():
+            parameter.mul_(-1.3)
+    stock = tiny(2, layers=3, dtype=torch.float64)
+    stock.model.load_state_dict(target.model.state_dict())
+    changed = SpeculativeDecoder(stock).generate([[5, 6]], max_new_tokens=6).outputs[0].tokens
+    assert text() == changed != before
+    assert len(packed) == sum(products) + products[0]
+
+
+@needs_packing
+def test_a_packed_heads_logits_follow_the_head_at_once(tiny: Tiny) -> None:
+    model = tiny(2)
+    pack(model, 4)
+    states = torch.randn(3, 32)
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    assert torch.allclose(model.logits(states), states @ model.head.weight.T, atol=1e-5)
+
+
+@needs_packing
+def test_packing_leaves_out_what_memory_does_not_hold(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "free_bytes", lambda device: 1000)
+    model = tiny(2)
+    with pytest.warns(UserWarning, match="tiny-2 decodes more slowly than it could"):
+        pack(model, 8)
+    assert not is_packed(model)
 
 
 @pytest.mark.skipif(not packs(torch.bfloat16), reason="this CPU does not multiply bfloat16")
@@ -861,7 +918,7 @@ def test_packed_bfloat16_has_the_same_logits_in_float32(tiny: Tiny, lean: bool) 
     plain, packed = (tiny(2, layers=3, dtype=torch.bfloat16) for _ in range(2))
     if not lean:
         packed.body = None
-    pack(pack(packed, 8), 2)
+    pack(packed, 8)
     hidden = [m.hidden(TOKENS) for m in (plain, packed)]
     assert torch.allclose(hidden[0], hidden[1], atol=0.02 * hidden[0].abs().max())
     logits = [m.logits(hidden[0]) for m in (plain, packed)]
@@ -875,10 +932,9 @@ def test_packed_bfloat16_has_the_same_logits_in_float32(tiny: Tiny, lean: bool) 
 
 def test_other_dtypes_are_left_as_they_are(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     def packed(dtype: torch.dtype) -> bool:
-        model = pack(tiny(0, dtype=dtype), 8)
-        return model.wide_head is not None or any(
-            isinstance(m, PackedLinear) for m in model.model.modules()
-        )
+        model = tiny(0, dtype=dtype)
+        pack(model, 8)
+        return is_packed(model)
 
     assert not packed(torch.float64)
     assert not packed(torch.float16)

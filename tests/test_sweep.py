@@ -211,7 +211,6 @@ def test_the_heat_map_is_the_mean_over_the_other_keys(file: Path) -> None:
     with (
         mock.patch("specdistill.sweep._run", side_effect=RuntimeError),
         mock.patch("specdistill.sweep.models.load"),
-        mock.patch("specdistill.sweep.packing.pack"),
     ):
         result = run_sweep(sweep)
     assert list(result.failed) == list(sweep.configs)

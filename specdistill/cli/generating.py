@@ -105,12 +105,11 @@ def generate(
 
         from specdistill import models
         from specdistill.data import generation
-        from specdistill.models import packing
 
-        model = packing.pack(models.load(target, dtype=dtype, device=device), batch_size)
+        model = models.load(target, dtype=dtype, device=device)
         writer = None
         if generator is not None and choice is not None:
-            writer = packing.pack(models.load(generator, dtype=dtype, device=device), batch_size)
+            writer = models.load(generator, dtype=dtype, device=device)
             models.check_pair(model, writer)
             ratio = price or model.parameters() / writer.parameters()
             choice = replace(choice, number=matched_number(choice.number, ratio))
@@ -196,11 +195,10 @@ def widen(
     plan = Widening(count, shots, max_similarity, max_new_tokens, temperature, seed)
     console.setup(threads)
     from specdistill import models
-    from specdistill.models import packing
 
     known = load_prompts(prompts, split=split, column=column, limit=limit)
     with held(lock_of(out)), console.progress() as progress:
-        model = packing.pack(models.load(target, dtype=dtype, device=device), batch_size)
+        model = models.load(target, dtype=dtype, device=device)
         console.note_models(model)
         found = write(model, known, out, plan, batch_size=batch_size, progress=progress)
     lines = [f"{len(found.prompts)} prompts in {out}"]

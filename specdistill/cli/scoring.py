@@ -94,7 +94,7 @@ def score(
     asked = load_prompts(prompts, split=split, column=column, limit=limit)
     if engine == "vllm":  # loads its own, and needs the device; of ours it needs facts alone
         dtype, device = _dtype_of_device(dtype), "cpu"
-    big, small = _load_pair(target, draft, dtype, device, packed=engine == "specdistill")
+    big, small = _load_pair(target, draft, dtype, device)
     encoded = chat.encoded(big.tokenizer, asked)
     if copies := len(asked) - len(encoded):
         console.note(
@@ -300,16 +300,13 @@ def _dtype_of_device(dtype: limits.Dtype) -> limits.Dtype:
 
 
 def _load_pair(
-    target: str, draft: str, dtype: limits.Dtype, device: str, packed: bool = True
+    target: str, draft: str, dtype: limits.Dtype, device: str
 ) -> tuple[LanguageModel, LanguageModel]:
-    """Both models, ready to decode together; not packed they are as the library made them."""
+    """Both models, which fit together."""
     from specdistill import models
-    from specdistill.models import packing
 
     big = models.load(target, dtype=dtype, device=device)
     small = models.load(draft, dtype=dtype, device=device)
     models.check_pair(big, small)
-    for model in (big, small) if packed else ():
-        packing.pack(model, 8)
     console.note_models(big, small)
     return big, small

@@ -139,9 +139,8 @@ def distill(
 def _distill(settings: DistillConfig, resume: bool) -> tuple[Path, dict[str, Any]]:
     """The draft's folder, and the last row of the metrics."""
     from specdistill import models
-    from specdistill.models import head_only, packing
+    from specdistill.models import head_only
     from specdistill.run_folder import METRICS, read_metrics
-    from specdistill.training import policies
     from specdistill.training import run as distillation
 
     target = None
@@ -149,8 +148,6 @@ def _distill(settings: DistillConfig, resume: bool) -> tuple[Path, dict[str, Any
         whole = settings.signal == "live" or settings.decode is not None
         read = models.load if whole else head_only.load_head
         target = read(settings.target, dtype=settings.dtype, device=settings.device)
-        if rows := policies.verified_rows(settings.policy):
-            packing.pack(target, rows)
     student = models.load(settings.draft, dtype="float32", device=settings.device)
     if target is not None:
         models.check_pair(target, student)

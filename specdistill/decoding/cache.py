@@ -4,10 +4,8 @@ caller keeps: nothing is copied, and what a stale slot holds is masked until it 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 from specdistill.decoding.graphs import Graphs
 from specdistill.errors import DecodingError
 from specdistill.models import LanguageModel
+from specdistill.models.memory import free_bytes
 
 BUCKET = 64  # attention sees a multiple of this many slots, so that shapes repeat
 
@@ -94,7 +93,7 @@ class CachedModel:
         self, model: LanguageModel, batch: int, capacity: int, graphs: Graphs | None = None
     ) -> None:
         self.model = model
-        self.body = model.body
+        model.body  # noqa: B018 - found by passes of its own, not in one that memory may fail
         self.graphs = graphs
         self.batch = batch
         self.capacity = _whole_buckets(capacity)
@@ -135,9 +134,6 @@ class CachedModel:
         self.places = (self.rows[:, None] * self.capacity + positions).flatten()
         slots = torch.arange(self.visible, device=device)
         read = positions.clamp(max=self.last_position)
-        if self.body is not None:
-            masks = attention_mask(self.model, slots, positions, added=True)
-            return self.body(tokens, read, masks, self.layers)
         return self.model.hidden(
             tokens,
             position_ids=read,
@@ -214,16 +210,16 @@ def common_prefix(prompts: list[list[int]]) -> int:
 
 
 def attention_mask(
-    model: LanguageModel, slots: Tensor, positions: Tensor, *, added: bool = False
+    model: LanguageModel, slots: Tensor, positions: Tensor
 ) -> Tensor | dict[str, Tensor]:
     """Mask [b, 1, n, slots]: slot j is seen from position i if j <= i, and i - j < window in a
     sliding layer. Models that mix kinds of layers get a dict by kind, as they expect. Boolean, or
-    to be `added` to the scores, as it always is for models without fused attention.
+    to be added to the scores for models without fused attention.
     """
     config = model.config
 
     def finish(seen: Tensor) -> Tensor:
-        if not added and config._attn_implementation != "eager":
+        if config._attn_implementation != "eager":
             return seen
         unseen = torch.finfo(model.dtype).min
         return torch.zeros_like(seen, dtype=model.dtype).masked_fill_(~seen, unseen)
@@ -269,20 +265,6 @@ _OUT_OF_MEMORY = (
     "can't allocate memory",
     "cublas_status_alloc_failed",
 )
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that new tensors may take: what the CUDA device has left and torch keeps for reuse, or
-    what Linux counts as available; elsewhere the machine's memory.
-    """
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _whole_buckets(slots: int) -> int:

@@ -17,6 +17,7 @@ from specdistill.decoding.graphs import Graphs
 from specdistill.decoding.sampling import SamplingBatch
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
+from specdistill.models.packing import pack
 from specdistill_kernels import sample
 
 
@@ -139,6 +140,7 @@ class ModelStream:
 
     def __init__(self, drafter: ModelDrafter, batch: int, capacity: int) -> None:
         self.drafter = drafter
+        pack(drafter.draft, 2 * batch)  # a round's first pass reads two tokens a row
         graphs = Graphs() if drafter.cuda_graphs else None
         self.cached = CachedModel(drafter.draft, batch, capacity, graphs)
         self.known = [0] * batch

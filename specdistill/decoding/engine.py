@@ -29,6 +29,7 @@ from specdistill.decoding.sampling import GREEDY, Sampling, SamplingBatch, row_s
 from specdistill.errors import DecodingError, InputError
 from specdistill.limits import MAX_DRAFT_TOKENS
 from specdistill.models import LanguageModel, check_tokens
+from specdistill.models.packing import pack
 from specdistill_kernels import Lenience, Mode, Verdict, verify
 
 
@@ -198,6 +199,7 @@ class _Stream:
         self.waiting = deque(requests)
         width, capacity = decoder._width(requests), decoder._capacity(requests)
         self.rows: list[_Row | None] = [None] * width
+        pack(self.target, width * (decoder.num_draft_tokens + 1))
         graphs = Graphs() if decoder.cuda_graphs else None
         self.cached = CachedModel(self.target, width, capacity, graphs)
         self.drafts = None if decoder.drafter is None else decoder.drafter.open(width, capacity)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from specdistill.models.hashes import hashes_of, model_sha256, tensors_sha256
-from specdistill.models.llama import LlamaBody, llama_body
+from specdistill.models.llama import LlamaBody, Slots, llama_body
+from specdistill.models.packed_linear import Joined, Version, linear_of, version
 from specdistill.models.support import active_experts, is_of_experts, max_positions
 from specdistill_kernels import Head
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 ORIGIN = "specdistill"  # key of config.json
 
 
-@dataclass
 @dataclass
 class LanguageModel:
     """A causal language model split into body and head, so that hidden states can be kept and
@@ -43,8 +43,8 @@ class LanguageModel:
     def __post_init__(self) -> None:
         self.config = self.model.config.get_text_config()
         self.head = cast("nn.Linear", self.model.get_output_embeddings())
-        self.wide_head: nn.Linear | None = None  # in float32, where `pack` made one
-        self._wide: tuple[tuple[Any, ...], Tensor] | None = None  # see `_wide_weight`
+        self._wide: tuple[Version, Tensor] | None = None  # see `readout`
+        self._head_product: tuple[Tensor, Joined] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -99,13 +99,17 @@ class LanguageModel:
 
     @cached_property
     def body(self) -> LlamaBody | None:
-        """A leaner pass over the layers than `hidden` is, where the family is known."""
+        """A leaner pass over the layers than Transformers' own, where the family is known."""
         return llama_body(self.model)
 
     def hidden(self, tokens: Tensor, **kwargs: Any) -> Tensor:
         """[B, n] ids to the final hidden states [B, n, d], after the last norm: what the head
-        consumes.
+        consumes. Arguments are those of Transformers; where the cache's layers are `Slots`, the
+        pass is the lean one of families that have it.
         """
+        layers = getattr(kwargs.get("past_key_values"), "layers", ())
+        if layers and isinstance(layers[0], Slots) and self.body is not None:
+            return self.body(tokens, kwargs["position_ids"], kwargs["attention_mask"], layers)
         return self.model.base_model(input_ids=tokens, **kwargs).last_hidden_state
 
     def hidden_after(self, tokens: Tensor, layers: Sequence[int], **kwargs: Any) -> list[Tensor]:
@@ -121,23 +125,36 @@ class LanguageModel:
         The product is taken in float32 whatever the model's dtype: bfloat16 logits are full of
         exact ties, and a tie decided differently by two passes looks like a decoding error.
         """
-        if self.dtype in (torch.float32, torch.float64):
-            out = self.head(hidden.to(self.dtype))  # kept states may be of another
-        elif self.wide_head is not None:
-            out = self.wide_head(hidden.float())
-        else:
-            bias = None if self.head.bias is None else self.head.bias.float()
-            out = nn.functional.linear(hidden.float(), self._wide_weight(), bias)
-        return self.scale_logits(out)
+        head = self.readout()
+        product = self._product_of(head)
+        hidden = hidden.to(head.weight.dtype)  # kept states may be of another
+        if product.serves(1):
+            return self.scale_logits(product(hidden))
+        return self.scale_logits(nn.functional.linear(hidden, head.weight, head.bias))
 
-    def _wide_weight(self) -> Tensor:
-        """The head's weight in float32, made again where it has changed since."""
-        weight = self.head.weight
-        version = -1 if weight.is_inference() else weight._version
-        state = (id(weight), weight.data_ptr(), version, weight.requires_grad)
-        if self._wide is None or self._wide[0] != state or weight.requires_grad:
-            self._wide = state, weight.float()
-        return self._wide[1]
+    def readout(self) -> Head:
+        """The head as `logits` and the losses take it, in float32 at least, with gradients if it
+        has any. Of a head in half precision a copy is kept until its weight changes.
+        """
+        weight: Tensor = self.head.weight
+        bias: Tensor | None = self.head.bias
+        if weight.dtype.itemsize < 4:
+            now = version(weight)
+            if self._wide is None or self._wide[0] != now or weight.requires_grad:
+                with torch.inference_mode(False):  # or training could not read it
+                    self._wide = now, weight.float()
+            weight = self._wide[1]
+            bias = None if bias is None else bias.float()
+        return Head(weight, bias, self.logit_scale, self.logit_softcap)
+
+    def head_product(self) -> Joined:
+        """The product with `readout()`, which `packing` packs."""
+        return self._product_of(self.readout())
+
+    def _product_of(self, head: Head) -> Joined:
+        if self._head_product is None or self._head_product[0] is not head.weight:
+            self._head_product = head.weight, Joined(linear_of(head.weight, head.bias))
+        return self._head_product[1]
 
     def scale_logits(self, logits: Tensor) -> Tensor:
         """What some families do after the head: multiplier (Cohere), divisor (Granite), soft cap
@@ -157,12 +174,6 @@ class LanguageModel:
     @property
     def logit_softcap(self) -> float | None:
         return getattr(self.config, "final_logit_softcapping", None)
-
-    def readout(self) -> Head:
-        """The head as the losses take it, in float32 at least, with gradients if it has any."""
-        kind = torch.promote_types(self.dtype, torch.float32)
-        bias = None if self.head.bias is None else self.head.bias.to(kind)
-        return Head(self.head.weight.to(kind), bias, self.logit_scale, self.logit_softcap)
 
     def parameters(self) -> int:
         """Number of distinct parameters (a tied head counts once)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,10 @@ FAMILIES = {"llama", "mistral", "qwen2", "qwen3"}
 Masks = Tensor | Mapping[str, Tensor]
 
 
+@runtime_checkable
 class Slots(Protocol):
+    """What keeps one layer's keys and values."""
+
     def write(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keep keys and values [B, n, H, D] of new tokens; returns those to attend to,
         [B, H, L, D].
@@ -95,23 +98,24 @@ class LlamaBody:
         heads, kv_heads = self.layers[0].heads
         self.sharing = heads // kv_heads  # so many heads' queries see the same keys
 
-    def pack(self, rows: int) -> None:
-        """Pack the products of all layers, see `Joined.pack`."""
-        for layer in self.layers:
-            for product in layer.products():
-                product.pack(rows)
+    def products(self) -> list[Joined]:
+        return [product for layer in self.layers for product in layer.products()]
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, masks: Masks, slots: Sequence[Slots]
     ) -> Tensor:
         """Ids and positions [B, n] to hidden states [B, n, d], after the last norm. A mask
-        [B, 1, n, L] is added to the scores; where layers are of several kinds, one for each.
+        [B, 1, n, L] says what is seen, or is added to the scores; where layers are of several
+        kinds, there is one for each.
         """
         x = self.embed(tokens)
         cos, sin = self.rotary(x, positions)
         half = cos.shape[-1] // 2
         turn = cos[:, :, None], torch.cat((-sin[..., :half], sin[..., half:]), -1)[:, :, None]
-        by_kind = dict.fromkeys(self.kinds, masks) if isinstance(masks, Tensor) else masks
+        if isinstance(masks, Tensor):
+            by_kind = dict.fromkeys(self.kinds, _added(masks, x.dtype))
+        else:
+            by_kind = {kind: _added(masks[kind], x.dtype) for kind in self.kinds}
         queries = tokens.shape[1] * self.sharing
         rest = queries % QUERIES
         narrow = x.device.type == "cpu" and x.dtype.itemsize == 2 and 0 < rest < FEW
@@ -126,6 +130,13 @@ class LlamaBody:
             gate, up = layer.gate_up(layer.after(x)).chunk(2, -1)
             x = x + layer.down(layer.activation(gate) * up)
         return self.norm(x)
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as it is added to the scores."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _attend(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 Product = Callable[[Tensor], Tensor]
+Version = tuple[int, int, int, bool]
 FULL_ROWS = 5  # of oneDNN: weights out of the cache are read fastest for four to six rows at once
 
 
@@ -24,26 +25,65 @@ class Joined:
 
     def __init__(self, *linears: nn.Linear) -> None:
         self.linears = linears
-        self.max_rows = 0.0
+        self.product: Product | None = None  # by the packed copy
+        self.max_rows = 0.0  # a call, that it is used for
+        self.most_rows = 0.0  # a call, that it is tuned for
+        self.versions: list[Version] = []  # of the weights that were packed
 
     def pack(self, rows: int) -> None:
         """Keep a packed copy, tuned for `rows` rows a call; later changes of the weights are not
         seen by it.
         """
+        self.unpack()  # the old copy goes before the new one is made
         weight = torch.cat([linear.weight.detach() for linear in self.linears])
         biases = [linear.bias.detach() for linear in self.linears if linear.bias is not None]
         bias = torch.cat(biases) if biases else None
         if _library(weight.dtype) == "MKL":
-            self.product, self.max_rows = _by_mkl(weight, bias, rows), 4 * rows
+            self.product = _by_mkl(weight, bias, rows)
+            self.most_rows, self.max_rows = rows, 4 * rows
         else:
-            self.product, self.max_rows = _by_onednn(weight, bias, rows), math.inf
+            self.product = _by_onednn(weight, bias, rows)
+            self.most_rows = self.max_rows = math.inf
+        self.versions = self._versions()
+
+    def unpack(self) -> None:
+        """Drop the packed copy."""
+        self.product, self.max_rows, self.most_rows, self.versions = None, 0, 0, []
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights, and about those of a packed copy."""
+        return sum(linear.weight.nbytes for linear in self.linears)
+
+    def serves(self, rows: int) -> bool:
+        """Whether there is a packed copy of the weights as they are now, tuned for so many rows."""
+        return rows <= self.most_rows and self.versions == self._versions()
+
+    def _versions(self) -> list[Version]:
+        return [version(linear.weight) for linear in self.linears]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.numel() // x.shape[-1] <= self.max_rows:
+        if self.product is not None and x.numel() // x.shape[-1] <= self.max_rows:
             return self.product(x)
         if len(self.linears) == 1:
             return self.linears[0](x)
         return torch.cat([linear(x) for linear in self.linears], -1)
+
+
+def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A layer with these very tensors."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    for name, part in (("weight", weight), ("bias", bias)):
+        if part is not None and not isinstance(part, nn.Parameter):
+            part = nn.Parameter(part, requires_grad=False)
+        setattr(linear, name, part)
+    return linear
+
+
+def version(weight: Tensor) -> Version:
+    """What changes when a weight does."""
+    count = -1 if weight.is_inference() else weight._version
+    return id(weight), weight.data_ptr(), count, weight.requires_grad
 
 
 def packs(dtype: torch.dtype) -> bool:

@@ -1,103 +1,95 @@
-"""Packing a model for inference on a CPU."""
+"""Packing a model's weights for decoding on a CPU, see `packed_linear`. A decoder does it on first
+use; the products of a model's lean pass and head know their packed copies, and where Transformers'
+own pass is taken, linear layers that know theirs stand in its place.
+"""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import TYPE_CHECKING, cast
+import warnings
+from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from specdistill.models import LanguageModel
+from specdistill.models.memory import free_bytes
 from specdistill.models.packed_linear import Joined, packs
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class PackedLinear(nn.Linear):
     """A linear layer with a packed copy of its weight."""
 
-    def __init__(self, linear: nn.Linear, rows: int) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__(1, 1, bias=False, device="meta")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.product = Joined(linear)
-        self.product.pack(rows)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x)
 
-    def unpacked(self) -> nn.Linear:
-        """The layer as it was, with the same weight."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
-        return linear
 
-
-def pack(language_model: LanguageModel, rows: int) -> LanguageModel:
-    """Pack the linear layers of a float32 or bfloat16 CPU model for `rows` tokens a call, and
-    return it; other devices and dtypes stay as they are, and bfloat16 where the CPU does not
-    multiply it. At least doubles the memory of the weights. For inference: the weights must not
-    change afterwards.
+def pack(model: LanguageModel, rows: int) -> None:
+    """Pack the weights of a model for passes over `rows` tokens, which at least doubles their
+    memory: once, and again where they have changed or the copy is tuned for fewer rows. Nothing is
+    packed on other devices, in dtypes that no library here packs, in training, where weights
+    change, and, with a warning, where memory does not suffice.
     """
-    if language_model.device.type != "cpu" or not packs(language_model.dtype):
-        return language_model
-    model, kind = language_model.model, language_model.dtype
-    if kind == torch.bfloat16:  # logits are made in float32
-        wide = language_model.wide_head or copy.deepcopy(language_model.head).float()
-        language_model.wide_head = _packed(wide, rows)
-    if language_model.body is None:
-        _pack_layers(model, rows)
+    trained = any(parameter.requires_grad for parameter in model.model.parameters())
+    if trained or model.device.type != "cpu" or not packs(model.dtype):
+        for product in _products(model):
+            product.unpack()
+        return
+    if model.body is None:
+        _replace_linears(model)
+    missing = [product for product in _products(model) if not product.serves(rows)]
+    needed, free = sum(product.nbytes for product in missing), free_bytes(model.device)
+    if needed > free:
+        warnings.warn(
+            f"{model.name} decodes more slowly than it could: packed copies of its weights take "
+            f"{needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free",
+            stacklevel=2,
+        )
+        return
+    for product in missing:
+        product.pack(rows)
+
+
+def _products(model: LanguageModel) -> list[Joined]:
+    """Those of its lean pass or its layers, and of its head."""
+    if model.body is None:
+        layers = [m.product for m in model.model.modules() if isinstance(m, PackedLinear)]
     else:
-        language_model.body.pack(rows)
-        head = model.get_output_embeddings()
-        if isinstance(head, nn.Linear) and kind == torch.float32:
-            model.set_output_embeddings(_packed(head, rows))
-    language_model.head = cast("nn.Linear", model.get_output_embeddings())
-    return language_model
+        layers = model.body.products()
+    return [*layers, model.head_product()]
 
 
-def widened(language_model: LanguageModel) -> LanguageModel:
-    """A copy in float32, not packed; the model itself stays as it is. Takes the memory of both."""
-    model = copy.deepcopy(language_model.model).float()
-    for parent in list(model.modules()):
+def _replace_linears(model: LanguageModel) -> None:
+    for parent in list(model.model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, PackedLinear):
-                setattr(parent, name, child.unpacked())
-    return dataclasses.replace(language_model, model=model)
+            # A subclass may compute something else.
+            if type(child) is nn.Linear and child is not model.head:
+                setattr(parent, name, PackedLinear(child))
 
 
-def _pack_layers(module: nn.Module, rows: int) -> None:
-    """Replace every linear layer inside the module by a packed one."""
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, _packed(child, rows))
+def is_packed(model: LanguageModel) -> bool:
+    """Whether any of its weights has a packed copy."""
+    return any(product.product is not None for product in _products(model))
 
 
-def _packed(linear: nn.Linear, rows: int) -> nn.Linear:
-    if isinstance(linear, PackedLinear):
-        linear.product.pack(rows)
-    elif type(linear) is nn.Linear:  # a subclass may compute something else
-        return PackedLinear(linear, rows)
-    return linear
-
-
-def is_packed(language_model: LanguageModel) -> bool:
-    """Whether `pack` has packed any of its weights."""
-    modules = language_model.model.modules()
-    packed_head = language_model.wide_head is not None
-    return packed_head or any(isinstance(module, PackedLinear) for module in modules)
-
-
-def unpacked(model: PreTrainedModel) -> PreTrainedModel:
+def unpacked(model: Module) -> Module:
     """The model with ordinary linear layers of the same weights, in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, PackedLinear):
-                linear = nn.Linear(child.in_features, child.out_features, device="meta")
-                linear.weight, linear.bias = child.weight, child.bias
-                setattr(parent, name, linear)
+                setattr(parent, name, child.product.linears[0])
     return model
+
+
+def widened(model: LanguageModel) -> LanguageModel:
+    """A copy in float32, not packed; the model itself stays as it is. Takes the memory of both."""
+    wide = unpacked(copy.deepcopy(model.model)).float()
+    return dataclasses.replace(model, model=wide)

@@ -29,7 +29,7 @@ from specdistill.documents import read_json
 from specdistill.drafts.making import choose_vocabulary, expected_usage, make_draft, save_draft
 from specdistill.errors import InputError, StorageError
 from specdistill.files import holding, keep_apart, write_whole
-from specdistill.models import LanguageModel, packing
+from specdistill.models import LanguageModel
 from specdistill.progress import Note, Progress, silent, unsaid
 from specdistill.quickstart.plan import LEAST_ANSWERS, Plan, Task, announcement, choose
 from specdistill.report import write_report
@@ -87,7 +87,6 @@ def quickstart(
     data = _answers(run_dir / "data", target, train[: plan.answers], task.seed, plan, progress)
     undistilled = _undistilled(run_dir / "undistilled", target, data, task.seed, plan, note)
     questions = questions[: plan.score_prompts]
-    packing.pack(target, 8)
 
     def scored(
         file: str, draft: Path, prompts: list[EncodedPrompt], gammas: Sequence[int]
@@ -96,7 +95,7 @@ def quickstart(
             return Scorecard.read(run_dir / file)
         card = score(
             target,
-            packing.pack(models.load(str(draft)), 8),
+            models.load(str(draft)),
             prompts,
             num_draft_tokens=gammas,
             temperatures=plan.temperatures,
@@ -211,7 +210,6 @@ def _answers(
 ) -> Path:
     if (folder.parent / "undistilled").exists():  # the answers were finished, perhaps out of time
         return folder
-    packing.pack(target, plan.batch_size)
     generate(
         target,
         prompts,

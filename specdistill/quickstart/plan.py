@@ -16,10 +16,11 @@ from specdistill import limits
 from specdistill.data.chat import EncodedPrompt
 from specdistill.data.generation import signal_bytes
 from specdistill.decoding import Request, SpeculativeDecoder
-from specdistill.decoding.cache import cache_bytes, free_bytes
+from specdistill.decoding.cache import cache_bytes
 from specdistill.drafts.making import choose_vocabulary, make_draft
 from specdistill.errors import InputError
-from specdistill.models import LanguageModel, gguf_files, packing
+from specdistill.models import LanguageModel, gguf_files
+from specdistill.models.memory import free_bytes
 from specdistill.progress import Progress, silent
 from specdistill.scoring.measure import MIN_PROMPTS
 
@@ -152,7 +153,6 @@ def measure_speed(
     times: list[float] = []
     for number, batch in enumerate((prompts, prompts[:1])):
         progress("timing", number, 2, "a few tokens of plain decoding")
-        packing.pack(target, len(batch))
         decoder = SpeculativeDecoder(target, batch_size=len(batch))
         rounds = decoder.stream([Request(str(i), [*p], 8) for i, p in enumerate(batch)])
         seconds = [round_.seconds for round_ in rounds]

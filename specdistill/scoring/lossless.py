@@ -13,9 +13,10 @@ from scipy import stats
 from torch import Tensor
 
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
-from specdistill.decoding.cache import CachedModel, free_bytes
+from specdistill.decoding.cache import CachedModel
 from specdistill.decoding.records import Output
 from specdistill.models import LanguageModel
+from specdistill.models.memory import free_bytes
 from specdistill.models.packing import widened
 from specdistill.scoring.acceptance import draft_states
 from specdistill.scoring.scorecard import LEAST_IDENTITY, Float32, Lossless

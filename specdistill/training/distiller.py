@@ -99,7 +99,7 @@ def _check_trainable(draft: LanguageModel) -> None:
     if is_packed(draft):
         raise InputError(
             f"the draft {draft.name} is packed for decoding, and packed weights do not follow an "
-            "update; load it again, and pack it when it is trained"
+            "update; load it again"
         )
 
 

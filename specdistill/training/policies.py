@@ -150,14 +150,6 @@ POLICIES: dict[str, Callable[[Source, int], list[Example]]] = {
 }
 
 
-def verified_rows(policy: Policy) -> int:
-    """Tokens in a pass of the target while a policy decodes with it; 0 where none does."""
-    if policy.name not in ("skd", "induced", "fresh_target"):
-        return 0
-    p = policy.own()
-    return min(p["prompts"], BATCH) * (p.get("block", 0) + 1)
-
-
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
