@@ -250,7 +250,7 @@ def _run(config: DistillConfig, how: Score, target: LanguageModel, progress: Pro
         models.load(trained, dtype=config.dtype, device=config.device),
         encoded(target.tokenizer, load_prompts(how.prompts, limit=how.limit)),
         num_draft_tokens=how.num_draft_tokens,
-        temperatures=how.temperatures,
+        temperature=how.temperatures,
         max_new_tokens=how.max_new_tokens,
         seed=how.seed,
         progress=progress,

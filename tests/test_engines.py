@@ -55,7 +55,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[LanguageModel, Langu
 @pytest.fixture(scope="module")
 def card(pair: tuple[LanguageModel, LanguageModel]) -> Scorecard:
     return transformers.score(
-        *pair, PROMPTS, num_draft_tokens=[1, 3], temperatures=[0.0, 1.0], max_new_tokens=16
+        *pair, PROMPTS, num_draft_tokens=[1, 3], temperature=[0.0, 1.0], max_new_tokens=16
     )
 
 
@@ -130,7 +130,7 @@ def test_the_target_as_its_own_assistant_is_accepted(
     target = pair[0]
     same = models.load(str(target.path), dtype="float64")
     found = transformers.score(
-        target, same, PROMPTS, num_draft_tokens=[3], temperatures=[0.0, 1.0], max_new_tokens=13
+        target, same, PROMPTS, num_draft_tokens=[3], temperature=[0.0, 1.0], max_new_tokens=13
     )
     for row in found.rows:
         rejected = row.tested - row.accepted  # the ends of texts, see `_Rounds.answer`
@@ -147,7 +147,7 @@ def test_sampled_acceptance_is_the_overlap_of_the_distributions(
     target, draft = pair
     prompts = [EncodedPrompt(f"p{i}", [7 + i % 40, 9 + i % 50]) for i in range(40)]
     found = transformers.score(
-        target, draft, prompts, num_draft_tokens=[1], temperatures=[0.5], max_new_tokens=2
+        target, draft, prompts, num_draft_tokens=[1], temperature=[0.5], max_new_tokens=2
     )
     (row,) = found.rows
     assert row.proposed == row.tested == len(prompts), "two tokens: one is proposed, once"
@@ -166,7 +166,7 @@ def test_a_trimmed_draft_is_to_be_exported_first(pair: tuple[LanguageModel, Lang
     trimmed = make_draft(target, [0], torch.arange(0, 64, 2))
     with pytest.raises(InputError, match="specdistill export --for transformers"):
         transformers.score(
-            target, trimmed, PROMPTS, num_draft_tokens=[1], temperatures=[0.0], max_new_tokens=4
+            target, trimmed, PROMPTS, num_draft_tokens=[1], temperature=[0.0], max_new_tokens=4
         )
     with pytest.raises(InputError, match="specdistill export --for transformers"):
         transformers.Batches(trimmed, 4)
@@ -405,7 +405,7 @@ def run_vllm(
     if target_path is not None:
         asked = replace(asked, target_path=target_path)
     return vllm.score(
-        python, asked, PROMPTS, num_draft_tokens=[2, 3], temperatures=[0.0], max_new_tokens=10
+        python, asked, PROMPTS, num_draft_tokens=[2, 3], temperature=[0.0], max_new_tokens=10
     )
 
 
@@ -522,7 +522,7 @@ def test_transformers_leaves_the_users_draft_as_it_was(
     own = pair[1].model.generation_config
     before = own.to_dict()
     transformers.score(
-        *pair, PROMPTS[:2], num_draft_tokens=[2], temperatures=[0.0], max_new_tokens=4
+        *pair, PROMPTS[:2], num_draft_tokens=[2], temperature=[0.0], max_new_tokens=4
     )
     assert pair[1].model.generation_config is own
     assert own.to_dict() == before
@@ -603,7 +603,7 @@ def test_vllm_accepts_what_our_engine_accepts(tmp_path: Path) -> None:
         asked,
         PROMPTS,
         num_draft_tokens=[3],
-        temperatures=[0.0],
+        temperature=[0.0],
         max_new_tokens=24,
         threads=1,
     )

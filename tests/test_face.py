@@ -7,6 +7,7 @@ import pytest
 from test_packaging import modules_loaded_by
 
 import specdistill as sd
+from specdistill.drafts.making import make_draft
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
 
@@ -61,3 +62,12 @@ def test_answers_are_asked_for_by_temperature(target: LanguageModel, tmp_path: P
     assert named.texts() != greedy.texts()
     with pytest.raises(InputError, match="one of the two"):
         sd.generate(target, asked, tmp_path / "d", samplings=samplings, temperature=1.0)
+
+
+def test_a_score_takes_prompts_and_single_numbers(target: LanguageModel, tmp_path: Path) -> None:
+    asked = sd.prompts([f"w{5 + i} w{9 + i}" for i in range(4)])
+    draft = make_draft(target, [0])
+    card = sd.score(target, draft, asked, num_draft_tokens=2, temperature=0, max_new_tokens=6)
+    assert [(row.temperature, row.num_draft_tokens) for row in card.rows] == [(0.0, 2)]
+    assert {row.prompt_id for row in card.per_prompt} == {p.id for p in asked}
+    assert sd.compare({"one": card, "same": card}).standings

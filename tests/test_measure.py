@@ -54,7 +54,7 @@ def score(pair: tuple[LanguageModel, LanguageModel], cost: Cost, **more: Any) ->
         clock.passes += 1
         return real(self, tokens, *rest, **others)
 
-    settings = {"num_draft_tokens": [1, 3], "temperatures": [0.0], "max_new_tokens": 16, **more}
+    settings = {"num_draft_tokens": [1, 3], "temperature": [0.0], "max_new_tokens": 16, **more}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "time", stopped)
         patch.setattr(engine, "time", stopped)
@@ -151,7 +151,7 @@ def test_other_temperatures_keep_their_first_measurement(pair) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "in_turn", turns)
-        card = score(pair, slow, temperatures=[0.0, 1.0])
+        card = score(pair, slow, temperature=[0.0, 1.0])
     again = card.provenance["measured_again"]
     assert again in (0.0, 1.0)
     assert len(asked) == len(PROMPTS) * (8 + 4)
@@ -162,7 +162,7 @@ def test_other_temperatures_keep_their_first_measurement(pair) -> None:
 
 
 def test_answers_of_one_token_leave_nothing_to_propose(pair, tmp_path: Path) -> None:
-    for settings in ({}, {"temperatures": [1.0]}, {"prompts": PROMPTS[:1]}):
+    for settings in ({}, {"temperature": [1.0]}, {"prompts": PROMPTS[:1]}):
         card = score(pair, usual, **{"max_new_tokens": 1, **settings})
         assert {row.proposed for row in card.rows} == {0}
         assert math.isnan(card.rows[0].acceptance_rate)
@@ -191,7 +191,7 @@ def test_answers_of_one_token_by_transformers(tmp_path: Path) -> None:
     save_draft(make_draft(tiny_model(1), [0]), tmp_path / "draft")
     both = [load(str(tmp_path / name), dtype="float32") for name in ("target", "draft")]
     card = transformers.score(
-        *both, PROMPTS[:2], num_draft_tokens=[2], temperatures=[0.0, 1.0], max_new_tokens=1
+        *both, PROMPTS[:2], num_draft_tokens=[2], temperature=[0.0, 1.0], max_new_tokens=1
     )
     assert card.rows[0].emitted == 2
     assert "nan" not in card.verdict.reason
@@ -200,7 +200,7 @@ def test_answers_of_one_token_by_transformers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_answers_that_end_at_once_and_few_prompts(pair, count: int, monkeypatch) -> None:
     monkeypatch.setattr(LanguageModel, "eos_ids", frozenset(range(64)))
-    card = score(pair, usual, temperatures=[0.0, 1.0], prompts=PROMPTS[:count])
+    card = score(pair, usual, temperature=[0.0, 1.0], prompts=PROMPTS[:count])
     assert {p.emitted for p in card.per_prompt} == {1}
     assert not card.verdict.pays
     assert "nan" not in card.verdict.reason

@@ -45,7 +45,7 @@ def pair(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[L
 @pytest.fixture(scope="module")
 def card(pair: tuple[LanguageModel, ...]) -> Scorecard:
     return measure.score(
-        *pair, PROMPTS, num_draft_tokens=[3, 1], temperatures=[0.0, 1.0], max_new_tokens=20, seed=4
+        *pair, PROMPTS, num_draft_tokens=[3, 1], temperature=[0.0, 1.0], max_new_tokens=20, seed=4
     )
 
 
@@ -152,7 +152,7 @@ def test_a_wrong_verify_function_shows_in_the_evidence(pair, monkeypatch) -> Non
     assert lossless.distribution_p_value(target, draft, [5, 9, 30], seed=0) < 1e-6
     monkeypatch.setattr("specdistill.decoding.engine.verify", gullible)
     wrong = measure.score(
-        *pair, PROMPTS, num_draft_tokens=[3], temperatures=[0.0], max_new_tokens=20
+        *pair, PROMPTS, num_draft_tokens=[3], temperature=[0.0], max_new_tokens=20
     )
     same, compared = wrong.lossless.greedy_identical
     assert same < compared
@@ -245,7 +245,7 @@ def test_a_block_is_scored_as_exact_and_says_so(pair, tmp_path: Path, monkeypatc
         *pair,
         PROMPTS[:2],
         num_draft_tokens=[3],
-        temperatures=[0.0, 1.0],
+        temperature=[0.0, 1.0],
         max_new_tokens=16,
         mode="block",
     )
@@ -266,7 +266,7 @@ def test_a_block_is_scored_as_exact_and_says_so(pair, tmp_path: Path, monkeypatc
 
 def test_a_prompt_too_long_is_named_before_any_work(pair) -> None:
     long = measure.EncodedPrompt("the long one", [5] * 500)
-    settings = {"num_draft_tokens": [3], "temperatures": [0.0], "max_new_tokens": 24}
+    settings = {"num_draft_tokens": [3], "temperature": [0.0], "max_new_tokens": 24}
     with pytest.raises(InputError, match=r"the long one: 500 prompt tokens \+ 24 new"):
         measure.score(*pair, [*PROMPTS, long], **settings, progress=None)
 
@@ -275,7 +275,7 @@ def test_a_lenient_score_is_lossy_everywhere(pair, card: Scorecard, tmp_path: Pa
     strict, exact = card.rows[3], card
     rule = Lenience("lin", 0.4)
     card = measure.score(
-        *pair, PROMPTS, num_draft_tokens=[3], temperatures=[1.0], max_new_tokens=24, lenience=rule
+        *pair, PROMPTS, num_draft_tokens=[3], temperature=[1.0], max_new_tokens=24, lenience=rule
     )
     assert card.verification.lossy
     assert card.verification.label == "LOSSY, lenience lin:0.4"
@@ -325,9 +325,9 @@ def test_a_lenience_that_means_nothing_is_refused_before_work(pair, monkeypatch)
     monkeypatch.setattr(SpeculativeDecoder, "run", None)
     settings = {"num_draft_tokens": [1], "max_new_tokens": 4, "lenience": Lenience("lin", 0.5)}
     with pytest.raises(InputError, match="no effect at temperature 0"):
-        measure.score(*pair, PROMPTS, temperatures=[1.0, 0.0], **settings)
+        measure.score(*pair, PROMPTS, temperature=[1.0, 0.0], **settings)
     with pytest.raises(InputError, match="single tokens"):
-        measure.score(*pair, PROMPTS, temperatures=[1.0], mode="block", **settings)
+        measure.score(*pair, PROMPTS, temperature=[1.0], mode="block", **settings)
 
 
 def test_a_card_without_the_field_was_exact(card: Scorecard, tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ def test_what_is_too_large_for_rounding_explains_nothing(
 
 def test_half_precision_is_shown_in_float32_too(pair, monkeypatch: pytest.MonkeyPatch) -> None:
     half = tuple(load(str(model.path), dtype="bfloat16") for model in pair)
-    asked = {"num_draft_tokens": [2], "temperatures": [0.0], "max_new_tokens": 8}
+    asked = {"num_draft_tokens": [2], "temperature": [0.0], "max_new_tokens": 8}
     card = measure.score(*half, PROMPTS, **asked)
     assert card.lossless.dtype == "bfloat16"
     assert card.lossless.float32.greedy_identical == (4, 4)
@@ -508,9 +508,9 @@ def test_the_verdict_follows_the_interval(card: Scorecard, speedup, interval, wo
 
 def test_score_refuses_nothing_to_do(pair) -> None:
     with pytest.raises(InputError, match="no prompts"):
-        measure.score(*pair, [], num_draft_tokens=[1], temperatures=[0.0], max_new_tokens=4)
+        measure.score(*pair, [], num_draft_tokens=[1], temperature=[0.0], max_new_tokens=4)
     with pytest.raises(InputError, match="at least one"):
-        measure.score(*pair, PROMPTS, num_draft_tokens=[], temperatures=[0.0], max_new_tokens=4)
+        measure.score(*pair, PROMPTS, num_draft_tokens=[], temperature=[0.0], max_new_tokens=4)
 
 
 def test_an_example_tells_where_each_token_came_from(tiny: Tiny) -> None:
@@ -521,7 +521,7 @@ def test_an_example_tells_where_each_token_came_from(tiny: Tiny) -> None:
     from specdistill.scoring.rows import example
 
     raw = "aé€z!".encode()
-    tokenizer = SimpleNamespace(decode=lambda ids: bytes(ids).decode(errors="replace"))
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: bytes(ids).decode(errors="replace"))
     rounds = [
         RowRound("p", list(raw[:3]), 3, 3, 2, False),  # two accepted, then a rejection
         RowRound("p", list(raw[3:7]), 3, 3, 3, False),  # all accepted, then the bonus token

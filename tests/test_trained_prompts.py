@@ -37,7 +37,7 @@ def test_a_score_on_prompts_of_training_says_so(tiny_folder: Path, tmp_path: Pat
 
     def scored(folder: Path) -> str:
         pair = target, models.load(str(folder), dtype="float32")
-        card = score(*pair, asked, num_draft_tokens=[2], temperatures=[0.0], max_new_tokens=4)
+        card = score(*pair, asked, num_draft_tokens=[2], temperature=[0.0], max_new_tokens=4)
         trained = card.provenance["trained_prompts"]
         assert (trained is None) == (not (folder / TRAINED).exists())
         return trained_line(card)

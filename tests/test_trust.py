@@ -72,7 +72,7 @@ def score(pair: tuple[LanguageModel, ...], slowed: float, temperatures: list[flo
         clock.run(self.model, tokens.shape[1])
         return real(self, tokens, *rest, **more)
 
-    settings = {"num_draft_tokens": [1, 4], "temperatures": temperatures, "max_new_tokens": 25}
+    settings = {"num_draft_tokens": [1, 4], "temperature": temperatures, "max_new_tokens": 25}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "time", stopped)
         patch.setattr(engine, "time", stopped)
@@ -131,7 +131,7 @@ def test_the_target_as_its_own_draft_accepts_everything(monkeypatch) -> None:
     monkeypatch.setattr(LanguageModel, "eos_ids", frozenset())
     target = tiny_model(dtype=torch.float64)
     card = measure.score(
-        target, target, PROMPTS, num_draft_tokens=[1, 4], temperatures=[0.0, 1.0], max_new_tokens=20
+        target, target, PROMPTS, num_draft_tokens=[1, 4], temperature=[0.0, 1.0], max_new_tokens=20
     )
     assert len(card.rows) == 4
     for row in card.rows:

@@ -122,7 +122,7 @@ def score(
         card = score_pair(
             encoded,
             num_draft_tokens=gammas,
-            temperatures=temperatures,
+            temperature=temperatures,
             max_new_tokens=max_new_tokens,
             seed=seed,
             progress=progress,

@@ -77,7 +77,7 @@ def score(
     prompts: Sequence[EncodedPrompt],
     *,
     num_draft_tokens: Sequence[int],
-    temperatures: Sequence[float],
+    temperature: Sequence[float],
     max_new_tokens: int,
     seed: int = 0,
     progress: Progress = silent,
@@ -93,7 +93,7 @@ def score(
     def ask(setting: Setting, prompt: EncodedPrompt, count: int) -> Answer:
         return _generate(target, draft, prompt, setting, count, seed)
 
-    measured = take_turns(ask, prompts, temperatures, num_draft_tokens, max_new_tokens, progress)
+    measured = take_turns(ask, prompts, temperature, num_draft_tokens, max_new_tokens, progress)
     ties = explained_differences(lambda: target, prompts, measured)
     told = provenance(target, draft, seed, max_new_tokens, prompts)
     told |= {"engine": "transformers", "turns": "prompt by prompt, in one process"}

@@ -108,7 +108,7 @@ def score(
     prompts: Sequence[EncodedPrompt],
     *,
     num_draft_tokens: Sequence[int],
-    temperatures: Sequence[float],
+    temperature: Sequence[float],
     max_new_tokens: int,
     seed: int = 0,
     threads: int | None = None,
@@ -143,9 +143,7 @@ def score(
         def ask(setting: Setting, prompt: EncodedPrompt, count: int) -> Answer:
             return _ask(workers[setting[1]], setting, prompt, count, pair.eos_ids, seed)
 
-        measured = take_turns(
-            ask, prompts, temperatures, num_draft_tokens, max_new_tokens, progress
-        )
+        measured = take_turns(ask, prompts, temperature, num_draft_tokens, max_new_tokens, progress)
     told = pair.facts | {"engine": "vllm", "turns": "prompt by prompt, in a process each"}
     told["versions"] = {"specdistill": told["versions"].get("specdistill"), **facts["versions"]}
     told["threads"] = threads or torch.get_num_threads()

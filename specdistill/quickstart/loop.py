@@ -98,7 +98,7 @@ def quickstart(
             models.load(str(draft)),
             prompts,
             num_draft_tokens=gammas,
-            temperatures=plan.temperatures,
+            temperature=plan.temperatures,
             max_new_tokens=plan.score_tokens,
             seed=task.seed,
             max_seconds=plan.score_seconds,

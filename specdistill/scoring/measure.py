@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from specdistill.data.chat import EncodedPrompt
+from specdistill.data.chat import EncodedPrompt, encoded
 from specdistill.data.likeness import fingerprint, read_trained
+from specdistill.data.prompts import Prompt
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.decoding.records import CacheSize
 from specdistill.errors import InputError
@@ -69,11 +70,11 @@ def _from(values: Sequence[T], number: int) -> list[T]:
 def score(
     target: LanguageModel,
     draft: LanguageModel,
-    prompts: Sequence[EncodedPrompt],
+    prompts: Sequence[Prompt] | Sequence[EncodedPrompt],
     *,
-    num_draft_tokens: Sequence[int],
-    temperatures: Sequence[float],
-    max_new_tokens: int,
+    num_draft_tokens: int | Sequence[int] = range(1, 9),
+    temperature: float | Sequence[float] = (0.0, 1.0),
+    max_new_tokens: int = 128,
     seed: int = 0,
     mode: Mode = "token",
     lenience: Lenience | None = None,
@@ -90,24 +91,25 @@ def score(
     again, once. `keep_text` keeps the first prompt's answer in the fastest setting in the card,
     token by token.
     """
+    prompts = _encoded(target, prompts)
+    temperatures = [*dict.fromkeys(map(float, _several(temperature)))]
+    num_draft_tokens = _several(num_draft_tokens)
     if not prompts:
         raise InputError("there are no prompts to score")
     if not num_draft_tokens or not temperatures:
         raise InputError("score needs at least one num_draft_tokens and one temperature")
     check_lenience(mode, lenience, temperatures)
     decoders = _decoders(target, draft, num_draft_tokens, mode, lenience)
-    temperatures = list(dict.fromkeys(temperatures))
     settings = [(t, g) for t in temperatures for g in decoders]
-    # Before any work; with a draft the same.
-    decoders[0].check([Request(p.id, p.tokens, max_new_tokens) for p in prompts])
+    requests = [Request(p.id, p.tokens, max_new_tokens, seed=seed) for p in prompts]
+    decoders[0].check(requests)  # before any work; with a draft the same
     check_positions([draft], ((p.id, len(p.tokens) + max_new_tokens) for p in prompts))
     progress("score", 0, len(prompts), "a short run of each setting first")
     for t, g in settings:
         decoders[g].generate([prompts[0].tokens], max_new_tokens=8, sampling=Sampling(t), seed=seed)
 
     def decode(at: Sequence[float], words: str, seconds: float | None = None) -> Times:
-        requests = [Request(p.id, p.tokens, max_new_tokens, seed=seed) for p in prompts]
-        return _decode(decoders, requests, at, seconds, partial(progress, words))
+        return _decode(decoders, requests[: len(prompts)], at, seconds, partial(progress, words))
 
     before = cpu_times()
     times = decode(temperatures, "score", max_seconds)
@@ -175,6 +177,18 @@ def score(
     )
     progress("evidence", 1, 1)
     return card
+
+
+def _encoded(
+    target: LanguageModel, prompts: Sequence[Prompt] | Sequence[EncodedPrompt]
+) -> list[EncodedPrompt]:
+    ready = [p for p in prompts if isinstance(p, EncodedPrompt)]
+    asked = [p for p in prompts if isinstance(p, Prompt)]
+    return [*ready, *encoded(target.tokenizer, asked)]
+
+
+def _several(values: T | Sequence[T]) -> Sequence[T]:
+    return values if isinstance(values, Sequence) else [values]
 
 
 def _decode(
