@@ -418,6 +418,28 @@ def test_data_set_column_that_could_be_a_response(data_set: str) -> None:
     assert prompts == [Prompt("1", (user("A0"),))]
 
 
+def test_data_set_whose_prompt_stands_in_two_columns(data_set: str) -> None:
+    """Alpaca's `input` belongs under the instruction; of what else may be a part nothing is lost in
+    silence.
+    """
+    (Path(data_set) / "test.jsonl").unlink()
+    file = Path(data_set) / "train.jsonl"
+    where = {"split": "train", "column": "instruction"}
+    row = {"instruction": "Add.", "input": "1, 2", "output": "3"}
+    write_lines(file, row, {**row, "input": ""})
+    asked = [p.messages for p in load_prompts(data_set, **where)]
+    assert asked == [(user("Add.\n1, 2"),), (user("Add."),)]
+    chosen = load_prompts(data_set, **where, response_column="output")
+    assert [p.response for p in chosen] == ["3", "3"]
+    with pytest.raises(InputError, match="row 1: the column 'instruction' may hold a part of"):
+        load_prompts(data_set, split="train", column="input")
+    write_lines(file, {"question": "Who?", "context": "He came."})
+    with pytest.raises(InputError, match="row 1: the column 'context' may hold a part of the pr"):
+        load_prompts(data_set, split="train", column="question")
+    write_lines(file, {"question": "He came. Who?", "context": "He came."})
+    assert len(load_prompts(data_set, split="train", column="question")) == 1
+
+
 def test_data_set_column_of_messages(data_set: str) -> None:
     folder = Path(data_set)
     write_lines(folder / "train.jsonl", *[{"chat": [user("C"), assistant("R")]}] * 2)

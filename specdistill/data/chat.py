@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 from jinja2 import Environment, meta, nodes
 from jinja2.exceptions import TemplateError
 
-from specdistill.data.prompts import BESIDE_TEXT, REASONING, VARIABLES, Prompt
+from specdistill.data.prompts import BESIDE_TEXT, Prompt
+from specdistill.data.rows import REASONING, VARIABLES
 from specdistill.errors import InputError
 
 if TYPE_CHECKING:

@@ -1,35 +1,31 @@
-"""Prompts as every command takes them: the shipped workload, a file, or a `datasets` id."""
+"""Prompts as every command takes them, read and checked row by row."""
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import itertools
 import json
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from specdistill import limits
-from specdistill.data.demo import Split, workload
+from specdistill.data.rows import (
+    MEDIA,
+    REASONING,
+    RESPONSE_FIELDS,
+    SYSTEM_FIELDS,
+    TEMPLATE_SETTINGS,
+    VARIABLES,
+    Row,
+    open_rows,
+    parsed,
+)
 from specdistill.errors import InputError
 
 ROLES = ("system", "user", "assistant")
-RESPONSE_FIELDS = ("response", "completion", "answer")
-REASONING = ("reasoning_content", "reasoning", "thinking")
 BESIDE_TEXT = (*REASONING, "tool_calls")  # what a turn may say besides its content
-VARIABLES = ("tools", "documents")  # what a template may be given besides messages
-TEMPLATE_SETTINGS = "chat_template_kwargs"
 
-_SOURCES = "a .jsonl or .txt file, demo:train, demo:heldout, a datasets id or a data set folder"
-# A missing "prompts.csv" must not be looked for on the hub, where dots in names are legal.
-_OTHER_SUFFIXES = (".arrow", ".csv", ".gz", ".json", ".md", ".parquet", ".tsv", ".yaml", ".zip")
-_TEXT_DTYPES = ("string", "large_string")
-_SYSTEM_FIELDS = ("system", "system_prompt")
-_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 # What would change what is asked or answered, and is read under another name.
 _ELSEWHERE = {
     "functions": "list them under 'tools'",
@@ -41,7 +37,6 @@ _ELSEWHERE = {
     "continue_final_message": "answers begin where a turn does, so leave it out",
     "prefix": "answers begin where a turn does, so leave it out",
 }
-_DATASETS_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -105,7 +100,9 @@ def load_prompts(
         limits.check("limit", limit, limits.COUNT)
     prompts: list[Prompt] = []
     first_use: dict[str, str] = {}
-    for where, prompt in itertools.islice(_open(source, split, column, response_column), limit):
+    rows = open_rows(source, split, column, response_column)
+    for row in itertools.islice(rows, limit):
+        prompt, where = _prompt(row), row.where
         if prompt.id in first_use:
             raise InputError(
                 f"{where}: id {prompt.id!r} was already used in {first_use[prompt.id]}; ids must "
@@ -124,7 +121,7 @@ def as_prompt(asked: str | Sequence[Mapping[str, Any]], number: int = 1) -> Prom
     """
     field_ = "prompt" if isinstance(asked, str) else "messages"
     asked = list(asked) if isinstance(asked, tuple) else asked
-    return _prompt({field_: asked}, f"prompt {number}", number, None)
+    return _prompt(Row(f"prompt {number}", number, {field_: asked}))
 
 
 def prompts_sha256(prompts: Sequence[Prompt]) -> str:
@@ -135,161 +132,8 @@ def prompts_sha256(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
-def _open(
-    source: str, split: str | None, column: str | None, response_column: str | None
-) -> Iterator[tuple[str, Prompt]]:
-    """Pick the reader for `source`; readers yield (where it stands, prompt)."""
-    path = Path(source)
-    suffix = path.suffix.lower()
-    is_demo, is_file = source.startswith("demo:"), suffix in (".jsonl", ".txt")
-    if is_demo or is_file:
-        for option, value in (("split", split), ("column", column)):
-            if value is not None:
-                raise InputError(
-                    f"{option} {value!r} has no effect on {source}; it is for datasets ids and "
-                    "folders only, so leave it out"
-                )
-    if response_column is not None and (is_demo or suffix == ".txt"):
-        raise InputError(
-            f"response_column {response_column!r} has no effect on {source}, which has no "
-            "responses; leave it out"
-        )
-    if is_demo:
-        return _read_demo(source)
-    if is_file:
-        return _read_jsonl(path, response_column) if suffix == ".jsonl" else _read_txt(path)
-    if os.path.isfile(source) or (suffix in _OTHER_SUFFIXES and not os.path.isdir(source)):
-        raise InputError(f"{source} is not a kind of prompt file; give {_SOURCES}")
-    if not os.path.isdir(source) and not _DATASETS_ID.fullmatch(source):
-        raise InputError(f"there is no file or folder {source!r}; give {_SOURCES}")
-    return _read_dataset(source, split, column, response_column)
-
-
-def _read_demo(source: str) -> Iterator[tuple[str, Prompt]]:
-    splits: dict[str, Split] = {"demo:train": "train", "demo:heldout": "heldout"}
-    if source not in splits:
-        raise InputError(f"no demo prompts {source!r}; there are {' and '.join(splits)}")
-    for number, row in enumerate(workload(splits[source]), 1):
-        yield f"{source}, row {number}", Prompt(row["id"], _user(row["prompt"]), row["category"])
-
-
-def _read_txt(path: Path) -> Iterator[tuple[str, Prompt]]:
-    for number, where, line in _lines(path):
-        yield where, Prompt(str(number), _user(_text(line, where, "the prompt")))
-
-
-def _read_jsonl(path: Path, response_column: str | None) -> Iterator[tuple[str, Prompt]]:
-    for number, where, line in _lines(path):
-        advice = 'each line must be one object such as {"prompt": "..."}'
-        row = _json(line, where, "not valid JSON", advice)
-        if not isinstance(row, dict):
-            raise InputError(
-                f'{where}: each line must be one object such as {{"prompt": "..."}}; '
-                f"got {type(row).__name__}"
-            )
-        yield where, _prompt(row, where, number, response_column)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises `ValueError` for a key that stands twice: one of them would be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return found
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield (line number from 1, where, text) of each line that is not blank."""
-    if os.path.isdir(path):
-        raise InputError(f"{path} is a directory; give {_SOURCES}")
-    try:
-        with path.open("rb") as file:
-            # Lines end at b"\n" alone: str.splitlines would also cut at U+2028 inside a string.
-            for number, raw in enumerate(file, 1):
-                where = f"{path}, line {number}"
-                if number == 1:
-                    raw = raw.removeprefix(codecs.BOM_UTF8)
-                try:
-                    line = raw.decode("utf-8").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    raise InputError(
-                        f"{where}: byte 0x{raw[error.start]:02x} at position {error.start + 1} is "
-                        "not UTF-8; save the file as UTF-8"
-                    ) from error
-                if "\0" in line:
-                    raise InputError(
-                        f"{where}: a NUL at position {line.index(chr(0)) + 1}, which no text has; "
-                        "save the file as UTF-8, not UTF-16"
-                    )
-                if line.strip():
-                    yield number, where, line
-    except FileNotFoundError as error:
-        raise InputError(f"there is no file {path}; give {_SOURCES}") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-
-
-def _read_dataset(
-    source: str, split: str | None, column: str | None, response_column: str | None
-) -> Iterator[tuple[str, Prompt]]:
-    import datasets  # heavy, and needed for this kind of source only
-
-    try:
-        if split is None:
-            names = ", ".join(datasets.get_dataset_split_names(source))
-            raise InputError(f"data set {source!r} needs a split; it has {names}")
-        rows = datasets.load_dataset(source, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(
-            f"cannot load {source!r} (split {split!r}) as a data set: {error}. Give {_SOURCES}"
-        ) from error
-    columns = ", ".join(rows.column_names)
-    if column is None:
-        raise InputError(f"data set {source!r} needs the column of its prompts; it has {columns}")
-    for name in filter(None, (column, response_column)):
-        if name not in rows.column_names:
-            raise InputError(f"data set {source!r} has no column {name!r}; it has {columns}")
-    if media := [name for name in rows.column_names if name in _MEDIA]:
-        raise InputError(f"data set {source!r} has a column {media[0]!r}; only text can be asked")
-    # Other columns mean what the data set's author likes: a class label called "answer" is no
-    # response, and ids that repeat are not the user's to mend, so rows are numbered.
-    texts = (*RESPONSE_FIELDS, *REASONING, *_SYSTEM_FIELDS, "category")
-    extras = [
-        name
-        for name in rows.column_names
-        if name != column
-        and (
-            name == response_column
-            or name in (*VARIABLES, TEMPLATE_SETTINGS)
-            or (name in texts and getattr(rows.features[name], "dtype", None) in _TEXT_DTYPES)
-        )
-    ]
-    others = frozenset(rows.column_names) - {column, *extras, "id", "prompt", "messages"}
-    chosen = "messages" if response_column == column else response_column
-    for number, row in enumerate(rows.select_columns([column, *extras]), 1):
-        where = f"{source}, split {split}, column {column}, row {number}"
-        asked = _without_nulls(row.pop(column))  # Arrow fills in what other rows have
-        field_ = "messages" if isinstance(asked, list) else "prompt"
-        given = {name: _without_nulls(value) for name, value in row.items()}
-        yield where, _prompt({field_: asked, **given}, where, number, chosen, others)
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def _prompt(
-    row: Mapping[str, Any],
-    where: str,
-    number: int,
-    response_column: str | None,
-    others: frozenset[str] = frozenset(),
-) -> Prompt:
-    """A row of any source. `others` are fields of it that were not even read."""
+def _prompt(given: Row) -> Prompt:
+    row, where = given.fields, given.where
     if ("prompt" in row) == ("messages" in row):
         fields = ", ".join(map(repr, row)) or "no fields"
         raise InputError(f"{where}: give one of 'prompt' and 'messages'; got {fields}")
@@ -310,27 +154,27 @@ def _prompt(
     if not all(turn["content"].strip() for turn in messages if turn["role"] == "user"):
         raise InputError(f"{where}: the prompt is empty; give it text or remove the line")
     messages = (*_system(row, messages, where), *messages)
-    response, answer, rivals = _response(row, last, where, response_column)
+    response, answer, rivals = _response(row, last, where, given.response)
     identifier, category = row.get("id"), row.get("category")
     if identifier is None:
-        identifier = number
+        identifier = given.number
     if type(identifier) is not int:
         identifier = _text(identifier, where, "'id'")
     if category is not None:
         category = _text(category, where, "'category'")
-    unread = (others | row.keys()) - {"prompt", "messages", "id", "category", *_READ}
+    unread = (given.others | row.keys()) - {"prompt", "messages", "id", "category", *_READ}
     variables = _variables(row, where)
     return Prompt(
         str(identifier), messages, category, response, answer, variables, rivals, frozenset(unread)
     )
 
 
-_READ = {*RESPONSE_FIELDS, *VARIABLES, *_SYSTEM_FIELDS, TEMPLATE_SETTINGS}
+_READ = {*RESPONSE_FIELDS, *VARIABLES, *SYSTEM_FIELDS, TEMPLATE_SETTINGS}
 
 
 def _refuse_unreadable(holder: Mapping[str, Any], where: str) -> None:
     """Raises `InputError` for what would be lost though it belongs to what is asked."""
-    for key in _MEDIA:
+    for key in MEDIA:
         if holder.get(key):
             raise InputError(f"{where} has {key!r}, and only text can be asked; remove the line")
     for key, advice in _ELSEWHERE.items():
@@ -342,7 +186,7 @@ def _system(
     row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], where: str
 ) -> tuple[Mapping[str, Any], ...]:
     """The system message that a row gives beside what is asked."""
-    given = [name for name in _SYSTEM_FIELDS if row.get(name) not in (None, "")]
+    given = [name for name in SYSTEM_FIELDS if row.get(name) not in (None, "")]
     if not given:
         return ()
     text = _text(row[given[0]], where, repr(given[0]))
@@ -388,7 +232,7 @@ def _variables(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         value = row.get(name)
         if isinstance(value, str) and value.strip():
             fault = f"{name!r} is a text that is not valid JSON"
-            value = _json(value, where, fault, "write it as JSON, or leave it out")
+            value = parsed(value, where, fault, "write it as JSON, or leave it out")
         if value is None or value in ("", [], {}):
             continue
         items = value if isinstance(value, list) else []
@@ -398,16 +242,6 @@ def _variables(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         _text(json.dumps(value, ensure_ascii=False, default=str), where, repr(name))
         found |= {name: value} if kind is list else value
     return found
-
-
-def _json(text: str, where: str, fault: str, advice: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        reason = str(error)  # as of a number of 5,000 digits
-        if isinstance(error, json.JSONDecodeError):  # its own text says "line 1"
-            reason = f"{error.msg} at column {error.colno}"
-        raise InputError(f"{where}: {fault}, {reason}; {advice}") from error
 
 
 def _user(text: str) -> tuple[Mapping[str, Any], ...]:
@@ -472,7 +306,7 @@ def _calls(value: object, where: str, number: int) -> list[dict[str, Any]]:
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             fault = f"'arguments' in message {number} is a text that is not valid JSON"
-            arguments = _json(arguments or "{}", where, fault, "write an object")
+            arguments = parsed(arguments or "{}", where, fault, "write an object")
         whole = {**function, "arguments": arguments}
         calls.append({**call, "function": whole} if "function" in call else whole)
     return calls

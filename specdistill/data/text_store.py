@@ -20,7 +20,8 @@ from typing_extensions import TypedDict
 
 from specdistill.data import filters
 from specdistill.data.filters import DUPLICATE, repeated
-from specdistill.data.prompts import REASONING, Prompt
+from specdistill.data.prompts import Prompt
+from specdistill.data.rows import REASONING
 from specdistill.data.scorers import Candidate
 from specdistill.data.selection import Selection
 from specdistill.data.token_store import MANIFEST, must_be_ours, of_others
