@@ -8,19 +8,13 @@ judge, an answer that is none, is asked for again here.
 from __future__ import annotations
 
 import asyncio
-import base64
-import html
-import json
-import os
 import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from math import isfinite, nan
 from pathlib import Path
-from statistics import StatisticsError, fmean
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, quote_plus, urlsplit
+from urllib.parse import urlsplit
 
 from specdistill.data.filters import NO_FILTER, Filters
 from specdistill.data.prompts import Prompt, prompts_sha256
@@ -29,6 +23,7 @@ from specdistill.data.scorers import BestOf
 from specdistill.data.selection import Selection
 from specdistill.data.text_store import AnswerStore, Choices, Reply, Settled, settle
 from specdistill.decoding.sampling import Sampling, own_sampling, row_seed
+from specdistill.engines.openai_replies import KEY, NoAnswer, api_key, one_line, read_reply, said_by
 from specdistill.errors import InputError, ServerError
 from specdistill.files import holding
 from specdistill.progress import Progress, silent
@@ -37,7 +32,6 @@ from specdistill.provenance import versions
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-KEY = "OPENAI_API_KEY"
 CLIENT_RETRIES = 8  # about 40 s of backing off, or as often as long as the server says
 MOST_AT_ONCE = 1024  # questions under way
 SECONDS = 600.0  # an answer may take, from the question to its last byte
@@ -100,10 +94,6 @@ def _problem(url: str) -> str | None:
 
 class _Refused(Exception):
     """A prompt that gets no answer, and why."""
-
-
-class _NoAnswer(Exception):
-    """A reply that holds none."""
 
 
 @holding("folder")
@@ -267,9 +257,9 @@ class _Asking:
                 reply = await asyncio.wait_for(
                     self.client.chat.completions.create(**asked), SECONDS * (CLIENT_RETRIES + 1)
                 )
-                return _read(reply, id_, attempt, "logprobs" in question)
+                return read_reply(reply, id_, attempt, "logprobs" in question)
             except openai.APIStatusError as error:
-                status, words = error.status_code, _words(error)
+                status, words = error.status_code, said_by(error)
                 if status in (401, 403):
                     raise ServerError(
                         f"{server.public} refuses the key: {words}; check the environment variable "
@@ -286,7 +276,7 @@ class _Asking:
                     continue
                 if status != 429 and status < 500:
                     raise _Refused(words) from None
-                wait = _line(error.response.headers.get("retry-after", ""))
+                wait = one_line(error.response.headers.get("retry-after", ""))
                 raise ServerError(
                     f"{server.public} fails or limits the rate: {words}"
                     f"{f' (it asks to wait {wait} s)' if wait else ''}; what was answered is kept, "
@@ -294,7 +284,7 @@ class _Asking:
                 ) from None
             except openai.APIConnectionError as error:
                 raise ServerError(
-                    f"cannot reach {server.public}: {_words(error.__cause__ or error)}; what was "
+                    f"cannot reach {server.public}: {said_by(error.__cause__ or error)}; what was "
                     "answered is kept, run the same command again to go on"
                 ) from None
             except TimeoutError:
@@ -303,10 +293,10 @@ class _Asking:
                     "the same command again to go on"
                 ) from None
             # What the client does not check: JSON that is none, or of other types.
-            except (_NoAnswer, ValueError, TypeError, AttributeError, LookupError) as error:
-                reason = _words(error)
+            except (NoAnswer, ValueError, TypeError, AttributeError, LookupError) as error:
+                reason = said_by(error)
             except (openai.OpenAIError, RecursionError, OverflowError) as error:
-                reason = _words(error)
+                reason = said_by(error)
             tries += 1
             if tries < REPLIES:
                 await asyncio.sleep(BACKOFF * 2 ** (tries - 1))
@@ -351,84 +341,5 @@ def _client(server: Server) -> AsyncOpenAI:
         ) from None
     # Servers of one's own want no key, the client does.
     return AsyncOpenAI(
-        base_url=server.base_url, api_key=_key() or "none", max_retries=CLIENT_RETRIES
+        base_url=server.base_url, api_key=api_key() or "none", max_retries=CLIENT_RETRIES
     )
-
-
-def _key() -> str:
-    """Raises `InputError` for one that no header may hold, without quoting it."""
-    key = os.environ.get(KEY, "").strip()
-    if re.search(r"[^!-~]", key):
-        raise InputError(
-            f"the environment variable {KEY} holds a space, a control character or a letter that "
-            "is not ASCII's: no key does; set it to the key alone"
-        )
-    return key
-
-
-def _read(reply: Any, id_: str, attempt: int, scored: bool) -> Reply:
-    """The answer of a reply, whose fields the client does not check."""
-    try:
-        choice = reply.choices[0]
-        text, reason = choice.message.content, choice.finish_reason
-        message = choice.message
-    except (AttributeError, IndexError, TypeError) as error:
-        raise _NoAnswer(f"no choices in {_redacted(str(reply))[:200]!r}") from error
-    if not isinstance(text, str):
-        raise _NoAnswer(f"no text, finish reason {reason!r}")
-    text.encode()  # half of a surrogate pair is a ValueError
-    apart = getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None)
-    if apart is not None and not isinstance(apart, str):
-        raise _NoAnswer(f"reasoning that is no text but {type(apart).__name__}")
-    if apart is not None:
-        apart.encode()
-    found = _log_probability(choice) if scored and text.strip() else None
-    return Reply(
-        id_,
-        attempt,
-        _redacted(text),
-        reason == "stop",
-        None if apart is None else _redacted(apart),
-        found,
-    )
-
-
-def _log_probability(choice: Any) -> float:
-    """The mean of the answer's tokens'."""
-    try:
-        found = fmean(token.logprob for token in choice.logprobs.content)
-    except (AttributeError, TypeError, ValueError, OverflowError, StatisticsError):
-        found = nan
-    if not isfinite(found):
-        raise _NoAnswer(
-            "no log-probabilities, which the scorer 'log-probability' needs; choose another scorer"
-        )
-    return found
-
-
-def _words(error: BaseException) -> str:
-    """What the server or the connection said, on one line, without the key it may have quoted."""
-    said = str(error)
-    if " - " not in said and hasattr(error, "response"):  # not where the client looks for it
-        said += f" - {error.response.text}"
-    return _line(said)[:300] or type(error).__name__
-
-
-def _line(text: str) -> str:
-    """On one line, without the key and without what a terminal would obey."""
-    line = " ".join(_redacted(text).split())
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-
-
-def _redacted(text: str) -> str:
-    """Without the key, however it was quoted."""
-    key = os.environ.get(KEY, "")
-    forms = set()
-    for form in {key, key.strip()} - {""}:
-        quoted = {quote(form), quote(form, safe=""), quote_plus(form), html.escape(form)}
-        forms |= quoted | {form, repr(form)[1:-1], json.dumps(form)[1:-1]}
-        forms |= {json.dumps(form)[1:-1].replace("/", "\\/"), *map(str.lower, quoted)}
-        forms.add(base64.b64encode(form.encode()).decode())
-    for form in sorted(forms, key=len, reverse=True):
-        text = text.replace(form, "***")
-    return text
