@@ -35,7 +35,7 @@ from specdistill.config import (
 )
 from specdistill.data.chat import encoded
 from specdistill.data.prompts import load_prompts
-from specdistill.data.sources import source_sha256
+from specdistill.data.sources import open_answers
 from specdistill.documents import read_json
 from specdistill.errors import InputError
 from specdistill.files import at_home, held, keep_apart
@@ -295,7 +295,7 @@ def _check_data(sweep: Sweep) -> None:
     """Nor is what was trained on some data comparable with what is on another."""
     file, configs = sweep.folder / DATA, sweep.configs.values()
     first = read_json(file, dict[str, str | None], _ADVICE) if file.exists() else {}
-    now = {config.data: source_sha256(config.data) for config in configs}
+    now = {config.data: open_answers(config.data).sha256() for config in configs}
     begun = {c.data for c in configs if (Path(c.run_dir) / METRICS).exists()}
     for source in sorted(begun & first.keys()):
         if now[source] != first[source]:

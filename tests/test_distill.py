@@ -455,9 +455,9 @@ def test_the_temperature_enters_the_loss(world: dict[str, str]) -> None:
         config = settings(world, Path("unused"), temperature=temperature)
         examples = read_examples(Path(world["data"]), signal=True)[:4]
         batch = make_batch(examples, 0, draft.device)
-        p = target.logits(batch.signal["hidden"])[:, draft.vocab] / temperature
+        p = target.logits(batch.signal.hidden)[:, draft.vocab] / temperature
         q = draft.logits(draft.hidden(batch.tokens, attention_mask=batch.mask)[batch.response])
-        whole = (target.logits(batch.signal["hidden"]) / temperature).softmax(-1)
+        whole = (target.logits(batch.signal.hidden) / temperature).softmax(-1)
         mass = whole[:, draft.vocab].sum(-1)
         inner = (p.softmax(-1) * (p.log_softmax(-1) - (q / temperature).log_softmax(-1))).sum(-1)
         expected = temperature**2 * (mass * inner).mean()

@@ -205,8 +205,8 @@ def test_its_greedy_answers_and_their_signal_are_our_engines(
     assert any(len(e.response_tokens) < 12 for e in ours.values()), "an answer must end by itself"
     for id_, example in ours.items():
         assert theirs[id_].response_tokens == example.response_tokens
-        for name, tensor in example.signal.items():
-            assert torch.allclose(theirs[id_].signal[name], tensor, atol=1e-5)
+        for name, tensor in example.signal.tensors().items():
+            assert torch.allclose(theirs[id_].signal.tensors()[name], tensor, atol=1e-5)
 
 
 def test_its_samples_follow_the_filtered_distribution(
@@ -294,7 +294,7 @@ def test_the_best_of_its_answers_is_kept(
     settings = {"outside": by_transformers(target), "samplings": [Sampling(1.0)]}
 
     def score(example: DataExample) -> float:
-        return token_log_probs(target, **example.signal, tokens=example.response_tokens).mean()
+        return token_log_probs(target, example.signal, example.response_tokens).mean()
 
     kept = {
         number: answered(

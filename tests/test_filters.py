@@ -8,8 +8,8 @@ import pytest
 
 from specdistill.data.filters import (
     FILTERS,
-    Answer,
     Filters,
+    Judged,
     objection,
     repeated,
     repetition,
@@ -67,7 +67,7 @@ def test_repetition_is_the_share_of_ngrams_seen_before() -> None:
     ],
 )
 def test_each_filter(filters: Filters, tokens: list[int], reason: str | None) -> None:
-    assert objection(filters, Answer(tokens, tokens[-1] == 0)) == reason
+    assert objection(filters, Judged(tokens, tokens[-1] == 0)) == reason
 
 
 def test_the_first_of_equal_texts_is_no_repetition() -> None:

@@ -73,7 +73,9 @@ def assert_same(examples: list[Example], expected: dict[str, Example]) -> None:
         assert ours.response_tokens == theirs.response_tokens
         assert ours.category == theirs.category
         for name in ("hidden", "logsumexp"):
-            assert torch.allclose(ours.signal[name], theirs.signal[name], atol=1e-9)
+            assert torch.allclose(
+                ours.signal.tensors()[name], theirs.signal.tensors()[name], atol=1e-9
+            )
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
@@ -125,17 +127,17 @@ def test_the_kept_signal_gives_the_logits_back(
     tolerance = {"float32": 1e-4, "float64": 1e-5, "bfloat16": 0.6}[dtype]  # norms in float32
     size = 0
     for example in answer(target, tmp_path / "data"):
-        assert example.signal["hidden"].dtype == target.dtype
+        assert example.signal.hidden.dtype == target.dtype
         tokens = torch.tensor([example.prompt_tokens + example.response_tokens])
         stock = (
             target.model(tokens)
             .logits[0, len(example.prompt_tokens) - 1 : -1]
-            .to(example.signal["logsumexp"].dtype)
+            .to(example.signal.logsumexp.dtype)
         )
-        logits = target.logits(example.signal["hidden"])
+        logits = target.logits(example.signal.hidden)
         assert torch.allclose(logits, stock, atol=tolerance)
-        assert torch.allclose(logits.logsumexp(-1), example.signal["logsumexp"], atol=1e-5)
-        size += example.signal["hidden"].nbytes + example.signal["logsumexp"].nbytes
+        assert torch.allclose(logits.logsumexp(-1), example.signal.logsumexp, atol=1e-5)
+        size += example.signal.hidden.nbytes + example.signal.logsumexp.nbytes
     tokens = sum(len(e.response_tokens) for e in read_examples(tmp_path / "data", signal=False))
     assert size == signal_bytes(target, 1, tokens), "the bytes announced for so many tokens"
     assert tokens <= len(PROMPTS) * LENGTH

@@ -61,10 +61,10 @@ def test_the_texts_are_the_writers_and_the_signal_the_targets(
         assert example.response_tokens == own[i].response_tokens
         stock = target.model(torch.tensor([example.prompt_tokens + example.response_tokens])).logits
         assert example.signal is not None
-        ours_logits = target.logits(example.signal["hidden"])
+        ours_logits = target.logits(example.signal.hidden)
         expected = stock[0, len(example.prompt_tokens) - 1 : -1]
         assert torch.allclose(ours_logits, expected, atol=1e-5)
-        lse = example.signal["logsumexp"].to(expected.dtype)
+        lse = example.signal.logsumexp.to(expected.dtype)
         assert torch.allclose(lse, expected.logsumexp(-1), atol=1e-5)
     assert store.manifest.settings["writer"] == [writer.name, writer.sha256()]
     assert store.manifest.target_sha256 == target.sha256()

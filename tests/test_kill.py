@@ -72,8 +72,8 @@ def test_no_answer_is_lost_or_doubled(tmp_path: Path, tiny_folder: Path) -> None
     assert len(found) == 200
     for id_, example in expected.items():
         assert found[id_].response_tokens == example.response_tokens
-        for name, kept in example.signal.items():
-            assert torch.allclose(found[id_].signal[name], kept, atol=1e-5), (id_, name)
+        for name, kept in example.signal.tensors().items():
+            assert torch.allclose(found[id_].signal.tensors()[name], kept, atol=1e-5), (id_, name)
 
     target = models.load(str(tiny_folder), dtype="float32")
     save_draft(make_draft(target, [0, 1], torch.arange(0, 64, 2)), tmp_path / "draft")

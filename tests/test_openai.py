@@ -853,7 +853,7 @@ def test_without_the_package_it_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         ("generate --engine=openai --base-url http://x --signal none", "type `specdistill ask"),
         ("generate --base-url http://x", "No such option: --base-url"),
         ("generate --concurrency 3", "No such option: --concurrency"),
-        ("generate --shots 2", "shots: 2 examples have no effect with the style 'instruction'"),
+        ("generate --shots 2", "--shots 2 has no effect with the style 'instruction'"),
         ("generate --style in-context", "prompts with responses by --examples"),
         ("generate --style poem", "unknown style 'poem'; choose from instruction, in-context"),
         ("generate --response-column x", "--response-column has no effect without --scorer"),

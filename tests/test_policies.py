@@ -15,6 +15,7 @@ from specdistill import models
 from specdistill.config import DistillConfig, Policy, parse_config
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
+from specdistill.data.signal import Signal
 from specdistill.data.token_store import Example
 from specdistill.decoding import ModelDrafter, SpeculativeDecoder
 from specdistill.drafts.making import make_draft, save_draft
@@ -378,7 +379,7 @@ def test_the_target_reads_samples_once_and_no_loss_is_another(
     policy, real = {"name": name, **SHORT}, Distiller.signal
     live: list[bool] = []
 
-    def counted(distiller: Distiller, batch: Batch) -> dict[str, torch.Tensor]:
+    def counted(distiller: Distiller, batch: Batch) -> Signal | None:
         live.append(batch.signal is None)
         return real(distiller, batch)
 

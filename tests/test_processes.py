@@ -15,7 +15,7 @@ import yaml
 from small_runs import ask, make_world, settings
 
 from specdistill import models
-from specdistill.data.text_store import Answer, AnswerStore, Settled
+from specdistill.data.text_store import AnswerStore, Settled, TextAnswer
 from specdistill.data.token_store import Example, read_examples
 from specdistill.errors import InputError
 from specdistill.training.batches import dealt, idle, length_buckets, make_batch
@@ -205,7 +205,7 @@ def test_the_example_for_many_gpus_runs_in_two_processes(
     assert line[5:] == ["specdistill", "distill", "examples/llama_eight_gpus.yaml"]
     store = AnswerStore(tmp_path / "data", {"target": "far away"})
     said = [replace(prompt, response=f"w{9 + i} w7") for i, prompt in enumerate(ask(20))]
-    store.keep(Settled([Answer(prompt, ended=True) for prompt in said]))
+    store.keep(Settled([TextAnswer(prompt, ended=True) for prompt in said]))
     changes = [f"draft={world['draft']}", f"data={tmp_path / 'data'}", f"run_dir={tmp_path / 'r'}"]
     changes += ["heldout=4", "training.max_steps=2", "training.accumulate=2"]
     run_with_accelerate(

@@ -192,7 +192,7 @@ def test_the_likeliest_of_several_is_kept_with_its_own_signal(
     for example in many.values():
         stock = target.model(torch.tensor([example.prompt_tokens + example.response_tokens])).logits
         assert example.signal is not None
-        ours = target.logits(example.signal["hidden"])
+        ours = target.logits(example.signal.hidden)
         assert torch.allclose(ours, stock[0, len(example.prompt_tokens) - 1 : -1], atol=1e-5)
 
 

@@ -12,7 +12,7 @@ from specdistill import models
 from specdistill.config import DistillConfig, parse_config
 from specdistill.data.generation import generate, signal_bytes
 from specdistill.data.prompts import Prompt
-from specdistill.data.signal import alpha_cost, bytes_per_token, keep
+from specdistill.data.signal import States, TopK, alpha_cost, bytes_per_token, keep
 from specdistill.data.token_store import Store, read_examples, read_manifest
 from specdistill.decoding import Sampling
 from specdistill.drafts.making import make_draft, save_draft
@@ -77,17 +77,18 @@ def test_what_is_kept_takes_the_bytes_announced(target: LanguageModel) -> None:
     hidden = target.hidden(torch.randint(5, 60, (1, 9)))[0]
     logsumexp = target.logits(hidden).logsumexp(-1)
     for signal in ("states", "top-k:5", "top-k:63"):
-        tensors = keep(target, hidden, logsumexp, signal)
-        tensors.pop("alpha_cost", None)
-        size = sum(t.nbytes for t in tensors.values())
+        kept, _ = keep(target, States(hidden, logsumexp), signal)
+        size = sum(t.nbytes for t in kept.tensors().values())
         assert size == 9 * bytes_per_token(target, signal) == signal_bytes(target, 3, 3, signal)
     assert signal_bytes(target, 3, 3, "none") == 0
     log_p = target.logits(hidden).log_softmax(-1)
-    kept = keep(target, hidden, logsumexp, "top-k:5")
-    tokens, log_probs = kept["tokens"].long(), kept["log_probs"].float()
+    kept, cost = keep(target, States(hidden, logsumexp), "top-k:5")
+    assert isinstance(kept, TopK)
+    tokens, log_probs = kept.tokens.long(), kept.log_probs.float()
+    assert cost == pytest.approx(alpha_cost(target.logits(hidden), tokens).sum().item())
     assert torch.allclose(log_p.gather(1, tokens), log_probs, atol=4e-3)
     rest = log_p.scatter(1, tokens, -torch.inf).logsumexp(-1)
-    assert torch.allclose(kept["log_tail"], rest, atol=1e-5)
+    assert torch.allclose(kept.log_tail, rest, atol=1e-5)
 
 
 @pytest.mark.parametrize("signal", ["top-k", "top-k:0", "top_k:3", "all", ""])
@@ -110,7 +111,7 @@ def test_the_manifest_counts_and_tells_what_top_k_costs(
     assert manifest.signal == f"top-k:{K}"
     tokens = sum(len(e.response_tokens) for e in examples)
     assert sum(part["tokens"] for part in manifest.parts) == tokens
-    p = target.logits(torch.cat([e.signal["hidden"] for e in examples])).softmax(-1)
+    p = target.logits(torch.cat([e.signal.hidden for e in examples])).softmax(-1)
     tail = p.sort(-1).values[:, :-K]
     expected = (tail - tail.mean(-1, keepdim=True)).clamp(min=0).sum(-1)
     told = Store(world["top-k"], manifest).tail()
@@ -119,7 +120,7 @@ def test_the_manifest_counts_and_tells_what_top_k_costs(
     assert 0 < told["alpha_cost"] < told["tail_mass"]
     assert Store(world["states"], read_manifest(world["states"])).tail() is None
     kept = read_examples(world["top-k"], signal=True)
-    assert set(kept[0].signal) == {"tokens", "log_probs", "log_tail"}
+    assert isinstance(kept[0].signal, TopK)
     assert [e.response_tokens for e in kept] == [e.response_tokens for e in examples]
 
 

@@ -71,7 +71,7 @@ def test_what_has_no_meaning_is_refused() -> None:
         styled(ASKED, "in-context", examples=ASKED)
     with pytest.raises(InputError, match="shots, the examples shown, must be at least 1"):
         styled(ASKED, "in-context", examples=SHOWN, shots=0)
-    with pytest.raises(InputError, match="shots: 2 examples have no effect with the style 'instr"):
+    with pytest.raises(InputError, match="--shots 2 has no effect with the style 'instr"):
         styled(ASKED, "instruction", shots=2)
 
 

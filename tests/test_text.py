@@ -14,8 +14,8 @@ from specdistill.config import DistillConfig, parse_config
 from specdistill.data.chat import encode_example
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
-from specdistill.data.sources import token_lists
-from specdistill.data.text_store import Answer, AnswerStore, Settled
+from specdistill.data.sources import open_answers
+from specdistill.data.text_store import AnswerStore, Settled, TextAnswer
 from specdistill.data.token_store import Example
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError
@@ -43,7 +43,7 @@ def world(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     """
     folder = tmp_path_factory.mktemp("text")
     store = AnswerStore(folder / "data", {"target": "far away"})
-    answers = [Answer(prompt(i), ended=i % 2 == 0) for i in range(40)]
+    answers = [TextAnswer(prompt(i), ended=i % 2 == 0) for i in range(40)]
     store.keep(Settled(answers))
     draft = tiny(3, vocab=48)
     save_draft(draft, folder / "draft")
@@ -184,7 +184,7 @@ def test_another_models_tokens_are_refused(
 
 def test_a_vocabulary_is_counted_in_text_too(world: dict[str, str]) -> None:
     tokenizer = models.load(world["draft"], dtype="float32").tokenizer
-    lists = token_lists(world["data"], tokenizer)
+    lists = open_answers(world["data"]).token_lists(tokenizer)
     said = [(prompt(i).response or "").split() for i in range(40)]
     assert lists == [tokenizer.convert_tokens_to_ids(words) for words in said]
 

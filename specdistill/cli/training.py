@@ -66,7 +66,7 @@ def _init(
     as_json: bool,
 ) -> None:
     from specdistill import models
-    from specdistill.data.sources import token_lists
+    from specdistill.data.sources import open_answers
     from specdistill.drafts import making
 
     console.setup(None)
@@ -75,7 +75,7 @@ def _init(
     kept = making.parse_layers(layers, model.num_layers)
     vocabulary = None
     if vocab_size is not None and vocab_from is not None:
-        usage = making.count_tokens(model, token_lists(vocab_from, model.tokenizer))
+        usage = making.count_tokens(model, open_answers(vocab_from).token_lists(model.tokenizer))
         vocabulary = making.choose_vocabulary(model, usage, vocab_size)
     ids = None if vocabulary is None else vocabulary.ids
     draft = making.make_draft(model, kept, ids, random_seed=random_seed)

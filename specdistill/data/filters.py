@@ -57,8 +57,8 @@ NO_FILTER = Filters()
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a filter sees. Not `ended`: the limit cut it."""
+class Judged:
+    """An answer as a filter sees it. Not `ended`: the limit cut it."""
 
     tokens: Sequence[Hashable]
     ended: bool
@@ -79,7 +79,7 @@ def repetition(tokens: Sequence[Hashable]) -> float:
     return 0.0 if total == 0 else 1 - len(grams) / total
 
 
-FILTERS: dict[str, Callable[[Filters, Answer], bool]] = {
+FILTERS: dict[str, Callable[[Filters, Judged], bool]] = {
     "short": lambda f, a: len(a.tokens) < f.min_tokens,
     "repetitive": lambda f, a: repetition(a.tokens) > f.max_repetition,
     "truncated": lambda f, a: f.truncated and not a.ended,
@@ -87,7 +87,7 @@ FILTERS: dict[str, Callable[[Filters, Answer], bool]] = {
 DUPLICATE = "duplicate"
 
 
-def objection(filters: Filters, answer: Answer) -> str | None:
+def objection(filters: Filters, answer: Judged) -> str | None:
     """Why an answer goes, by the first filter that says so; None if it may stay."""
     return next((name for name, goes in FILTERS.items() if goes(filters, answer)), None)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from specdistill.data.chat import encode_prompt
-from specdistill.data.filters import DUPLICATE, NO_FILTER, Answer, Filters, repeated
+from specdistill.data.filters import DUPLICATE, NO_FILTER, Filters, Judged, repeated
 from specdistill.data.prompts import Prompt, prompts_sha256
 from specdistill.data.questions import Decoder, Question, round_seed, rounds
 from specdistill.data.scorers import BestOf, Candidate
@@ -19,6 +19,7 @@ from specdistill.data.selection import Selection
 from specdistill.data.signal import (
     NONE,
     STATES,
+    States,
     bytes_per_token,
     keep,
     kept_tokens,
@@ -255,9 +256,9 @@ class _Asking:
             return
         states, kept.signal = kept.signal, None
         if (signal := self.store.manifest.signal) != NONE:
-            if states is None or self.author is not self.target:
+            if not isinstance(states, States) or self.author is not self.target:
                 states = read_states(self.target, kept.prompt_tokens, kept.response_tokens)
-            kept.signal = keep(self.target, **states, signal=signal)
+            kept.signal, kept.alpha_cost = keep(self.target, states, signal)
         self.finished.append(kept)
         self.passed_over.update(gone)
         self.answered += 1
@@ -265,7 +266,7 @@ class _Asking:
     def choose(self, prompt: Prompt, answers: list[Example]) -> tuple[Example | None, list[str]]:
         """The answer that is kept, if one is, and why others are not."""
         ends, scored = self.target.eos_ids, self.selection.reads_log_probability
-        seen = [Answer(t, t[-1] in ends) for t in (a.response_tokens for a in answers)]
+        seen = [Judged(t, t[-1] in ends) for t in (a.response_tokens for a in answers)]
         place, gone = self.selection.choose(
             prompt, seen, lambda place: _candidate(self.author, answers[place], scored)
         )
@@ -295,9 +296,11 @@ def _candidate(author: LanguageModel, answer: Example, scored: bool) -> Candidat
     text = str(author.tokenizer.decode(answer.response_tokens, skip_special_tokens=True))
     if not scored:
         return Candidate(text)
-    if answer.signal is None:  # an outside engine gives none
-        answer.signal = read_states(author, answer.prompt_tokens, answer.response_tokens)
-    log_probs = token_log_probs(author, **answer.signal, tokens=answer.response_tokens)
+    states = answer.signal
+    if not isinstance(states, States):  # an outside engine gives none
+        states = read_states(author, answer.prompt_tokens, answer.response_tokens)
+        answer.signal = states
+    log_probs = token_log_probs(author, states, answer.response_tokens)
     return Candidate(text, log_probs.mean().item())
 
 

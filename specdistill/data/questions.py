@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from specdistill.data.prompts import Prompt
+from specdistill.data.signal import States
 from specdistill.data.token_store import Example
 from specdistill.decoding import Request, Round, Sampling
 from specdistill.decoding.sampling import row_seed
@@ -68,7 +69,7 @@ def rounds(
             if row.finished:
                 if own := pieces.pop(row.request_id):
                     hidden, logsumexp = map(torch.cat, zip(*own, strict=True))
-                    example.signal = {"hidden": hidden, "logsumexp": logsumexp}
+                    example.signal = States(hidden, logsumexp)
                 open_[question.prompt.id] -= 1
                 if not open_[question.prompt.id]:
                     asked = question.requests(number, max_new_tokens)

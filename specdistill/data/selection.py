@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from specdistill.data.filters import NO_FILTER, Answer, Filters, objection
+from specdistill.data.filters import NO_FILTER, Filters, Judged, objection
 from specdistill.data.prompts import Prompt
 from specdistill.data.scorers import (
     EXACT_MATCH,
@@ -84,7 +84,7 @@ class Selection:
         return self.best_of is not None and self.best_of.scorer == LOG_PROBABILITY
 
     def choose(
-        self, prompt: Prompt, answers: Sequence[Answer], candidate: Callable[[int], Candidate]
+        self, prompt: Prompt, answers: Sequence[Judged], candidate: Callable[[int], Candidate]
     ) -> tuple[int | None, list[str]]:
         """The place of the answer that is kept, if one is, and why others are not; those that are
         merely not the best are not named. The scorer sees the `candidate` of a place.

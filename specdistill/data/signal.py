@@ -1,11 +1,12 @@
-"""What is kept of the target at a response position, by name: "states", its final hidden state and
-logsumexp, from which its head makes all logits again; "top-k:64", its 64 most probable tokens and
-the mass of all others; "none".
+"""What is learnt of the target at a response position, and kept by name: "states", see `States`;
+"top-k:64", see `TopK`; "none".
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,7 +17,61 @@ from specdistill.models import LanguageModel
 from specdistill_kernels import keep_top_k
 
 STATES, NONE = "states", "none"
-ALPHA_COST = "alpha_cost"  # for the manifest; no tensor of the cache
+
+
+@dataclass(frozen=True)
+class States:
+    """The target's final hidden states [n, d], from which its head makes all logits again, and
+    their logsumexp [n] where it is known. A live pass may give the states of inner layers, too.
+    """
+
+    hidden: Tensor
+    logsumexp: Tensor | None = None
+    inner: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As they are kept."""
+        known = {} if self.logsumexp is None else {"logsumexp": self.logsumexp}
+        return {"hidden": self.hidden, **known}
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The target's k most probable tokens [n, k], their log-probabilities [n, k] and the log of the
+    mass of all others [n].
+    """
+
+    tokens: Tensor
+    log_probs: Tensor
+    log_tail: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As they are kept."""
+        return dict(vars(self))
+
+
+Signal = States | TopK
+
+
+def from_tensors(tensors: Mapping[str, Tensor]) -> Signal:
+    """What `tensors` gave. Raises `ValueError` for other names."""
+    names = {"hidden", "logsumexp"}, {"tokens", "log_probs", "log_tail"}
+    if {*tensors} == names[0]:
+        return States(tensors["hidden"], tensors["logsumexp"])
+    if {*tensors} == names[1]:
+        return TopK(**tensors)
+    raise ValueError(f"it holds {', '.join(sorted(tensors)) or 'nothing'}")
+
+
+def positions_of(signal: Signal, positions: slice) -> Signal:
+    """The kept signal of some of the n positions."""
+    return from_tensors({name: tensor[positions] for name, tensor in signal.tensors().items()})
+
+
+def joined(signals: Sequence[Signal], device: torch.device | None = None) -> Signal:
+    """One kept signal after the other, all of one kind."""
+    parts = [signal.tensors() for signal in signals]
+    return from_tensors({n: torch.cat([p[n] for p in parts]).to(device) for n in parts[0]})
 
 
 def kept_tokens(signal: str) -> int | None:
@@ -43,47 +98,39 @@ def bytes_per_token(target: LanguageModel, signal: str) -> int:
     return states if signal == STATES else 0
 
 
-def keep(
-    target: LanguageModel, hidden: Tensor, logsumexp: Tensor, signal: str
-) -> dict[str, Tensor]:
-    """The tensors [n, ...] kept of n positions, from the target's final hidden states [n, d] and
-    logsumexp [n]. Top-k also gives `ALPHA_COST` [n], see `alpha_cost`.
-    """
+def keep(target: LanguageModel, states: States, signal: str) -> tuple[Signal, float]:
+    """What is kept of n positions, and the sum of their `alpha_cost`."""
     k = kept_tokens(signal)
     if k is None:
-        return {"hidden": hidden, "logsumexp": logsumexp}
-    logits = target.logits(hidden)
+        return states, 0.0
+    logits = target.logits(states.hidden)
     top = keep_top_k(logits, k)
-    return {
-        "tokens": top.tokens.int(),
-        "log_probs": top.log_probs.half(),
-        "log_tail": top.log_tail.float(),
-        ALPHA_COST: alpha_cost(logits, top.tokens),
-    }
+    kept = TopK(top.tokens.int(), top.log_probs.half(), top.log_tail.float())
+    return kept, alpha_cost(logits, top.tokens).sum().item()
 
 
-def token_log_probs(
-    model: LanguageModel, hidden: Tensor, logsumexp: Tensor, tokens: list[int]
-) -> Tensor:
-    """log p of n tokens, [n], from the final hidden states [n, d] and logsumexp [n] of the
-    positions that predict them: only these rows of the head are multiplied.
+def token_log_probs(model: LanguageModel, states: States, tokens: list[int]) -> Tensor:
+    """log p of n tokens, [n], from the states of the positions that predict them: only these rows
+    of the head are multiplied.
     """
+    hidden = states.hidden
     ids = torch.tensor(tokens, device=hidden.device)
     kind = torch.promote_types(model.dtype, torch.float32)
     logits = (hidden.to(kind) * model.head.weight[ids].to(kind)).sum(-1)
     if model.head.bias is not None:
         logits = logits + model.head.bias[ids]
-    return model.scale_logits(logits) - logsumexp
+    assert states.logsumexp is not None
+    return model.scale_logits(logits) - states.logsumexp
 
 
 @torch.inference_mode()
-def read_states(target: LanguageModel, prompt: list[int], response: list[int]) -> dict[str, Tensor]:
+def read_states(target: LanguageModel, prompt: list[int], response: list[int]) -> States:
     """The target's final hidden states [n, d] and logsumexp [n] over n response tokens that another
     model wrote, by one pass.
     """
     tokens = torch.tensor([prompt + response], device=target.device)
     hidden = target.hidden(tokens)[0, len(prompt) - 1 : -1].clone()
-    return {"hidden": hidden, "logsumexp": target.logits(hidden).logsumexp(-1)}
+    return States(hidden, target.logits(hidden).logsumexp(-1))
 
 
 def alpha_cost(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -1,39 +1,81 @@
-"""What a source of texts holds, be it the answers of `generate` or a file of prompts and their
-responses: token lists to count a vocabulary in, and a hash.
+"""What a source of answers holds: tokens, as `generate` writes them, or text, be it of `ask` or a
+response that each prompt has of its own.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from specdistill.data.prompts import load_prompts
-from specdistill.data.text_store import ANSWERS, holds_answers, read_answers
-from specdistill.data.token_store import MANIFEST, read_examples
+from specdistill.data.text_store import ANSWERS, TextAnswer, holds_text, read_answers
+from specdistill.data.token_store import MANIFEST, Example, Manifest, read_examples, read_manifest
 from specdistill.models.hashes import file_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def source_sha256(source: str) -> str | None:
-    """Hash of a file, or of what a folder of answers says of its own; None for what is not here."""
-    path = Path(source)
-    files = (path, path / ANSWERS, path / MANIFEST)
-    return next((file_sha256(file) for file in files if file.is_file()), None)
-
-
-def token_lists(source: str, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """A folder made by `generate` gives its answers; .jsonl and .txt give their responses where
-    they have any, else their prompts. Raises as `load_prompts` does.
+@dataclass(frozen=True)
+class TokenAnswers:
+    """A folder of `generate`: answers in the target's tokens, and what was kept of its signal. All
+    that reads it raises `InputError` and `StorageError` as `read_manifest` and `read_examples`.
     """
-    if holds_answers(source):
-        prompts = [answer.prompt for answer in read_answers(Path(source))]
-    elif (Path(source) / MANIFEST).exists():
-        return [example.response_tokens for example in read_examples(Path(source), signal=False)]
-    else:
-        prompts = load_prompts(source)
-    texts = [r for p in prompts if (r := p.one_response())] or [
-        m["content"] for p in prompts for m in p.messages
-    ]
-    return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+    source: str
+    generated: ClassVar[bool] = True
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        return read_manifest(Path(self.source))
+
+    def sha256(self) -> str | None:
+        """Hash of what says which answers there are."""
+        return file_sha256(Path(self.source) / MANIFEST)
+
+    def examples(self, *, signal: bool) -> list[Example]:
+        return read_examples(Path(self.source), signal=signal)
+
+    def token_lists(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """The answers."""
+        return [example.response_tokens for example in self.examples(signal=False)]
+
+
+@dataclass(frozen=True)
+class TextAnswers:
+    """A folder of `ask`, or, not `generated`, prompts with responses of their own. Reading it
+    raises as `read_answers` and `load_prompts`.
+    """
+
+    source: str
+    generated: bool
+
+    def sha256(self) -> str | None:
+        """Hash of the file; None for what is not here."""
+        files = Path(self.source), Path(self.source) / ANSWERS, Path(self.source) / MANIFEST
+        return next((file_sha256(file) for file in files if file.is_file()), None)
+
+    def answers(self) -> list[TextAnswer]:
+        """Prompts whose response is the answer, if they have one."""
+        if self.generated:
+            return read_answers(Path(self.source))
+        return [TextAnswer(prompt, ended=True) for prompt in load_prompts(self.source)]
+
+    def token_lists(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """The answers, or, where there are none, what the prompts say."""
+        prompts = [answer.prompt for answer in self.answers()]
+        texts = [r for p in prompts if (r := p.one_response())] or [
+            m["content"] for p in prompts for m in p.messages
+        ]
+        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+
+
+def open_answers(source: str) -> TokenAnswers | TextAnswers:
+    """What `source`, a folder or a source of prompts, holds. Nothing is read yet."""
+    if holds_text(source):
+        return TextAnswers(source, generated=True)
+    if (Path(source) / MANIFEST).exists():
+        return TokenAnswers(source)
+    return TextAnswers(source, generated=False)

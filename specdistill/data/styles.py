@@ -80,9 +80,7 @@ def styled(
                 '{"prompt": "...", "response": "..."}'
             )
     if shots is not None and not examples:
-        raise InputError(
-            f"shots: {shots} examples have no effect with the style {style!r}; leave them out"
-        )
+        raise InputError(f"--shots {shots} has no effect with the style {style!r}; leave it out")
     number = SHOTS if shots is None else shots
     if number < 1:
         raise InputError(f"shots, the examples shown, must be at least 1; got {shots}")

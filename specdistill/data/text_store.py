@@ -18,8 +18,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 from typing_extensions import TypedDict
 
-from specdistill.data import filters
-from specdistill.data.filters import DUPLICATE, repeated
+from specdistill.data.filters import DUPLICATE, Judged, repeated, words
 from specdistill.data.prompts import Prompt
 from specdistill.data.rows import REASONING
 from specdistill.data.scorers import Candidate
@@ -36,7 +35,7 @@ _MAY_DIFFER = ("server", "versions")  # where it ran, not what was asked
 
 
 @dataclass(frozen=True)
-class Answer:
+class TextAnswer:
     """A prompt as it was asked, the answer its response. Not `ended`: a limit cut it. `reasoning`
     is what a server gave apart from the text.
     """
@@ -70,7 +69,7 @@ class Settled:
     (prompt, attempt) to ask next. `removed` counts replies by what removed them.
     """
 
-    kept: list[Answer]
+    kept: list[TextAnswer]
     missing: Sequence[tuple[Prompt, int]] = ()
     removed: Mapping[str, int] = field(default_factory=dict)
     regenerated: int = 0  # prompts that were then answered in another way
@@ -112,7 +111,7 @@ class Choices:
             value = said[place].log_probability
             return Candidate(said[place].text, nan if value is None else value)
 
-        seen = [filters.Answer(filters.words(reply.text), reply.ended) for reply in said]
+        seen = [Judged(words(reply.text), reply.ended) for reply in said]
         place, gone = selection.choose(prompt, seen, candidate)
         kept = None if place is None else said[place]
         return kept, [*gone, *[EMPTY] * (len(replies) - len(said))]
@@ -187,8 +186,8 @@ def _unvaried(replies: Replies) -> int:
     return len(again) if all(len(texts) == 1 for texts in again) else 0
 
 
-def _answer(prompt: Prompt, reply: Reply) -> Answer:
-    return Answer(replace(prompt, response=reply.text), reply.ended, reply.reasoning)
+def _answer(prompt: Prompt, reply: Reply) -> TextAnswer:
+    return TextAnswer(replace(prompt, response=reply.text), reply.ended, reply.reasoning)
 
 
 class AnswerStore:
@@ -287,10 +286,10 @@ class _Row(BaseModel):
     ended: bool
     reasoning: str | None
 
-    def answer(self) -> Answer:
+    def answer(self) -> TextAnswer:
         beside = {REASONING[0]: self.reasoning} if self.reasoning else {}
         prompt = Prompt(self.id, tuple(self.messages), self.category, self.response, beside)
-        return Answer(prompt, self.ended, self.reasoning)
+        return TextAnswer(prompt, self.ended, self.reasoning)
 
 
 def _unwritable(
@@ -299,12 +298,12 @@ def _unwritable(
     return StorageError(f"cannot write to {path}: {error.strerror}; {advice}")
 
 
-def holds_answers(source: str) -> bool:
+def holds_text(source: str) -> bool:
     """Whether `source` is a folder of text answers."""
     return any((Path(source) / name).exists() for name in (ANSWERS, REPLIES))
 
 
-def read_answers(folder: Path) -> list[Answer]:
+def read_answers(folder: Path) -> list[TextAnswer]:
     """All answers that say something. Raises `StorageError` by line where the file is damaged,
     `InputError` where there is none.
     """

@@ -18,10 +18,17 @@ import torch
 from pydantic import ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from typing_extensions import TypedDict
 
-from specdistill.data.signal import ALPHA_COST, NONE, kept_tokens
+from specdistill.data.signal import (
+    NONE,
+    Signal,
+    TopK,
+    from_tensors,
+    joined,
+    kept_tokens,
+    positions_of,
+)
 from specdistill.documents import read_json
 from specdistill.errors import InputError, StorageError
 from specdistill.files import UNFINISHED, replacing, write_whole
@@ -31,19 +38,21 @@ from specdistill.models.hashes import file_sha256
 
 SCHEMA = "specdistill.generations/2"
 MANIFEST = "manifest.json"
+CPU = torch.device("cpu")
 
 
 @dataclass
 class Example:
-    """One answer. signal: what was kept of the target at its n response tokens, tensors [n, ...]
-    by name.
+    """One answer, and what was kept of the target at its n response tokens; alpha_cost is the sum
+    over them of what acceptance that loses which was not kept, while it is not written.
     """
 
     id: str
     prompt_tokens: list[int]
     response_tokens: list[int]
     category: str | None = None
-    signal: dict[str, Tensor] | None = None
+    signal: Signal | None = None
+    alpha_cost: float = 0.0
 
 
 Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
@@ -149,7 +158,7 @@ class Store:
         tokens = max(sum(part["tokens"] for part in parts), 1)
         return {
             "tail_mass": sum(part.get("tail_mass", 0.0) for part in parts) / tokens,
-            ALPHA_COST: sum(part.get("alpha_cost", 0.0) for part in parts) / tokens,
+            "alpha_cost": sum(part.get("alpha_cost", 0.0) for part in parts) / tokens,
         }
 
     def filtered(self) -> dict[str, Any]:
@@ -190,13 +199,12 @@ class Store:
                 _write_rows(examples, new)
             part["parquet_sha256"] = file_sha256(stem.with_suffix(".parquet"))
             if self.manifest.signal != NONE:
-                signals = [_kept(e) for e in examples]
-                joined = {name: torch.cat([s[name] for s in signals]).cpu() for name in signals[0]}
-                if "log_tail" in joined:
-                    part["tail_mass"] = joined["log_tail"].exp().sum().item()
-                    part["alpha_cost"] = joined.pop(ALPHA_COST).sum().item()
+                signal = joined([e.signal for e in examples if e.signal is not None], CPU)
+                if isinstance(signal, TopK):
+                    part["tail_mass"] = signal.log_tail.exp().sum().item()
+                    part["alpha_cost"] = sum(e.alpha_cost for e in examples)
                 with replacing(stem.with_suffix(".safetensors")) as new:
-                    save_file(joined, new)
+                    save_file(signal.tensors(), new)
                 part["signal_sha256"] = file_sha256(stem.with_suffix(".safetensors"))
             self._write(replace(manifest, parts=[*self.manifest.parts, part]))
         except (OSError, SafetensorError) as error:
@@ -320,14 +328,14 @@ def _read_part(stem: Path, part: Part, signal: bool) -> Iterable[Example]:
             state = "is truncated, changed or from other data" if file.exists() else "is missing"
             raise StorageError(f"{file} {state}; remove the folder and generate again")
     rows = _rows(parquet_file, part)
-    tensors = _signal(signal_file, part["tokens"]) if signal else None
+    kept = _signal(signal_file, part["tokens"]) if signal else None
     start = 0
     gone = withdrawn(part)
     for row in rows:
         example = Example(**row)
-        if tensors is not None:
+        if kept is not None:
             stop = start + len(example.response_tokens)
-            example.signal = {name: tensor[start:stop] for name, tensor in tensors.items()}
+            example.signal = positions_of(kept, slice(start, stop))
             start = stop
         if example.id not in gone:
             yield example
@@ -383,13 +391,12 @@ def _rows(file: Path, part: Part) -> list[dict[str, Any]]:
     return rows
 
 
-def _signal(file: Path, tokens: int) -> dict[str, Tensor]:
-    """The tensors of a shard, each with a row for every token. Raises `StorageError`."""
+def _signal(file: Path, tokens: int) -> Signal:
+    """A shard, with a position for every token. Raises `StorageError`."""
     try:
         tensors = load_file(file)
-        names, widths = {*tensors}, {name: tensor.dim() - 1 for name, tensor in tensors.items()}
-        if names not in ({"hidden", "logsumexp"}, {"tokens", "log_probs", "log_tail"}):
-            raise ValueError(f"it holds {', '.join(sorted(names)) or 'nothing'}")
+        signal = from_tensors(tensors)
+        widths = {name: tensor.dim() - 1 for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
             if len(tensor.shape) == 0 or len(tensor) != tokens:
                 raise ValueError(f"{name} has the shape {[*tensor.shape]} for {tokens} tokens")
@@ -403,9 +410,4 @@ def _signal(file: Path, tokens: int) -> dict[str, Tensor]:
         raise StorageError(
             f"{file} is damaged ({error}); remove the folder and generate again"
         ) from error
-    return tensors
-
-
-def _kept(example: Example) -> dict[str, Tensor]:
-    assert example.signal is not None
-    return example.signal
+    return signal

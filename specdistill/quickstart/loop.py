@@ -23,6 +23,7 @@ from specdistill.data.chat import EncodedPrompt, encoded
 from specdistill.data.generation import generate
 from specdistill.data.likeness import split_prompts
 from specdistill.data.prompts import Prompt, load_prompts
+from specdistill.data.signal import States
 from specdistill.data.token_store import Example, read_examples, read_manifest
 from specdistill.decoding import Sampling
 from specdistill.documents import read_json
@@ -243,5 +244,5 @@ def _undistilled(
 
 
 def _hidden(example: Example) -> Tensor:
-    assert example.signal is not None
-    return example.signal["hidden"]
+    assert isinstance(example.signal, States)
+    return example.signal.hidden

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from specdistill.data.signal import Signal, joined, positions_of
 from specdistill.data.token_store import Example
 
 
@@ -16,14 +17,15 @@ from specdistill.data.token_store import Example
 class Batch:
     """Examples padded to one length. tokens, mask: [B, L]; `response` [B, L] marks the positions
     whose next token belongs to the answer, N of them; labels [N] is that token; signal: what was
-    kept of the target there, tensors [N, ...] by name.
+    kept of the target there; best [N]: its most probable token there, where it was worked out.
     """
 
     tokens: Tensor
     mask: Tensor
     response: Tensor
     labels: Tensor
-    signal: dict[str, Tensor] | None
+    signal: Signal | None
+    best: Tensor | None = None
 
 
 def make_batch(examples: list[Example], pad: int, device: torch.device) -> Batch:
@@ -39,9 +41,7 @@ def make_batch(examples: list[Example], pad: int, device: torch.device) -> Batch
         torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device),
         response.to(device),
         torch.tensor([token for e in examples for token in e.response_tokens], device=device),
-        {name: torch.cat([s[name] for s in signals]).to(device) for name in signals[0]}
-        if len(signals) == len(examples)
-        else None,
+        joined(signals, device) if len(signals) == len(examples) else None,
     )
 
 
@@ -49,12 +49,11 @@ def idle(batch: Batch) -> Batch:
     """The batch without its answers: a pass over it adds nothing to a loss, in a process that has
     no batch left while others have.
     """
-    nothing = {name: kept[:0] for name, kept in (batch.signal or {}).items()}
     return replace(
         batch,
         response=torch.zeros_like(batch.response),
         labels=batch.labels[:0],
-        signal=None if batch.signal is None else nothing,
+        signal=None if batch.signal is None else positions_of(batch.signal, slice(0)),
     )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from specdistill.config import DistillConfig
+from specdistill.data.signal import Signal, States, TopK
 from specdistill.drafts.making import decoder_layers
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
@@ -240,7 +241,7 @@ class Distiller:
         (loss_sum,) = self.over_processes(loss_sum)
         return StepMetrics(loss_sum / total, norm.item(), total, missing, tokens)
 
-    def loss_of(self, batch: Batch, signal: dict[str, Tensor]) -> Tensor:
+    def loss_of(self, batch: Batch, signal: Signal | None) -> Tensor:
         """The sum over a batch's response tokens, differentiable in all that is trained. Only the
         draft's body runs in a lower precision where one is asked for.
         """
@@ -251,8 +252,9 @@ class Distiller:
             torch.autocast(device, torch.bfloat16, enabled=training.precision == "bf16"),
         ):
             states = self.states(batch)
-        loss = total_loss(self.positions(batch, states["hidden"], signal), self.objective)
+        loss = total_loss(self.positions(batch, states.hidden, signal), self.objective)
         if self.hints is not None:
+            assert isinstance(signal, States)
             loss = loss + self.hints(*self.hinted(states, signal))
         return loss
 
@@ -272,37 +274,35 @@ class Distiller:
         mine = torch.tensor(values, dtype=torch.float64, device=self.draft.device)
         return self.accelerator.reduce(mine).tolist()
 
-    def states(self, batch: Batch) -> dict[str, Tensor]:
-        """The draft's states [N, d] at the response positions: "hidden", the final ones, and those
-        the hints need. An id that only pads the target's embedding is read as the draft's last one.
+    def states(self, batch: Batch) -> States:
+        """The draft's states [N, d] at the response positions, with those the hints need. An id
+        that only pads the target's embedding is read as the draft's last one.
         """
         tokens = batch.tokens.clamp(max=self.draft.full_vocab_size - 1)
         wanted = [] if self.hints is None else self.hints.draft_layers
         return _states(self.draft, tokens, batch, wanted)
 
     @torch.no_grad()
-    def signal(self, batch: Batch) -> dict[str, Tensor]:
-        """What the target says: as kept, or its states from a live pass; nothing without it."""
-        if batch.signal is not None:
+    def signal(self, batch: Batch) -> Signal | None:
+        """What the target says: as kept, or its states from a live pass; None without it."""
+        if batch.signal is not None or self.target is None:
             return batch.signal
-        if self.target is None:
-            return {}
         wanted = [] if self.hints is None else self.hints.target_layers
         return _states(self.target, batch.tokens, batch, wanted)
 
-    def positions(self, batch: Batch, states: Tensor, signal: dict[str, Tensor]) -> Positions:
+    def positions(self, batch: Batch, states: Tensor, signal: Signal | None) -> Positions:
         """The response positions as the losses take them."""
 
         def target(temperature: float) -> Target | None:
-            if self.target_head is None:
+            if self.target_head is None or signal is None:
                 return None
-            if "log_tail" in signal:
-                return TargetTopK(signal["tokens"].long(), signal["log_probs"], signal["log_tail"])
-            kept = signal.get("logsumexp") if temperature == 1 else None  # it belongs to 1
+            if isinstance(signal, TopK):
+                return TargetTopK(signal.tokens.long(), signal.log_probs, signal.log_tail)
+            kept = signal.logsumexp if temperature == 1 else None  # it belongs to 1
             cut = kept is not None and self.draft_vocab is not None
             head = self.cut_target_head if cut else self.target_head
-            states = signal["hidden"].to(self.target_head.weight.dtype)
-            return TargetStates(states, head, kept, temperature, cut)
+            hidden = signal.hidden.to(self.target_head.weight.dtype)
+            return TargetStates(hidden, head, kept, temperature, cut)
 
         return Positions(
             states.to(torch.promote_types(states.dtype, torch.float32)),
@@ -324,14 +324,12 @@ class Distiller:
         head, width = self.draft.readout(), len(self.vocab)
         return head if width == len(head.weight) else head.of(torch.arange(width))
 
-    def hinted(
-        self, states: dict[str, Tensor], signal: dict[str, Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def hinted(self, states: States, signal: States) -> tuple[list[Tensor], list[Tensor]]:
         """The mapped layers of draft and target."""
         assert self.hints is not None
         assert self.target is not None
-        ours = [states[_name(self.draft, layer)] for layer in self.hints.draft_layers]
-        theirs = [signal[_name(self.target, layer)] for layer in self.hints.target_layers]
+        ours = [_after(layer, self.draft, states) for layer in self.hints.draft_layers]
+        theirs = [_after(layer, self.target, signal) for layer in self.hints.target_layers]
         return ours, [states.to(ours[0].dtype) for states in theirs]  # kept ones may be narrower
 
 
@@ -379,24 +377,21 @@ class _Loss(nn.Module):
         self.draft, self.hints = distiller.draft.model, distiller.hints
         self.compute = distiller.loss_of
 
-    def forward(self, batch: Batch, signal: dict[str, Tensor]) -> Tensor:
+    def forward(self, batch: Batch, signal: Signal | None) -> Tensor:
         return self.compute(batch, signal)
 
 
-def _states(
-    model: LanguageModel, tokens: Tensor, batch: Batch, layers: list[int]
-) -> dict[str, Tensor]:
-    """[N, d] by name: "hidden", and one for each other layer of `layers`. Without a cache, to which
-    a layer that is run again would add its keys again.
+def _states(model: LanguageModel, tokens: Tensor, batch: Batch, layers: list[int]) -> States:
+    """[N, d], final and of `layers`. Without a cache, to which a layer that is run again would add
+    its keys again.
     """
     how = {"attention_mask": batch.mask, "use_cache": False}
     if not layers:
-        return {"hidden": model.hidden(tokens, **how)[batch.response]}
+        return States(model.hidden(tokens, **how)[batch.response])
     wanted = [*layers, model.num_layers]
-    found = model.hidden_after(tokens, wanted, **how)
-    names = [_name(model, layer) for layer in wanted]
-    return {n: states[batch.response] for n, states in zip(names, found, strict=True)}
+    found = [states[batch.response] for states in model.hidden_after(tokens, wanted, **how)]
+    return States(found[-1], inner=dict(zip(layers, found[:-1], strict=True)))
 
 
-def _name(model: LanguageModel, layer: int) -> str:
-    return "hidden" if layer == model.num_layers else f"layer {layer}"
+def _after(layer: int, model: LanguageModel, states: States) -> Tensor:
+    return states.hidden if layer == model.num_layers else states.inner[layer]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specdistill.config import DistillConfig
+from specdistill.data.signal import States, TopK
 from specdistill.data.token_store import Example
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.errors import InputError
@@ -62,14 +63,15 @@ class Evaluation:
 @torch.no_grad()
 def with_answers(distiller: Distiller, target: LanguageModel, batch: Batch) -> Batch:
     """The batch with all that `overlap` asks of the target: its signal, logsumexp, best tokens."""
-    signal = dict(distiller.signal(batch))
-    if "log_tail" in signal:
-        return replace(batch, signal=signal | {"best": signal["tokens"][:, 0].long()})
-    chunks = signal["hidden"].split(distiller.config.training.chunk)
+    signal = distiller.signal(batch)
+    assert signal is not None
+    if isinstance(signal, TopK):
+        return replace(batch, signal=signal, best=signal.tokens[:, 0].long())
+    chunks = signal.hidden.split(distiller.config.training.chunk)
     logits = [target.logits(rows) for rows in chunks]
-    signal["best"] = torch.cat([part.argmax(-1) for part in logits])
-    signal["logsumexp"] = torch.cat([part.logsumexp(-1) for part in logits])
-    return replace(batch, signal=signal)
+    logsumexp = torch.cat([part.logsumexp(-1) for part in logits])
+    best = torch.cat([part.argmax(-1) for part in logits])
+    return replace(batch, signal=States(signal.hidden, logsumexp), best=best)
 
 
 @torch.no_grad()
@@ -82,16 +84,17 @@ def overlap(distiller: Distiller, batches: list[Batch]) -> dict[str, float]:
     sums, count = {"expected_alpha": 0.0, "greedy_match": 0.0}, 0
     for batch in batches:
         signal = distiller.signal(batch)
-        at = distiller.positions(batch, distiller.states(batch)["hidden"], signal)
+        assert batch.best is not None
+        at = distiller.positions(batch, distiller.states(batch).hidden, signal)
         for rows, logits in _logits(at):
             target = at.target(1.0)
             assert target is not None
             lost = divergence(logits, _rows(target, rows), loss="tvd", draft_vocab=at.draft_vocab)
-            agree = distiller.vocab[logits.argmax(-1)] == signal["best"][rows]
+            agree = distiller.vocab[logits.argmax(-1)] == batch.best[rows]
             sums["expected_alpha"] += (1 - lost).sum().item()
             sums["greedy_match"] += agree.sum().item()
-        if "log_tail" in signal:
-            tail = signal["log_tail"].exp().sum().item()
+        if isinstance(signal, TopK):
+            tail = signal.log_tail.exp().sum().item()
             sums["tail_mass"] = sums.get("tail_mass", 0.0) + tail
         count += len(batch.labels)
     return {name: value / count for name, value in sums.items()}
@@ -104,7 +107,7 @@ def on_text(distiller: Distiller, batches: list[Batch]) -> dict[str, float]:
     """
     total, matches, known, count = 0.0, 0, 0, 0
     for batch in batches:
-        at = distiller.positions(batch, distiller.states(batch)["hidden"], {})
+        at = distiller.positions(batch, distiller.states(batch).hidden, None)
         columns = draft_columns(batch.labels, len(distiller.vocab), distiller.draft_vocab)
         for rows, logits in _logits(at):
             log_q, column = logits.log_softmax(-1), columns[rows]

@@ -21,15 +21,9 @@ from torch import Tensor, nn
 
 from specdistill.config import DistillConfig, Policy
 from specdistill.data.chat import encode_example
-from specdistill.data.prompts import load_prompts
-from specdistill.data.text_store import Answer, holds_answers, read_answers
-from specdistill.data.token_store import (
-    MANIFEST,
-    Example,
-    read_examples,
-    read_manifest,
-    tokenizer_sha256,
-)
+from specdistill.data.signal import States, TopK
+from specdistill.data.sources import TokenAnswers, open_answers
+from specdistill.data.token_store import Example, tokenizer_sha256
 from specdistill.decoding import Generation, ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.documents import read_json_lines
 from specdistill.errors import InputError, StorageError
@@ -201,14 +195,15 @@ def read_given(config: DistillConfig, reader: LanguageModel) -> list[Example]:
     Text becomes the tokens of `reader`: the target, or the draft where only text is learnt from.
     Raises `InputError` where the policy wants the other kind, or the tokens are another model's.
     """
-    generated = (Path(config.data) / MANIFEST).exists()
-    name = config.policy.name
-    if name == ("fixed" if generated else "target"):
-        here = "answers of the target" if generated else "no answers of `specdistill generate`"
-        other = "target" if generated else "fixed"
+    answers, name = open_answers(config.data), config.policy.name
+    if name == ("fixed" if answers.generated else "target"):
+        here = (
+            "answers of the target" if answers.generated else "no answers of `specdistill generate`"
+        )
+        other = "target" if answers.generated else "fixed"
         raise InputError(f"policy {name!r}: {config.data} holds {here}; take policy {other!r}")
-    if generated and not holds_answers(config.data):
-        made_by = read_manifest(Path(config.data))
+    if isinstance(answers, TokenAnswers):
+        made_by = answers.manifest
         if made_by.tokenizer_sha256 != tokenizer_sha256(reader):
             raise InputError(
                 f"{config.data} holds tokens of {made_by.target}, whose tokenizer or chat template "
@@ -223,16 +218,16 @@ def read_given(config: DistillConfig, reader: LanguageModel) -> list[Example]:
                 f"{reader.name} is now, by its weights or its config.json; generate answers of "
                 "this target, or take a policy that makes its own (fresh_target, draft, skd)"
             )
-        answers = read_examples(Path(config.data), signal=config.signal == "kept")
-        _check_tokens(answers, reader, config.data, "remove the folder and generate again")
-        return [e for e in answers if e.response_tokens]
-    if generated and config.signal == "kept":
+        examples = answers.examples(signal=config.signal == "kept")
+        _check_tokens(examples, reader, config.data, "remove the folder and generate again")
+        return [e for e in examples if e.response_tokens]
+    if config.signal == "kept":
         raise InputError(
             f"{config.data} holds text, and nothing is kept with it of the target's signal; set "
             "signal: none to learn from the text (loss: ce), or live"
         )
     examples = []
-    for text in _texts(config.data):
+    for text in answers.answers():
         prompt = text.prompt
         response = prompt.one_response()
         if response is None:
@@ -256,28 +251,21 @@ def _check_tokens(
     known = max(reader.vocab_size, reader.full_vocab_size)
     width = reader.head.weight.shape[1]
     for example in examples:
-        signal = example.signal or {}
         ids = [example.prompt_tokens, example.response_tokens]
         largest = max(map(max, filter(None, ids)), default=0)
-        if "tokens" in signal and signal["tokens"].numel():
-            lowest, highest = signal["tokens"].aminmax()
+        if isinstance(example.signal, TopK) and example.signal.tokens.numel():
+            lowest, highest = example.signal.tokens.aminmax()
             largest = max(largest, int(highest)) if lowest >= 0 else int(lowest)
         if not 0 <= largest < known:
             raise StorageError(
                 f"{where} has the token {largest} in {example.id!r}, and {reader.name} has 0 to "
                 f"{known - 1}; {advice}"
             )
-        if "hidden" in signal and signal["hidden"].shape[1] != width:
+        if isinstance(example.signal, States) and (d := example.signal.hidden.shape[1]) != width:
             raise StorageError(
-                f"{where} keeps states of {signal['hidden'].shape[1]} values, and those of "
-                f"{reader.name} have {width}; {advice}"
+                f"{where} keeps states of {d} values, and those of {reader.name} have {width}; "
+                f"{advice}"
             )
-
-
-def _texts(source: str) -> list[Answer]:
-    if holds_answers(source):
-        return read_answers(Path(source))
-    return [Answer(prompt, ended=True) for prompt in load_prompts(source)]
 
 
 def standalone(draft: LanguageModel, target: LanguageModel) -> LanguageModel:

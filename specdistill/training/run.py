@@ -16,8 +16,8 @@ from typing import Any
 from specdistill.config import DistillConfig
 from specdistill.data.likeness import nearly_among, write_trained
 from specdistill.data.signal import NONE, kept_tokens, read_states
-from specdistill.data.text_store import holds_answers
-from specdistill.data.token_store import MANIFEST, Example, read_manifest
+from specdistill.data.sources import TokenAnswers, open_answers
+from specdistill.data.token_store import Example
 from specdistill.drafts.making import save_draft
 from specdistill.errors import DecodingError, InputError, StorageError, TrainingError
 from specdistill.files import held
@@ -145,9 +145,10 @@ def _distill(
         check_run(config, resume)
     run = Path(config.run_dir)
     checkpoints = run / CHECKPOINTS
-    if config.signal == "kept" and not holds_answers(config.data):
+    answers = open_answers(config.data)
+    if config.signal == "kept" and isinstance(answers, TokenAnswers):
         assert target is not None
-        _check_signal(config, draft, target)
+        _check_signal(config, answers, draft, target)
     examples = read_given(config, target or draft)
     if len(examples) < 2:
         raise InputError(
@@ -344,9 +345,10 @@ def _smaller_writer(config: DistillConfig, draft: LanguageModel) -> str:
     """Compute-matched answers may come from a model below the draft itself (2408.16737): a word of
     it then.
     """
-    if holds_answers(config.data) or not (Path(config.data) / MANIFEST).exists():
+    answers = open_answers(config.data)
+    if not isinstance(answers, TokenAnswers):
         return ""
-    manifest = read_manifest(Path(config.data))
+    manifest = answers.manifest
     parameters = manifest.writer_parameters
     if parameters is None or parameters >= draft.parameters():
         return ""
@@ -370,11 +372,13 @@ def _check_processes(config: DistillConfig, processes: int) -> None:
         )
 
 
-def _check_signal(config: DistillConfig, draft: LanguageModel, target: LanguageModel) -> None:
+def _check_signal(
+    config: DistillConfig, answers: TokenAnswers, draft: LanguageModel, target: LanguageModel
+) -> None:
     """The states kept are those of this target's last layer alone; top-k are no states, and belong
     to temperature 1.
     """
-    manifest = read_manifest(Path(config.data))
+    manifest = answers.manifest
     if not target.has_sha256(manifest.target_sha256):
         raise InputError(
             f"the signal in {config.data} was kept from {manifest.target}, another model than "
