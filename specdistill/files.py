@@ -81,6 +81,12 @@ def keep_apart(written: Iterable[Path], read: Iterable[Path | str | None]) -> No
                 )
 
 
+def must_be_new(folder: Path) -> None:
+    """Asked before long work. Raises `InputError` for a file, or a folder that is not empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not empty; name another folder or remove it")
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Make a folder, and keep other processes out that ask for it, too: two that go on with one run

@@ -187,8 +187,7 @@ def answered(target: LanguageModel, folder: Path, **settings: object) -> dict[st
     return {e.id: e for e in read_examples(folder, signal=True)}
 
 
-def by_transformers(target: LanguageModel) -> tuple[str, transformers.Batches]:
-    return "transformers", transformers.Batches(target, 4)
+BY_TRANSFORMERS = "transformers", transformers.Batches
 
 
 def test_its_greedy_answers_and_their_signal_are_our_engines(
@@ -198,7 +197,7 @@ def test_its_greedy_answers_and_their_signal_are_our_engines(
     target = models.load(str(pair[0].path), dtype="float64")
     config = target.model.generation_config
     config.update(eos_token_id=[0, *range(5, 64, 9)], repetition_penalty=5.0, min_new_tokens=9)
-    theirs = answered(target, tmp_path / "theirs", outside=by_transformers(target))
+    theirs = answered(target, tmp_path / "theirs", outside=BY_TRANSFORMERS)
     assert target.model.generation_config is config
     ours = answered(target, tmp_path / "ours")
     assert theirs.keys() == ours.keys() == {p.id for p in ASKED}
@@ -236,7 +235,7 @@ def test_its_batches_hold_one_sampling_each_and_go_on_after_an_interrupt(
     pair: tuple[LanguageModel, LanguageModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = pair[0]
-    both = {"samplings": [Sampling(0.0), Sampling(1.0)], "outside": by_transformers(target)}
+    both = {"samplings": [Sampling(0.0), Sampling(1.0)], "outside": BY_TRANSFORMERS}
     answer, calls = transformers.Batches._answer, []
 
     def breaks(self: transformers.Batches, requests: list[Request]) -> Round:
@@ -263,7 +262,7 @@ def test_the_seed_decides_what_it_samples(
     target = pair[0]
 
     def texts(name: str, seed: int, **more: object) -> list[list[int]]:
-        how = {"outside": by_transformers(target), "samplings": [Sampling(1.0)], **more}
+        how = {"outside": BY_TRANSFORMERS, "samplings": [Sampling(1.0)], **more}
         found = answered(target, tmp_path / name, seed=seed, **how)
         return [found[p.id].response_tokens for p in ASKED if p.id in found]
 
@@ -291,7 +290,7 @@ def test_the_best_of_its_answers_is_kept(
     pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
 ) -> None:
     target = pair[0]
-    settings = {"outside": by_transformers(target), "samplings": [Sampling(1.0)]}
+    settings = {"outside": BY_TRANSFORMERS, "samplings": [Sampling(1.0)]}
 
     def score(example: DataExample) -> float:
         return token_log_probs(target, example.signal, example.response_tokens).mean()

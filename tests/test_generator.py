@@ -43,7 +43,7 @@ def test_a_generator_that_is_no_cheaper(ratio: float) -> None:
 
 
 def test_how_cost_is_written() -> None:
-    assert parsing.match("compute") is None
+    assert parsing.match("compute") == "compute"
     assert parsing.match("cost:9.5") == 9.5
     for wrong in ("cost", "cost:", "cost:-1", "price:2", "cost:x"):
         with pytest.raises(InputError, match="--match must be compute, or cost:X"):

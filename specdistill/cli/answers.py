@@ -26,32 +26,35 @@ def choice(best_of: int | None, scorer: str | None) -> BestOf | None:
     return None if best_of is None or scorer is None else BestOf(best_of, scorer)
 
 
-def asked(
+def read(
     source: str,
-    *,
     split: str | None,
     column: str | None,
-    response_column: str | None,
     limit: int | None,
+    response_column: str | None,
     scorer: str | None,
-    style: str,
-    examples: str | None,
-    shots: int | None,
-    seed: int,
 ) -> list[Prompt]:
-    """The prompts in their style."""
+    """The prompts of a source."""
     from specdistill.data.prompts import load_prompts
-    from specdistill.data.styles import styled
 
     if response_column is not None and scorer is None:
         raise InputError(
             "--response-column has no effect without --scorer, which alone reads it; leave it out"
         )
-    read = load_prompts(
+    return load_prompts(
         source, split=split, column=column, response_column=response_column, limit=limit
     )
+
+
+def put(
+    prompts: list[Prompt], style: str, examples: str | None, shots: int | None, seed: int
+) -> list[Prompt]:
+    """The prompts in their style."""
+    from specdistill.data.prompts import load_prompts
+    from specdistill.data.styles import styled
+
     shown = [] if examples is None else load_prompts(examples)
-    return styled(read, style, examples=shown, shots=shots, seed=seed)
+    return styled(prompts, style, examples=shown, shots=shots, seed=seed)
 
 
 def removed_line(counts: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import typer
 from specdistill import limits
 from specdistill.cli import answers, console, options, parsing
 from specdistill.cli.options import among
-from specdistill.files import held, keep_apart
+from specdistill.files import keep_apart
 
 if TYPE_CHECKING:
     from specdistill.data.text_store import Settled
@@ -53,22 +53,12 @@ def ask(
     samplings = [Sampling(t, top_p=top_p) for t in parsing.temperatures(temperature)]
     filters = Filters(min_words, max_repetition, drop_truncated, drop_duplicates, retries)
     choice = answers.choice(best_of, scorer)
+    read = answers.read(prompts, split, column, limit, response_column, scorer)
     server = openai.Server(base_url, target, concurrency)
-    with held(out), console.progress() as progress:
+    with console.progress() as progress:
         settled, refused = openai.ask(
             server,
-            answers.asked(
-                prompts,
-                split=split,
-                column=column,
-                response_column=response_column,
-                limit=limit,
-                scorer=scorer,
-                style=style,
-                examples=examples,
-                shots=shots,
-                seed=seed,
-            ),
+            answers.put(read, style, examples, shots, seed),
             out,
             max_new_tokens=max_new_tokens,
             samplings=samplings,

@@ -15,11 +15,12 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from specdistill import limits
 from specdistill.errors import InputError, StorageError
 from specdistill.quoting import shortened, visible
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from transformers import PreTrainedTokenizerBase
 
@@ -62,11 +63,6 @@ def setup(threads: int | None) -> None:
     torch.set_num_threads(threads or torch.get_num_threads())
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-
-
-def must_be_new(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} exists and is not empty; name another folder or remove it")
 
 
 def must_be_free(file: Path, overwrite: bool) -> None:
@@ -117,6 +113,21 @@ def progress() -> Iterator[Progress]:
             note(f"[{now - begin:5.0f} s] {stage} {100 * done / max(total, 1e-9):.0f}% {detail}")
 
     yield write
+
+
+def loader(
+    name: str, dtype: limits.Dtype, device: str, decoding: bool = True
+) -> Callable[[], LanguageModel]:
+    """What loads a model and says how it runs, where the work asks for it."""
+
+    def load() -> LanguageModel:
+        from specdistill import models
+
+        model = models.load(name, dtype=dtype, device=device)
+        note_models(model, decoding=decoding)
+        return model
+
+    return load
 
 
 def note_models(target: LanguageModel, *drafts: LanguageModel, decoding: bool = True) -> None:

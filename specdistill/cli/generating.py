@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,7 +11,7 @@ from specdistill import limits
 from specdistill.cli import answers, console, options, parsing
 from specdistill.cli.options import among
 from specdistill.errors import InputError
-from specdistill.files import held, keep_apart, lock_of
+from specdistill.files import keep_apart
 
 if TYPE_CHECKING:
     from specdistill.data.token_store import Store
@@ -72,71 +71,46 @@ def generate(
     """Answer prompts with the target, keeping its exact signal for distillation."""
     keep_apart([out], [target, prompts, examples, generator])
     from specdistill.data.filters import Filters
-    from specdistill.data.scorers import matched_number
-    from specdistill.data.selection import Selection
-    from specdistill.data.signal import kept_tokens
     from specdistill.decoding import Sampling
 
     samplings = [Sampling(t, top_k, top_p, min_p) for t in parsing.temperatures(temperature)]
     filters = Filters(min_tokens, max_repetition, drop_truncated, drop_duplicates, retries)
-    kept_tokens(signal)
     choice = answers.choice(best_of, scorer)
     if (generator is None) != (match is None) or (generator and choice is None):
         raise InputError(
             "--generator, --match and --best-of go together: who answers, what its answers may "
             "cost, and how many of the target's that is"
         )
-    price = None if match is None else parsing.match(match)
+    matched = None if match is None else parsing.match(match)
+    writer = None if generator is None else console.loader(generator, dtype, device)
     console.setup(threads)
-    with held(out):  # before long work
-        asked = answers.asked(
-            prompts,
-            split=split,
-            column=column,
-            response_column=response_column,
-            limit=limit,
-            scorer=scorer,
-            style=style,
-            examples=examples,
-            shots=shots,
+    read = answers.read(prompts, split, column, limit, response_column, scorer)
+    asked = answers.put(read, style, examples, shots, seed)
+    from specdistill.data import generation
+
+    outside = None
+    if engine == "transformers":
+        from specdistill.engines.transformers import Batches
+
+        outside = engine, Batches
+    with console.progress() as progress:
+        store = generation.generate(
+            console.loader(target, dtype, device),
+            asked,
+            out,
+            max_new_tokens=max_new_tokens,
+            samplings=samplings,
             seed=seed,
+            batch_size=batch_size,
+            signal=signal,
+            filters=filters,
+            best_of=choice,
+            writer=writer,
+            match=matched,
+            outside=outside,
+            progress=progress,
+            note=console.note,
         )
-        Selection.checked(filters, choice, asked, samplings)  # before a model is loaded
-
-        from specdistill import models
-        from specdistill.data import generation
-
-        model = models.load(target, dtype=dtype, device=device)
-        writer = None
-        if generator is not None and choice is not None:
-            writer = models.load(generator, dtype=dtype, device=device)
-            models.check_pair(model, writer)
-            ratio = price or model.parameters() / writer.parameters()
-            choice = replace(choice, number=matched_number(choice.number, ratio))
-            console.note(f"{choice.number} answers of {generator} for {best_of} of the target's")
-        console.note_models(*filter(None, (model, writer)))
-        outside = None
-        if engine == "transformers":
-            from specdistill.engines.transformers import Batches
-
-            outside = engine, Batches(writer or model, batch_size)
-        with console.progress() as progress:
-            store = generation.generate(
-                model,
-                asked,
-                out,
-                max_new_tokens=max_new_tokens,
-                samplings=samplings,
-                seed=seed,
-                batch_size=batch_size,
-                signal=signal,
-                filters=filters,
-                best_of=choice,
-                writer=writer,
-                outside=outside,
-                progress=progress,
-                note=console.note,
-            )
     _finish(store, removing=filters.remove or choice is not None, as_json=as_json)
 
 
@@ -194,19 +168,15 @@ def widen(
     keep_apart([out, out.with_name(f"{out.name}.json")], [target, prompts])
     plan = Widening(count, shots, max_similarity, max_new_tokens, temperature, seed)
     console.setup(threads)
-    from specdistill import models
-
     known = load_prompts(prompts, split=split, column=column, limit=limit)
-    with held(lock_of(out)), console.progress() as progress:
-        model = models.load(target, dtype=dtype, device=device)
-        console.note_models(model)
-        found = write(model, known, out, plan, batch_size=batch_size, progress=progress)
-    lines = [f"{len(found.prompts)} prompts in {out}"]
-    if found.removed:
-        lines.append(f"removed: {answers.by_kind(found.removed)}")
-    if len(found.prompts) < count:
+    model = console.loader(target, dtype, device)
+    with console.progress() as progress:
+        written = write(model, known, out, plan, batch_size=batch_size, progress=progress)
+    lines = [f"{len(written.prompts)} prompts in {out}"]
+    if written.removed:
+        lines.append(f"removed: {answers.by_kind(written.removed)}")
+    if len(written.prompts) < count:
         lines.append(f"too few of the drafts were new; {count} were wanted")
     console.print_lines(console.screen_for(as_json), lines)
-    console.finish(
-        as_json, {"out": str(out), "prompts": len(found.prompts), "removed": dict(found.removed)}
-    )
+    document = {"prompts": len(written.prompts), "removed": dict(written.removed)}
+    console.finish(as_json, {"out": str(out), **document})

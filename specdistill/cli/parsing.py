@@ -5,7 +5,7 @@ Raises `InputError` for what they do not hold.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from specdistill import limits
 from specdistill.errors import InputError
@@ -50,10 +50,10 @@ def temperatures(text: str) -> list[float]:
     return sorted(set(values))
 
 
-def match(text: str) -> float | None:
-    """ "cost:9.5" to the ratio of prices; None for "compute"."""
+def match(text: str) -> float | Literal["compute"]:
+    """ "compute", or "cost:9.5" to the ratio of prices."""
     if text == "compute":
-        return None
+        return "compute"
     cost = re.fullmatch(r"cost:([0-9]+(?:\.[0-9]+)?)", text)
     if cost is None:
         raise InputError(

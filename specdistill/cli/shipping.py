@@ -34,7 +34,6 @@ def export(
     """
     from specdistill.drafts import export as exporting
 
-    console.must_be_new(out)
     console.setup(None)
     done = exporting.export(draft, out, engine, scorecard, target)
     for note in done.notes:

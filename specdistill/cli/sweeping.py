@@ -10,7 +10,6 @@ import typer
 
 from specdistill.cli import console, tables
 from specdistill.cli.options import Json, Threads
-from specdistill.files import held
 
 
 def sweep(
@@ -31,7 +30,7 @@ def sweep(
     plan = sweeping.load_sweep(config, overrides or [])
     number = len(plan.configs)
     console.note(f"{number} run{'s' * (number > 1)} in {plan.folder}")
-    with held(plan.folder), console.progress() as progress:
+    with console.progress() as progress:
         result = sweeping.run_sweep(plan, progress, console.note)
     screen = console.screen_for(as_json)
     screen.print(tables.sweep_table(result.cards))

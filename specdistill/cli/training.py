@@ -14,7 +14,7 @@ from specdistill import limits
 from specdistill.cli import console, tables
 from specdistill.cli.options import Dtype, Json, Target, Threads, among
 from specdistill.errors import InputError
-from specdistill.files import held, keep_apart
+from specdistill.files import held, keep_apart, must_be_new
 
 if TYPE_CHECKING:
     from specdistill.config import DistillConfig
@@ -51,7 +51,7 @@ def init(
     layer_numbers(layers)  # before a model is read
     keep_apart([out], [target, vocab_from])
     with held(out):
-        console.must_be_new(out)
+        must_be_new(out)
         _init(target, out, layers, vocab_size, vocab_from, random_seed, dtype, as_json)
 
 

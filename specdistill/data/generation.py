@@ -5,16 +5,16 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from specdistill.data.chat import encode_prompt
 from specdistill.data.filters import DUPLICATE, NO_FILTER, Filters, Judged, repeated
 from specdistill.data.prompts import Prompt, prompts_sha256
 from specdistill.data.questions import Decoder, Question, round_seed, rounds
-from specdistill.data.scorers import BestOf, Candidate
+from specdistill.data.scorers import BestOf, Candidate, matched_number
 from specdistill.data.selection import Selection
 from specdistill.data.signal import (
     NONE,
@@ -31,10 +31,11 @@ from specdistill.decoding import Sampling, SpeculativeDecoder
 from specdistill.decoding.sampling import own_sampling
 from specdistill.errors import InputError, StorageError
 from specdistill.files import holding
-from specdistill.models import LanguageModel
+from specdistill.models import LanguageModel, check_pair
 from specdistill.progress import Note, Progress, silent, unsaid
 
 PART = 64  # answers a part
+Loader = Callable[[], LanguageModel]
 
 
 def signal_bytes(
@@ -46,7 +47,7 @@ def signal_bytes(
 
 @holding("folder")
 def generate(
-    target: LanguageModel,
+    target: LanguageModel | Loader,
     prompts: Sequence[Prompt],
     folder: str | Path,
     *,
@@ -58,8 +59,9 @@ def generate(
     signal: str = STATES,
     filters: Filters = NO_FILTER,
     best_of: BestOf | None = None,
-    writer: LanguageModel | None = None,
-    outside: tuple[str, Decoder] | None = None,
+    writer: LanguageModel | Loader | None = None,
+    match: Literal["compute"] | float | None = None,
+    outside: tuple[str, Callable[[LanguageModel, int], Decoder]] | None = None,
     max_seconds: float | None = None,
     progress: Progress = silent,
     note: Note = unsaid,
@@ -73,8 +75,12 @@ def generate(
     Of `best_of` answers that `filters` leave, the best is kept; a prompt none of whose answers is
     left is asked again, see `Filters`, and the store counts them. Duplicates are looked for among
     all that is kept, whenever every prompt has been asked. Where a cheaper `writer` of the target's
-    tokens answers in its place, the target only reads what is kept, for its signal. An `outside`
-    engine, with its name, decodes in place of ours. `note` is told what cache and signal take.
+    tokens answers in its place, the target only reads what is kept, for its signal; with `match`
+    the writer gives as many answers as cost what `best_of` of the target do, by "compute" or where
+    one of the target's costs so many of its own. An `outside` engine, with its name and what makes
+    it of a model and the batch size, decodes in place of ours. `note` is told what cache and signal
+    take. Models that are given as functions are loaded once nobody else is at work in `folder`, and
+    all else is checked.
 
     Raises `InputError` for a writer with a trimmed vocabulary, and `StorageError` before any work
     where the disk cannot hold the signal, or `folder` holds other generations.
@@ -82,36 +88,40 @@ def generate(
     folder, samplings = Path(folder), _samplings(temperature, samplings)
     if not prompts or not samplings:
         raise InputError("there are no prompts to answer, or no sampling to answer with")
+    if match is not None and (writer is None or best_of is None):
+        raise InputError(f"match: {match} has no effect without a writer and best_of")
     kept_tokens(signal)  # a kind there is
-    if writer is not None and writer.vocab is not None:
-        raise InputError(
-            f"{writer.name} has a trimmed vocabulary, so it cannot write all that {target.name} "
-            "can; let a model with the whole vocabulary answer"
-        )
     selection = Selection.checked(filters, best_of, prompts, samplings)
+    target = target if isinstance(target, LanguageModel) else target()
+    author = target if writer is None else _writer(writer, target)
+    if match is not None and best_of is not None:
+        ratio = target.parameters() / author.parameters() if match == "compute" else match
+        matched = replace(best_of, number=matched_number(best_of.number, ratio))
+        selection = replace(selection, best_of=matched)
+        note(f"{matched.number} answers of {author.name} for {best_of.number} of the target's")
     settings = {
         "max_new_tokens": max_new_tokens,
         "seed": seed,
         "dtype": str(target.dtype),
         "samplings": [asdict(sampling) for sampling in samplings],
         **selection.settings,
-        **({} if writer is None else {"writer": [writer.name, writer.sha256()]}),
+        **({} if writer is None else {"writer": [author.name, author.sha256()]}),
         **({} if outside is None else {"engine": outside[0]}),
     }
     manifest = _manifest(target, prompts, settings, signal)
-    manifest.writer_parameters = None if writer is None else writer.parameters()
+    manifest.writer_parameters = None if writer is None else author.parameters()
     decoder: Decoder
     if outside is not None:
-        _, decoder = outside
+        decoder = outside[1](author, batch_size)
     else:
         decoder = SpeculativeDecoder(
-            writer or target,
+            author,
             batch_size=batch_size,
             keep_hidden=selection.reads_log_probability or (signal != NONE and writer is None),
         )
     asking = _Asking(
         target,
-        writer or target,
+        author,
         decoder,
         Store(folder, manifest),
         {
@@ -137,28 +147,24 @@ def generate(
     return asking.store
 
 
+@dataclass
 class _Asking:
     """One call of `generate`: what is asked, and what has ended and is not yet written."""
 
-    def __init__(
-        self,
-        target: LanguageModel,
-        author: LanguageModel,
-        decoder: Decoder,
-        store: Store,
-        questions: Mapping[str, Question],
-        seed: int,
-        selection: Selection,
-        max_new_tokens: int,
-        batch_size: int,
-        max_seconds: float | None,
-        progress: Progress,
-    ) -> None:
-        self.target, self.author, self.decoder, self.store = target, author, decoder, store
-        self.questions, self.seed, self.selection = questions, seed, selection
-        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-        self.max_seconds, self.progress = max_seconds, progress
-        self.removals = Counter(id_ for id_, _ in store.manifest.removed)
+    target: LanguageModel
+    author: LanguageModel
+    decoder: Decoder
+    store: Store
+    questions: Mapping[str, Question]
+    seed: int
+    selection: Selection
+    max_new_tokens: int
+    batch_size: int
+    max_seconds: float | None
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        self.removals = Counter(id_ for id_, _ in self.store.manifest.removed)
         self.answered = 0
         self.start = time.perf_counter()
         self._begin_part()
@@ -290,6 +296,18 @@ class _Asking:
         self.store.withdraw(again, DUPLICATE)
         self.removals.update(again)
         return sum(map(self.retried, again))
+
+
+def _writer(writer: LanguageModel | Loader, target: LanguageModel) -> LanguageModel:
+    """Raises `InputError` for a model that cannot write what the target can."""
+    writer = writer if isinstance(writer, LanguageModel) else writer()
+    if writer.vocab is not None:
+        raise InputError(
+            f"{writer.name} has a trimmed vocabulary, so it cannot write all that {target.name} "
+            "can; let a model with the whole vocabulary answer"
+        )
+    check_pair(target, writer)
+    return writer
 
 
 def _candidate(author: LanguageModel, answer: Example, scored: bool) -> Candidate:

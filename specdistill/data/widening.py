@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,7 +71,7 @@ class Widened:
 
 
 def widen(
-    target: LanguageModel,
+    target: LanguageModel | Callable[[], LanguageModel],
     prompts: Sequence[Prompt],
     file: Path,
     plan: Widening,
@@ -82,7 +82,8 @@ def widen(
     """Have the target write instructions until `file` (.jsonl) holds `plan.count` of them, or
     `TRIES` times as many were drafted. They are drafted `batch_size` at a time, and examples are
     drawn from the prompts and what was written before. The same call again goes on where an
-    interrupted one stopped, and ends with the same file.
+    interrupted one stopped, and ends with the same file. A target that is given as a function is
+    loaded once nobody else is at work on the file.
 
     Raises `InputError` where there are fewer prompts than shots, `StorageError` where the file
     holds something else or cannot be written.
@@ -93,6 +94,7 @@ def widen(
             f"fewer (--shots {max(len(prompts), 1)})"
         )
     with held(lock_of(file)):
+        target = target if isinstance(target, LanguageModel) else target()
         return _write(target, prompts, file, plan, batch_size, progress)
 
 

@@ -18,7 +18,7 @@ from specdistill.documents import read_yaml_mapping
 from specdistill.drafts import making
 from specdistill.drafts.serve_commands import Engine, command, fenced, name_elsewhere
 from specdistill.errors import InputError, ModelError, StorageError
-from specdistill.files import holding, keep_apart, replacing
+from specdistill.files import holding, keep_apart, must_be_new, replacing
 from specdistill.models import LanguageModel, gguf_files
 from specdistill.models.support import read_config
 from specdistill.quoting import prose
@@ -69,8 +69,7 @@ def export(
             raise InputError("this draft lies in no folder yet; distil it, and export what comes")
         draft = str(draft.path)
     keep_apart([out], [draft, scorecard])
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not empty; name another folder or remove it")
+    must_be_new(out)
     model = models.load(draft, dtype=models.stored_dtype(draft), device="cpu")
     size = _target_size(model, target_name)
     card, notes = _card(model, scorecard)
