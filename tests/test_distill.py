@@ -249,9 +249,9 @@ def test_an_id_of_the_targets_padding_does_not_stop_the_draft(world: dict[str, s
     draft = models.load(world["draft"], dtype="float32")
     distiller = Distiller(target, draft, settings(world, Path("unused"), signal="live"))
     batch = make_batch([Example("a", [5, 6], [7, 8, 9])], 0, draft.device)
-    expected = distiller.states(batch)["hidden"]
+    expected = distiller.states(batch).hidden
     batch.tokens[0, -1] = 70  # the last token of an answer is read, but predicts nothing
-    assert torch.equal(distiller.states(batch)["hidden"], expected)
+    assert torch.equal(distiller.states(batch).hidden, expected)
 
 
 def test_a_damaged_checkpoint_is_refused(world: dict[str, str], tmp_path: Path) -> None:
