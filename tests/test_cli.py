@@ -758,7 +758,7 @@ BAD_INPUT: dict[str, tuple[str, tuple[str, ...]]] = {
         DISTILL + "data={tmp}/one.jsonl policy=fixed signal=live",
         ("one.jsonl has 1 answer, and one must be held out", "generate more"),
     ),
-    "missing data": (DISTILL + "data={tmp}/none", ("none holds no answers of `specdistill generate`",)),
+    "missing data": (DISTILL + "data={tmp}/none", ("none holds no answers of `spec",)),
     "truncated signal": (
         DISTILL + "data={tmp}/truncated",
         ("part-00000.safetensors is truncated", "generate again"),
