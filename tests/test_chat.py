@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from specdistill.data.chat import encode_example, encode_prompt, tells_date
+from specdistill.data.chat import encode_example, encode_prompt
 from specdistill.data.prompts import Prompt
+from specdistill.data.templates import tells_date
 from specdistill.errors import InputError
 
 SPECIALS = [

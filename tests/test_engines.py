@@ -25,8 +25,7 @@ from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
 from specdistill.data.scorers import BestOf
 from specdistill.data.signal import token_log_probs
-from specdistill.data.token_store import Example as DataExample
-from specdistill.data.token_store import read_examples, read_manifest
+from specdistill.data.token_store import Example, read_examples, read_manifest
 from specdistill.decoding import ModelDrafter, Request, Round, Sampling, SpeculativeDecoder
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.engines import base, transformers, vllm
@@ -182,7 +181,7 @@ ASKED = [
 ]
 
 
-def answered(target: LanguageModel, folder: Path, **settings: object) -> dict[str, DataExample]:
+def answered(target: LanguageModel, folder: Path, **settings: object) -> dict[str, Example]:
     generate(target, ASKED, folder, **{"max_new_tokens": 12, "batch_size": 4, **settings})
     return {e.id: e for e in read_examples(folder, signal=True)}
 
@@ -292,7 +291,7 @@ def test_the_best_of_its_answers_is_kept(
     target = pair[0]
     settings = {"outside": BY_TRANSFORMERS, "samplings": [Sampling(1.0)]}
 
-    def score(example: DataExample) -> float:
+    def score(example: Example) -> float:
         return token_log_probs(target, example.signal, example.response_tokens).mean()
 
     kept = {
@@ -535,12 +534,12 @@ def answers_by(clock: Callable[[float, int, int], float], asked: list[tuple[floa
     of one.
     """
 
-    def ask(setting: tuple[float, int], prompt: EncodedPrompt, count: int) -> base.Answer:
+    def ask(setting: tuple[float, int], prompt: EncodedPrompt, count: int) -> base.TimedAnswer:
         asked.append(setting)
         rounds = count // 2 if setting[1] else count
         steps = [clock(*setting, len(asked))] * rounds
         counts = [rounds] * setting[1]
-        return base.Answer([5] * count, sum(steps), rounds, counts, counts, counts)
+        return base.TimedAnswer([5] * count, sum(steps), rounds, counts, counts, counts)
 
     return ask
 

@@ -234,7 +234,7 @@ def test_an_interrupt_while_a_part_is_written_neither_loses_nor_doubles(
     place: str,
 ) -> None:
     owner, name = {
-        "parquet": (token_store, "_write_rows"),
+        "parquet": (token_store, "write_rows"),
         "signal": (token_store, "save_file"),
     }.get(place, (token_store.Store, "_write"))
     real = getattr(owner, name)

@@ -38,7 +38,7 @@ from specdistill.report.plots import (
 from specdistill.scoring.scorecard import (
     Baseline,
     Best,
-    Example,
+    DecodedText,
     Kind,
     Lossless,
     ModelCard,
@@ -239,7 +239,7 @@ SWEEP = [
     ("rkl", "draft", 0.6),
 ]
 KINDS: list[Kind] = ["accepted", "residual", "bonus"]
-EXAMPLE = Example(
+EXAMPLE = DecodedText(
     "p1", 0.0, 4, [(f" word{i}" + "\n" * (i % 40 == 39), KINDS[i % 3]) for i in range(90)]
 )
 
@@ -640,7 +640,7 @@ def test_a_picture_that_cannot_be_drawn_takes_no_other_with_it(
     "name", ["$x_{", "$$", "_hidden", "http://a.b/c?d=$e$", "a\x1b[2J\n", "漢" * 9000]
 )
 def test_names_are_drawn_as_text(tmp_path: Path, name: str) -> None:
-    card = replace(make_after(), example=Example(name, 0.0, 4, [(name[:50], "accepted")]))
+    card = replace(make_after(), example=DecodedText(name, 0.0, 4, [(name[:50], "accepted")]))
     parts = {name: 0.1, **card.rows[0].seconds}
     card = replace(card, rows=[replace(row, seconds=parts) for row in card.rows])
     card.write(tmp_path / "scorecard.json")

@@ -132,7 +132,7 @@ def loader(
 
 def note_models(target: LanguageModel, *drafts: LanguageModel, decoding: bool = True) -> None:
     """How the models run; where they decode, what of the target's own settings does not apply."""
-    from specdistill.data.chat import DATE, tells_date
+    from specdistill.data.templates import DATE, tells_date
     from specdistill.decoding.sampling import unsupported_settings
 
     for model in (target, *drafts):

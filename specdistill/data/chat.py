@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import datetime
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
-
-from jinja2 import Environment, meta, nodes
-from jinja2.exceptions import TemplateError
 
 from specdistill.data.prompts import BESIDE_TEXT, Prompt
 from specdistill.data.rows import REASONING, VARIABLES
+from specdistill.data.templates import rendered, template_of, variables_read
 from specdistill.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _PROBE = "An answer that no template takes for anything else."
-# What a template that tells the date is told: else the tokens of one file change overnight.
-DATE = datetime.datetime(2026, 1, 1)
-MOST_STEPS = 1_000_000  # that a template may count in one rendering
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -113,7 +106,7 @@ def _render_example(
 
     def after_opening(answer: str, beside: Mapping[str, Any], *more: Mapping[str, Any]) -> str:
         turns = [*prompt.messages, {"role": "assistant", "content": answer, **beside}, *more]
-        full = _render(tokenizer, prompt, turns, header=False)
+        full = rendered(tokenizer, prompt, turns, header=False)
         if not full.startswith(opening):
             raise InputError(
                 f"prompt {prompt.id!r}: the chat template renders the prompt in another way once "
@@ -123,14 +116,14 @@ def _render_example(
             )
         return full.removeprefix(opening)
 
-    opening = _render(tokenizer, prompt, prompt.messages, header=True)
+    opening = rendered(tokenizer, prompt, prompt.messages, header=True)
     # A known answer shows what the template writes around any answer; searching for the real one
     # could find it inside a marker.
     scaffold, found, closing = after_opening(_PROBE, {}).partition(_PROBE)
     rest = after_opening(response, prompt.answer)
     if not found or not rest.endswith(closing):
         raise InputError(f"prompt {prompt.id!r}: the chat template does not write answers as given")
-    if scaffold.strip() and opening == _render(tokenizer, prompt, prompt.messages, header=False):
+    if scaffold.strip() and opening == rendered(tokenizer, prompt, prompt.messages, header=False):
         raise InputError(
             f"the chat template has no generation prompt: it writes {scaffold!r} before an answer, "
             "but not for add_generation_prompt=True, so decoding would start without it; correct "
@@ -204,15 +197,15 @@ def _opening(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     of it.
     """
 
-    def rendered(changed: Prompt) -> str | None:
+    def changed_text(changed: Prompt) -> str | None:
         try:
-            return _render(tokenizer, changed, changed.messages, header=True)
+            return rendered(tokenizer, changed, changed.messages, header=True)
         except InputError:  # it saw the change
             return None
 
-    template = _template(tokenizer, prompt)
-    reads = _reads(template)
-    text = _render(tokenizer, prompt, prompt.messages, header=True)
+    template = template_of(tokenizer, prompt)
+    reads = variables_read(template)
+    text = rendered(tokenizer, prompt, prompt.messages, header=True)
     contents = [turn["content"].strip() for turn in prompt.messages]
     for number, (turn, content) in enumerate(zip(prompt.messages, contents, strict=True)):
         if content and text.count(content) < sum(other.count(content) for other in contents):
@@ -220,7 +213,7 @@ def _opening(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
             # All of it, or its end: the reasoning that it begins with is rightly left out.
             for other in (_PROBE, f"{content} {_PROBE}"):
                 turns[number] = {**turn, "content": other}
-                if rendered(replace(prompt, messages=tuple(turns))) == text:
+                if changed_text(replace(prompt, messages=tuple(turns))) == text:
                     raise _left_out(prompt, f"message {number + 1}, of role {turn['role']!r}")
         for key in BESIDE_TEXT:
             known = REASONING if key in REASONING else (key,)  # Transformers passes all three
@@ -229,7 +222,7 @@ def _opening(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     for name in prompt.variables:
         others = {key: value for key, value in prompt.variables.items() if key != name}
         if name not in reads or (
-            name in VARIABLES and rendered(replace(prompt, variables=others)) == text
+            name in VARIABLES and changed_text(replace(prompt, variables=others)) == text
         ):
             raise _left_out(prompt, f"{name!r}")
     if missed := sorted(prompt.unread & reads):
@@ -253,94 +246,6 @@ def _without_template(prompt: Prompt, parts: Sequence[str]) -> InputError:
         f"prompt {prompt.id!r} has {', '.join(map(repr, parts))}, and the tokenizer has no chat "
         "template to write that; remove it, or take a tokenizer with a chat template"
     )
-
-
-def _template(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
-    """The template that is used, which may be one for tools among several."""
-    try:
-        return str(tokenizer.get_chat_template(tools=prompt.variables.get("tools")))
-    except ValueError as error:
-        names = ", ".join(tokenizer.chat_template)
-        raise InputError(
-            f"the tokenizer has the chat templates {names}, and none of them is 'default'; name "
-            "one so in its folder"
-        ) from error
-
-
-@lru_cache
-def _reads(template: str) -> frozenset[str]:
-    """The variables that a template reads. Raises `InputError` for one that is not always the same,
-    or none at all.
-    """
-    # The tag is Transformers' own, and marks what is written without changing it.
-    source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
-    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
-    try:
-        tree = environment.parse(source)
-    except (TemplateError, RecursionError) as error:
-        raise InputError(
-            f"the tokenizer's chat template cannot be read: {error}; correct it"
-        ) from error
-    reads = meta.find_undeclared_variables(tree)
-    if "lipsum" in reads or any(node.name == "random" for node in tree.find_all(nodes.Filter)):
-        raise InputError(
-            "the tokenizer's chat template writes something by chance, so no prompt would be asked "
-            "twice alike; correct it"
-        )
-    return frozenset(reads)
-
-
-def tells_date(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a chat template writes the date, which is always `DATE`."""
-    templates = tokenizer.chat_template or ""
-    every = templates.values() if isinstance(templates, dict) else [templates]
-    return any("strftime_now" in template for template in every)
-
-
-class _Steps:
-    """`range`, until a rendering has counted to `MOST_STEPS`: no template goes on for ever."""
-
-    def __init__(self) -> None:
-        self.left = MOST_STEPS
-
-    def __call__(self, *bounds: int) -> range:
-        steps = range(*bounds)
-        self.left -= len(steps)
-        if self.left < 0:
-            raise OverflowError(f"it counts further than {MOST_STEPS:,}")
-        return steps
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    header: bool,
-) -> str:
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    template = _template(tokenizer, prompt)
-    _reads(template)
-    try:
-        # It is compiled once; without this the clock and the loops would be the machine's.
-        known = _compile_jinja_template(template).environment.globals
-        known |= {"strftime_now": DATE.strftime, "range": _Steps()}
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=header,
-            **prompt.variables,
-        )
-    except Exception as error:  # a template is a program of somebody else's
-        reason = str(error) or type(error).__name__
-        if not isinstance(error, (TemplateError, ValueError)):
-            reason = f"{type(error).__name__}: {reason}"
-        raise InputError(
-            f"prompt {prompt.id!r}: the tokenizer's chat template refuses these messages: {reason}"
-        ) from error
-    return cast("str", text)
 
 
 def _bare_text(prompt: Prompt) -> str:

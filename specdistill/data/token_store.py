@@ -12,19 +12,18 @@ from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Required
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import ConfigDict, Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from typing_extensions import TypedDict
+from safetensors.torch import save_file
 
+from specdistill.data.parts import Part, read_rows, read_signal, withdrawn, write_rows
 from specdistill.data.signal import (
     NONE,
     Signal,
     TopK,
-    from_tensors,
     joined,
     kept_tokens,
     positions_of,
@@ -56,20 +55,6 @@ class Example:
 
 
 Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
-
-
-class Part(TypedDict, total=False):
-    """What the manifest says of a part: the hash of each file, and where only some tokens are kept
-    of the target, sums over the part's tokens of what is outside them and what that costs.
-    """
-
-    ids: Required[list[str]]
-    tokens: Required[Annotated[int, Field(ge=0)]]
-    parquet_sha256: Required[str]
-    signal_sha256: str
-    withdrawn: list[str]
-    tail_mass: Annotated[float, Field(ge=0, allow_inf_nan=False)]
-    alpha_cost: Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass
@@ -196,7 +181,7 @@ class Store:
                 self._write(manifest)
                 return
             with replacing(stem.with_suffix(".parquet")) as new:
-                _write_rows(examples, new)
+                write_rows(examples, new)
             part["parquet_sha256"] = file_sha256(stem.with_suffix(".parquet"))
             if self.manifest.signal != NONE:
                 signal = joined([e.signal for e in examples if e.signal is not None], CPU)
@@ -235,11 +220,6 @@ class Store:
     def _write(self, manifest: Manifest) -> None:
         write_whole(self.folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
         self.manifest = manifest
-
-
-def withdrawn(part: Part) -> set[str]:
-    """Ids of a part's answers that no longer count; the prompt may have another in a later part."""
-    return set(part.get("withdrawn", ()))
 
 
 def must_be_ours(folder: Path) -> None:
@@ -327,8 +307,8 @@ def _read_part(stem: Path, part: Part, signal: bool) -> Iterable[Example]:
         if not file.exists() or file_sha256(file) != recorded:
             state = "is truncated, changed or from other data" if file.exists() else "is missing"
             raise StorageError(f"{file} {state}; remove the folder and generate again")
-    rows = _rows(parquet_file, part)
-    kept = _signal(signal_file, part["tokens"]) if signal else None
+    rows = read_rows(parquet_file, part)
+    kept = read_signal(signal_file, part["tokens"]) if signal else None
     start = 0
     gone = withdrawn(part)
     for row in rows:
@@ -339,75 +319,3 @@ def _read_part(stem: Path, part: Part, signal: bool) -> Iterable[Example]:
             start = stop
         if example.id not in gone:
             yield example
-
-
-def _write_rows(examples: Sequence[Example], file: Path) -> None:
-    """Raises `OSError`."""
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    text, tokens = pa.string(), pa.list_(pa.int64())
-    kinds = {"id": text, "category": text, "prompt_tokens": tokens, "response_tokens": tokens}
-    columns = {name: [getattr(e, name) for e in examples] for name in kinds}
-    with file.open("wb") as sink:
-        parquet.write_table(pa.table(columns, pa.schema(kinds)), sink)
-
-
-def _rows(file: Path, part: Part) -> list[dict[str, Any]]:
-    """The rows of a Parquet file. Its hash says that it is the one the manifest lists, and not that
-    it holds what it should. Raises `StorageError`.
-    """
-    import pyarrow as pa
-    from pyarrow import parquet
-
-    columns = {
-        "id": pa.types.is_string,
-        "category": lambda kind: pa.types.is_string(kind) or pa.types.is_null(kind),
-        "prompt_tokens": lambda kind: pa.types.is_list(kind) and pa.types.is_int64(kind.value_type),
-        "response_tokens": lambda kind: (
-            pa.types.is_list(kind) and pa.types.is_int64(kind.value_type)
-        ),
-    }
-    try:
-        table = parquet.read_table(file)
-        kinds = {name: table.schema.field(name).type for name in columns}
-        if wrong := [name for name, fits in columns.items() if not fits(kinds[name])]:
-            raise ValueError(f"the column {wrong[0]} is of type {kinds[wrong[0]]}")
-        rows = table.select(list(columns)).to_pylist()
-        for row in rows:
-            for name in ("prompt_tokens", "response_tokens"):
-                if row[name] is None or None in row[name] or min(row[name], default=0) < 0:
-                    raise ValueError(f"{name} of {shown(row['id'])} are no list of token ids")
-            if not row["prompt_tokens"]:
-                raise ValueError(f"{shown(row['id'])} has no prompt")
-        if [row["id"] for row in rows] != part["ids"]:
-            raise ValueError("its ids are not those that the manifest lists")
-        if (tokens := sum(len(row["response_tokens"]) for row in rows)) != part["tokens"]:
-            raise ValueError(f"it has {tokens} tokens, and the manifest lists {part['tokens']}")
-    except (pa.ArrowException, ValueError, KeyError, OSError) as error:
-        raise StorageError(
-            f"{file} is damaged ({error}); remove the folder and generate again"
-        ) from error
-    return rows
-
-
-def _signal(file: Path, tokens: int) -> Signal:
-    """A shard, with a position for every token. Raises `StorageError`."""
-    try:
-        tensors = load_file(file)
-        signal = from_tensors(tensors)
-        widths = {name: tensor.dim() - 1 for name, tensor in tensors.items()}
-        for name, tensor in tensors.items():
-            if len(tensor.shape) == 0 or len(tensor) != tokens:
-                raise ValueError(f"{name} has the shape {[*tensor.shape]} for {tokens} tokens")
-            if widths[name] != (name not in ("logsumexp", "log_tail")):
-                raise ValueError(f"{name} has {widths[name] + 1} dimensions")
-            if tensor.is_floating_point() != (name != "tokens"):
-                raise ValueError(f"{name} holds {tensor.dtype}")
-            if tensor.isnan().any():
-                raise ValueError(f"{name} holds what are no numbers")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise StorageError(
-            f"{file} is damaged ({error}); remove the folder and generate again"
-        ) from error
-    return signal

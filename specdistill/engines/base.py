@@ -38,7 +38,7 @@ WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True)
-class Answer:
+class TimedAnswer:
     """An answer and what the engine counted meanwhile. By position in the round [γ]: in how many
     rounds there was a proposal (`offered`), it was tested, it was accepted. `rounds` are the
     target's passes that emitted something; plain decoding has as many as tokens. `step_seconds` are
@@ -54,8 +54,8 @@ class Answer:
     step_seconds: Sequence[float] = ()
 
 
-Ask = Callable[[Setting, EncodedPrompt, int], Answer]  # the last is the most tokens to emit
-Runs = dict[Setting, list[Answer]]
+Ask = Callable[[Setting, EncodedPrompt, int], TimedAnswer]  # the last is the most tokens to emit
+Runs = dict[Setting, list[TimedAnswer]]
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def take_turns(
     for setting in [(t, g) for t in temperatures for g in (0, *num_draft_tokens)]:
         ask(setting, prompts[0], WARM_UP_TOKENS)
 
-    def decode(at: Sequence[float], stage: str) -> dict[Setting, list[list[Answer]]]:
-        answers: dict[Setting, list[list[Answer]]] = {
+    def decode(at: Sequence[float], stage: str) -> dict[Setting, list[list[TimedAnswer]]]:
+        answers: dict[Setting, list[list[TimedAnswer]]] = {
             (t, g): [[] for _ in prompts] for t in at for g in (0, *num_draft_tokens)
         }
         for i, prompt in enumerate(prompts):
@@ -107,7 +107,7 @@ def take_turns(
     return Measured(runs, stolen(before), stalls, again)
 
 
-def _without_stalls(answers: dict[Setting, list[list[Answer]]]) -> tuple[Runs, float]:
+def _without_stalls(answers: dict[Setting, list[list[TimedAnswer]]]) -> tuple[Runs, float]:
     """The first answer of each, with the mean time of all; see `rows.without_stalls`. An engine
     that shows no steps has only the runs of plain decoding to compare: one that took `STALL` times
     as long as the other is left out.
@@ -259,7 +259,7 @@ def _row(setting: Setting, runs: Runs, weight_ratio: float, seed: int) -> Row:
     )
 
 
-def _baseline(temperature: float, plain: Sequence[Answer]) -> Baseline:
+def _baseline(temperature: float, plain: Sequence[TimedAnswer]) -> Baseline:
     tokens, seconds = sum(len(a.tokens) for a in plain), sum(a.seconds for a in plain)
     steps = sum(a.rounds for a in plain)
     return Baseline(temperature, ratio(tokens, seconds), len(plain), tokens, seconds / steps)

@@ -23,7 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding import Request, Round, RowRound, Sampling, SpeculativeDecoder
 from specdistill.decoding.sampling import row_seed
-from specdistill.engines.base import Answer, explained_differences, scorecard, take_turns
+from specdistill.engines.base import TimedAnswer, explained_differences, scorecard, take_turns
 from specdistill.errors import DecodingError, InputError
 from specdistill.models import LanguageModel, check_positions, check_sizes
 from specdistill.models.randomness import seeded
@@ -55,12 +55,12 @@ class _Rounds(BaseStreamer):
     def count(self, *_: Any) -> None:
         self.passes += 1
 
-    def answer(self, tokens: list[int], seconds: float, num: int) -> Answer:
+    def answer(self, tokens: list[int], seconds: float, num: int) -> TimedAnswer:
         """A round emits what it accepted and one token more. Transformers counts so even where the
         answer ends with an accepted proposal, which it takes for that one token.
         """
         rounds = [(proposed, emitted - 1) for emitted, proposed in self.sizes[1:]]  # 0: the prompt
-        return Answer(
+        return TimedAnswer(
             tokens,
             seconds,
             rounds=len(rounds),
@@ -90,7 +90,7 @@ def score(
     check_sizes(target, draft)
     check_positions([draft], ((p.id, len(p.tokens) + max_new_tokens) for p in prompts))
 
-    def ask(setting: Setting, prompt: EncodedPrompt, count: int) -> Answer:
+    def ask(setting: Setting, prompt: EncodedPrompt, count: int) -> TimedAnswer:
         return _generate(target, draft, prompt, setting, count, seed)
 
     measured = take_turns(ask, prompts, temperature, num_draft_tokens, max_new_tokens, progress)
@@ -216,7 +216,7 @@ def _generate(
     setting: Setting,
     count: int,
     seed: int,
-) -> Answer:
+) -> TimedAnswer:
     temperature, num = setting
     model: Any = target.model
     tokens = torch.tensor([prompt.tokens], device=target.device)

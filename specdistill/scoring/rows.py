@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from specdistill.decoding import Detokenizer, Generation
 from specdistill.decoding.records import Output
 from specdistill.scoring.choice import Setting
-from specdistill.scoring.scorecard import Baseline, Example, Kind, PromptRow, Row
+from specdistill.scoring.scorecard import Baseline, DecodedText, Kind, PromptRow, Row
 from specdistill.scoring.statistics import planned_speedup, speedup_interval
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def by_prompt(
 
 def example(
     tokenizer: PreTrainedTokenizerBase, prompt_id: str, setting: tuple[float, int], output: Output
-) -> Example:
+) -> DecodedText:
     """One answer with the origin of every token. A character of several tokens counts to the last
     of them; the others are empty.
     """
@@ -201,7 +201,7 @@ def example(
         told[-1] += text.end()
     pieces = list(zip(told, kinds, strict=False))
     temperature, num = setting
-    return Example(prompt_id, temperature, num, pieces)
+    return DecodedText(prompt_id, temperature, num, pieces)
 
 
 def shares(counted: Sequence[int], of: Sequence[int]) -> list[float]:

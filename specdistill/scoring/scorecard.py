@@ -250,7 +250,7 @@ Kind = Literal["accepted", "residual", "bonus"]
 
 @with_config(Strict)
 @dataclass(frozen=True)
-class Example:
+class DecodedText:
     """One answer, token by token, and how each came about: an accepted proposal, the token drawn
     after a rejection, or the one after full acceptance. Kept only where the user wants: it is text
     of their workload.
@@ -410,7 +410,7 @@ class Scorecard:
     verification: Verification = Verification()
     by_category: list[CategoryRow] = field(default_factory=list)
     by_prompt_length: list[CategoryRow] = field(default_factory=list)
-    example: Example | None = None
+    example: DecodedText | None = None
     schema: str = SCHEMA
 
     def __post_init__(self) -> None:

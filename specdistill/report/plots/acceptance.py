@@ -11,7 +11,7 @@ from scipy import stats
 
 from specdistill.quoting import drawn, visible
 from specdistill.report.plots import style
-from specdistill.scoring.scorecard import Example, Kind, Row, Scorecard
+from specdistill.scoring.scorecard import DecodedText, Kind, Row, Scorecard
 
 
 def figure_acceptance(card: Scorecard, before: Scorecard | None = None) -> Figure:
@@ -139,7 +139,7 @@ COLUMNS = 84  # of a fixed-width font at `style.POINTS`, across a page
 LINE_HEIGHT, LEGEND_HEIGHT = 0.21, 0.65  # inches
 
 
-def figure_text(example: Example) -> Figure:
+def figure_text(example: DecodedText) -> Figure:
     """One answer, each token marked as accepted, residual or bonus; its first `MAX_LINES` lines."""
     lines = _wrapped(example.pieces)
     shown = lines[:MAX_LINES]

@@ -1,0 +1,111 @@
+"""A tokenizer's chat template, run so that the same messages always become the same text."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, cast
+
+from jinja2 import Environment, meta, nodes
+from jinja2.exceptions import TemplateError
+
+from specdistill.data.prompts import Prompt
+from specdistill.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# What a template that tells the date is told: else the tokens of one file change overnight.
+DATE = datetime.datetime(2026, 1, 1)
+MOST_STEPS = 1_000_000  # that a template may count in one rendering
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
+    """The template that is used, which may be one for tools among several."""
+    try:
+        return str(tokenizer.get_chat_template(tools=prompt.variables.get("tools")))
+    except ValueError as error:
+        names = ", ".join(tokenizer.chat_template)
+        raise InputError(
+            f"the tokenizer has the chat templates {names}, and none of them is 'default'; name "
+            "one so in its folder"
+        ) from error
+
+
+@lru_cache
+def variables_read(template: str) -> frozenset[str]:
+    """The variables that a template reads. Raises `InputError` for one that is not always the same,
+    or none at all.
+    """
+    # The tag is Transformers' own, and marks what is written without changing it.
+    source = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        tree = environment.parse(source)
+    except (TemplateError, RecursionError) as error:
+        raise InputError(
+            f"the tokenizer's chat template cannot be read: {error}; correct it"
+        ) from error
+    reads = meta.find_undeclared_variables(tree)
+    if "lipsum" in reads or any(node.name == "random" for node in tree.find_all(nodes.Filter)):
+        raise InputError(
+            "the tokenizer's chat template writes something by chance, so no prompt would be asked "
+            "twice alike; correct it"
+        )
+    return frozenset(reads)
+
+
+def tells_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template writes the date, which is always `DATE`."""
+    templates = tokenizer.chat_template or ""
+    every = templates.values() if isinstance(templates, dict) else [templates]
+    return any("strftime_now" in template for template in every)
+
+
+class _Steps:
+    """`range`, until a rendering has counted to `MOST_STEPS`: no template goes on for ever."""
+
+    def __init__(self) -> None:
+        self.left = MOST_STEPS
+
+    def __call__(self, *bounds: int) -> range:
+        steps = range(*bounds)
+        self.left -= len(steps)
+        if self.left < 0:
+            raise OverflowError(f"it counts further than {MOST_STEPS:,}")
+        return steps
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    header: bool,
+) -> str:
+    """The text of the messages. Raises `InputError` where the template fails on them."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    template = template_of(tokenizer, prompt)
+    variables_read(template)
+    try:
+        # It is compiled once; without this the clock and the loops would be the machine's.
+        known = _compile_jinja_template(template).environment.globals
+        known |= {"strftime_now": DATE.strftime, "range": _Steps()}
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=header,
+            **prompt.variables,
+        )
+    except Exception as error:  # a template is a program of somebody else's
+        reason = str(error) or type(error).__name__
+        if not isinstance(error, (TemplateError, ValueError)):
+            reason = f"{type(error).__name__}: {reason}"
+        raise InputError(
+            f"prompt {prompt.id!r}: the tokenizer's chat template refuses these messages: {reason}"
+        ) from error
+    return cast("str", text)
