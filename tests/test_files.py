@@ -6,11 +6,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from test_cli import run
 
 from specdistill.config import load_config
+from specdistill.data.generation import generate
+from specdistill.data.prompts import Prompt
+from specdistill.data.widening import Widening, widen
 from specdistill.errors import InputError, StorageError
 from specdistill.files import UNFINISHED, at_home, held, keep_apart, lock_of, replacing, write_whole
 
@@ -19,6 +23,7 @@ fcntl = pytest.importorskip("fcntl", reason="there are no such locks on this sys
 HOLD = """
 import sys
 from pathlib import Path
+from unittest import mock
 from specdistill.files import held
 with held(Path(sys.argv[1])):
     print("held", flush=True)
@@ -118,6 +123,16 @@ def test_commands_leave_a_folder_alone_in_which_another_is_at_work(
                 assert f"another process is at work in {tmp_path / name}" in done.err
     assert list((tmp_path / "run").iterdir()) == []
     assert run("distill", tmp_path / "run.yaml").code == 0
+
+
+def test_nothing_is_loaded_where_another_process_is_at_work(tmp_path: Path) -> None:
+    prompts = [Prompt(str(i), ({"role": "user", "content": f"w{i}"},)) for i in range(6)]
+    data, file, load = tmp_path / "data", tmp_path / "more.jsonl", mock.Mock()
+    with other_process_in(data), pytest.raises(StorageError, match="another process is at work"):
+        generate(load, prompts, data)
+    with other_process_in(lock_of(file)), pytest.raises(StorageError, match="another process"):
+        widen(load, prompts, file, Widening(2))
+    load.assert_not_called()
 
 
 def test_a_file_is_whole(tmp_path: Path) -> None:

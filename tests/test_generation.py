@@ -18,8 +18,9 @@ import torch
 from safetensors import SafetensorError
 
 from specdistill import models
-from specdistill.data import token_store
+from specdistill.data import generation, token_store
 from specdistill.data.chat import encode_prompt
+from specdistill.data.filters import Filters
 from specdistill.data.generation import generate, signal_bytes
 from specdistill.data.prompts import Prompt
 from specdistill.data.token_store import MANIFEST, Example, read_examples, read_manifest
@@ -56,6 +57,22 @@ def answer(
     settings = {"max_new_tokens": LENGTH, "samplings": [SAMPLED], "seed": 3, "batch_size": 5}
     generate(target, prompts, folder, **{**settings, **changes})
     return read_examples(folder, signal=changes.get("signal") != "none")
+
+
+def test_a_prompt_is_encoded_once(
+    target: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it is asked."""
+    encoded: list[str] = []
+
+    def counted(tokenizer: object, prompt: Prompt) -> list[int]:
+        encoded.append(prompt.id)
+        return encode_prompt(target.tokenizer, prompt)
+
+    monkeypatch.setattr(generation, "encode_prompt", counted)
+    answer(target, tmp_path / "data", filters=Filters(truncated=True, retries=3))
+    assert read_manifest(tmp_path / "data").removed, "some were asked again"
+    assert encoded == [p.id for p in PROMPTS]
 
 
 @pytest.fixture(scope="module")
