@@ -1,4 +1,4 @@
-"""Answers of the target to a set of prompts, by our batched engine or one in its place, resumable."""
+"""Answers of the target to prompts, by our batched engine or one in its place, resumable."""
 
 from __future__ import annotations
 
