@@ -71,6 +71,17 @@ def test_the_draft_keeps_fewer_tokens_than_there_are_or_all(
     assert plan.vocab_size == kept
 
 
+def test_prompts_that_leave_no_room_for_an_answer_are_named(tmp_path: Path) -> None:
+    lines = [f"w{5 + i} w6 w7" for i in range(30)]
+    lines[11], lines[25] = " ".join(["w8"] * 500), " ".join(["w9"] * 501)  # of 512 positions
+    (tmp_path / "p.txt").write_text("\n".join(lines))
+    target = tiny_model(layers=4)
+    asked = encoded(target.tokenizer, load_prompts(str(tmp_path / "p.txt")))
+    task = Task(str(tmp_path), str(tmp_path / "p.txt"))
+    with pytest.raises(InputError, match="512 positions, which leaves prompts 12, 26 no room"):
+        choose(task, target, asked[:20], asked[20:], time.perf_counter())
+
+
 def test_a_command_takes_somebodys_model_to_a_verdict(
     tmp_path: Path, tiny_folder: Path, prompts: Path
 ) -> None:

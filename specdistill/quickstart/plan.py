@@ -129,6 +129,15 @@ def choose(
     del draft
     longest = max(len(p.tokens) for p in (*prompts, *heldout))
     room = target.max_length - longest
+    least = LENGTHS[-1]
+    over = [p.id for p in (*prompts, *heldout) if len(p.tokens) + least > target.max_length]
+    if over:
+        more = f" and {len(over) - 5:,} more" if len(over) > 5 else ""
+        raise InputError(
+            f"{target.name} has {target.max_length:,} positions, which leaves prompts "
+            f"{', '.join(over[:5])}{more} no room for an answer of {least} tokens (the longest has "
+            f"{longest:,}); leave them out"
+        )
     row = cache_bytes(target, 1, longest + min(LENGTHS[0], room))
     rows = min(64, len(prompts), free_bytes(target.device) // 4 // max(row, 1))
     on_cpu = target.device.type == "cpu"
@@ -202,11 +211,6 @@ def divide(
         return next((count for count in counts if scoring(count, tokens) <= most), 0)
 
     lengths = [tokens for tokens in LENGTHS if tokens <= room]
-    if not lengths:
-        raise InputError(
-            f"the longest prompt leaves the target {max(room, 0)} positions for an answer, and "
-            f"{LENGTHS[-1]} are the least; leave out the longest prompts"
-        )
     shortest = lengths[-1]
     longest = next((n for n in lengths if answered(n) >= min(prompts, 128)), shortest)
     to_score = [n for n in lengths if n <= min(longest, 128)]
