@@ -19,7 +19,8 @@ NEW_TOKENS = Interval(ge=1, le=2**20)  # of one answer
 LEAST_TOKENS = Interval(ge=0, le=2**20)  # of an answer that a filter lets pass
 VOCABULARY = Interval(ge=1, le=2**24)
 TOP_K = Interval(ge=0, le=2**24)
-ROWS = Interval(ge=1, le=2**16)  # decoded together, or questions under way
+ROWS = Interval(ge=1, le=2**16)  # decoded together
+QUESTIONS = Interval(ge=1, le=1024)  # under way at once at a server
 THREADS = Interval(ge=1, le=1024)
 COUNT = Interval(ge=1, le=10**9)  # of prompts, steps, tokens in all
 ANSWERS = Interval(ge=1, le=1024)  # to one prompt, of which one is kept

@@ -21,7 +21,7 @@ def ask(
     target: Annotated[str, typer.Option(help="The model's name there.")],
     prompts: options.Prompts,
     out: options.Answers,
-    concurrency: Annotated[int, among(limits.ROWS, "Questions under way at once.")] = 8,
+    concurrency: Annotated[int, among(limits.QUESTIONS, "Questions under way at once.")] = 8,
     style: options.Style = "instruction",
     examples: options.Examples = None,
     shots: options.Shots = None,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from specdistill import limits
 from specdistill.data.filters import NO_FILTER, Filters
 from specdistill.data.prompts import Prompt, prompts_sha256
 from specdistill.data.questions import answer_id, round_seed
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 CLIENT_RETRIES = 8  # about 40 s of backing off, or as often as long as the server says
-MOST_AT_ONCE = 1024  # questions under way
 SECONDS = 600.0  # an answer may take, from the question to its last byte
 REPLIES = 3  # how often an answer that is none is asked for
 BACKOFF = 0.5  # seconds before the second reply is asked for; doubles
@@ -58,11 +58,7 @@ class Server:
                 f"--base-url must look like http://localhost:8000/v1; got {self.public!r} "
                 f"({problem})"
             )
-        if not 1 <= self.concurrency <= MOST_AT_ONCE:
-            raise InputError(
-                f"concurrency must be at least 1, and at most {MOST_AT_ONCE:,}; got "
-                f"{self.concurrency}"
-            )
+        limits.check("concurrency", self.concurrency, limits.QUESTIONS)
 
     @property
     def public(self) -> str:
