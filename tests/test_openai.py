@@ -596,7 +596,7 @@ def test_filters_by_command(tmp_path: Path) -> None:
         assert done.code == 2
         assert "removed: 4 short; 0 prompts answered in another way, 2 without" in done.err
         assert "no answer is left" in done.err
-        with pytest.raises(InputError, match=r"none of it was kept; generate again"):
+        with pytest.raises(InputError, match=r"none of it was kept; ask again"):
             read_answers(tmp_path / "b")
     with serving(echo) as (url, _):
         done = run(*ask, "--base-url", url, "--out", tmp_path / "c", "--drop-truncated")

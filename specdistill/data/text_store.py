@@ -206,7 +206,7 @@ class AnswerStore:
             self.replies: dict[str, dict[int, Reply]] = {}
             self.count = 0  # of replies, to all prompts
             if (folder / REPLIES).exists():
-                advice = "remove the line and generate again"
+                advice = "remove the line and ask again"
                 for reply in read_json_lines(folder / REPLIES, Reply, advice):
                     self._add(reply)
             if (folder / MANIFEST).exists():
@@ -256,7 +256,7 @@ class AnswerStore:
         """A folder without a reply may begin anew, but not one of another kind."""
         facts = self.facts
         found = read_json(
-            self.folder / MANIFEST, dict[str, Any], "remove the folder and generate again"
+            self.folder / MANIFEST, dict[str, Any], "remove the folder and ask again"
         )
         differing = [n for n in facts if n not in _MAY_DIFFER and found.get(n) != facts[n]]
         if differing and (self.replies or "schema" in differing):
@@ -307,14 +307,14 @@ def read_answers(folder: Path) -> list[TextAnswer]:
     """All answers that say something. Raises `StorageError` by line where the file is damaged,
     `InputError` where there is none.
     """
-    file, advice = folder / ANSWERS, "remove the line and generate again"
+    file, advice = folder / ANSWERS, "remove the line and ask again"
     rows = read_json_lines(file, _Row, advice) if file.exists() else []
     answers = [row.answer() for row in rows if row.response.strip()]
     if not answers and file.exists():
         raise InputError(
             f"{folder} holds no answers: all that the server said is in {REPLIES}, and none of it "
-            "was kept; generate again, in another folder, with filters that leave some"
+            "was kept; ask again, in another folder, with filters that leave some"
         )
     if not answers:
-        raise InputError(f"{folder} holds no answers yet; run `specdistill generate` to the end")
+        raise InputError(f"{folder} holds no answers yet; run `specdistill ask` to the end")
     return answers

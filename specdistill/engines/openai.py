@@ -325,7 +325,7 @@ class _Asking:
         replies = f"{self.store.count:,} replies"
         detail = detail or (f"{replies}, {refused} refused" if refused else replies)
         done = min(total - len(self.open), total - 0.01)  # a duplicate may have to be asked again
-        self.progress("generate", total if ended else done, total, detail)
+        self.progress("ask", total if ended else done, total, detail)
 
 
 def _client(server: Server) -> AsyncOpenAI:
