@@ -584,7 +584,7 @@ OURS = [
     ),
     *ours(
         "an answer",
-        "distill run.yaml data=texts signal=none loss=ce policy=fixed",
+        "distill run.yaml data=texts signal=none loss=ce",
         "answers.jsonl, line 1",
         *(
             (f"is {line[-60:]}", put("texts/answers.jsonl", line + "\n"))
