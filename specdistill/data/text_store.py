@@ -255,9 +255,7 @@ class AnswerStore:
     def _check(self) -> None:
         """A folder without a reply may begin anew, but not one of another kind."""
         facts = self.facts
-        found = read_json(
-            self.folder / MANIFEST, dict[str, Any], "remove the folder and ask again"
-        )
+        found = read_json(self.folder / MANIFEST, dict[str, Any], "remove the folder and ask again")
         differing = [n for n in facts if n not in _MAY_DIFFER and found.get(n) != facts[n]]
         if differing and (self.replies or "schema" in differing):
             name = differing[0]
