@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from pydantic import (
 )
 
 from specdistill import limits
-from specdistill.documents import parse_yaml, read_yaml_mapping
+from specdistill.documents import assign, read_yaml_mapping
 from specdistill.errors import InputError
 from specdistill.files import at_home
 from specdistill.limits import Dtype, shown
@@ -118,13 +119,9 @@ class Training(_Section):
     )
 
     @model_validator(mode="after")
-    def _one_thing_to_train(self) -> Training:
+    def _one_thing_to_train_and_one_budget(self) -> Training:
         if self.lora is not None and self.train_embeddings:
             raise ValueError("lora trains its factors alone; leave train_embeddings out")
-        return self
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> Training:
         if (self.max_steps is None) == (self.max_seconds is None):
             raise ValueError("give exactly one of max_steps and max_seconds")
         return self
@@ -324,34 +321,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> DistillConfig:
     """Read a YAML file and apply `section.key=value` overrides. Raises `InputError` naming the key
     and the nearest known.
     """
-    return parse_config(read_yaml(path, overrides))
-
-
-def read_yaml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The mapping that a file holds, with `section.key=value` overrides. Raises `InputError`."""
-    raw = read_yaml_mapping(path)
-    for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator or not key:
-            raise InputError(
-                "an override is written key=value, for instance training.max_steps=500; got "
-                f"{shown(override)}"
-            )
-        assign(raw, key, parse_yaml(value, f"the value of {shown(override)}"))
-    return raw
-
-
-def assign(raw: dict[str, Any], key: str, value: Any) -> None:
-    """Set `section.key` in nested mappings."""
-    *sections, last = parts = key.split(".")
-    if not all(parts) or len(parts) > 4:
-        raise InputError(f"a key is written key or section.key; got {shown(key)}")
-    place: Any = raw
-    for section in sections:
-        place = place.setdefault(section, {})
-        if not isinstance(place, dict):
-            raise InputError(f"{key!r}: {section!r} is a value, not a section")
-    place[last] = value
+    return parse_config(read_yaml_mapping(path, overrides))
 
 
 def parse_config(raw: dict[str, Any]) -> DistillConfig:
@@ -367,26 +337,54 @@ def parse_config(raw: dict[str, Any]) -> DistillConfig:
         raise InputError("the configuration is nested too deeply; write it flat") from None
 
 
+def from_keywords(**options: Any) -> DistillConfig:
+    """The configuration of a Python call: the keys of a file, and each key of a section by itself
+    where no other section has it (max_steps is training.max_steps). Raises `InputError`."""
+    places, raw = _places(), dict[str, Any]()
+    for name in sorted(options, key=lambda name: name not in DistillConfig.model_fields):
+        value = copy.deepcopy(options[name])
+        value = value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+        value = {"name": value} if name == "policy" and isinstance(value, str) else value
+        at = places.get(name)
+        if at is None:
+            hint = _nearest(name, {name: name for name in places})
+            raise InputError(f"the unknown option {shown(name)}: {hint}")
+        if len(at) > 1:
+            sections = " or ".join(place.rpartition(".")[0] for place in at)
+            raise InputError(f"{name!r} is an option of {sections}: give it in that dictionary")
+        assign(raw, at[0], value, once=True)
+    return parse_config(raw)
+
+
+def _places() -> dict[str, list[str]]:
+    """Where each key stands, as section.key; one of the top level stands there alone."""
+    sections: dict[str, type[BaseModel]] = {
+        "training": Training,
+        "training.lora": Lora,
+        "decode": Decode,
+        "hints": Hints,
+        "policy": Policy,
+    }
+    places: dict[str, list[str]] = {}
+    for section, model in sections.items():
+        for name in model.model_fields:
+            places.setdefault(name, []).append(f"{section}.{name}")
+    return places | {name: [name] for name in DistillConfig.model_fields}
+
+
+def _nearest(name: object, known: dict[str, str]) -> str:
+    """`known` says how to write a key, by its name."""
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    return f"did you mean {known[near[0]]!r}?" if near else f"known are {', '.join(known)}"
+
+
 def _explain(problem: Any) -> str:
     where = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         if problem["loc"] in (("grid",), ("score",)):
-            return (
-                f"unknown key {problem['loc'][0]!r}: a file with a grid is for `specdistill sweep`"
-            )
-        known = {name: name for name in DistillConfig.model_fields}
-        sections: dict[str, type[BaseModel]] = {
-            "training": Training,
-            "training.lora": Lora,
-            "decode": Decode,
-            "hints": Hints,
-            "policy": Policy,
-        }
-        for section, model in sections.items():
-            known = {name: f"{section}.{name}" for name in model.model_fields} | known
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {known[near[0]]!r}?" if near else f"known are {', '.join(known)}"
-        return f"the unknown key {shown(where)}: {hint}"
+            return f"unknown key {where!r}: a file with a grid is for `specdistill sweep`"
+        dotted = {name: places[0] for name, places in _places().items()}
+        return f"the unknown key {shown(where)}: {_nearest(problem['loc'][-1], dotted)}"
     if problem["type"] == "missing":
         return f"no value for {where!r}"
     if problem["type"] == "value_error" and isinstance(problem["input"], dict):  # our own words

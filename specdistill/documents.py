@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,8 +129,10 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
         raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def read_yaml_mapping(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Raises `InputError`."""
+def read_yaml_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping that a YAML file holds, with `section.key=value` overrides. Raises
+    `InputError`.
+    """
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"cannot read {path}: it is no file; name a YAML file")
@@ -142,4 +144,27 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
     raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise InputError(f"{path} must hold a mapping of keys to values; got {type(raw).__name__}")
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise InputError(
+                "an override is written key=value, for instance training.max_steps=500; got "
+                f"{shown(override)}"
+            )
+        assign(raw, key, parse_yaml(value, f"the value of {shown(override)}"))
     return raw
+
+
+def assign(raw: dict[str, Any], key: str, value: Any, *, once: bool = False) -> None:
+    """Set `section.key` in nested mappings, `once` where nothing may stand there yet."""
+    *sections, last = parts = key.split(".")
+    if not all(parts) or len(parts) > 4:
+        raise InputError(f"a key is written key or section.key; got {shown(key)}")
+    place: Any = raw
+    for section in sections:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise InputError(f"{key!r}: {section!r} is a value, not a section")
+    if once and last in place:
+        raise InputError(f"{key!r} is given twice; leave one of them out")
+    place[last] = value

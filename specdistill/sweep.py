@@ -29,14 +29,12 @@ from specdistill.config import (
     NewTokens,
     Seed,
     Temperature,
-    assign,
     parse_config,
-    read_yaml,
 )
 from specdistill.data.chat import encoded
 from specdistill.data.prompts import load_prompts
 from specdistill.data.sources import open_answers
-from specdistill.documents import read_json
+from specdistill.documents import assign, read_json, read_yaml_mapping
 from specdistill.errors import InputError
 from specdistill.files import at_home, held, keep_apart
 from specdistill.limits import shown
@@ -48,7 +46,7 @@ from specdistill.scoring.compare import Comparison, Incomparable, compare, refus
 from specdistill.scoring.measure import score
 from specdistill.scoring.scorecard import Scorecard, nullable, write_json
 from specdistill.training.distiller import configured_objective
-from specdistill.training.run import distill
+from specdistill.training.run import train
 
 SCHEMA = "specdistill.sweep/1"
 CARD, SCORE, DATA, DOCUMENT = "scorecard.json", "score.json", "data.json", "sweep.json"
@@ -102,7 +100,7 @@ class Result:
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     """Read the file and check every run of the grid. Raises `InputError`, naming the run."""
-    raw = read_yaml(path, overrides)
+    raw = read_yaml_mapping(path, overrides)
     grid, scoring = raw.pop("grid", None), raw.pop("score", None)
     grid = flat(grid) if isinstance(grid, dict) else {}  # a section within is a dotted key
     if not grid or not all(isinstance(values, list) and values for values in grid.values()):
@@ -243,7 +241,7 @@ def _run(config: DistillConfig, how: Score, target: LanguageModel, progress: Pro
     draft = models.load(config.draft, dtype="float32", device=config.device)
     models.check_pair(target, draft)
     learnt_from = None if config.signal == "none" else target
-    distill(config, learnt_from, draft, resume=True, in_place=True, progress=progress)
+    train(config, learnt_from, draft, resume=True, progress=progress)
     trained = str(Path(config.run_dir) / DRAFT)
     return score(
         target,

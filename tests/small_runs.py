@@ -11,7 +11,7 @@ from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
 from specdistill.decoding import Sampling
 from specdistill.drafts.making import make_draft, save_draft
-from specdistill.training.run import distill
+from specdistill.training.run import train
 
 
 def ask(count: int) -> list[Prompt]:
@@ -51,6 +51,6 @@ def run(config: DistillConfig, resume: bool = False, stop_at: int | None = None)
 
     target = models.load(config.target, dtype="float32")
     draft = models.load(config.draft, dtype="float32")
-    distill(config, target, draft, resume=resume, progress=progress)
+    train(config, target, draft, resume=resume, progress=progress)
     lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]

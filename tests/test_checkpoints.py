@@ -7,14 +7,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdistill.training.checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from specdistill.training.checkpoints import (
+    RunState,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 def save(folder: Path, step: int) -> None:
     """The last weights say the step, the best ones its negative."""
     last, best = ({"w": torch.full((2,), float(value))} for value in (step, -step))
-    state = {"step": step, "tokens": 7 * step, "seconds": 1.0, "origins": {}}
-    state["best"] = {"kept_step": step}
+    state = RunState(step, 7 * step, 1.0, {"kept_step": step}, {})
     save_checkpoint(folder, state, last, best, {"0.m": torch.full((2,), step + 0.5)})
 
 
@@ -25,7 +29,7 @@ def load(folder: Path) -> tuple[int, float, float, float]:
     found = find_checkpoint(folder)
     assert found is not None
     state = load_checkpoint(found, last, best, moments.update)
-    return state["step"], last["w"][0].item(), best["w"][0].item(), moments["0.m"][0].item()
+    return state.step, last["w"][0].item(), best["w"][0].item(), moments["0.m"][0].item()
 
 
 def test_the_best_weights_are_not_the_last(tmp_path: Path) -> None:

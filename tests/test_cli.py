@@ -619,7 +619,7 @@ def test_an_interrupted_generation_goes_on(world: World, tmp_path: Path) -> None
     [
         ("quickstart", "quickstart.quickstart", "the same command goes on where it stopped"),
         ("generate", "data.generation.generate", "the same command goes on where it stopped"),
-        ("distill", "training.run.distill", "with --resume the same command goes on"),
+        ("distill", "training.run.train", "with --resume the same command goes on"),
         ("score", "scoring.measure.score", "interrupted\n"),
         ("check", "scoring.check.run_checks", "interrupted\n"),
     ],

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from specdistill.config import Decode, DistillConfig, Hints, Lora, Policy, Training, load_config
+from specdistill.config import (
+    Decode,
+    DistillConfig,
+    Hints,
+    Lora,
+    Policy,
+    Training,
+    from_keywords,
+    load_config,
+)
 from specdistill.errors import InputError
 
 GOOD = """\
@@ -227,3 +236,38 @@ def test_a_missing_file(tmp_path: Path) -> None:
         load_config(tmp_path / "none.yaml")
     with pytest.raises(InputError, match="cannot read"):
         load_config(tmp_path)
+
+
+PLACES = dict.fromkeys(("target", "draft", "data", "run_dir"), "x")
+
+
+def test_keywords_say_what_a_file_says() -> None:
+    nested = from_keywords(
+        **PLACES, policy={"name": "skd", "top_k": 9}, training={"max_steps": 7, "lora": {"rank": 2}}
+    )
+    flat = from_keywords(**PLACES, policy="skd", top_k=9, max_steps=7, rank=2)
+    of_objects = from_keywords(
+        **PLACES, policy=Policy(name="skd", top_k=9), training=Training(max_steps=7), rank=2
+    )
+    assert nested == flat == of_objects
+    assert (flat.training.max_steps, flat.policy.top_k) == (7, 9)
+    assert flat.training.lora == Lora(rank=2)
+    assert from_keywords(**PLACES, max_steps=1, least_reach=0.4).decode == Decode(least_reach=0.4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_step": 7}, "the unknown option 'max_step': did you mean 'max_steps'"),
+        ({"qqqqqq": 7}, "known are max_steps,.*"),
+        ({"prompts": 4}, "'prompts' is an option of decode or policy: give it in that dictionary"),
+        ({"max_steps": 4, "training": {"max_steps": 4}}, "'training.max_steps' is given twice"),
+        ({"rank": 4, "training": {"max_steps": 1, "lora": {"rank": 4}}}, "lora.rank' is given tw"),
+        ({"max_steps": 4, "decode": None, "least_reach": 0.3}, "'decode' is a value, not a sec"),
+        ({"training": {"max_step": 7}}, "unknown key 'training.max_step': did you mean"),
+        ({"max_steps": "many"}, "training.max_steps: .*got 'many'"),
+    ],
+)
+def test_keywords_that_say_nothing_or_too_much(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        from_keywords(**PLACES, **options)

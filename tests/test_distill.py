@@ -18,21 +18,21 @@ from small_runs import ask, make_world, run, settings
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from specdistill import models
-from specdistill.config import DistillConfig, Lora
+from specdistill.config import DistillConfig, Lora, load_config
 from specdistill.data.generation import generate
-from specdistill.data.token_store import Example, read_examples
+from specdistill.data.token_store import Example, Store, read_examples, read_manifest
 from specdistill.decoding import Request, Sampling, SpeculativeDecoder
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError, ModelError, StorageError, TrainingError
 from specdistill.models import LanguageModel, origin, set_origin
 from specdistill.models.packing import pack
 from specdistill.run_folder import config_sha256
+from specdistill.training.answers import read_given, split
 from specdistill.training.batches import length_buckets, make_batch, updates
 from specdistill.training.distiller import Distiller
 from specdistill.training.evaluation import Evaluation, decoded, overlap, with_answers
 from specdistill.training.lora import adapt
-from specdistill.training.policies import read_given
-from specdistill.training.run import distill, rate, split
+from specdistill.training.run import distill, rate, train
 
 Tiny = Callable[..., LanguageModel]
 
@@ -289,7 +289,7 @@ def test_a_writer_smaller_than_the_draft_is_told(world: dict[str, str], tmp_path
     def progress(stage: str, done: float, total: float, detail: str = "") -> None:
         said.append(detail)
 
-    distill(config, target, draft, progress=progress)
+    train(config, target, draft, progress=progress)
     assert said[0].endswith(f"written by {small.name}, which is smaller than the draft")
 
 
@@ -319,7 +319,7 @@ def test_the_order_of_the_answers_is_nothing_to_a_run(
     """An interrupted `generate` leaves them in another order than one that was not."""
     run(settings(world, tmp_path / "one"))
     backwards = mock.Mock(side_effect=lambda *read: read_given(*read)[::-1])
-    with mock.patch("specdistill.training.run.read_given", backwards):
+    with mock.patch("specdistill.training.answers.read_given", backwards):
         run(settings(world, tmp_path / "other"))
     backwards.assert_called_once()
     a, b = (
@@ -364,7 +364,7 @@ def test_prompts_that_are_cut_are_told(world: dict[str, str], tmp_path: Path) ->
     said: list[str] = []
     config = settings({**world, "data": str(tmp_path / "data")}, tmp_path / "run", heldout=4)
     draft = models.load(world["draft"], dtype="float32")
-    distill(config, target, draft, progress=lambda *a: said.append(a[-1]))
+    train(config, target, draft, progress=lambda *a: said.append(a[-1]))
     assert said[0] == "8 answers to train on, 4 held out, some of a prompt that is trained on, too"
 
 
@@ -569,7 +569,7 @@ def test_lora_trains_its_factors_alone_and_leaves_an_ordinary_draft(
     target, draft = (models.load(world[n], dtype="float32") for n in ("target", "draft"))
     before = models.load(world["draft"], dtype="float32")
     names = before.model.state_dict().keys()
-    distill(config, target, draft, in_place=True)
+    train(config, target, draft)
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in metrics]
     assert rows[-1]["expected_alpha"] > rows[0]["expected_alpha"] + 0.005
@@ -674,7 +674,7 @@ def test_a_draft_that_is_broken_from_the_start_is_named(
         for weight in draft.model.parameters():
             weight *= torch.nan
     with pytest.raises(TrainingError, match="expected_alpha = nan before any update"):
-        distill(config, target, draft)
+        train(config, target, draft)
     save_draft(draft, tmp_path / "draft")
     config = settings({**world, "draft": str(tmp_path / "draft")}, tmp_path / "run", decode=None)
     with pytest.raises(ModelError, match="draft has weights that are NaN or infinite"):
@@ -717,32 +717,58 @@ def test_a_draft_in_hand_stays_as_it_was(
     modules = [type(module) for module in draft.model.modules()]
     before = draft.logits(draft.hidden(tokens)).clone()
     weights = {name: value.clone() for name, value in draft.model.state_dict().items()}
-    more = {"hints": {"layers": {2: 4}}, "signal": "live"}
-    distill(settings(world, tmp_path / "run", training={"max_steps": 3}, **more), target, draft)
+    more = {"hints": {"layers": {2: 4}}, "signal": "live", "heldout": 8, "max_steps": 3}
+    trained = distill(target, draft, world["data"], tmp_path / "run", **more)
     assert torch.equal(draft.logits(draft.hidden(tokens)), before)
     assert [type(module) for module in draft.model.modules()] == modules
     for name, value in draft.model.state_dict().items():
         assert value.dtype == weights[name].dtype
         assert torch.equal(value, weights[name])
     assert not any(p.requires_grad for p in draft.model.parameters())
-    trained = models.load(str(tmp_path / "run" / "draft"), dtype="float32")
     assert not torch.equal(trained.logits(trained.hidden(tokens)), before)
+    assert (trained.dtype, trained.path) == (draft.dtype, tmp_path / "run" / "draft")
     assert models.stored_dtype(str(tmp_path / "run" / "draft")) == "float32"
-
-
-def test_in_place_the_draft_in_hand_is_the_one_that_is_trained(
-    world: dict[str, str], tmp_path: Path
-) -> None:
-    target, draft = (models.load(world[n], dtype="float32") for n in ("target", "draft"))
-    distill(settings(world, tmp_path / "run"), target, draft, in_place=True)
-    saved = models.load(str(tmp_path / "run" / "draft"), dtype="float32")
-    for ours, theirs in zip(draft.model.parameters(), saved.model.parameters(), strict=True):
+    saved = models.load(str(trained.path), dtype=dtype)
+    for ours, theirs in zip(trained.model.parameters(), saved.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+        assert not ours.requires_grad
 
 
-def test_a_draft_that_cannot_be_trained_in_place_is_refused(
+def test_keywords_are_the_configuration_of_a_file(world: dict[str, str], tmp_path: Path) -> None:
+    """With models given by their names or themselves: one run, to the bit."""
+    config = settings(world, tmp_path / "file", loss="jsd", decode=None, dtype="float32")
+    run(config)
+    options = config.training.model_dump(exclude_unset=True) | {"heldout": 8}
+    options |= {"loss": "jsd", "decode": None, "evaluate_every": 5, "checkpoint_every": 4}
+    names = [world["target"], Path(world["draft"])]
+    loaded = [models.load(str(name), dtype="float32") for name in names]
+    first = models.load(str(tmp_path / "file" / "draft"), dtype="float32")
+    for folder, pair, more in (("a", names, {"dtype": "float32"}), ("b", loaded, {})):
+        draft = distill(*pair, world["data"], tmp_path / folder, **options, **more)
+        for ours, theirs in zip(draft.model.parameters(), first.model.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+        with pytest.raises(InputError, match="already holds a run"):
+            distill(*pair, world["data"], tmp_path / folder, **options, **more)
+    assert config_sha256(load_config(tmp_path / "a" / "config.yaml")) == config_sha256(config)
+    with pytest.raises(InputError, match="dtype would say how models are loaded, and both are g"):
+        distill(*loaded, world["data"], tmp_path / "c", **options, dtype="float32")
+
+
+def test_a_draft_made_here_is_trained_before_it_is_saved(
     world: dict[str, str], tmp_path: Path
 ) -> None:
+    target = models.load(world["target"], dtype="float32")
+    store = Store(Path(world["data"]), read_manifest(Path(world["data"])))
+    options = {"heldout": 8, "max_steps": 2, "decode": None}
+    draft = distill(target, make_draft(target, [0]), store, tmp_path / "run", **options)
+    assert draft.num_layers == 1
+    again = distill(
+        target, make_draft(target, [0]), store, tmp_path / "run", resume=True, **options
+    )
+    assert again.sha256() == draft.sha256()
+
+
+def test_a_draft_that_cannot_be_trained_is_refused(world: dict[str, str], tmp_path: Path) -> None:
     target = models.load(world["target"], dtype="float32")
     for dtype, message in (("bfloat16", "torch.bfloat16"), ("float16", "torch.float16")):
         half = models.load(world["draft"], dtype=dtype)
@@ -751,7 +777,7 @@ def test_a_draft_that_cannot_be_trained_in_place_is_refused(
     packed = models.load(world["draft"], dtype="float32")
     pack(packed, 8)
     with pytest.raises(InputError, match=r"is packed for decoding.* load it again"):
-        distill(settings(world, tmp_path / "run"), target, packed, in_place=True)
+        train(settings(world, tmp_path / "run"), target, packed)
     assert not (tmp_path / "run" / "draft").exists()
 
 
@@ -763,7 +789,7 @@ def test_a_run_draws_nothing_from_the_programs_own_generator(
     target, draft = (models.load(world[n], dtype="float32") for n in ("target", "draft"))
     training = {"max_steps": 2, "lora": LORA}
     more = {"hints": {"layers": {2: 4}}, "signal": "live"}
-    distill(settings(world, tmp_path / "run", training=training, **more), target, draft)
+    train(settings(world, tmp_path / "run", training=training, **more), target, draft)
     make_draft(target, [0], random_seed=3)
     assert torch.equal(torch.get_rng_state(), state)
     assert random.getstate() == own

@@ -13,8 +13,9 @@ from specdistill.data.token_store import read_examples
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.errors import InputError
 from specdistill.models.head_only import load_head
+from specdistill.training.answers import split
 from specdistill.training.evaluation import Evaluation
-from specdistill.training.run import distill, split
+from specdistill.training.run import train
 
 DECODE = {"prompts": 5, "max_new_tokens": 9, "num_draft_tokens": 3}
 
@@ -113,5 +114,5 @@ def test_a_head_alone_cannot_decode(world: dict[str, str], tmp_path: Path) -> No
     bare = load_head(world["target"], dtype="float32")
     draft = models.load(world["draft"], dtype="float32")
     with pytest.raises(InputError, match=r"its head alone was read.*decode: null"):
-        distill(settings(world, tmp_path / "run"), bare, draft)
+        train(settings(world, tmp_path / "run"), bare, draft)
     assert not (tmp_path / "run").exists()

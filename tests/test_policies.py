@@ -21,18 +21,18 @@ from specdistill.decoding import ModelDrafter, SpeculativeDecoder
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import DecodingError, InputError, StorageError
 from specdistill.models import LanguageModel
-from specdistill.training.batches import Batch
+from specdistill.training.answers import read_given
+from specdistill.training.batches import Batch, schedule
 from specdistill.training.distiller import Distiller
 from specdistill.training.policies import (
     POLICIES,
     Source,
     examples_at,
     forget_samples,
-    read_given,
     standalone,
     within_top_k,
 )
-from specdistill.training.run import distill, schedule
+from specdistill.training.run import train
 
 Tiny = Callable[..., LanguageModel]
 HALF = torch.arange(0, 64, 2)
@@ -342,7 +342,7 @@ def run(config: DistillConfig, resume: bool = False, stop_at: int | None = None)
             raise KeyboardInterrupt
 
     target, draft = (models.load(p, dtype="float32") for p in (config.target, config.draft))
-    distill(config, target, draft, resume=resume, progress=progress)
+    train(config, target, draft, resume=resume, progress=progress)
     lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]

@@ -18,9 +18,10 @@ from specdistill import models
 from specdistill.data.text_store import AnswerStore, Settled, TextAnswer
 from specdistill.data.token_store import Example, read_examples
 from specdistill.errors import InputError
+from specdistill.training.answers import split
 from specdistill.training.batches import dealt, idle, length_buckets, make_batch
 from specdistill.training.distiller import Distiller
-from specdistill.training.run import distill, split
+from specdistill.training.run import train
 
 
 @pytest.fixture(scope="module")
@@ -165,10 +166,10 @@ def test_what_several_processes_cannot_share_is_refused(
     monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
     pair = [models.load(world[name], dtype="float32") for name in ("target", "draft")]
     with pytest.raises(InputError, match=r"accumulate is 3, .* make it a multiple of 2"):
-        distill(settings(world, tmp_path / "run", training={"accumulate": 3}), *pair)
+        train(settings(world, tmp_path / "run", training={"accumulate": 3}), *pair)
     seconds = {"max_steps": None, "max_seconds": 9.0, "accumulate": 2}
     with pytest.raises(InputError, match="max_seconds would end 2 processes"):
-        distill(settings(world, tmp_path / "run", training=seconds), *pair)
+        train(settings(world, tmp_path / "run", training=seconds), *pair)
     assert not (tmp_path / "run").exists()
 
 
@@ -239,4 +240,4 @@ def test_sharding_is_refused(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     pair = [models.load(world[name], dtype="float32") for name in ("target", "draft")]
     with pytest.raises(InputError, match=r"ACCELERATE_USE_FSDP is set.*training\.shard: true"):
-        distill(settings(world, tmp_path / "run"), *pair)
+        train(settings(world, tmp_path / "run"), *pair)

@@ -21,7 +21,7 @@ from specdistill.models import LanguageModel
 from specdistill.models.head_only import load_head
 from specdistill.training.batches import make_batch
 from specdistill.training.distiller import Distiller
-from specdistill.training.run import distill
+from specdistill.training.run import train
 
 Tiny = Callable[..., LanguageModel]
 K = 12
@@ -57,7 +57,7 @@ def settings(
 
 
 def metrics(config: DistillConfig, target: LanguageModel) -> list[dict]:
-    distill(config, target, models.load(config.draft, dtype="float32"))
+    train(config, target, models.load(config.draft, dtype="float32"))
     lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     return [{k: v for k, v in row.items() if "second" not in k} for row in rows]

@@ -19,7 +19,7 @@ from specdistill.errors import InputError
 from specdistill.progress import unsaid
 from specdistill.scoring.measure import score
 from specdistill.sweep import Result, _draw, heat_map, load_sweep, run_sweep, short_labels
-from specdistill.training.run import distill
+from specdistill.training.run import train
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +105,13 @@ def test_precisions_are_compared_and_no_kind_of_failure_ends_a_sweep(file: Path)
     def broken(config, *arguments, **options):
         if config.seed == 1:
             raise OSError("no file")
-        return distill(config, *arguments, **options)
+        return train(config, *arguments, **options)
 
     sweep = load_sweep(
         file,
         ["grid={training.precision: [fp32, bf16], seed: [0, 1]}", "loss=fkl"],
     )
-    with mock.patch("specdistill.sweep.distill", side_effect=broken):
+    with mock.patch("specdistill.sweep.train", side_effect=broken):
         result = run_sweep(sweep)
     assert list(result.cards) == ["fp32_0", "bf16_0"]
     assert result.failed == {"fp32_1": "OSError: no file", "bf16_1": "OSError: no file"}
@@ -151,7 +151,7 @@ def test_a_failed_run_is_reported_and_done_again_alone(file: Path, tmp_path: Pat
         trained.append(Path(config.run_dir).name)
         if len(trained) == 3:
             raise RuntimeError("no memory [left]")
-        return distill(config, *arguments, **options)
+        return train(config, *arguments, **options)
 
     trained: list[str] = []
     folder = tmp_path / "sweep"
@@ -159,7 +159,7 @@ def test_a_failed_run_is_reported_and_done_again_alone(file: Path, tmp_path: Pat
     original = raw["data"]
     raw["data"] = str(shutil.copytree(original, tmp_path / "data"))
     file.write_text(yaml.safe_dump(raw, sort_keys=False))
-    with mock.patch("specdistill.sweep.distill", side_effect=broken):
+    with mock.patch("specdistill.sweep.train", side_effect=broken):
         first = run("sweep", file)
     assert (first.code, trained) == (1, NAMES)
     assert "no memory [left]" in first.out
@@ -170,7 +170,7 @@ def test_a_failed_run_is_reported_and_done_again_alone(file: Path, tmp_path: Pat
 
     # Not what the clock makes of such short runs on a busy machine: test_trust has that.
     with (
-        mock.patch("specdistill.sweep.distill", side_effect=broken),
+        mock.patch("specdistill.sweep.train", side_effect=broken),
         mock.patch("specdistill.scoring.compare.obstacles", return_value=[]) as checked,
     ):
         second = run("sweep", file, "--json")

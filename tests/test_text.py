@@ -22,11 +22,11 @@ from specdistill.errors import InputError
 from specdistill.models import LanguageModel
 from specdistill.report.plots.training import figure_training
 from specdistill.run_folder import read_metrics
+from specdistill.training.answers import read_given
 from specdistill.training.batches import make_batch
 from specdistill.training.distiller import Distiller
 from specdistill.training.evaluation import on_text
-from specdistill.training.policies import read_given
-from specdistill.training.run import distill
+from specdistill.training.run import train
 
 Tiny = Callable[..., LanguageModel]
 
@@ -65,7 +65,7 @@ def run(config: DistillConfig, resume: bool = False, stop_at: int | None = None)
             raise KeyboardInterrupt
 
     draft = models.load(config.draft, dtype="float32")
-    distill(config, None, draft, resume=resume, progress=progress)
+    train(config, None, draft, resume=resume, progress=progress)
     lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 

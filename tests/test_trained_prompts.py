@@ -13,8 +13,8 @@ from specdistill.data.chat import encode_prompt, encoded
 from specdistill.data.likeness import TRAINED, fingerprint, read_trained
 from specdistill.data.prompts import Prompt
 from specdistill.scoring.measure import score, trained_line
-from specdistill.training.policies import read_given
-from specdistill.training.run import distill, split
+from specdistill.training.answers import read_given, split
+from specdistill.training.run import train
 
 
 def test_a_score_on_prompts_of_training_says_so(tiny_folder: Path, tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_a_score_on_prompts_of_training_says_so(tiny_folder: Path, tmp_path: Pat
     target = models.load(world["target"], dtype="float32")
     said: list[str] = []
     draft = models.load(world["draft"], dtype="float32")
-    distill(config, target, draft, progress=lambda *a: said.append(str(a[-1])))
+    train(config, target, draft, progress=lambda *a: said.append(str(a[-1])))
     assert any("8 held out" in line for line in said)
     _, training = split(read_given(config, target), config.heldout)
     texts = [target.tokenizer.decode(e.prompt_tokens, skip_special_tokens=True) for e in training]
@@ -60,7 +60,7 @@ def test_near_duplicates_on_both_sides_are_said(tiny_folder: Path, tmp_path: Pat
     target = models.load(world["target"], dtype="float32")
     said: list[str] = []
     draft = models.load(world["draft"], dtype="float32")
-    distill(config, target, draft, progress=lambda *a: said.append(str(a[-1])))
+    train(config, target, draft, progress=lambda *a: said.append(str(a[-1])))
     heldout, _ = split(read_given(config, target), 12)
     alike = sum(int(e.id) <= 12 for e in heldout)
     assert alike

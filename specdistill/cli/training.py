@@ -138,32 +138,14 @@ def distill(
 
 def _distill(settings: DistillConfig, resume: bool) -> tuple[Path, dict[str, Any]]:
     """The draft's folder, and the last row of the metrics."""
-    from specdistill import models
-    from specdistill.models import head_only
     from specdistill.run_folder import METRICS, read_metrics
-    from specdistill.training import run as distillation
+    from specdistill.training import run
 
-    target = None
-    if settings.signal != "none":
-        whole = settings.signal == "live" or settings.decode is not None
-        read = models.load if whole else head_only.load_head
-        target = read(settings.target, dtype=settings.dtype, device=settings.device)
-    student = models.load(settings.draft, dtype="float32", device=settings.device)
-    if target is not None:
-        models.check_pair(target, student)
+    target, draft = run.read_models(settings)
     if os.environ.get("RANK", "0") != "0":
-        folder = distillation.distill(settings, target, student, resume=resume, in_place=True)
-        return folder, {}
-    console.note_models(*filter(None, (target, student)), decoding=False)
-    show = partial(console.note_example, student.tokenizer)
+        return run.train(settings, target, draft, resume=resume), {}
+    console.note_models(*filter(None, (target, draft)), decoding=False)
+    show = partial(console.note_example, draft.tokenizer)
     with console.progress() as progress:
-        folder = distillation.distill(
-            settings,
-            target,
-            student,
-            resume=resume,
-            in_place=True,
-            show=show,
-            progress=progress,
-        )
+        folder = run.train(settings, target, draft, resume=resume, show=show, progress=progress)
     return folder, read_metrics(folder.parent / METRICS)[-1]

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from specdistill import models
-from specdistill.config import DistillConfig, Training
 from specdistill.data.chat import EncodedPrompt, encoded
 from specdistill.data.generation import generate
 from specdistill.data.likeness import split_prompts
@@ -116,22 +115,20 @@ def quickstart(
         plan.before_num_draft_tokens,
     )
     if not (run_dir / "draft" / "config.json").exists():
-        config = DistillConfig(
-            target=task.target,
-            draft=str(undistilled),
-            data=str(data),
-            run_dir=str(run_dir),
+        distill(
+            target,
+            undistilled,
+            data,
+            run_dir,
+            resume=True,
+            progress=progress,
             seed=task.seed,
             heldout=max(1, min(32, len(read_manifest(data).ids) // 4)),
             decode=None,  # it is scored before and after
-            training=Training(
-                max_seconds=plan.train_seconds,
-                batch_tokens=plan.batch_tokens,
-                learning_rate=plan.learning_rate,
-            ),
+            max_seconds=plan.train_seconds,
+            batch_tokens=plan.batch_tokens,
+            learning_rate=plan.learning_rate,
         )
-        student = models.load(str(undistilled), dtype="float32")
-        distill(config, target, student, resume=True, in_place=True, progress=progress)
     after = scored("scorecard.json", run_dir / "draft", questions, plan.num_draft_tokens)
     progress("report", 0, 1)
     plot_all(run_dir, note=note)

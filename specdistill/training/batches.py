@@ -1,16 +1,21 @@
-"""From examples to the batches of an update: padding, the response mask, groups of like length."""
+"""From examples to the batches of an update: padding, the response mask, groups of like length, and
+their order over a run.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from specdistill.config import DistillConfig
 from specdistill.data.signal import Signal, joined, positions_of
 from specdistill.data.token_store import Example
+from specdistill.errors import InputError
 
 
 @dataclass
@@ -70,6 +75,23 @@ def dealt(
     return batches
 
 
+def check_processes(config: DistillConfig, processes: int) -> None:
+    """An update's micro-batches are dealt to the processes, so that it is the same with any number
+    of them; and they must all end at one step.
+    """
+    training = config.training
+    if training.accumulate % processes:
+        raise InputError(
+            f"training.accumulate is {training.accumulate}, the forward passes in one update, and "
+            f"{processes} processes share them: make it a multiple of {processes}"
+        )
+    if processes > 1 and training.max_steps is None:
+        raise InputError(
+            f"training.max_seconds would end {processes} processes at different steps; give "
+            "training.max_steps"
+        )
+
+
 def length_buckets(
     examples: list[Example], batch_tokens: int, seed: int, epoch: int
 ) -> list[list[Example]]:
@@ -107,3 +129,24 @@ def updates(
             else:
                 yield groups[start : start + accumulate]
         epoch += 1
+
+
+def schedule(
+    examples: Callable[[int], list[Example]], config: DistillConfig, step: int
+) -> Iterator[list[list[Example]]]:
+    """The micro-batches of each update from `step` on, without end, over `examples(step)`, which
+    are asked for anew at every multiple of the policy's `refresh_every`.
+    """
+    training, period = config.training, config.policy.refresh_every
+    while True:
+        first = 0 if period is None else step - step % period
+        stream = updates(
+            examples(first),
+            training.batch_tokens,
+            training.accumulate,
+            config.seed + first,
+            skip=step - first,
+        )
+        for groups in islice(stream, None if period is None else first + period - step):
+            yield groups
+            step += 1

@@ -6,10 +6,11 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,32 +25,33 @@ STATE = "state.json"
 Weights = Mapping[str, Tensor]
 
 
-class State(BaseModel):
-    """state.json: how far the run has come, the best row of its metrics so far, and hashes of what
-    it started from by the key of the configuration that names it.
+def _of_a_step(best: dict[str, Any]) -> dict[str, Any]:
+    numbers = (v for v in best.values() if not isinstance(v, list))
+    if type(best.get("kept_step")) is not int or not all(
+        isinstance(v, int | float) and math.isfinite(v) for v in numbers
+    ):
+        raise ValueError("it must hold numbers by name, among them kept_step")
+    return best
+
+
+@dataclass
+class RunState:
+    """state.json: how far a run has come; seconds are those of its updates, best is the row of its
+    best evaluation so far, empty before the first. origins: hashes of what it started from, by the
+    key of the configuration that names it.
     """
 
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
-    step: int = Field(ge=1)
-    tokens: int = Field(ge=0)
-    seconds: float = Field(ge=0)
-    best: dict[str, Any]
+    step: Annotated[int, Field(ge=1)]
+    tokens: Annotated[int, Field(ge=0)]
+    seconds: Annotated[float, Field(ge=0)]
+    best: Annotated[dict[str, Any], AfterValidator(_of_a_step)]
     origins: dict[str, str]
     config_sha256: str | None = None
-
-    @field_validator("best")
-    @classmethod
-    def _of_a_step(cls, best: dict[str, Any]) -> dict[str, Any]:
-        numbers = (v for v in best.values() if not isinstance(v, list))
-        if type(best.get("kept_step")) is not int or not all(
-            isinstance(v, int | float) and math.isfinite(v) for v in numbers
-        ):
-            raise ValueError("it must hold numbers by name, among them kept_step")
-        return best
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore", allow_inf_nan=False)
 
 
 def save_checkpoint(
-    folder: Path, state: dict[str, Any], weights: Weights, best: Weights, moments: Weights
+    folder: Path, state: RunState, weights: Weights, best: Weights, moments: Weights
 ) -> None:
     """Replace the checkpoint in `folder` by this one; the old one stays until then. `best` are the
     weights of the best evaluation so far, `moments` what the optimiser keeps.
@@ -60,7 +62,7 @@ def save_checkpoint(
             new.mkdir()
             for tensors, name in ((weights, WEIGHTS), (best, BEST), (moments, OPTIMIZER)):
                 save_file({n: t.detach().contiguous() for n, t in tensors.items()}, new / name)
-            (new / STATE).write_text(json.dumps(state), encoding="utf-8")
+            (new / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
             if folder.exists():  # else the old one is all there is
                 shutil.rmtree(old, ignore_errors=True)
                 folder.rename(old)
@@ -90,11 +92,11 @@ def load_checkpoint(
     weights: Weights,
     best: Weights,
     restore: Callable[[dict[str, Tensor]], None],
-) -> dict[str, Any]:
+) -> RunState:
     """Read a checkpoint into `weights` and `best`, and `restore` the moments; returns its state.
     Raises `StorageError` where it does not fit.
     """
-    state = read_json(folder / STATE, State, f"remove {folder} to start over")
+    state = read_json(folder / STATE, RunState, f"remove {folder} to start over")
     try:
         for tensors, file in ((weights, WEIGHTS), (best, BEST)):
             saved = load_file(folder / file)
@@ -106,7 +108,7 @@ def load_checkpoint(
         raise StorageError(
             f"the checkpoint in {folder} cannot be used: {error}; remove it to start over"
         ) from error
-    return state.model_dump()
+    return state
 
 
 def _kinds(tensors: Weights) -> dict[str, tuple[Any, ...]]:

@@ -19,16 +19,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from specdistill.config import DistillConfig, Policy
-from specdistill.data.chat import encode_example
-from specdistill.data.signal import States, TopK
-from specdistill.data.sources import TokenAnswers, open_answers
-from specdistill.data.token_store import Example, tokenizer_sha256
+from specdistill.config import Policy
+from specdistill.data.token_store import (
+    Example,
+)
 from specdistill.decoding import Generation, ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.documents import read_json_lines
 from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
-from specdistill.models import LanguageModel, check_tokens
+from specdistill.models import LanguageModel
+from specdistill.training.answers import check_examples
 from specdistill_kernels import Lenience, Mode, Verdict, sample
 
 BATCH = 64  # rows decoded together
@@ -169,7 +169,7 @@ def examples_at(source: Source, step: int, folder: Path) -> list[Example]:
         samples = [Example(**vars(sample)) for sample in read_json_lines(file, _Sample, advice)]
         if not samples:
             raise StorageError(f"{file} is damaged (it is empty); {advice}")
-        _check_tokens(samples, source.target, file, advice)
+        check_examples(samples, source.target, file, advice)
         return samples
     try:
         examples = policy(source, step)
@@ -188,84 +188,6 @@ def forget_samples(folder: Path, step: int) -> None:
         number = file.stem.removeprefix("step-")
         if number.isdecimal() and int(number) >= step:
             file.unlink()
-
-
-def read_given(config: DistillConfig, reader: LanguageModel) -> list[Example]:
-    """The answers in `config.data`: a folder of `generate`, or prompts with responses of their own.
-    Text becomes the tokens of `reader`: the target, or the draft where only text is learnt from.
-    Raises `InputError` where the policy wants the other kind, or the tokens are another model's.
-    """
-    answers, name = open_answers(config.data), config.policy.name
-    if name == ("fixed" if answers.generated else "target"):
-        here = (
-            "answers of the target" if answers.generated else "no answers of `specdistill generate`"
-        )
-        other = "target" if answers.generated else "fixed"
-        raise InputError(f"policy {name!r}: {config.data} holds {here}; take policy {other!r}")
-    if isinstance(answers, TokenAnswers):
-        made_by = answers.manifest
-        if made_by.tokenizer_sha256 != tokenizer_sha256(reader):
-            raise InputError(
-                f"{config.data} holds tokens of {made_by.target}, whose tokenizer or chat template "
-                f"differs from {reader.name}'s; generate answers of this target, or learn across "
-                "tokenizers from text: have a server answer (`specdistill ask`), or give .jsonl "
-                "with prompts and responses"
-            )
-        learnt = config.signal != "none" and name in ("target", "mixed")
-        if learnt and not reader.has_sha256(made_by.target_sha256):
-            raise InputError(
-                f"{config.data} holds answers of {made_by.target}, another model than "
-                f"{reader.name} is now, by its weights or its config.json; generate answers of "
-                "this target, or take a policy that makes its own (fresh_target, draft, skd)"
-            )
-        examples = answers.examples(signal=config.signal == "kept")
-        _check_tokens(examples, reader, config.data, "remove the folder and generate again")
-        return [e for e in examples if e.response_tokens]
-    if config.signal == "kept":
-        raise InputError(
-            f"{config.data} holds text, and nothing is kept with it of the target's signal; set "
-            "signal: none to learn from the text (loss: ce), or live"
-        )
-    examples = []
-    for text in answers.answers():
-        prompt = text.prompt
-        response = prompt.one_response()
-        if response is None:
-            raise InputError(
-                f"{config.data}: prompt {prompt.id!r} has no response to learn from; give one to "
-                "each, or let the target answer with `specdistill generate`"
-            )
-        tokens, mask = encode_example(
-            reader.tokenizer, prompt, response, ended=text.ended, ends=reader.eos_ids
-        )
-        check_tokens(reader, tokens, f"{config.data}: prompt {prompt.id!r}")
-        start = mask.index(True)
-        examples.append(Example(prompt.id, tokens[:start], tokens[start:], prompt.category))
-    return examples
-
-
-def _check_tokens(
-    examples: Sequence[Example], reader: LanguageModel, where: str | Path, advice: str
-) -> None:
-    """Raises `StorageError` for ids that the model has not, and states of another width."""
-    known = max(reader.vocab_size, reader.full_vocab_size)
-    width = reader.head.weight.shape[1]
-    for example in examples:
-        ids = [example.prompt_tokens, example.response_tokens]
-        largest = max(map(max, filter(None, ids)), default=0)
-        if isinstance(example.signal, TopK) and example.signal.tokens.numel():
-            lowest, highest = example.signal.tokens.aminmax()
-            largest = max(largest, int(highest)) if lowest >= 0 else int(lowest)
-        if not 0 <= largest < known:
-            raise StorageError(
-                f"{where} has the token {largest} in {example.id!r}, and {reader.name} has 0 to "
-                f"{known - 1}; {advice}"
-            )
-        if isinstance(example.signal, States) and (d := example.signal.hidden.shape[1]) != width:
-            raise StorageError(
-                f"{where} keeps states of {d} values, and those of {reader.name} have {width}; "
-                f"{advice}"
-            )
 
 
 def standalone(draft: LanguageModel, target: LanguageModel) -> LanguageModel:

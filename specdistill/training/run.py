@@ -6,22 +6,23 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, replace
-from hashlib import sha256
-from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from specdistill.config import DistillConfig
+from torch import nn
+
+from specdistill import models
+from specdistill.config import DistillConfig, from_keywords
 from specdistill.data.likeness import nearly_among, write_trained
-from specdistill.data.signal import NONE, kept_tokens, read_states
-from specdistill.data.sources import TokenAnswers, open_answers
-from specdistill.data.token_store import Example
+from specdistill.data.signal import read_states
+from specdistill.data.token_store import Example, Store
 from specdistill.drafts.making import save_draft
 from specdistill.errors import DecodingError, InputError, StorageError, TrainingError
 from specdistill.files import held
-from specdistill.models import LanguageModel, check_positions, set_origin
+from specdistill.models import LanguageModel, set_origin
+from specdistill.models.head_only import load_head
 from specdistill.progress import Progress, silent
 from specdistill.run_folder import (
     CHECKPOINTS,
@@ -36,17 +37,120 @@ from specdistill.run_folder import (
     keep_metrics,
     write_config,
 )
-from specdistill.training.batches import dealt, updates
+from specdistill.training.answers import examples_sha256, heldout_and_training, smaller_writer
+from specdistill.training.batches import check_processes, dealt, schedule
 from specdistill.training.checkpoints import (
+    RunState,
     copy_weights,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
-from specdistill.training.distiller import Distiller, trainable
+from specdistill.training.distiller import Distiller, configured_objective, trainable
 from specdistill.training.evaluation import Evaluation
-from specdistill.training.hints import map_layers
-from specdistill.training.policies import Source, examples_at, forget_samples, read_given
+from specdistill.training.policies import Source, examples_at, forget_samples
+
+
+def distill(
+    target: LanguageModel | str | Path,
+    draft: LanguageModel | str | Path,
+    answers: Store | str | Path,
+    run_dir: str | Path,
+    *,
+    resume: bool = False,
+    show: Callable[[Example], None] | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> LanguageModel:
+    """Distil a draft towards its target; returns it with its best weights, which are in
+    RUN_DIR/draft too. The given draft stays as it was; it is a copy in float32 that is trained, and
+    what is returned has the dtype of the draft that was given, or else of the target.
+
+    Models are given themselves or by their folders or names, answers as what `generate` returns or
+    its folder, or with policy="fixed" as a file of prompts with responses. options: the keys of a
+    configuration file (`DistillConfig`), and those of its sections also by themselves where no
+    other section has them: max_steps=2000 is training={"max_steps": 2000}.
+
+    Raises `InputError` for an option that is unknown, and as `train`.
+    """
+    given = [model for model in (target, draft) if isinstance(model, LanguageModel)]
+    if len(given) == 2 and (unread := options.keys() & {"dtype", "device"}):
+        raise InputError(
+            f"{' and '.join(sorted(unread))} would say how models are loaded, and both are given "
+            "here; leave it out, or give their folders or names"
+        )
+    named = {
+        key: model.name if isinstance(model, LanguageModel) else str(model)
+        for key, model in (("target", target), ("draft", draft))
+    }
+    data = str(answers.folder if isinstance(answers, Store) else answers)
+    config = from_keywords(**named, data=data, run_dir=str(run_dir), **options)
+    configured_objective(config)  # before the models are read
+    with _alone_in(config):
+        check_run(config, resume)
+        teacher, student = read_models(config, target, draft)
+        folder = train(config, teacher, student, resume=resume, show=show, progress=progress)
+    dtype = (draft if isinstance(draft, LanguageModel) else teacher or student).dtype
+    nn.Module.to(student.model, dtype)
+    return replace(student, name=str(folder), path=folder)
+
+
+def read_models(
+    config: DistillConfig,
+    target: LanguageModel | str | Path | None = None,
+    draft: LanguageModel | str | Path | None = None,
+) -> tuple[LanguageModel | None, LanguageModel]:
+    """The pair a configuration names, or what is given of it: no target where its text alone is
+    learnt from, and its head alone where nothing needs more; the draft in float32.
+    """
+    teacher = None
+    if config.signal != "none":
+        whole = config.signal == "live" or config.decode is not None
+        read = models.load if whole else load_head
+        if isinstance(target, LanguageModel):
+            teacher = target
+        else:
+            teacher = read(config.target, dtype=config.dtype, device=config.device)
+    if isinstance(draft, LanguageModel):
+        student = trainable(draft)
+    else:
+        student = models.load(config.draft, dtype="float32", device=config.device)
+    if teacher is not None:
+        models.check_pair(teacher, student)
+    return teacher, student
+
+
+def train(
+    config: DistillConfig,
+    target: LanguageModel | None,
+    draft: LanguageModel,
+    *,
+    resume: bool = False,
+    show: Callable[[Example], None] | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """Train `draft`, in place, to the end of the budget; returns the folder it is saved in,
+    RUN/draft. It ends with the weights of the best evaluation, by `Evaluation.criterion`. The
+    target is None exactly where `config.signal` is "none". `show` is given the first example that
+    is trained on.
+
+    Writes RUN/metrics.jsonl and RUN/checkpoints/; the last row of the metrics names the step whose
+    weights were kept. Raises `InputError` as `check_run`, for a draft that is not in float32 or is
+    packed (see `trainable`), and where data and target do not belong together; `TrainingError` at
+    the first update whose loss, gradient or evaluation is no number: no draft is written then.
+    """
+    with _alone_in(config):
+        return Run(config, target, draft, resume, show, progress).to_the_end()
+
+
+@contextmanager
+def _alone_in(config: DistillConfig) -> Iterator[None]:
+    """Of several processes the first one writes."""
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    with held(Path(config.run_dir)):
+        yield
 
 
 def rate(spent: float, config: DistillConfig) -> float:
@@ -57,266 +161,203 @@ def rate(spent: float, config: DistillConfig) -> float:
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min((spent - warmup) / (1 - warmup), 1))))
 
 
-def spent(state: dict[str, Any], config: DistillConfig) -> float:
-    """The share of the budget that is used; sampling counts as training time."""
-    if config.training.max_steps is not None:
-        return state["step"] / config.training.max_steps
-    return state["seconds"] / (config.training.max_seconds or 1)
+class Run:
+    """One run in its folder, of one process or several."""
 
+    def __init__(
+        self,
+        config: DistillConfig,
+        target: LanguageModel | None,
+        draft: LanguageModel,
+        resume: bool,
+        show: Callable[[Example], None] | None,
+        progress: Progress,
+    ) -> None:
+        """Everything is read and checked before anything is written."""
+        if os.environ.get("RANK", "0") == "0":  # the others may find what this one has begun
+            check_run(config, resume)
+        self.config, self.target, self.draft = config, target, draft
+        self.folder = Path(config.run_dir)
+        self.show, self.progress = show, progress
+        self.heldout, self.training = heldout_and_training(config, target, draft)
+        self.distiller = Distiller(target, draft, config)
+        self.accelerator = self.distiller.accelerator
+        check_processes(config, self.accelerator.num_processes)
+        self.evaluation = Evaluation(self.distiller, self.heldout, config)
+        weights = self.distiller.parameters
+        self.best = {name: value.detach().to("cpu", copy=True) for name, value in weights.items()}
+        pair = {"draft": draft} if target is None else {"target": target, "draft": draft}
+        origins = {name: model.sha256() for name, model in pair.items()}
+        origins["data"] = examples_sha256([*self.heldout, *self.training])
+        self.state = RunState(0, 0, 0.0, {}, origins, config_sha256(config))
+        if resume and (checkpoint := find_checkpoint(self.folder / CHECKPOINTS)):
+            self.state = self.checkpointed(checkpoint)
+        self.accelerator.wait_for_everyone()  # all have read what one of them now writes
+        if self.accelerator.is_main_process:
+            forget_samples(self.folder / SAMPLES, self.state.step)
+            keep_metrics(self.folder, self.state.step)
+            write_config(config, target, draft, self.accelerator.num_processes)
+        named = {
+            k: v if isinstance(v, int | float | str) else str(v)
+            for k, v in flat(config.model_dump()).items()
+        }
+        self.accelerator.init_trackers("distill", named)
 
-def schedule(
-    examples: Callable[[int], list[Example]], config: DistillConfig, step: int
-) -> Iterator[list[list[Example]]]:
-    """The micro-batches of each update from `step` on, without end, over `examples(step)`, which
-    are asked for anew at every multiple of the policy's `refresh_every`.
-    """
-    training, period = config.training, config.policy.refresh_every
-    while True:
-        first = 0 if period is None else step - step % period
-        stream = updates(
-            examples(first),
-            training.batch_tokens,
-            training.accumulate,
-            config.seed + first,
-            skip=step - first,
-        )
-        for groups in islice(stream, None if period is None else first + period - step):
-            yield groups
-            step += 1
+    @property
+    def spent(self) -> float:
+        """The share of the budget that is used; sampling counts as training time."""
+        if self.config.training.max_steps is not None:
+            return self.state.step / self.config.training.max_steps
+        return self.state.seconds / (self.config.training.max_seconds or 1)
 
-
-def split(examples: list[Example], heldout: int) -> tuple[list[Example], list[Example]]:
-    """The answers that are held out and those trained on, in an order by lot that is the same in
-    every run: in a folder they come a task at a time, and otherwise after an interrupt. Answers to
-    equal prompts stay together where that is possible with up to twice as many held out, or fewer.
-    """
-    first: dict[tuple[int, ...], str] = {}
-    for example in sorted(examples, key=lambda example: example.id):
-        first.setdefault(tuple(example.prompt_tokens), example.id)
-
-    def lot(example: Example) -> tuple[bytes, str]:
-        return sha256(first[tuple(example.prompt_tokens)].encode()).digest(), example.id
-
-    lots = sorted(examples, key=lot)
-    ends = [i + 1 for i, (a, b) in enumerate(pairwise(lots)) if a.prompt_tokens != b.prompt_tokens]
-    more = [end for end in ends if heldout <= end <= 2 * heldout]
-    fewer = [end for end in ends if end < heldout]
-    end = min(more, default=max(fewer, default=heldout))
-    return lots[:end], lots[end:]
-
-
-def distill(
-    config: DistillConfig,
-    target: LanguageModel | None,
-    draft: LanguageModel,
-    *,
-    resume: bool = False,
-    in_place: bool = False,
-    show: Callable[[Example], None] | None = None,
-    progress: Progress = silent,
-) -> Path:
-    """Run to the end of the budget; returns the folder of the finished draft, RUN/draft: the
-    weights of the best evaluation, by `Evaluation.criterion`. The target is None exactly where
-    `config.signal` is "none". `show` is given the first example that is trained on.
-
-    A copy of `draft` is trained, in float32; `in_place` saves its memory where the caller has no
-    further use for the draft, which must then be in float32 itself and not packed.
-
-    Writes RUN/metrics.jsonl and RUN/checkpoints/; the last row of the metrics names the step whose
-    weights were kept. Raises `InputError` as `check_run`, and where data and target do not belong
-    together, and `TrainingError` at the first update whose loss, gradient or evaluation is no
-    number; no draft is written then.
-    """
-    # Of several processes the first one writes.
-    with held(Path(config.run_dir)) if os.environ.get("RANK", "0") == "0" else nullcontext():
-        return _distill(config, target, draft, resume, in_place, show, progress)
-
-
-def _distill(
-    config: DistillConfig,
-    target: LanguageModel | None,
-    draft: LanguageModel,
-    resume: bool,
-    in_place: bool,
-    show: Callable[[Example], None] | None,
-    progress: Progress,
-) -> Path:
-    if os.environ.get("RANK", "0") == "0":  # the others may find what this one has begun
-        check_run(config, resume)
-    run = Path(config.run_dir)
-    checkpoints = run / CHECKPOINTS
-    answers = open_answers(config.data)
-    if config.signal == "kept" and isinstance(answers, TokenAnswers):
-        assert target is not None
-        _check_signal(config, answers, draft, target)
-    examples = read_given(config, target or draft)
-    if len(examples) < 2:
-        raise InputError(
-            f"{config.data} has {len(examples)} answer, and one must be held out of training for "
-            "the metrics; generate more"
-        )
-    if len(examples) <= config.heldout:
-        raise InputError(
-            f"{config.data} has {len(examples)} answers; heldout: {config.heldout}, kept out for "
-            f"the metrics, leaves none to train on; set heldout={max(len(examples) // 5, 1)}, or "
-            "generate more"
-        )
-    readers = [model for model in (target, draft) if model is not None]
-    new = config.policy.max_new_tokens or 0  # sampled after a prompt
-    lengths = ((e.id, len(e.prompt_tokens) + max(len(e.response_tokens), new)) for e in examples)
-    check_positions(readers, lengths)
-    heldout, training = split(examples, config.heldout)
-
-    draft = draft if in_place else trainable(draft)
-    distiller = Distiller(target, draft, config)
-    accelerator = distiller.accelerator
-    leads, processes = accelerator.is_main_process, accelerator.num_processes
-    _check_processes(config, processes)
-    evaluation = Evaluation(distiller, heldout, config)
-    weights = distiller.parameters
-    best = {name: value.detach().to("cpu", copy=True) for name, value in weights.items()}
-    state: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "best": None}
-    config_hash = config_sha256(config)
-    state["config_sha256"] = config_hash
-    state["origins"] = origins = _origins(target, draft, [*heldout, *training])
-    if resume and (checkpoint := find_checkpoint(checkpoints)):
-        state = load_checkpoint(checkpoint, weights, best, distiller.restore)
-        if evaluation.criterion not in state["best"]:
-            raise StorageError(
-                f"the checkpoint in {checkpoint} cannot be used: its best evaluation has no "
-                f"{evaluation.criterion}; remove it to start over"
+    def to_the_end(self) -> Path:
+        """Update after update until the budget is used, then the best weights to RUN/draft."""
+        config, state, accelerator = self.config, self.state, self.accelerator
+        self.progress("distil", self.spent, 1.0, self.announcement())
+        if state.step == 0:
+            self.record(self.evaluate())
+        updates = schedule(self.examples, config, state.step)
+        while (spent := self.spent) < 1:
+            start, learning_rate = time.perf_counter(), rate(spent, config)
+            groups = next(updates)
+            if self.show is not None and state.step == 0:
+                self.show(groups[0][0])
+            batches = dealt(
+                groups, accelerator.process_index, accelerator.num_processes, self.draft.device
             )
-        known = (run / CONFIG).exists()  # then `check_run` has compared them, key by key
-        if not known and state.get("config_sha256", config_hash) != config_hash:
-            raise InputError(
-                f"{checkpoint} is of another configuration, and {run / CONFIG}, which would tell "
-                "how it differs, is missing; put it back, or choose another run_dir"
+            metrics = self.distiller.step(batches, learning_rate)
+            state.seconds += time.perf_counter() - start
+            state.step += 1
+            state.tokens += metrics.response_tokens
+            row = {
+                **asdict(metrics),
+                "tokens": state.tokens,
+                "tokens_per_second": state.tokens / state.seconds,
+                "learning_rate": learning_rate,
+            }
+            if state.step % config.evaluate_every == 0 or self.spent >= 1:
+                row |= self.evaluate()
+            self.record(row)
+            if state.step % config.checkpoint_every == 0:
+                self.save_checkpoint()
+            self.progress(
+                "distil", min(spent, 1.0), 1.0, f"step {state.step}, loss {metrics.loss:.3f}"
             )
-        read = {"target": target, "draft": draft}
-        for name, now in origins.items():
-            before, model = state["origins"].get(name, ""), read.get(name)
-            if before != now and not (model is not None and model.has_sha256(before)):
-                raise InputError(
-                    f"{run} holds a run with another {name}: {getattr(config, name)} was changed "
-                    "since it began; put back what was there, or choose another run_dir"
-                )
-    accelerator.wait_for_everyone()  # all have read what one of them now writes
-    if leads:
-        forget_samples(run / SAMPLES, state["step"])
-        keep_metrics(run, state["step"])
-        write_config(config, target, draft, processes)
+        return self.finish()
 
-    def sampled(step: int) -> list[Example]:
-        if target is None:
-            return training
-        distiller.gather()
-        source = Source(training, target, draft, config.policy, config.seed)
+    def examples(self, step: int) -> list[Example]:
+        """What the policy has trained on from a step to its next refresh."""
+        if self.target is None:
+            return self.training
+        config, accelerator = self.config, self.accelerator
+        self.distiller.gather()
+        source = Source(self.training, self.target, self.draft, config.policy, config.seed)
         with accelerator.main_process_first():  # it writes them, and the others read
             try:
-                found = examples_at(source, step, run / SAMPLES)
+                examples = examples_at(source, step, self.folder / SAMPLES)
             except DecodingError as error:
                 raise TrainingError(
                     f"policy {config.policy.name!r} cannot sample after update {step}: {error}. "
                     f"Where the draft has diverged, {_begin_again(config)}"
                 ) from error
         if config.policy.refresh_every is None or config.hints is not None:
-            return found
+            return examples
         # They are trained on more than once, and the target need read them only once.
         return [
-            replace(e, signal=read_states(target, e.prompt_tokens, e.response_tokens))
-            for e in found
+            replace(e, signal=read_states(self.target, e.prompt_tokens, e.response_tokens))
+            for e in examples
         ]
 
-    def record(row: dict[str, Any]) -> None:
-        row = {name: state[name] for name in ("step", "tokens", "seconds")} | row
-        if leads:
-            append_metrics(run, row)
-        if "kept_step" not in row:
-            accelerator.log(row, step=state["step"])
-
-    def measured() -> dict[str, float]:
-        """The row of an evaluation; the best one's weights are kept, the later of equals."""
-        distiller.gather()
-        row, criterion = evaluation.measure(), evaluation.criterion
-        if state["best"] is None or row[criterion] >= state["best"][criterion]:
-            state["best"] = {**row, "kept_step": state["step"]}
-            copy_weights(weights, best)
+    def evaluate(self) -> dict[str, Any]:
+        """The held-out measures of now; the best one's weights are kept, the later of equals."""
+        self.distiller.gather()
+        row, criterion = self.evaluation.measure(), self.evaluation.criterion
+        if not self.state.best or row[criterion] >= self.state.best[criterion]:
+            self.state.best = {**row, "kept_step": self.state.step}
+            copy_weights(self.distiller.parameters, self.best)
         return row
 
-    named = {
-        k: v if isinstance(v, int | float | str) else str(v)
-        for k, v in flat(config.model_dump()).items()
-    }
-    accelerator.init_trackers("distill", named)
-    words = f"{len(training)} answers to train on, {len(heldout)} held out"
-    given = {tuple(e.prompt_tokens) for e in training}
-    others = [e for e in heldout if tuple(e.prompt_tokens) not in given]
-    if len(others) < len(heldout):
-        words += ", some of a prompt that is trained on, too"
-    reader = (target or draft).tokenizer
-    asked, learnt = (
-        [str(reader.decode(e.prompt_tokens, skip_special_tokens=True)) for e in part]
-        for part in (others, training)
-    )
-    if leads and (alike := len(nearly_among(asked, learnt))):
-        words += f", {alike} of them on prompts nearly like one that is trained on"
-    words += _smaller_writer(config, draft)
-    words += f"; going on from step {state['step']}" if state["step"] else ""
-    progress("distil", spent(state, config), 1.0, words)
-    if state["step"] == 0:
-        row = measured()
-        _check_numbers(row, 0, config)
-        record(row)
-    stream = schedule(sampled, config, state["step"])
-    while (share := spent(state, config)) < 1:
-        start = time.perf_counter()
-        groups = next(stream)
-        if show is not None and state["step"] == 0:
-            show(groups[0][0])
-        batches = dealt(groups, accelerator.process_index, processes, draft.device)
-        metrics = distiller.step(batches, rate(share, config))
-        state["seconds"] += time.perf_counter() - start
-        state["step"] += 1
-        state["tokens"] += metrics.response_tokens
-        row = {
-            **asdict(metrics),
-            "tokens": state["tokens"],
-            "tokens_per_second": state["tokens"] / state["seconds"],
-            "learning_rate": rate(share, config),
-        }
-        if state["step"] % config.evaluate_every == 0 or spent(state, config) >= 1:
-            row |= measured()
-        _check_numbers(row, state["step"], config)
-        record(row)
-        if state["step"] % config.checkpoint_every == 0:
-            distiller.gather()
-            moments = distiller.moments()
-            if leads:
-                save_checkpoint(checkpoints, state, weights, best, moments)
-        progress("distil", min(share, 1.0), 1.0, f"step {state['step']}, loss {metrics.loss:.3f}")
-    copy_weights(best, weights)
-    distiller.finish()
-    set_origin(draft, config_hash, state["best"]["kept_step"], target)
-    if leads:
-        save_draft(draft, run / DRAFT)
-        write_trained(run / DRAFT, learnt)
-    record(state["best"])
-    accelerator.wait_for_everyone()  # the draft is there for all of them
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    progress("distil", 1.0, 1.0, f"{state['tokens']:,} tokens in {state['step']} steps")
-    return run / DRAFT
+    def record(self, row: dict[str, Any]) -> None:
+        """Append to the metrics. Raises `TrainingError` for a value that is no number."""
+        state = self.state
+        _check_numbers(row, state.step, self.config)
+        row = {"step": state.step, "tokens": state.tokens, "seconds": state.seconds} | row
+        if self.accelerator.is_main_process:
+            append_metrics(self.folder, row)
+        if "kept_step" not in row:
+            self.accelerator.log(row, step=state.step)
 
+    def save_checkpoint(self) -> None:
+        """All processes call it, and the first one writes."""
+        self.distiller.gather()
+        moments = self.distiller.moments()
+        if self.accelerator.is_main_process:
+            folder, weights = self.folder / CHECKPOINTS, self.distiller.parameters
+            save_checkpoint(folder, self.state, weights, self.best, moments)
 
-def _origins(
-    target: LanguageModel | None, draft: LanguageModel, examples: list[Example]
-) -> dict[str, str]:
-    """Hashes of what a run starts from, by the key of the configuration that names it."""
-    answers = sha256()
-    for e in examples:
-        answers.update(repr((e.id, e.prompt_tokens, e.response_tokens)).encode())
-    loaded = {} if target is None else {"target": target.sha256()}
-    return {**loaded, "draft": draft.sha256(), "data": answers.hexdigest()}
+    def checkpointed(self, checkpoint: Path) -> RunState:
+        """Go on from a checkpoint. Raises `InputError` where it is of another configuration, draft,
+        target or data, `StorageError` where it cannot be used.
+        """
+        config, criterion = self.config, self.evaluation.criterion
+        weights, restore = self.distiller.parameters, self.distiller.restore
+        state = load_checkpoint(checkpoint, weights, self.best, restore)
+        if criterion not in state.best:
+            raise StorageError(
+                f"the checkpoint in {checkpoint} cannot be used: its best evaluation has no "
+                f"{criterion}; remove it to start over"
+            )
+        known = (self.folder / CONFIG).exists()  # then `check_run` has compared them, key by key
+        if not known and state.config_sha256 not in (None, self.state.config_sha256):
+            raise InputError(
+                f"{checkpoint} is of another configuration, and {self.folder / CONFIG}, which "
+                "would tell how it differs, is missing; put it back, or choose another run_dir"
+            )
+        pair = {"target": self.target, "draft": self.draft}
+        for name, now in self.state.origins.items():
+            before, model = state.origins.get(name, ""), pair.get(name)
+            if before != now and not (model is not None and model.has_sha256(before)):
+                raise InputError(
+                    f"{self.folder} holds a run with another {name}: {getattr(config, name)} was "
+                    "changed since it began; put back what was there, or choose another run_dir"
+                )
+        return state
+
+    def finish(self) -> Path:
+        """Write the draft with its best weights, and the row of the metrics that says whose."""
+        state, accelerator, draft = self.state, self.accelerator, self.draft
+        copy_weights(self.best, self.distiller.parameters)
+        self.distiller.finish()
+        set_origin(draft, config_sha256(self.config), state.best["kept_step"], self.target)
+        if accelerator.is_main_process:
+            save_draft(draft, self.folder / DRAFT)
+            write_trained(self.folder / DRAFT, self.prompts(self.training))
+        self.record(state.best)
+        accelerator.wait_for_everyone()  # the draft is there for all of them
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        self.progress("distil", 1.0, 1.0, f"{state.tokens:,} tokens in {state.step} steps")
+        return self.folder / DRAFT
+
+    def prompts(self, examples: list[Example]) -> list[str]:
+        """Their text."""
+        tokenizer = (self.target or self.draft).tokenizer
+        return [str(tokenizer.decode(e.prompt_tokens, skip_special_tokens=True)) for e in examples]
+
+    def announcement(self) -> str:
+        """What is trained on, and what is held out, in words."""
+        training, heldout = self.training, self.heldout
+        words = f"{len(training)} answers to train on, {len(heldout)} held out"
+        trained = {tuple(e.prompt_tokens) for e in training}
+        others = [e for e in heldout if tuple(e.prompt_tokens) not in trained]
+        if len(others) < len(heldout):
+            words += ", some of a prompt that is trained on, too"
+        if self.accelerator.is_main_process and (
+            alike := len(nearly_among(self.prompts(others), self.prompts(training)))
+        ):
+            words += f", {alike} of them on prompts nearly like one that is trained on"
+        words += smaller_writer(self.config, self.draft)
+        return words + (f"; going on from step {self.state.step}" if self.state.step else "")
 
 
 def _check_numbers(row: dict[str, Any], step: int, config: DistillConfig) -> None:
@@ -339,68 +380,3 @@ def _begin_again(config: DistillConfig) -> str:
         f"{config.training.learning_rate} (the updates before are in "
         f"{Path(config.run_dir) / METRICS})"
     )
-
-
-def _smaller_writer(config: DistillConfig, draft: LanguageModel) -> str:
-    """Compute-matched answers may come from a model below the draft itself (2408.16737): a word of
-    it then.
-    """
-    answers = open_answers(config.data)
-    if not isinstance(answers, TokenAnswers):
-        return ""
-    manifest = answers.manifest
-    parameters = manifest.writer_parameters
-    if parameters is None or parameters >= draft.parameters():
-        return ""
-    return f", written by {manifest.settings['writer'][0]}, which is smaller than the draft"
-
-
-def _check_processes(config: DistillConfig, processes: int) -> None:
-    """An update's micro-batches are dealt to the processes, so that it is the same with any number
-    of them; and they must all end at one step.
-    """
-    training = config.training
-    if training.accumulate % processes:
-        raise InputError(
-            f"training.accumulate is {training.accumulate}, the forward passes in one update, and "
-            f"{processes} processes share them: make it a multiple of {processes}"
-        )
-    if processes > 1 and training.max_steps is None:
-        raise InputError(
-            f"training.max_seconds would end {processes} processes at different steps; give "
-            "training.max_steps"
-        )
-
-
-def _check_signal(
-    config: DistillConfig, answers: TokenAnswers, draft: LanguageModel, target: LanguageModel
-) -> None:
-    """The states kept are those of this target's last layer alone; top-k are no states, and belong
-    to temperature 1.
-    """
-    manifest = answers.manifest
-    if not target.has_sha256(manifest.target_sha256):
-        raise InputError(
-            f"the signal in {config.data} was kept from {manifest.target}, another model than "
-            f"{target.name} is now, by its weights or its config.json; generate anew"
-        )
-    kept = manifest.signal
-    if kept == NONE:
-        return  # reading it says so
-    top_k = kept_tokens(kept) is not None
-    if config.hints is not None:
-        inner = {layer for _, layer in map_layers(config.hints.layers, draft, target)}
-        if top_k or inner != {target.num_layers}:
-            raise InputError(
-                f"hints ask for the target's layers {sorted(inner)}, and {config.data} keeps "
-                f"{kept!r}: {'no layer' if top_k else f'the last alone, {target.num_layers}'}; "
-                "distil with signal: live, or map to a layer that is kept"
-            )
-    if top_k:
-        for name in ("temperature", "decoding_temperature"):
-            if getattr(config, name) != 1:
-                raise InputError(
-                    f"{name} is {getattr(config, name)}, and {config.data} keeps {kept!r} of the "
-                    "target at temperature 1, which gives no other; keep 'states', or distil with "
-                    "signal: live"
-                )
