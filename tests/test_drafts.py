@@ -6,17 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_runs import ask
 from transformers import AutoModelForCausalLM
 
 from specdistill import models
+from specdistill.data.generation import generate
+from specdistill.data.token_store import Store, read_examples, read_manifest
 from specdistill.drafts.making import (
     at_full_vocabulary,
     choose_vocabulary,
     count_tokens,
     expected_usage,
+    listed_layers,
     make_draft,
     parse_layers,
     save_draft,
+    vocabulary_from,
 )
 from specdistill.errors import InputError, ModelError, StorageError
 from specdistill.models import LanguageModel
@@ -189,9 +194,49 @@ def test_the_most_used_tokens_and_all_special_ones_are_kept(tiny: Tiny) -> None:
 def test_layers_are_parsed(text: str, layers: list[int] | None) -> None:
     if layers is None:
         with pytest.raises(InputError, match="layers must be"):
-            parse_layers(text, 4)
+            listed_layers(parse_layers(text), 4)
     else:
-        assert parse_layers(text, 4) == layers
+        assert listed_layers(parse_layers(text), 4) == layers
+
+
+def test_a_vocabulary_is_ranked_by_the_targets_probability_where_states_are_kept(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    target = tiny(3)
+    for name, signal in (("states", "states"), ("none", "none"), ("top-k", "top-k:5")):
+        generate(target, ask(12), tmp_path / name, max_new_tokens=6, signal=signal)
+    examples = read_examples(tmp_path / "states", signal=True)
+    usage = expected_usage(target, torch.cat([e.signal.hidden for e in examples]))
+    by_states = choose_vocabulary(target, usage, 20)
+    texts = [e.response_tokens for e in examples]
+    by_counts = choose_vocabulary(target, count_tokens(target, texts), 20)
+    assert not torch.equal(by_states.ids, by_counts.ids)
+    for source, expected, unit in (
+        (tmp_path / "states", by_states, "the target's probability"),
+        (Store(tmp_path / "states", read_manifest(tmp_path / "states")), by_states, "the target's"),
+        (str(tmp_path / "none"), by_counts, "tokens"),
+        (str(tmp_path / "top-k"), by_counts, "tokens"),
+        (texts, by_counts, "tokens"),
+    ):
+        chosen = vocabulary_from(target, 20, source)
+        assert torch.equal(chosen.ids, expected.ids)
+        assert chosen.coverage == pytest.approx(expected.coverage)
+        assert chosen.unit.startswith(unit)
+        draft = make_draft(target, 2, vocab_size=20, vocab_from=source)
+        assert torch.equal(draft.vocab, expected.ids)
+        assert draft.num_layers == 2
+    other = tiny(7)
+    assert vocabulary_from(other, 20, tmp_path / "states").unit == "tokens", "they are another's"
+
+
+def test_a_vocabulary_is_asked_for_in_one_way(tiny: Tiny) -> None:
+    target = tiny(3)
+    with pytest.raises(InputError, match="go together"):
+        make_draft(target, vocab_size=20)
+    with pytest.raises(InputError, match="leave one out"):
+        make_draft(target, 2, torch.arange(9), vocab_size=20, vocab_from=[[5, 6]])
+    with pytest.raises(InputError, match="layers must be a number of first layers"):
+        make_draft(target, 99)
 
 
 def test_expected_usage_sums_the_targets_probabilities(tiny: Tiny) -> None:

@@ -31,7 +31,10 @@ def init(
     ] = None,
     vocab_from: Annotated[
         str | None,
-        typer.Option(help="Data to count tokens in: a folder of `generate`, .jsonl or .txt."),
+        typer.Option(
+            help="Where the tokens are used: a folder of `generate` (by the target's own "
+            "probabilities where it keeps states), .jsonl or .txt (by counts)."
+        ),
     ] = None,
     random_seed: Annotated[
         int | None,
@@ -46,19 +49,19 @@ def init(
             "--vocab-size and --vocab-from go together: how many tokens, and the data to count "
             "them in"
         )
-    from specdistill.drafts.making import layer_numbers
+    from specdistill.drafts.making import parse_layers
 
-    layer_numbers(layers)  # before a model is read
+    wanted = parse_layers(layers)  # before a model is read
     keep_apart([out], [target, vocab_from])
     with held(out):
         must_be_new(out)
-        _init(target, out, layers, vocab_size, vocab_from, random_seed, dtype, as_json)
+        _init(target, out, wanted, vocab_size, vocab_from, random_seed, dtype, as_json)
 
 
 def _init(
     target: str,
     out: Path,
-    layers: str,
+    layers: int | list[int],
     vocab_size: int | None,
     vocab_from: str | None,
     random_seed: int | None,
@@ -66,17 +69,15 @@ def _init(
     as_json: bool,
 ) -> None:
     from specdistill import models
-    from specdistill.data.sources import open_answers
     from specdistill.drafts import making
 
     console.setup(None)
     kind = models.stored_dtype(target) if dtype == "auto" else dtype
     model = models.load(target, dtype=kind, device="cpu")
-    kept = making.parse_layers(layers, model.num_layers)
+    kept = making.listed_layers(layers, model.num_layers)
     vocabulary = None
     if vocab_size is not None and vocab_from is not None:
-        usage = making.count_tokens(model, open_answers(vocab_from).token_lists(model.tokenizer))
-        vocabulary = making.choose_vocabulary(model, usage, vocab_size)
+        vocabulary = making.vocabulary_from(model, vocab_size, vocab_from)
     ids = None if vocabulary is None else vocabulary.ids
     draft = making.make_draft(model, kept, ids, random_seed=random_seed)
     draft = making.save_draft(draft, out)
@@ -90,7 +91,8 @@ def _init(
     screen.print(table)
     screen.print(f"cost ratio by bytes: {ratio:.3f}")
     if vocabulary is not None:
-        screen.print(f"the kept tokens are {vocabulary.coverage:.2%} of the tokens in {vocab_from}")
+        share = f"{vocabulary.coverage:.2%} of {vocabulary.unit}"
+        screen.print(f"the kept tokens are {share} in {vocab_from}")
     console.finish(
         as_json,
         {
@@ -100,6 +102,7 @@ def _init(
             "bytes_per_token": draft.weight_bytes(),
             "cost_ratio_bytes": ratio,
             "coverage": None if vocabulary is None else vocabulary.coverage,
+            "coverage_of": None if vocabulary is None else vocabulary.unit,
         },
     )
 

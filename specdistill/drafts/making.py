@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from specdistill import limits
+from specdistill.data.signal import STATES, States
+from specdistill.data.sources import TokenAnswers, open_answers
+from specdistill.data.token_store import Store
 from specdistill.errors import InputError, ModelError, StorageError, first_line
 from specdistill.files import replacing
 from specdistill.limits import shown
@@ -29,16 +32,20 @@ from specdistill.models.randomness import seeded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+MOST_STATES = 4096  # of answers, read to choose a vocabulary
 FAR = 100.0  # how far below 0 the logits of tokens that a widened draft lacks should be
 LEAST_ALONG = 0.3  # of an average state's part along the mean, what the smallest must have
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens a trimmed draft can propose; `coverage` is their share of the usage."""
+    """The tokens a trimmed draft can propose; `coverage` is their share of the usage, which is
+    counted in `unit`.
+    """
 
     ids: Tensor  # [Vd] sorted target ids
     coverage: float
+    unit: Literal["tokens", "the target's probability"] = "tokens"
 
 
 def count_tokens(target: LanguageModel, texts: Iterable[list[int]]) -> Tensor:
@@ -80,8 +87,37 @@ def choose_vocabulary(target: LanguageModel, usage: Tensor, size: int) -> Vocabu
     return Vocabulary(ids, (usage[ids].sum() / usage.sum()).item())
 
 
-def layer_numbers(text: str) -> list[int]:
-    """ "4" to [4], "0,1,29" to the numbers listed; how many layers there are is not known here."""
+def vocabulary_from(
+    target: LanguageModel,
+    size: int,
+    source: Store | str | Path | Sequence[Sequence[int]],
+    seed: int = 0,
+) -> Vocabulary:
+    """The `size` tokens of greatest use in answers: a folder of `generate` or what that returned, a
+    file of prompts with responses, or token lists. Where states of this target are kept, use is its
+    probability, over at most `MOST_STATES` positions drawn by the seed: such a vocabulary held .92
+    to .94 of the target's mass, and one by counts .80 to .84 (`bench/LOG.md`). Elsewhere tokens are
+    counted. Raises `InputError`, and as the answers' readers do.
+    """
+    if not isinstance(source, Store | str | Path):
+        return choose_vocabulary(target, count_tokens(target, map(list, source)), size)
+    answers = open_answers(str(source.folder if isinstance(source, Store) else source))
+    if not (
+        isinstance(answers, TokenAnswers)
+        and answers.manifest.signal == STATES
+        and target.has_sha256(answers.manifest.target_sha256)
+    ):
+        usage = count_tokens(target, answers.token_lists(target.tokenizer))
+        return choose_vocabulary(target, usage, size)
+    signals = [e.signal for e in answers.examples(signal=True)]
+    hidden = torch.cat([signal.hidden for signal in signals if isinstance(signal, States)])
+    places = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(seed))
+    usage = expected_usage(target, hidden[places[:MOST_STATES]])
+    return replace(choose_vocabulary(target, usage, size), unit="the target's probability")
+
+
+def parse_layers(text: str) -> int | list[int]:
+    """ "4" to 4, "0,1,29" to the numbers listed; how many layers there are is not known here."""
     parts = text.split(",")
     if not all(re.fullmatch(r"\s*[0-9]{1,19}\s*", part) for part in parts):
         raise InputError(
@@ -90,33 +126,44 @@ def layer_numbers(text: str) -> list[int]:
     numbers = [int(part) for part in parts]
     for number in numbers:
         limits.check("--layers", number, limits.LAYERS)
-    return numbers
+    return numbers if "," in text else numbers[0]
 
 
-def parse_layers(text: str, available: int) -> list[int]:
-    """ "4" keeps the first four layers, "0,1,29" the listed ones."""
-    numbers = layer_numbers(text)
-    layers = numbers if "," in text else list(range(min(numbers[0], available + 1)))
-    if not layers or min(layers) < 0 or max(layers) >= available or len(set(layers)) != len(layers):
+def listed_layers(layers: int | Sequence[int], available: int) -> list[int]:
+    """4 is the first four layers, [0, 1, 29] the listed ones."""
+    chosen = list(range(min(layers, available + 1))) if isinstance(layers, int) else list(layers)
+    if not chosen or min(chosen) < 0 or max(chosen) >= available or len(set(chosen)) < len(chosen):
         raise InputError(
             f"layers must be a number of first layers, 1 to {available}, or a list of distinct "
-            f"ones among the target's 0 to {available - 1}; got {shown(text)}"
+            f"ones among the target's 0 to {available - 1}; got {shown(layers)}"
         )
-    return layers
+    return chosen
 
 
 def make_draft(
     target: LanguageModel,
-    layers: list[int],
+    layers: int | Sequence[int] = 4,
     vocabulary: Tensor | None = None,
     *,
+    vocab_size: int | None = None,
+    vocab_from: Store | str | Path | Sequence[Sequence[int]] | None = None,
     random_seed: int | None = None,
 ) -> LanguageModel:
-    """A new model with the given layers of the target, its embedding and its head (or the head's
-    rows `vocabulary`). With a seed it has the shape alone, and random weights. Raises `ModelError`
-    where these layers cannot stand by themselves.
+    """A new model with the first `layers` of the target, or those listed, its embedding and its
+    head (or the head's rows `vocabulary`; those of the `vocab_size` tokens most used in
+    `vocab_from`, see `vocabulary_from`). With a seed it has the shape alone, and random weights.
+    Raises `InputError` for arguments that do not fit, `ModelError` where these layers cannot stand
+    by themselves.
     """
     from transformers import AutoModelForCausalLM
+
+    if (vocab_size is None) != (vocab_from is None):
+        raise InputError("vocab_size and vocab_from go together: how many tokens, and where from")
+    if vocabulary is not None and vocab_size is not None:
+        raise InputError("the vocabulary is given by its ids and by vocab_size; leave one out")
+    layers = listed_layers(layers, target.num_layers)
+    if vocab_size is not None and vocab_from is not None:
+        vocabulary = vocabulary_from(target, vocab_size, vocab_from).ids
 
     config = copy.deepcopy(target.model.config)
     text = config.get_text_config()

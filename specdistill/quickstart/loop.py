@@ -14,19 +14,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from specdistill import models
 from specdistill.data.chat import EncodedPrompt, encoded
 from specdistill.data.generation import generate
 from specdistill.data.likeness import split_prompts
 from specdistill.data.prompts import Prompt, load_prompts
-from specdistill.data.signal import States
-from specdistill.data.token_store import Example, read_examples, read_manifest
+from specdistill.data.token_store import read_manifest
 from specdistill.decoding import Sampling
 from specdistill.documents import read_json
-from specdistill.drafts.making import choose_vocabulary, expected_usage, make_draft, save_draft
+from specdistill.drafts.making import make_draft, save_draft, vocabulary_from
 from specdistill.errors import InputError, StorageError
 from specdistill.files import holding, keep_apart, write_whole
 from specdistill.models import LanguageModel
@@ -229,17 +225,8 @@ def _undistilled(
         return folder
     ids = None
     if plan.vocab_size is not None:
-        hidden = torch.cat([_hidden(e) for e in read_examples(data, signal=True)])
-        generator = torch.Generator().manual_seed(seed)
-        sample = hidden[torch.randperm(len(hidden), generator=generator)[:4096]]
-        usage = expected_usage(target, sample)
-        vocabulary = choose_vocabulary(target, usage, plan.vocab_size)
+        vocabulary = vocabulary_from(target, plan.vocab_size, data, seed)
         ids = vocabulary.ids
-        note(f"the draft's tokens hold {vocabulary.coverage:.2%} of the target's probability")
-    save_draft(make_draft(target, list(range(plan.layers)), ids), folder)
+        note(f"the draft's tokens hold {vocabulary.coverage:.2%} of {vocabulary.unit}")
+    save_draft(make_draft(target, plan.layers, ids), folder)
     return folder
-
-
-def _hidden(example: Example) -> Tensor:
-    assert isinstance(example.signal, States)
-    return example.signal.hidden

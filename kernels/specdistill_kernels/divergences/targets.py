@@ -106,7 +106,7 @@ def draft_columns(tokens: Tensor, width: int, draft_vocab: Tensor | None = None)
 
 
 class RowKernel(Protocol):
-    """What a backend computes of one chunk. `divergences` is the one in torch, and says what; a
+    """What a backend computes of one chunk. `reference` is the one in torch, and says what; a
     kernel may overwrite the logits, and write the gradient there.
     """
 
