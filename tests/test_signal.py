@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,21 @@ from specdistill import models
 from specdistill.config import DistillConfig, parse_config
 from specdistill.data.generation import generate, signal_bytes
 from specdistill.data.prompts import Prompt
-from specdistill.data.signal import States, TopK, alpha_cost, bytes_per_token, keep
+from specdistill.data.signal import (
+    States,
+    TopK,
+    alpha_cost,
+    bytes_per_token,
+    from_tensors,
+    keep,
+)
 from specdistill.data.token_store import Store, read_examples, read_manifest
 from specdistill.decoding import Sampling
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError, ModelError, StorageError
 from specdistill.models import LanguageModel
 from specdistill.models.head_only import load_head
+from specdistill.training.answers import check_examples
 from specdistill.training.batches import make_batch
 from specdistill.training.distiller import Distiller
 from specdistill.training.run import train
@@ -216,3 +225,24 @@ def test_what_top_k_cannot_serve(
     config = settings(world, target, tmp_path / "run", "top-k", **changes)
     with pytest.raises(InputError, match=message):
         metrics(config, target)
+
+
+@pytest.mark.parametrize("kind", ["states", "top-k"])
+def test_a_kept_signal_that_is_no_number_is_named(
+    world: dict[str, Path], target: LanguageModel, kind: str
+) -> None:
+    first, second, *_ = read_examples(world[kind], signal=True)
+    assert first.signal is not None
+    for name, values in first.signal.tensors().items():
+        if not values.is_floating_point():
+            continue
+        for number in (torch.nan, torch.inf):
+            broken = values.clone()
+            broken[-1] = number
+            signal = from_tensors(first.signal.tensors() | {name: broken})
+            with pytest.raises(StorageError, match=rf"keeps {name} of {first.id!r} that are no n"):
+                check_examples([second, replace(first, signal=signal)], target, "data", "no")
+    if isinstance(first.signal, TopK):  # nothing is left for the tail
+        tail = torch.full_like(first.signal.log_tail, -torch.inf)
+        sure = replace(first, signal=replace(first.signal, log_tail=tail))
+        check_examples([sure], target, "data", "no")

@@ -31,8 +31,8 @@ def heldout_and_training(
     examples = read_given(config, target or draft)
     if len(examples) < 2:
         raise InputError(
-            f"{config.data} has {len(examples) or 'no'} answer to learn from, and one must be held "
-            "out of training for the metrics; generate more"
+            f"{config.data} has {len(examples) or 'no'} answer, and one must be held out of "
+            "training for the metrics; generate more"
         )
     if len(examples) <= config.heldout:
         raise InputError(
