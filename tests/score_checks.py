@@ -11,7 +11,7 @@ from scipy import stats
 from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding.records import Generation, Output, RowRound
 from specdistill.scoring.choice import choose
-from specdistill.scoring.rows import Timed, by_prompt, row, without_stalls
+from specdistill.scoring.rows import Timed, by_prompt, row, with_costs, without_stalls
 from specdistill.scoring.scorecard import PromptRow
 from specdistill.scoring.statistics import ratio_of_sums
 
@@ -55,7 +55,8 @@ def prompt_runs(num: int) -> Timed:
 def prompt_rows() -> tuple[PromptRow, ...]:
     runs, _ = without_stalls({(0.0, 0): [[prompt_runs(0)] * 2], (0.0, 4): [[prompt_runs(4)]]})
     prompts = [EncodedPrompt("p", [1, 2])]
-    return tuple(by_prompt(0.0, 4, prompts, runs[0.0, 4], runs[0.0, 0]))
+    counts = {setting: found.counts(setting[1]) for setting, found in runs.items()}
+    return tuple(by_prompt((0.0, 4), prompts, counts[0.0, 4], counts[0.0, 0]))
 
 
 def check_row() -> None:
@@ -63,7 +64,9 @@ def check_row() -> None:
     against 7 plain steps. The prompt's prefill belongs to neither.
     """
     runs, _ = without_stalls({(0.0, 0): [[prompt_runs(0)] * 2], (0.0, 4): [[prompt_runs(4)]]})
-    found = row(0.0, 4, runs[0.0, 4], runs[0.0, 0], [(0.0, 0)], 0.1, 0)
+    drafted, plain = runs[0.0, 4], runs[0.0, 0]
+    counted = row((0.0, 4), drafted.counts(4), plain.counts(0), 0.1, 0)
+    found = with_costs(counted, drafted, plain, [(0.0, 0)])
     assert found.block_efficiency == 3.5
     assert found.cost_ratio == pytest.approx(0.25)
     assert found.verify_ratio == pytest.approx(1.25), "(1.4 + 1.1) / 2"

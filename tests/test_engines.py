@@ -32,6 +32,7 @@ from specdistill.engines import base, transformers, vllm
 from specdistill.errors import DecodingError, InputError, StorageError
 from specdistill.models import LanguageModel
 from specdistill.scoring.comparable import obstacles
+from specdistill.scoring.rows import Counts
 from specdistill.scoring.scorecard import ModelCard, Scorecard
 from specdistill_kernels.verification.reference import probabilities
 
@@ -534,12 +535,12 @@ def answers_by(clock: Callable[[float, int, int], float], asked: list[tuple[floa
     of one.
     """
 
-    def ask(setting: tuple[float, int], prompt: EncodedPrompt, count: int) -> base.TimedAnswer:
+    def ask(setting: tuple[float, int], prompt: EncodedPrompt, count: int) -> Counts:
         asked.append(setting)
         rounds = count // 2 if setting[1] else count
         steps = [clock(*setting, len(asked))] * rounds
         counts = [rounds] * setting[1]
-        return base.TimedAnswer([5] * count, sum(steps), rounds, counts, counts, counts)
+        return Counts([5] * count, sum(steps), rounds, counts, counts, counts)
 
     return ask
 

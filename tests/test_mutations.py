@@ -445,17 +445,23 @@ MUTATIONS = [
     Mutation(
         "the prompt's prefill counts as verifying",
         "a score's row",
-        [(rows.by_prompt, 'seconds_without(i, "draft", "prefill")', 'seconds_without(i, "draft")')],
+        [(rows.by_prompt, 'seconds_without("draft", "prefill")', 'seconds_without("draft")')],
     ),
     Mutation(
         "the prompt's prefill counts as stepping",
         "a score's row",
-        [(rows.by_prompt, 'plain.seconds_without(i, "prefill")', "plain.seconds[i]")],
+        [(rows.by_prompt, 'base.seconds_without("prefill")', "base.seconds")],
     ),
     Mutation(
         "a speedup predicted from γ draft steps a round, not those taken",
         "a score's row",
-        [(rows.row, 'spent["draft"] / runs.rounds', "num * draft_step")],
+        [
+            (
+                rows.with_costs,
+                'spent["draft"] / runs.rounds',
+                "found.num_draft_tokens * draft_step",
+            )
+        ],
     ),
     Mutation(
         "γ is judged on the prompts that chose it",

@@ -26,7 +26,7 @@ from specdistill.scoring.statistics import (
     planned_speedup,
     speedup_interval,
 )
-from specdistill.scoring.trust import objections
+from specdistill.scoring.trust import objections, sound_card
 from specdistill.scoring.verdict import verdict
 from specdistill_kernels import Lenience
 
@@ -539,3 +539,42 @@ def test_an_example_tells_where_each_token_came_from(tiny: Tiny) -> None:
         ("z", "bonus"),
         ("!", "accepted"),
     ]
+
+
+# Drafting that stops early
+
+
+@pytest.fixture(scope="module")
+def early(pair: tuple[LanguageModel, LanguageModel]) -> Scorecard:
+    return measure.score(
+        *pair,
+        PROMPTS,
+        num_draft_tokens=3,
+        temperature=[0.0, 1.0],
+        max_new_tokens=20,
+        least_reach=0.2,
+    )
+
+
+def test_a_draft_that_stops_early_proposes_less_and_says_so(
+    card: Scorecard, early: Scorecard, tmp_path: Path
+) -> None:
+    fixed = [row for row in card.rows if row.num_draft_tokens == 3]
+    for row, other in zip(early.rows, fixed, strict=True):
+        assert row.proposed < other.proposed
+        assert row.draft_steps == row.proposed / row.rounds < 3 == other.draft_steps
+        assert sum(row.survival_by_position) * row.rounds == pytest.approx(row.accepted)
+        assert math.isnan(row.planned_speedup)
+    assert "stops early (least reach 0.2)" in early.label
+    assert math.isnan(early.verdict.break_even_acceptance)
+    assert "nan" not in early.verdict.reason
+    assert not early.failures
+    early.write(tmp_path / "card.json")
+    again = sound_card(tmp_path / "card.json")
+    assert again.rows[0].least_reach == 0.2
+    raw = json.loads((tmp_path / "card.json").read_text())
+    for row in raw["rows"]:
+        row.pop("least_reach")
+    (tmp_path / "card.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="contradicts itself"):
+        sound_card(tmp_path / "card.json")

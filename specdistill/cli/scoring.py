@@ -55,6 +55,15 @@ def score(
             help="LOSSY: accept more than the target would, by lin:0.5, sq:0.7 or exp:0.8."
         ),
     ] = None,
+    least_reach: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Stop drafting once all of a proposal is accepted with less than this chance; γ "
+            "is then the most. 0 never stops early.",
+        ),
+    ] = 0.0,
     keep_text: Annotated[
         bool, typer.Option(help="Keep one answer in the card, for the picture of its tokens.")
     ] = False,
@@ -81,7 +90,7 @@ def score(
         parsing.temperatures(temperature),
     )
     rule = None if lenience is None else parsing.lenience(lenience)
-    _check_engine(engine, engine_python, device, verification, lenience, keep_text)
+    _check_engine(engine, engine_python, device, verification, lenience, least_reach, keep_text)
     keep_apart([out], [target, draft, prompts, engine_python])
     console.must_be_free(out, overwrite)
     console.setup(threads)
@@ -105,7 +114,13 @@ def score(
     if engine == "specdistill":
         console.note(measure.cache_size(big, small, encoded, gammas, max_new_tokens).line)
         score_pair = partial(
-            measure.score, big, small, mode=verification, lenience=rule, keep_text=keep_text
+            measure.score,
+            big,
+            small,
+            mode=verification,
+            lenience=rule,
+            least_reach=least_reach,
+            keep_text=keep_text,
         )
     elif engine == "transformers":
         from specdistill.engines import transformers
@@ -264,18 +279,25 @@ def _check_engine(
     device: str,
     verification: str,
     lenience: str | None,
+    least_reach: float,
     keep_text: bool,
 ) -> None:
     """Raises `InputError` for options that the engine would not heed."""
     ours = {
         "--verification": verification != "token",
         "--lenience": lenience is not None,
+        "--least-reach": least_reach > 0,
         "--keep-text": keep_text,
     }
     if engine != "specdistill" and (given := [name for name, on in ours.items() if on]):
         raise InputError(
             f"--engine {engine} has its own rules and keeps no rounds: leave out "
             f"{' and '.join(given)}"
+        )
+    if least_reach >= 1:
+        raise InputError(
+            f"--least-reach must be below 1, where no second token is ever drafted; got "
+            f"{least_reach:g}"
         )
     if engine == "vllm" and device != "auto":
         raise InputError(

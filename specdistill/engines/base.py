@@ -19,43 +19,22 @@ from specdistill.progress import Progress
 from specdistill.scoring.choice import Setting
 from specdistill.scoring.lossless import GreedyPair, explain_difference
 from specdistill.scoring.measure import cpu_times, in_turn, stolen
-from specdistill.scoring.rows import STALL, ratio, shares, survival
+from specdistill.scoring.rows import STALL, Counts, baseline, by_prompt, row, speedup
 from specdistill.scoring.scorecard import (
     LEAST_VERIFY_RATIO,
-    Baseline,
     Lossless,
     ModelCard,
-    PromptRow,
-    Row,
     Scorecard,
 )
 from specdistill.scoring.slices import by_category, by_prompt_length
-from specdistill.scoring.statistics import speedup_interval
 from specdistill.scoring.trust import doubts
 from specdistill.scoring.verdict import slow_verifying, verdict
 
 WARM_UP_TOKENS = 8
 
 
-@dataclass(frozen=True)
-class TimedAnswer:
-    """An answer and what the engine counted meanwhile. By position in the round [γ]: in how many
-    rounds there was a proposal (`offered`), it was tested, it was accepted. `rounds` are the
-    target's passes that emitted something; plain decoding has as many as tokens. `step_seconds` are
-    those of the rounds after the first, where the engine lets us see them.
-    """
-
-    tokens: list[int]
-    seconds: float
-    rounds: int
-    offered: list[int]
-    tested: list[int]
-    accepted: list[int]
-    step_seconds: Sequence[float] = ()
-
-
-Ask = Callable[[Setting, EncodedPrompt, int], TimedAnswer]  # the last is the most tokens to emit
-Runs = dict[Setting, list[TimedAnswer]]
+Ask = Callable[[Setting, EncodedPrompt, int], Counts]  # the last is the most tokens to emit
+BySetting = dict[Setting, list[Counts]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +43,7 @@ class Measured:
     of them, `again` the temperature that was measured twice.
     """
 
-    runs: Runs
+    runs: BySetting
     steal: float | None
     stalls: float
     again: float | None
@@ -86,8 +65,8 @@ def take_turns(
     for setting in [(t, g) for t in temperatures for g in (0, *num_draft_tokens)]:
         ask(setting, prompts[0], WARM_UP_TOKENS)
 
-    def decode(at: Sequence[float], stage: str) -> dict[Setting, list[list[TimedAnswer]]]:
-        answers: dict[Setting, list[list[TimedAnswer]]] = {
+    def decode(at: Sequence[float], stage: str) -> dict[Setting, list[list[Counts]]]:
+        answers: dict[Setting, list[list[Counts]]] = {
             (t, g): [[] for _ in prompts] for t in at for g in (0, *num_draft_tokens)
         }
         for i, prompt in enumerate(prompts):
@@ -107,13 +86,13 @@ def take_turns(
     return Measured(runs, stolen(before), stalls, again)
 
 
-def _without_stalls(answers: dict[Setting, list[list[TimedAnswer]]]) -> tuple[Runs, float]:
+def _without_stalls(answers: dict[Setting, list[list[Counts]]]) -> tuple[BySetting, float]:
     """The first answer of each, with the mean time of all; see `rows.without_stalls`. An engine
     that shows no steps has only the runs of plain decoding to compare: one that took `STALL` times
     as long as the other is left out.
     """
     wall = counted = 0.0
-    runs: Runs = {}
+    runs: BySetting = {}
     for setting, prompts in answers.items():
         runs[setting] = []
         for repeats in prompts:
@@ -130,15 +109,13 @@ def _without_stalls(answers: dict[Setting, list[list[TimedAnswer]]]) -> tuple[Ru
     return runs, max(0.0, 1 - counted / wall) if wall > 0 else 0.0
 
 
-def _speedup(setting: Setting, runs: Runs) -> float:
+def _speedup(setting: Setting, runs: BySetting) -> float:
     """-inf where the clock saw no time pass."""
-    answers, plain = runs[setting], runs[setting[0], 0]
-    over = sum(len(a.tokens) for a in answers) * sum(a.seconds for a in plain)
-    under = sum(len(a.tokens) for a in plain) * sum(a.seconds for a in answers)
-    return over / under if under > 0 else -math.inf
+    value = speedup(runs[setting], runs[setting[0], 0])
+    return -math.inf if math.isnan(value) else value
 
 
-def _round_ratio(setting: Setting, runs: Runs) -> float:
+def _round_ratio(setting: Setting, runs: BySetting) -> float:
     """Time of a whole round, its draft steps and its share of the prompt too, over that of a plain
     step: more than what a verify pass takes.
     """
@@ -148,7 +125,7 @@ def _round_ratio(setting: Setting, runs: Runs) -> float:
     return over / step if step > 0 else math.nan
 
 
-def _slowed(runs: Runs, again: float | None) -> list[str]:
+def _slowed(runs: BySetting, again: float | None) -> list[str]:
     """What is wrong with the fastest setting, if its rounds took less time than plain steps."""
     fastest = max((s for s in runs if s[1]), key=lambda s: _speedup(s, runs))
     ratio = _round_ratio(fastest, runs)
@@ -172,9 +149,9 @@ def scorecard(
     runs = measured.runs
     weight_ratio = draft.weight_bytes / target.weight_bytes
     drafted = [setting for setting in runs if setting[1]]
-    rows = [_row(setting, runs, weight_ratio, seed) for setting in drafted]
-    baseline = [_baseline(t, runs[t, 0]) for t in dict.fromkeys(t for t, _ in runs)]
-    per_prompt = [row for setting in drafted for row in _by_prompt(setting, prompts, runs)]
+    rows = [row(s, runs[s], runs[s[0], 0], weight_ratio, seed) for s in drafted]
+    plainly = [baseline(t, runs[t, 0]) for t in dict.fromkeys(t for t, _ in runs)]
+    per_prompt = [p for s in drafted for p in by_prompt(s, prompts, runs[s], runs[s[0], 0])]
     greedy = [
         plain.tokens == answer.tokens
         for t, g in drafted
@@ -186,13 +163,13 @@ def scorecard(
         draft=draft,
         provenance=provenance
         | {"steal": measured.steal, "stalls": measured.stalls, "measured_again": measured.again},
-        baseline=baseline,
+        baseline=plainly,
         rows=rows,
         per_prompt=per_prompt,
         lossless=Lossless((sum(greedy), len(greedy)), list(ties), math.nan, math.nan),
         verdict=verdict(
             rows,
-            doubts=[*doubts(baseline, rows, per_prompt), *_slowed(runs, measured.again)],
+            doubts=[*doubts(plainly, rows, per_prompt), *_slowed(runs, measured.again)],
             per_prompt=per_prompt,
         ),
         by_category=by_category(per_prompt, seed),
@@ -216,71 +193,3 @@ def explained_differences(
     ]
     target = load_target() if pairs else None
     return [explain_difference(target, pair, alone=False) for pair in pairs if target is not None]
-
-
-def _row(setting: Setting, runs: Runs, weight_ratio: float, seed: int) -> Row:
-    temperature, num = setting
-    answers, plain = runs[setting], runs[temperature, 0]
-    offered, tested, accepted = (
-        [sum(counts) for counts in zip(*(getattr(a, name) for a in answers), strict=True)]
-        for name in ("offered", "tested", "accepted")
-    )
-    emitted, plain_emitted = ([len(a.tokens) for a in some] for some in (answers, plain))
-    seconds, plain_seconds = ([a.seconds for a in some] for some in (answers, plain))
-    rounds = sum(a.rounds for a in answers)
-    block_efficiency = sum(emitted) / rounds
-    speed, plain_speed = (
-        ratio(sum(tokens), sum(spent))
-        for tokens, spent in ((emitted, seconds), (plain_emitted, plain_seconds))
-    )
-    return Row(
-        temperature=temperature,
-        num_draft_tokens=num,
-        prompts=len(answers),
-        rounds=rounds,
-        proposed=sum(offered),
-        tested=sum(tested),
-        accepted=sum(accepted),
-        emitted=sum(emitted),
-        acceptance_rate=sum(accepted) / sum(tested) if sum(tested) else math.nan,
-        acceptance_rate_expected=math.nan,
-        acceptance_per_proposal=sum(accepted) / sum(offered) if sum(offered) else math.nan,
-        acceptance_by_position=(conditional := shares(accepted, tested)),
-        survival_by_position=survival(conditional),
-        block_efficiency=block_efficiency,
-        tokens_per_second=speed,
-        speedup=ratio(speed, plain_speed),
-        speedup_ci95=speedup_interval(emitted, seconds, plain_emitted, plain_seconds, seed),
-        cost_ratio=math.nan,
-        verify_ratio=math.nan,
-        predicted_speedup=math.nan,
-        planned_speedup=math.nan,
-        mbsu=block_efficiency / (weight_ratio * num + 1),
-    )
-
-
-def _baseline(temperature: float, plain: Sequence[TimedAnswer]) -> Baseline:
-    tokens, seconds = sum(len(a.tokens) for a in plain), sum(a.seconds for a in plain)
-    steps = sum(a.rounds for a in plain)
-    return Baseline(temperature, ratio(tokens, seconds), len(plain), tokens, seconds / steps)
-
-
-def _by_prompt(setting: Setting, prompts: Sequence[EncodedPrompt], runs: Runs) -> list[PromptRow]:
-    temperature, num = setting
-    return [
-        PromptRow(
-            prompt_id=prompt.id,
-            temperature=temperature,
-            num_draft_tokens=num,
-            emitted=len(answer.tokens),
-            rounds=answer.rounds,
-            seconds=answer.seconds,
-            baseline_seconds=plain.seconds,
-            baseline_emitted=len(plain.tokens),
-            tested=sum(answer.tested),
-            accepted=sum(answer.accepted),
-            category=prompt.category,
-            prompt_tokens=len(prompt.tokens),
-        )
-        for prompt, answer, plain in zip(prompts, runs[setting], runs[temperature, 0], strict=True)
-    ]

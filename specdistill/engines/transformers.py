@@ -23,13 +23,14 @@ from transformers.generation.streamers import BaseStreamer
 from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding import Request, Round, RowRound, Sampling, SpeculativeDecoder
 from specdistill.decoding.sampling import row_seed
-from specdistill.engines.base import TimedAnswer, explained_differences, scorecard, take_turns
+from specdistill.engines.base import explained_differences, scorecard, take_turns
 from specdistill.errors import DecodingError, InputError
 from specdistill.models import LanguageModel, check_positions, check_sizes
 from specdistill.models.randomness import seeded
 from specdistill.progress import Progress, silent
 from specdistill.scoring.choice import Setting
 from specdistill.scoring.measure import model_card, provenance
+from specdistill.scoring.rows import Counts
 from specdistill.scoring.scorecard import Scorecard
 
 if TYPE_CHECKING:
@@ -55,12 +56,12 @@ class _Rounds(BaseStreamer):
     def count(self, *_: Any) -> None:
         self.passes += 1
 
-    def answer(self, tokens: list[int], seconds: float, num: int) -> TimedAnswer:
+    def answer(self, tokens: list[int], seconds: float, num: int) -> Counts:
         """A round emits what it accepted and one token more. Transformers counts so even where the
         answer ends with an accepted proposal, which it takes for that one token.
         """
         rounds = [(proposed, emitted - 1) for emitted, proposed in self.sizes[1:]]  # 0: the prompt
-        return TimedAnswer(
+        return Counts(
             tokens,
             seconds,
             rounds=len(rounds),
@@ -90,7 +91,7 @@ def score(
     check_sizes(target, draft)
     check_positions([draft], ((p.id, len(p.tokens) + max_new_tokens) for p in prompts))
 
-    def ask(setting: Setting, prompt: EncodedPrompt, count: int) -> TimedAnswer:
+    def ask(setting: Setting, prompt: EncodedPrompt, count: int) -> Counts:
         return _generate(target, draft, prompt, setting, count, seed)
 
     measured = take_turns(ask, prompts, temperature, num_draft_tokens, max_new_tokens, progress)
@@ -216,7 +217,7 @@ def _generate(
     setting: Setting,
     count: int,
     seed: int,
-) -> TimedAnswer:
+) -> Counts:
     temperature, num = setting
     model: Any = target.model
     tokens = torch.tensor([prompt.tokens], device=target.device)

@@ -21,13 +21,14 @@ import torch
 from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding.sampling import row_seed
 from specdistill.engines import vllm_worker
-from specdistill.engines.base import TimedAnswer, explained_differences, scorecard, take_turns
+from specdistill.engines.base import explained_differences, scorecard, take_turns
 from specdistill.errors import DecodingError, InputError
 from specdistill.limits import Dtype
 from specdistill.models import LanguageModel, check_positions, check_sizes, load
 from specdistill.progress import Progress, silent
 from specdistill.scoring.choice import Setting
 from specdistill.scoring.measure import model_card, provenance
+from specdistill.scoring.rows import Counts
 from specdistill.scoring.scorecard import ModelCard, Scorecard
 
 GRACE_SECONDS = 10
@@ -140,7 +141,7 @@ def score(
             facts = workers[num].hear()
         progress("start", len(gammas), len(gammas))
 
-        def ask(setting: Setting, prompt: EncodedPrompt, count: int) -> TimedAnswer:
+        def ask(setting: Setting, prompt: EncodedPrompt, count: int) -> Counts:
             return _ask(workers[setting[1]], setting, prompt, count, pair.eos_ids, seed)
 
         measured = take_turns(ask, prompts, temperature, num_draft_tokens, max_new_tokens, progress)
@@ -248,7 +249,7 @@ def _ask(
     count: int,
     eos_ids: Sequence[int],
     seed: int,
-) -> TimedAnswer:
+) -> Counts:
     temperature, num = setting
     worker.tell(
         {
@@ -263,7 +264,7 @@ def _ask(
     heard = worker.hear()
     tokens = heard["tokens"]
     if not num:
-        return TimedAnswer(tokens, heard["seconds"], len(tokens), [], [], [])
+        return Counts(tokens, heard["seconds"], len(tokens), [], [], [])
     before, worker.counted = worker.counted, heard["counters"]
     rounds, proposed = (_since(worker.counted, before, name) for name in ("rounds", "proposed"))
     by_position = worker.counted["accepted_by_position"][:num]
@@ -274,7 +275,7 @@ def _ask(
             f"prompt {prompt.id}: vLLM proposed {proposed} tokens in {rounds} rounds of {num}; its "
             "counters do not tell in which rounds there were fewer"
         )
-    return TimedAnswer(
+    return Counts(
         tokens,
         heard["seconds"],
         rounds=rounds + 1,  # the prompt's own pass emits the first token, without a proposal

@@ -52,6 +52,7 @@ def evidence(
     seed: int,
     mode: Mode = "token",
     lossy: bool = False,
+    least_reach: float = 0.0,
 ) -> Lossless:
     """Greedy texts against plain decoding, in float32 too where the pair decodes in half precision;
     the target as its own draft; and tests of the distribution of sampled tokens, which a lossy rule
@@ -66,22 +67,29 @@ def evidence(
         (same, len(greedy)),
         ties,
         identity,
-        float("nan") if lossy else emitted_p_value(target, draft, prompt, seed, mode),
+        float("nan") if lossy else emitted_p_value(target, draft, prompt, seed, mode, least_reach),
         str(target.dtype).removeprefix("torch."),
         least,
-        greedy_in_float32(target, draft, prompts[:SHARE], num_draft_tokens, seed) if half else None,
+        greedy_in_float32(target, draft, prompts[:SHARE], num_draft_tokens, seed, least_reach)
+        if half
+        else None,
     )
 
 
 def emitted_p_value(
-    target: LanguageModel, draft: LanguageModel, prompt: list[int], seed: int, mode: Mode
+    target: LanguageModel,
+    draft: LanguageModel,
+    prompt: list[int],
+    seed: int,
+    mode: Mode,
+    least_reach: float = 0.0,
 ) -> float:
     """p-value of "the emitted tokens follow the target", by `distribution_p_value` and by texts
     that the pair's own engine samples (Bonferroni).
     """
     decoder = SpeculativeDecoder(
         target,
-        ModelDrafter(draft, target.vocab_size),
+        ModelDrafter(draft, target.vocab_size, least_reach=least_reach),
         num_draft_tokens=NUM_DRAFT_TOKENS,
         batch_size=ROWS,
         mode=mode,
@@ -101,6 +109,7 @@ def greedy_in_float32(
     prompts: Sequence[tuple[str, list[int]]],
     num_draft_tokens: int,
     seed: int,
+    least_reach: float = 0.0,
 ) -> Float32:
     """Greedy texts of the pair in float32, where next to nothing is left for rounding to decide,
     all in one batch, which reads the weights for all of them at once. Where memory does not suffice
@@ -117,7 +126,13 @@ def greedy_in_float32(
     try:
         wide = widened(target)
         pairs = greedy_pairs(
-            wide, widened(draft), prompts, num_draft_tokens, SHARE_TOKENS, batch_size=len(prompts)
+            wide,
+            widened(draft),
+            prompts,
+            num_draft_tokens,
+            SHARE_TOKENS,
+            batch_size=len(prompts),
+            least_reach=least_reach,
         )
         return Float32(
             (sum(pair.identical for pair in pairs), len(pairs)),
@@ -135,13 +150,14 @@ def greedy_pairs(
     num_draft_tokens: int,
     max_new_tokens: int,
     batch_size: int = 1,
+    least_reach: float = 0.0,
 ) -> list[GreedyPair]:
     """Every prompt's greedy answers, plain and with the draft."""
     requests = [
         Request(id_, prompt, min(max_new_tokens, target.max_length - len(prompt)))
         for id_, prompt in prompts
     ]
-    drafter = ModelDrafter(draft, target.vocab_size)
+    drafter = ModelDrafter(draft, target.vocab_size, least_reach=least_reach)
     plain, speculative = (
         decoder.run(requests).outputs
         for decoder in (

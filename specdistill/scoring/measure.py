@@ -78,12 +78,14 @@ def score(
     seed: int = 0,
     mode: Mode = "token",
     lenience: Lenience | None = None,
+    least_reach: float = 0.0,
     max_seconds: float | None = None,
     keep_text: bool = False,
     progress: Progress = silent,
 ) -> Scorecard:
     """Decode every prompt plainly and with every γ at every temperature, and measure. `mode` and
-    `lenience` are `SpeculativeDecoder`'s: a card with lenience is LOSSY and says so.
+    `lenience` are `SpeculativeDecoder`'s: a card with lenience is LOSSY and says so. With
+    `least_reach`, `ModelDrafter`'s, γ is the most that a round proposes.
 
     The settings take turns on each prompt, see `in_turn`, after a short untimed run of each. After
     `max_seconds` no further prompt is begun, once there are four. Where a verify pass of the
@@ -99,7 +101,7 @@ def score(
     if not num_draft_tokens or not temperatures:
         raise InputError("score needs at least one num_draft_tokens and one temperature")
     check_lenience(mode, lenience, temperatures)
-    decoders = _decoders(target, draft, num_draft_tokens, mode, lenience)
+    decoders = _decoders(target, draft, num_draft_tokens, mode, lenience, least_reach)
     settings = [(t, g) for t in temperatures for g in decoders]
     requests = [Request(p.id, p.tokens, max_new_tokens, seed=seed) for p in prompts]
     decoders[0].check(requests)  # before any work; with a draft the same
@@ -125,6 +127,7 @@ def score(
     target_card, draft_card = model_card(target), model_card(draft)
     weight_ratio = draft_card.weight_bytes / target_card.weight_bytes
     verification = Verification.of(mode, lenience)
+    counts = {(t, g): found.counts(g) for (t, g), found in runs.items()}
     rows: list[Row] = []
     for t, g in settings:
         progress("evidence", len(rows), len(settings), "expected acceptance")
@@ -134,14 +137,15 @@ def score(
                 for p, o in zip(prompts, runs[t, g].outputs, strict=True)
                 if mode == "token"  # a block's acceptance is not that of its tokens
             ]
-            rows.append(rows_of.row(t, g, runs[t, g], runs[t, 0], expected, weight_ratio, seed))
+            row = rows_of.row((t, g), counts[t, g], counts[t, 0], weight_ratio, seed, least_reach)
+            rows.append(rows_of.with_costs(row, runs[t, g], runs[t, 0], expected))
     progress("evidence", len(rows), len(settings), "losslessness")
-    baseline = [rows_of.baseline(t, runs[t, 0]) for t in temperatures]
+    baseline = [rows_of.baseline(t, counts[t, 0]) for t in temperatures]
     per_prompt = [
         row
         for t, g in settings
         if g
-        for row in rows_of.by_prompt(t, g, prompts, runs[t, g], runs[t, 0])
+        for row in rows_of.by_prompt((t, g), prompts, counts[t, g], counts[t, 0])
     ]
     judged = verdict(rows, verification, doubts(baseline, rows, per_prompt), per_prompt, again)
     fastest = (judged.best.temperature, judged.best.num_draft_tokens)
@@ -166,6 +170,7 @@ def score(
             seed,
             mode,
             lossy=verification.lossy,
+            least_reach=least_reach,
         ),
         verdict=judged,
         verification=verification,
@@ -224,7 +229,8 @@ def _slowed(runs: Mapping[Setting, Runs]) -> float | None:
     """The temperature of the fastest setting, where its verify passes took less time than plain
     steps.
     """
-    speeds = {(t, g): rows_of.speedup(found, runs[t, 0]) for (t, g), found in runs.items() if g}
+    counts = {setting: found.counts(setting[1]) for setting, found in runs.items()}
+    speeds = {(t, g): rows_of.speedup(counts[t, g], counts[t, 0]) for t, g in counts if g}
     t, g = max(speeds, key=lambda setting: speeds[setting])
     slow = rows_of.verify_ratio(runs[t, g], runs[t, 0]) < LEAST_VERIFY_RATIO
     return t if slow else None
@@ -236,12 +242,13 @@ def _decoders(
     num_draft_tokens: Sequence[int],
     mode: Mode = "token",
     lenience: Lenience | None = None,
+    least_reach: float = 0.0,
 ) -> dict[int, SpeculativeDecoder]:
     """By γ, with 0 for plain decoding; each keeps a cache of one row."""
     return {0: SpeculativeDecoder(target)} | {
         g: SpeculativeDecoder(
             target,
-            ModelDrafter(draft, target.vocab_size),
+            ModelDrafter(draft, target.vocab_size, least_reach=least_reach),
             num_draft_tokens=g,
             mode=mode,
             lenience=lenience,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from operator import mul
 from statistics import median_low
 from typing import TYPE_CHECKING
 
+from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding import Detokenizer, Generation
 from specdistill.decoding.records import Output
 from specdistill.scoring.choice import Setting
@@ -18,8 +19,6 @@ from specdistill.scoring.statistics import planned_speedup, speedup_interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from specdistill.data.chat import EncodedPrompt
 
 STEP_PARTS = ("draft", "target", "verify", "other")  # of a round
 PARTS = ("prefill", *STEP_PARTS, "loop")
@@ -32,6 +31,31 @@ class Timed:
 
     generation: Generation
     seconds: float
+
+
+@dataclass(frozen=True)
+class Counts:
+    """One prompt decoded in one setting, by our engine or another: its answer, seconds, and the
+    target's passes that emitted something (`rounds`; plain decoding has as many as tokens). By
+    position in the round [γ], in how many rounds there was a proposal (`offered`), it was tested,
+    it was accepted. `parts` split the seconds and `step_seconds` are those of the rounds after the
+    first, where the engine lets us see them.
+    """
+
+    tokens: list[int]
+    seconds: float
+    rounds: int
+    offered: list[int]
+    tested: list[int]
+    accepted: list[int]
+    step_seconds: Sequence[float] = ()
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+    def seconds_without(self, *names: str) -> float | None:
+        """Less these parts; None where no parts are known."""
+        if not self.parts:
+            return None
+        return sum(spent for name, spent in self.parts.items() if name not in names)
 
 
 @dataclass
@@ -48,14 +72,6 @@ class Runs:
     parts: list[dict[str, float]] = field(default_factory=list)
 
     @property
-    def emitted(self) -> list[int]:
-        return [len(output.tokens) for output in self.outputs]
-
-    @property
-    def seconds(self) -> list[float]:
-        return [sum(parts.values()) for parts in self.parts]
-
-    @property
     def rounds(self) -> int:
         return sum(self.passes)
 
@@ -63,18 +79,29 @@ class Runs:
     def draft_steps(self) -> int:
         return sum(self.draft_passes)
 
-    def seconds_without(self, index: int, *names: str) -> float:
-        """The time of one prompt less these parts."""
-        return sum(spent for name, spent in self.parts[index].items() if name not in names)
+    def counts(self, num: int) -> list[Counts]:
+        """By prompt, of at most `num` draft tokens a round."""
+
+        def by_position(output: Output, name: str) -> list[int]:
+            return [sum(getattr(r, name) > i for r in output.rounds) for i in range(num)]
+
+        return [
+            Counts(
+                output.tokens,
+                sum(parts.values()),
+                passes,
+                by_position(output, "proposed"),
+                by_position(output, "tested"),
+                by_position(output, "accepted"),
+                parts=parts,
+            )
+            for output, passes, parts in zip(self.outputs, self.passes, self.parts, strict=True)
+        ]
 
     @property
-    def spent(self) -> dict[str, float]:
-        """`Row.seconds`: they add up to the time of all prompts."""
-        return {name: sum(parts[name] for parts in self.parts) for name in PARTS}
-
-    @property
-    def tokens_per_second(self) -> float:
-        return ratio(sum(self.emitted), sum(self.seconds))
+    def step(self) -> float:
+        """Seconds of one pass of the target."""
+        return sum(parts["target"] for parts in self.parts) / self.rounds
 
 
 def without_stalls(
@@ -109,7 +136,7 @@ def without_stalls(
             runs.draft_passes.append(first.draft_steps)
             runs.parts.append({name: parts[name] / len(repeats) for name in PARTS})
             wall += sum(run.seconds for run in repeats) / len(repeats)
-    counted = sum(sum(runs.seconds) for runs in found.values())
+    counted = sum(sum(parts.values()) for runs in found.values() for parts in runs.parts)
     return found, max(0.0, 1 - counted / wall) if wall > 0 else 0.0
 
 
@@ -147,40 +174,45 @@ def _steady(
     return {name: sum(step[name] for step in counted) for name in STEP_PARTS}
 
 
-def baseline(temperature: float, plain: Runs) -> Baseline:
+def baseline(temperature: float, plain: Sequence[Counts]) -> Baseline:
     """Plain decoding in sum."""
+    seconds, steps = sum(c.seconds for c in plain), sum(c.rounds for c in plain)
     return Baseline(
         temperature=temperature,
-        tokens_per_second=plain.tokens_per_second,
-        prompts=len(plain.outputs),
-        tokens=sum(plain.emitted),
-        seconds_per_step=sum(plain.seconds) / plain.rounds,
-        seconds=plain.spent,
+        tokens_per_second=tokens_per_second(plain),
+        prompts=len(plain),
+        tokens=sum(len(c.tokens) for c in plain),
+        seconds_per_step=seconds / steps,
+        seconds=_by_part(plain),
     )
 
 
 def by_prompt(
-    temperature: float, num: int, prompts: Sequence[EncodedPrompt], runs: Runs, plain: Runs
+    setting: Setting,
+    prompts: Sequence[EncodedPrompt],
+    counts: Sequence[Counts],
+    plain: Sequence[Counts],
 ) -> list[PromptRow]:
     """One setting, prompt by prompt."""
+    temperature, num = setting
     return [
         PromptRow(
             prompt_id=prompt.id,
             temperature=temperature,
             num_draft_tokens=num,
-            emitted=len(output.tokens),
-            rounds=runs.passes[i],
-            seconds=sum(runs.parts[i].values()),
-            baseline_seconds=sum(plain.parts[i].values()),
-            baseline_emitted=len(plain.outputs[i].tokens),
-            tested=sum(r.tested for r in output.rounds),
-            accepted=sum(r.accepted for r in output.rounds),
-            verifying_seconds=runs.seconds_without(i, "draft", "prefill"),
-            stepping_seconds=plain.seconds_without(i, "prefill"),
+            emitted=len(drafted.tokens),
+            rounds=drafted.rounds,
+            seconds=drafted.seconds,
+            baseline_seconds=base.seconds,
+            baseline_emitted=len(base.tokens),
+            tested=sum(drafted.tested),
+            accepted=sum(drafted.accepted),
+            verifying_seconds=drafted.seconds_without("draft", "prefill"),
+            stepping_seconds=base.seconds_without("prefill"),
             category=prompt.category,
             prompt_tokens=len(prompt.tokens),
         )
-        for i, (prompt, output) in enumerate(zip(prompts, runs.outputs, strict=True))
+        for prompt, drafted, base in zip(prompts, counts, plain, strict=True)
     ]
 
 
@@ -217,71 +249,99 @@ def survival(conditional: Sequence[float]) -> list[float]:
     return list(accumulate(conditional, mul))
 
 
-def speedup(runs: Runs, plain: Runs) -> float:
-    return ratio(runs.tokens_per_second, plain.tokens_per_second)
-
-
-def verify_ratio(runs: Runs, plain: Runs) -> float:
-    """Time of a verify pass over that of a plain step, the target's passes alone."""
-    step = plain.spent["target"] / plain.rounds
-    return ratio(runs.spent["target"] / runs.rounds, step)
-
-
 def ratio(over: float, under: float) -> float:
     """NaN where the clock saw no time pass."""
     return over / under if under > 0 else math.nan
 
 
+def tokens_per_second(counts: Sequence[Counts]) -> float:
+    return ratio(sum(len(c.tokens) for c in counts), sum(c.seconds for c in counts))
+
+
+def speedup(counts: Sequence[Counts], plain: Sequence[Counts]) -> float:
+    return ratio(tokens_per_second(counts), tokens_per_second(plain))
+
+
+def _by_part(counts: Sequence[Counts]) -> dict[str, float]:
+    """`Row.seconds`: they add up to the time of all prompts; none where no parts are known."""
+    names = counts[0].parts
+    return {name: sum(c.parts[name] for c in counts) for name in names}
+
+
 def row(
-    temperature: float,
-    num: int,
-    runs: Runs,
-    plain: Runs,
-    expected: list[tuple[float, int]],
+    setting: Setting,
+    counts: Sequence[Counts],
+    plain: Sequence[Counts],
     weight_ratio: float,
     seed: int,
+    least_reach: float = 0.0,
 ) -> Row:
-    """The totals of one setting; `expected` is `expected_acceptance`'s of each prompt."""
-    rounds = [r for output in runs.outputs for r in output.rounds]
-    proposed, tested, accepted = (
-        sum(getattr(r, name) for r in rounds) for name in ("proposed", "tested", "accepted")
+    """The totals of one setting, from what any engine counts. What only ours knows is NaN, see
+    `with_costs`.
+    """
+    temperature, num = setting
+    offered, tested, accepted = (
+        [sum(by_position) for by_position in zip(*(getattr(c, name) for c in counts), strict=True)]
+        for name in ("offered", "tested", "accepted")
     )
-    emitted = sum(runs.emitted)
-
-    kept = [sum(r.accepted > i for r in rounds) for i in range(num)]
-    reached = [sum(r.tested > i for r in rounds) for i in range(num)]
-    alpha = accepted / tested if tested else math.nan
-    positions = sum(n for _, n in expected)
-    block_efficiency = emitted / len(rounds)
-    step = plain.spent["target"] / plain.rounds
-    spent = runs.spent
-    draft_step = spent["draft"] / runs.draft_steps if runs.draft_steps else math.nan
-    verify_pass = spent["target"] / runs.rounds
-    drafting = spent["draft"] / runs.rounds  # fewer than γ steps where an answer needs fewer
+    emitted, plain_emitted = ([len(c.tokens) for c in some] for some in (counts, plain))
+    seconds, plain_seconds = ([c.seconds for c in some] for some in (counts, plain))
+    rounds = sum(c.rounds for c in counts)
+    block_efficiency = sum(emitted) / rounds
+    conditional = shares(accepted, tested)
+    steps = sum(offered) / rounds if least_reach else num
     return Row(
         temperature=temperature,
         num_draft_tokens=num,
-        prompts=len(runs.outputs),
-        rounds=len(rounds),
-        proposed=proposed,
-        tested=tested,
-        accepted=accepted,
-        emitted=emitted,
-        acceptance_rate=alpha,
-        acceptance_rate_expected=sum(s for s, _ in expected) / positions if positions else math.nan,
-        acceptance_per_proposal=accepted / proposed if proposed else math.nan,
-        acceptance_by_position=(conditional := shares(kept, reached)),
-        survival_by_position=survival(conditional),
+        prompts=len(counts),
+        rounds=rounds,
+        proposed=sum(offered),
+        tested=sum(tested),
+        accepted=sum(accepted),
+        emitted=sum(emitted),
+        acceptance_rate=sum(accepted) / sum(tested) if sum(tested) else math.nan,
+        acceptance_rate_expected=math.nan,
+        acceptance_per_proposal=sum(accepted) / sum(offered) if sum(offered) else math.nan,
+        acceptance_by_position=conditional,
+        survival_by_position=[count / rounds for count in accepted[: len(conditional)]]
+        if least_reach
+        else survival(conditional),
         block_efficiency=block_efficiency,
-        tokens_per_second=runs.tokens_per_second,
-        speedup=speedup(runs, plain),
-        speedup_ci95=speedup_interval(
-            runs.emitted, runs.seconds, plain.emitted, plain.seconds, seed
-        ),
-        cost_ratio=ratio(draft_step, step),
-        verify_ratio=verify_ratio(runs, plain),
-        predicted_speedup=ratio(block_efficiency * step, drafting + verify_pass),
-        planned_speedup=planned_speedup(alpha, num, ratio(draft_step, step)),
-        mbsu=block_efficiency / (weight_ratio * num + 1),
-        seconds=spent,
+        tokens_per_second=tokens_per_second(counts),
+        speedup=speedup(counts, plain),
+        speedup_ci95=speedup_interval(emitted, seconds, plain_emitted, plain_seconds, seed),
+        cost_ratio=math.nan,
+        verify_ratio=math.nan,
+        predicted_speedup=math.nan,
+        planned_speedup=math.nan,
+        mbsu=block_efficiency / (weight_ratio * steps + 1),
+        seconds=_by_part(counts),
+        least_reach=least_reach,
     )
+
+
+def with_costs(found: Row, runs: Runs, plain: Runs, expected: Sequence[tuple[float, int]]) -> Row:
+    """A row with what our engine knows beside the counts: the time of its passes, and the
+    `expected_acceptance` of each prompt.
+    """
+    positions = sum(n for _, n in expected)
+    spent, step = found.seconds, plain.step
+    draft_step = spent["draft"] / runs.draft_steps if runs.draft_steps else math.nan
+    verify_pass = spent["target"] / runs.rounds
+    drafting = spent["draft"] / runs.rounds  # fewer than γ steps where an answer needs fewer
+    cost_ratio = ratio(draft_step, step)
+    return replace(
+        found,
+        acceptance_rate_expected=sum(s for s, _ in expected) / positions if positions else math.nan,
+        cost_ratio=cost_ratio,
+        verify_ratio=verify_ratio(runs, plain),
+        predicted_speedup=ratio(found.block_efficiency * step, drafting + verify_pass),
+        planned_speedup=math.nan
+        if found.least_reach
+        else planned_speedup(found.acceptance_rate, found.num_draft_tokens, cost_ratio),
+    )
+
+
+def verify_ratio(runs: Runs, plain: Runs) -> float:
+    """Time of a verify pass over that of a plain step, the target's passes alone."""
+    return ratio(runs.step, plain.step)

@@ -166,6 +166,11 @@ class Row:
     positions were accepted, `survival_by_position[i]` of all rounds, see `rows.survival`.
     `seconds` splits the measured time into the prompts' prefill, draft steps, verify passes (the
     target's forward), the verify function and the rest of a round, and the loop around it.
+
+    With a `least_reach` above 0 (see `ModelDrafter`) γ is the most that is proposed. What follows
+    from γ alone is then absent (`planned_speedup`) or by the mean number of proposals (`mbsu`), and
+    survival is the share of all rounds: a row stops where it doubts, so what it did not propose
+    is not like what it did.
     """
 
     temperature: Temperature
@@ -191,6 +196,12 @@ class Row:
     planned_speedup: Measured
     mbsu: Positive
     seconds: dict[str, Number] = field(default_factory=dict)
+    least_reach: Share = 0.0
+
+    @property
+    def draft_steps(self) -> float:
+        """Of a round: γ, or fewer where drafting stops early."""
+        return self.proposed / self.rounds if self.least_reach else self.num_draft_tokens
 
     @property
     def slowed(self) -> bool:
@@ -444,11 +455,13 @@ class Scorecard:
     @property
     def label(self) -> str:
         """What every table, picture and report made from the card says: that its evidence failed,
-        the engine where it is not ours, and what is unusual about the verification.
+        the engine where it is not ours, and what is unusual about verification and drafting.
         """
         engine = f"measured in {self.outside_engine}" if self.outside_engine else ""
         proof = "FAILED: not lossless" if self.failures else ""
-        return ", ".join(filter(None, [proof, engine, self.verification.label]))
+        least = self.rows[0].least_reach
+        early = f"γ at most, stops early (least reach {least:g})" if least else ""
+        return ", ".join(filter(None, [proof, engine, self.verification.label, early]))
 
     def best_row(self, temperature: float) -> Row:
         """The fastest row measured at `temperature`, with what it is worth on prompts that had no
@@ -552,6 +565,8 @@ def _check_lists(card: Scorecard) -> None:
             if key in seen:
                 raise ValueError(f"{name} has {key} twice")
             seen.add(key)
+    if len({row.least_reach for row in card.rows}) > 1:
+        raise ValueError("its rows have several values of least_reach")
     for row in card.rows:
         sizes = len(row.acceptance_by_position), len(row.survival_by_position)
         if sizes[0] != sizes[1] or sizes[0] > row.num_draft_tokens:

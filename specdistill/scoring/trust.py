@@ -109,11 +109,13 @@ def _derived(row: Row, base: Baseline, prompts: Sequence[PromptRow], weights: fl
         ("an acceptance rate", row.acceptance_rate, row.accepted, row.tested),
         ("accepted / proposed", row.acceptance_per_proposal, row.accepted, row.proposed),
         ("a block efficiency", row.block_efficiency, row.emitted, row.rounds),
-        ("an MBSU", row.mbsu, tau, weights * gamma + 1),
+        ("an MBSU", row.mbsu, tau, weights * row.draft_steps + 1),
     ]
     by_position = zip(row.survival_by_position, row.acceptance_by_position, strict=True)
     before = 1.0
     for i, (told, rate) in enumerate(by_position, 1):
+        if row.least_reach:  # of all rounds, which no other figure tells
+            break
         ratios.append((f"survival at position {i}", told, before * rate, 1.0))
         before = told
     if math.isfinite(row.planned_speedup):

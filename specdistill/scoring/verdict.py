@@ -48,7 +48,9 @@ def verdict(
         again = setting[0] == measured_again
         slow = slow_verifying("a verify pass", setting, fastest.verify_ratio, again)
         doubts = [*doubts, slow]
-    needed = break_even(best.acceptance_rate, best.num_draft_tokens, best.speedup)
+    needed = math.nan  # no formula knows which rounds stop early
+    if not best.least_reach:
+        needed = break_even(best.acceptance_rate, best.num_draft_tokens, best.speedup)
     affordable = _break_even_cost_ratio(best)
     low, high = best.speedup_ci95
     pays = low > 1 and best.tested > 0 and not doubts
@@ -57,7 +59,8 @@ def verdict(
     measured = f"{best.speedup:.2f} times plain decoding{interval} {where}"
     if how.words:
         measured += f" ({how.words})"
-    why = f"acceptance rate {best.acceptance_rate:.2f} against a break-even of {needed:.2f}"
+    why = f"acceptance rate {best.acceptance_rate:.2f}"
+    why += "" if math.isnan(needed) else f" against a break-even of {needed:.2f}"
     if math.isfinite(best.cost_ratio):  # outside engines do not tell
         why += (
             f", a draft step costs {best.cost_ratio:.2f} and a verify pass "
@@ -106,14 +109,18 @@ def judgement(best: Row, pays: bool) -> str:
 
 
 def _break_even_cost_ratio(row: Row) -> float:
-    """A round costs τ / speedup plain steps, γ·c of them the draft's; to cost τ, c must be so."""
+    """A round costs τ / speedup plain steps, of which its draft steps take c each; to cost τ, c
+    must be so.
+    """
     excess = row.block_efficiency / row.speedup - row.block_efficiency
-    return row.cost_ratio - excess / row.num_draft_tokens
+    return row.cost_ratio - excess / row.draft_steps
 
 
 def _remedy(row: Row, needed: float, affordable: float) -> str:
     higher = f"an acceptance rate above {needed:.2f}"
     cheaper = f"a draft step below {affordable:.3f} of a plain step"
+    if math.isnan(needed):
+        return f"It would pay with {cheaper}." if affordable > 0 else "No cheaper draft would do."
     if needed < 1 and affordable > 0:
         times = row.cost_ratio / affordable
         return f"It would pay with {higher}, or with {cheaper} ({times:.1f} times cheaper)."
