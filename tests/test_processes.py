@@ -226,7 +226,8 @@ def test_accelerate_reads_the_configurations(file: Path) -> None:
 
     read = load_config_from_file(str(file))
     assert read.distributed_type.value == "MULTI_GPU"
-    line = file.read_text().splitlines()[0].removeprefix("# accelerate launch ").split()
+    (command,) = (line for line in file.read_text().splitlines() if "accelerate launch" in line)
+    line = command.partition("accelerate launch ")[2].split()
     line[line.index("--config_file") + 1] = str(file)
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(line))
     assert arguments.num_processes == 2
