@@ -231,6 +231,30 @@ def test_python_compiles_and_imports_what_there_is(page: Path) -> None:
                 assert hasattr(specdistill, node.attr), f"sd has no {node.attr}"
 
 
+SMALLER = {"Qwen/Qwen3-8B": "T", "heldout=32": "heldout=4", "layers=4": "layers=2"} | {
+    "8192": "32", "2000": "3, heldout=4, decode=None", "range(1, 9)": "[2], max_new_tokens=8"
+}  # fmt: skip
+
+
+def test_the_ten_lines_of_the_readme_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tiny_folder: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_folder, "T")
+    lines = [json.dumps({"prompt": f"w{i} w{i + 2} w{3 * i % 50 + 5}"}) for i in range(5, 29)]
+    Path("prompts.jsonl").write_text("\n".join(lines))
+    (code,) = blocks(README, "python")
+    for words, fewer in SMALLER.items():
+        assert words in code
+        code = code.replace(words, fewer)
+    exec(code, {})
+    assert "plain decoding" in capsys.readouterr().out
+    assert (tmp_path / "served" / "config.json").exists()
+
+
 # Paths, links, size
 
 
