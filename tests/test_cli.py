@@ -735,7 +735,7 @@ BAD_INPUT: dict[str, tuple[str, tuple[str, ...]]] = {
         ("600 new ones exceed the 512 positions",),
     ),
     "device": (GENERATE + "{prompts} --device tpu", ("device must be auto, cpu", "'tpu'")),
-    "layers": (INIT + "--layers 9", ("among the target's 0 to 3", "'9'")),
+    "layers": (INIT + "--layers 9", ("among the target's 0 to 3", "got 9")),
     "half a trim": (INIT + "--vocab-size 9", ("--vocab-size and --vocab-from go together",)),
     "large trim": (
         INIT + "--vocab-size 65 --vocab-from {data}",

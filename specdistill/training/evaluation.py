@@ -18,9 +18,11 @@ from specdistill.data.token_store import Example
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
+from specdistill.models.packing import pack
 from specdistill.training.batches import Batch, length_buckets, make_batch
 from specdistill.training.distiller import Distiller
 from specdistill.training.losses import Positions, Target
+from specdistill.training.policies import decoded_rows
 from specdistill_kernels import divergence, draft_columns
 
 
@@ -38,6 +40,10 @@ class Evaluation:
                 f"decode asks for all of {target.name}, and its head alone was read; load it "
                 "whole, or set decode: null"
             )
+        if target is not None and (rows := decoded_rows(config)):
+            # Before any pass: packed products round differently, and a run that resumes must read
+            # with the same ones as a run that never stopped.
+            pack(target, rows)
         self.distiller, self.examples, self.config = distiller, examples, config
         groups = length_buckets(examples, config.training.batch_tokens, 0, 0)
         device = distiller.draft.device

@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from specdistill.config import Policy
+from specdistill.config import DistillConfig, Policy
 from specdistill.data.token_store import (
     Example,
 )
@@ -142,6 +142,15 @@ POLICIES: dict[str, Callable[[Source, int], list[Example]]] = {
     "induced": induced,
     "fresh_target": fresh_target,
 }
+
+
+def decoded_rows(config: DistillConfig) -> int:
+    """Tokens in the largest pass of the target while a run decodes with it; 0 where none does."""
+    decode, policy = config.decode, config.policy
+    rows = 0 if decode is None else decode.prompts * (decode.num_draft_tokens + 1)
+    if policy.name in ("skd", "induced", "fresh_target"):
+        rows = max(rows, min(policy.own()["prompts"], BATCH) * ((policy.block or 0) + 1))
+    return rows
 
 
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
