@@ -221,7 +221,8 @@ def _lumped_outcomes(draft_logits: Tensor, target: Lumped, temperature: float) -
     outside.scatter_(1, torch.where(present, target.columns, scaled.shape[1]), False)
     tail = torch.where(outside[:, :-1], scaled, -torch.inf).logsumexp(-1, keepdim=True)
     top = torch.where(present, scaled.gather(1, target.columns.clamp(min=0)), -torch.inf)
-    log_q = torch.cat([top, tail], 1) - scaled.logsumexp(-1, keepdim=True)
+    # Of these outcomes alone: with another sum's rounding q would not add up to 1.
+    log_q = torch.cat([top, tail], 1).log_softmax(-1)
     p = torch.cat([target.log_probs, target.log_tail[:, None]], 1).to(scaled.dtype)
     here = torch.cat([present, tail > -torch.inf], 1)
     kept = 1 - torch.where(here, 0, p.exp()).sum(-1)
