@@ -71,3 +71,28 @@ def test_a_score_takes_prompts_and_single_numbers(target: LanguageModel, tmp_pat
     assert [(row.temperature, row.num_draft_tokens) for row in card.rows] == [(0.0, 2)]
     assert {row.prompt_id for row in card.per_prompt} == {p.id for p in asked}
     assert sd.compare({"one": card, "same": card}).standings
+
+
+def test_the_loop_in_ten_lines(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("".join(f"w{5 + i} w{50 - i} w{7 + i}\n" for i in range(30)))
+
+    target = sd.load(str(tiny_folder))
+    train, heldout = sd.prompts(str(tmp_path / "p.txt")).split(heldout=6)
+    data = sd.generate(target, train, tmp_path / "data", temperature=(0, 1), max_new_tokens=12)
+    draft = sd.make_draft(target, layers=2, vocab_size=40, vocab_from=data)
+    draft = sd.distill(target, draft, data, tmp_path / "run", loss="fkl", max_steps=4, heldout=6)
+    card = sd.score(target, draft, heldout, num_draft_tokens=range(1, 3), max_new_tokens=8)
+    card.write(f"{tmp_path}/run/scorecard.json")
+    sd.plot(card).savefig(tmp_path / "speedup.png")
+    served = sd.export(draft, str(tmp_path / "served"), engine="vllm")
+    answer = sd.Decoder(target, draft).generate("w5 w6", temperature=0.8, max_new_tokens=6)
+
+    assert (draft.num_layers, draft.vocab_size) == (2, 40)
+    assert card.draft.sha256 == draft.sha256() == sd.load(str(tmp_path / "run/draft")).sha256()
+    assert card.verdict.reason
+    assert {row.prompt_id for row in card.per_prompt} == {prompt.id for prompt in heldout}
+    assert not card.provenance["trained_prompts"]["scored"]
+    assert "vllm serve" in served.serve
+    assert sd.load(served.out).vocab_size == target.vocab_size
+    assert (len(answer.tokens), bool(answer.text)) == (6, True)
+    assert len(sd.check(target, draft, heldout[:2], max_new_tokens=6)) > 3

@@ -12,8 +12,8 @@ NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 # What the cell tagged "parameters" is replaced by, and how many pictures there must be.
 SMALL = {
     "quickstart": (
-        "answers, new_tokens, train_seconds, score_prompts, gammas = 40, 12, 4.0, 4, [2]",
-        3,
+        'answers, new_tokens, training = 40, 12, {"max_steps": 4}\nscore_prompts, gammas = 4, [2]',
+        1,
     ),
     "compare": ("answers, new_tokens, train_seconds, score_prompts = 40, 12, 3.0, 4", 2),
     "kernels": ("rows = 4_000", 2),

@@ -493,9 +493,9 @@ class Scorecard:
         raw["verification"]["lossy"] = self.verification.lossy
         return nullable(raw)
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | Path) -> None:
         """Raises `StorageError` where the file cannot be written; an older one then stays."""
-        write_json(self.document(), path)
+        write_json(self.document(), Path(path))
 
     @classmethod
     def read(cls, path: Path) -> Scorecard:
