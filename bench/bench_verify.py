@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from specdistill_kernels import sample, verify
+from specdistill_kernels import RowSettings, sample, verify
 
 V, VD = 49_152, 3_072
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,33 +25,32 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def case(batch: int, num: int, settings: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
-    rows: dict[str, Any] = {
-        "temperature": torch.ones(batch, device=DEVICE),
-        "seeds": torch.arange(batch, device=DEVICE),
-        "step": torch.zeros(batch, dtype=torch.int64, device=DEVICE),
+    seeds = torch.arange(batch, device=DEVICE)
+    columns = {
+        name: torch.full((batch,), value, device=DEVICE)
+        for name, value in {"temperature": 1.0, **settings}.items()
+        if name != "mode"
     }
-    mode = settings.get("mode", "token")
-    for name, value in settings.items():
-        if name != "mode":
-            rows[name] = torch.full((batch,), value, device=DEVICE)
+    rows = RowSettings(seeds=seeds, step=torch.zeros_like(seeds), **columns)
     vocab = torch.arange(VD, device=DEVICE) * 16
     target = torch.randn(batch, num + 1, V, device=DEVICE) * 3
     draft = target[:, :num, vocab] + torch.randn(batch, num, VD, device=DEVICE)
-    proposals = [vocab[sample(draft[:, i], position=i, **rows).tokens] for i in range(num)]
+    proposals = [vocab[sample(draft[:, i], rows, position=i).tokens] for i in range(num)]
     return {
         "draft_tokens": torch.stack(proposals, 1),
         "draft_logits": draft,
         "target_logits": target,
         "lengths": torch.full((batch,), num, device=DEVICE),
         "draft_vocab": vocab,
-        "mode": mode,
-        **rows,
+        "mode": settings.get("mode", "token"),
+        "rows": rows,
     }
 
 
 def only(arguments: dict[str, Any], b: int) -> dict[str, Any]:
-    shared = ("draft_vocab", "mode")
-    return {k: v if k in shared else v[b : b + 1] for k, v in arguments.items()}
+    one, shared = slice(b, b + 1), ("draft_vocab", "mode", "rows")
+    alone = {k: v if k in shared else v[one] for k, v in arguments.items()}
+    return alone | {"rows": arguments["rows"].of(one)}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -72,14 +71,14 @@ def test_verify(benchmark, batch: int, num: int, setting: str, backend: str) -> 
 @pytest.mark.parametrize("batch", [1, 8])
 def test_sample(benchmark, batch: int, setting: str, backend: str) -> None:
     arguments = case(batch, 1, SETTINGS[setting])
-    rows = {k: v for k, v in arguments.items() if k in ("temperature", "top_p", "seeds", "step")}
+    rows: RowSettings = arguments["rows"]
     logits = arguments["target_logits"][:, 0]
-    together = sample(logits, position=0, **rows, backend=backend).tokens
-    assert torch.equal(together, sample(logits, position=0, **rows, backend="reference").tokens)
+    together = sample(logits, rows, position=0, backend=backend).tokens
+    assert torch.equal(together, sample(logits, rows, position=0, backend="reference").tokens)
     for b in range(batch):
-        alone = sample(logits[b : b + 1], position=0, **only(rows, b), backend=backend)
+        alone = sample(logits[b : b + 1], rows.of(slice(b, b + 1)), position=0, backend=backend)
         assert torch.equal(alone.tokens[0], together[b])
-    benchmark(timed(sample), logits, position=0, **rows, backend=backend)
+    benchmark(timed(sample), logits, rows, position=0, backend=backend)
 
 
 def timed(op):

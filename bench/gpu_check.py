@@ -18,7 +18,7 @@ from bench.gpu_check_losses import check_losses
 from bench.gpu_check_streams import check_streams
 from bench.gpu_session import Session
 from bench.gpu_timing import capture
-from specdistill_kernels import Drawn, Lenience, Mode, Verdict, sample, verify
+from specdistill_kernels import Drawn, Lenience, Mode, RowSettings, Verdict, sample, verify
 
 ROUNDING = 3e-5  # relative size of the movements that may explain a difference
 TRIALS = 24
@@ -138,7 +138,7 @@ def check_replay(session: Session, case: Case) -> None:
     replay = capture(lambda: results.append(verify(**arguments, backend=session.backend)))
     same = []
     for _ in range(3):
-        arguments["step"] += 1
+        arguments["rows"].step.add_(1)
         arguments["target_logits"].copy_(arguments["target_logits"].flip(0))
         replay()
         fresh = verify(**arguments, backend=session.backend)
@@ -161,14 +161,16 @@ def build(session: Session, case: Case) -> tuple[Arguments, list[Arguments]]:
         index = torch.arange(batch, device=device) % len(values)
         return torch.tensor(values, dtype=dtype, device=device)[index]
 
-    rows: Arguments = {
-        "temperature": in_turn(case.temperatures, torch.float64),
-        "top_k": in_turn(case.top_k, torch.int64),
-        "top_p": in_turn(case.top_p, torch.float64),
-        "min_p": in_turn(case.min_p, torch.float64),
-        "seeds": session.integers(2**62, batch),
-        "step": session.integers(1000, batch),
-    }
+    temperature = in_turn(case.temperatures, torch.float64)
+    assert temperature is not None
+    rows = RowSettings(
+        temperature,
+        session.integers(2**62, batch),
+        session.integers(1000, batch),
+        in_turn(case.top_k, torch.int64),
+        in_turn(case.top_p, torch.float64),
+        in_turn(case.min_p, torch.float64),
+    )
     kept = torch.arange(vocab, device=device)
     if case.trimmed:
         kept = session.uniform(vocab).topk(max(2, vocab // 3)).indices.sort().values
@@ -183,7 +185,7 @@ def build(session: Session, case: Case) -> tuple[Arguments, list[Arguments]]:
         draft[1, 0], draft[2, -1, 0] = torch.nan, torch.inf
         draft[3, 0] = -torch.inf
 
-    drawn = [{"logits": draft[:, i], "position": i, **rows} for i in range(num)]
+    drawn = [{"logits": draft[:, i], "position": i, "rows": rows} for i in range(num)]
     proposals = [sample(**each, backend=session.backend) for each in drawn]
     tokens = kept[torch.stack([p.tokens for p in proposals], 1)]
     lengths = torch.full((batch,), num, device=device)
@@ -194,7 +196,7 @@ def build(session: Session, case: Case) -> tuple[Arguments, list[Arguments]]:
         "draft_tokens": tokens,
         "draft_logits": draft,
         "target_logits": target,
-        **rows,
+        "rows": rows,
     }
     arguments |= {"lengths": lengths, "mode": case.mode, "lenience": case.lenience}
     if case.trimmed and case.draft != "certain":
@@ -222,12 +224,18 @@ def is_near_tie(session: Session, call: Any, row: Arguments, ours: Tensor) -> bo
     Equal logits are moved alike, so that a wrong rule for ties explains nothing. At temperature 0
     nothing is rounded and nothing is explained.
     """
-    if float(row["temperature"]) == 0:
+    if float(row["rows"].temperature) == 0:
         return False
 
+    def nudged_share(value: Tensor | None) -> Tensor | None:
+        if value is None:
+            return None
+        return torch.where(value < 1, value * (1 + ROUNDING * float(session.normal(1))), value)
+
     def moved(name: str, value: Any) -> Any:
-        if name in ("top_p", "min_p") and value is not None:
-            return torch.where(value < 1, value * (1 + ROUNDING * float(session.normal(1))), value)
+        if isinstance(value, RowSettings):
+            top_p, min_p = nudged_share(value.top_p), nudged_share(value.min_p)
+            return value._replace(top_p=top_p, min_p=min_p)
         if not name.endswith("logits") or value is None:
             return value
         wide = value.double()
@@ -244,10 +252,12 @@ def is_near_tie(session: Session, call: Any, row: Arguments, ours: Tensor) -> bo
 
 def _take(arguments: Arguments, i: int) -> Arguments:
     """The arguments of one row."""
-    return {
-        name: value[i : i + 1] if isinstance(value, Tensor) and name != "draft_vocab" else value
+    one = slice(i, i + 1)
+    alone = {
+        name: value[one] if isinstance(value, Tensor) and name != "draft_vocab" else value
         for name, value in arguments.items()
     }
+    return alone | {"rows": arguments["rows"].of(one)}
 
 
 def _places(where: Tensor) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu_session import Session
-from specdistill_kernels import Mode, probabilities, sample, verify
+from specdistill_kernels import Mode, RowSettings, probabilities, sample, verify
 
 VOCAB, NUM, LENGTH = 16, 2, 3  # tokens, proposals a round, places of a text that are tested
 LEAST_P = 1e-6  # a few dozen tests with fresh seeds each time
@@ -72,15 +72,14 @@ def write_texts(
     vocabulary of the even tokens, [LENGTH, 8]; None for a draft that is certain.
     """
     device = session.device
-    options = rows_of(settings, rows, device)
-    options["seeds"] = session.integers(2**62, rows)
+    columns, seeds = rows_of(settings, rows, device), session.integers(2**62, rows)
     vocab = None
     if draft is not None and draft.shape[1] < VOCAB:
         vocab = torch.arange(0, VOCAB, 2, device=device)
     texts = torch.zeros(rows, LENGTH + NUM + 1, dtype=torch.int64, device=device)
     written = torch.zeros(rows, dtype=torch.int64, device=device)
     for round_ in range(LENGTH):
-        step = torch.full((rows,), round_, device=device)
+        own = RowSettings(seeds=seeds, step=torch.full((rows,), round_, device=device), **columns)
         places = [(written + i) % LENGTH for i in range(NUM + 1)]
         more: dict[str, Any] = {}
         if draft is None:
@@ -89,8 +88,7 @@ def write_texts(
         else:
             logits = torch.stack([draft[place] for place in places[:NUM]], 1)
             drawn = [
-                sample(logits[:, i], **options, step=step, position=i, backend=session.backend)
-                for i in range(NUM)
+                sample(logits[:, i], own, position=i, backend=session.backend) for i in range(NUM)
             ]
             proposals = torch.stack([d.tokens for d in drawn], 1)
             more["draft_lse"] = torch.stack([d.logsumexp for d in drawn], 1)
@@ -100,9 +98,8 @@ def write_texts(
             proposals,
             logits,
             torch.stack([target[place] for place in places], 1),
+            own,
             lengths=torch.full((rows,), NUM, device=device),
-            **options,
-            step=step,
             mode=mode,
             **more,
             backend=session.backend,

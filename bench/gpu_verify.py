@@ -18,7 +18,7 @@ from bench.gpu_plain import plain_greedy, plain_verify
 from bench.gpu_session import Session
 from bench.gpu_timing import Stopwatch
 from bench.rivals import Batch, verifiers
-from specdistill_kernels import sample, verify
+from specdistill_kernels import RowSettings, sample, verify
 
 OURS = "ours"
 MODES: dict[str, dict[str, Any]] = {
@@ -119,22 +119,18 @@ def contenders(
     draft = (target[:, :num] + noise).to(torch.bfloat16)
     del noise
     temperature = torch.full((shape.batch,), settings["temperature"], device=device)
-    options: dict[str, Any] = {
-        "temperature": temperature,
-        "seeds": session.integers(2**62, shape.batch),
-        "step": torch.zeros(shape.batch, dtype=torch.int64, device=device),
-    }
+    seeds = session.integers(2**62, shape.batch)
+    rows = RowSettings(temperature, seeds, torch.zeros_like(seeds))
     if "top_p" in settings:
-        options["top_p"] = torch.full_like(options["temperature"], settings["top_p"])
+        rows = rows._replace(top_p=torch.full_like(temperature, settings["top_p"]))
     if "top_k" in settings:
-        options["top_k"] = torch.full_like(options["seeds"], settings["top_k"])
-    drawn = [
-        sample(draft[:, i], position=i, **options, backend=session.backend) for i in range(num)
-    ]
+        rows = rows._replace(top_k=torch.full_like(seeds, settings["top_k"]))
+    drawn = [sample(draft[:, i], rows, position=i, backend=session.backend) for i in range(num)]
     tokens = torch.stack([d.tokens for d in drawn], 1)
     lse = torch.stack([d.logsumexp for d in drawn], 1)
     batch = Batch(tokens, draft, target, **settings)
-    options["lengths"] = torch.full((shape.batch,), num, device=device)
+    lengths = torch.full((shape.batch,), num, device=device)
+    options: dict[str, Any] = {"rows": rows, "lengths": lengths}
 
     def ours(stored: Tensor | None) -> Callable[[], Tensor]:
         return lambda: (

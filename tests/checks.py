@@ -50,7 +50,15 @@ from specdistill.decoding.sampling import row_seed
 from specdistill.drafts.making import make_draft
 from specdistill.limits import MAX_DRAFT_TOKENS
 from specdistill.models import LanguageModel
-from specdistill_kernels import Lenience, Mode, counter_noise, probabilities, sample, verify
+from specdistill_kernels import (
+    Lenience,
+    Mode,
+    RowSettings,
+    counter_noise,
+    probabilities,
+    sample,
+    verify,
+)
 from specdistill_kernels.verification.noise import COIN, DRAFT, FINAL
 
 PROMPTS = [[7, 8, 9], [5], list(range(5, 45)), [11, 12], [9, 7] * 8]
@@ -310,16 +318,14 @@ def check_same_prompt_other_text() -> None:
     assert len({tuple(o.tokens) for o in out.outputs}) == 20, "rows share their draws"
 
 
-def arguments(rows: int, **more: float) -> dict[str, Tensor]:
-    """Per-row arguments of `sample` and `verify` for independent requests at temperature 1."""
-    settings = {"temperature": 1.0, **more}
-    whole = ("top_k",)
+def settings_of(rows: int, **more: float) -> RowSettings:
+    """Of independent requests at temperature 1."""
     columns = {
-        name: torch.full((rows,), value, dtype=torch.int64 if name in whole else torch.float64)
-        for name, value in settings.items()
+        name: torch.full((rows,), value, dtype=torch.int64 if name == "top_k" else torch.float64)
+        for name, value in {"temperature": 1.0, **more}.items()
     }
     zeros = torch.zeros(rows, dtype=torch.int64)
-    return {**columns, "seeds": torch.arange(rows), "step": zeros}
+    return RowSettings(seeds=torch.arange(rows), step=zeros, **columns)
 
 
 def fixed_coin(value: int) -> Callable[..., Tensor]:
@@ -337,9 +343,9 @@ def check_rounds(mode: Mode, rows: int = 40_000, draft: str = "near", **setting:
     own: the first four tokens are distributed jointly as the target's."""
     p_logits = 1.5 * seeded(4, V, seed=7)
     q_logits = p_logits[:3] + seeded(3, V, seed=8) if draft == "near" else -p_logits[:3]
-    args = arguments(rows, **setting)
+    args = settings_of(rows, **setting)
     q = q_logits.expand(rows, -1, -1)
-    drawn = [sample(q[:, i], position=i, **args) for i in range(3)]
+    drawn = [sample(q[:, i], rows=args, position=i) for i in range(3)]
     out = verify(
         torch.stack([d.tokens for d in drawn], 1),
         q,
@@ -347,7 +353,7 @@ def check_rounds(mode: Mode, rows: int = 40_000, draft: str = "near", **setting:
         lengths=torch.full((rows,), 3),
         draft_lse=torch.stack([d.logsumexp for d in drawn], 1),
         mode=mode,
-        **args,
+        rows=args,
     )
     p = warped(p_logits, Sampling(**{"temperature": 1.0, **setting}))
     rng = np.random.default_rng(1)
@@ -375,7 +381,7 @@ def check_coin_ends(mode: Mode) -> None:
         lengths=torch.tensor([2]),
         mode=mode,
         noise=fixed_coin(0),
-        **arguments(1),
+        rows=settings_of(1),
     )
     assert out.num_accepted.item() == 0, "a token of probability 0 was accepted"
     assert out.tokens[0, 0] in (1, 2)
@@ -387,7 +393,7 @@ def check_coin_ends(mode: Mode) -> None:
         lengths=torch.tensor([3]),
         mode=mode,
         noise=fixed_coin(2**32 - 1),
-        **arguments(1),
+        rows=settings_of(1),
     )
     assert out.num_accepted.item() == 3, "p = q was rejected"
 
@@ -396,7 +402,7 @@ def check_ties() -> None:
     """All tokens tied at a filter's threshold stay, whatever their order."""
     logits = torch.tensor([[2.0, 0.0, 2.0, -1.0, 2.0]])
     for name, value in (("top_k", 2), ("top_p", 0.4), ("min_p", 1.0)):
-        setting = {name: arguments(1, **{name: value})[name]}
+        setting = {name: getattr(settings_of(1, **{name: value}), name)}
         p = probabilities(logits, torch.ones(1), **setting)
         assert torch.allclose(p, torch.tensor([[1 / 3, 0, 1 / 3, 0, 1 / 3]])), f"{name}: {p}"
 
@@ -408,7 +414,7 @@ def check_certain() -> None:
         return torch.full((1, 3), 2**32 - 1)
 
     logits = torch.tensor([[-math.inf, 0.0, -math.inf]])
-    drawn = sample(logits, position=0, noise=noise, **arguments(1)).tokens
+    drawn = sample(logits, rows=settings_of(1), position=0, noise=noise).tokens
     assert drawn.tolist() == [1], f"drew {drawn.tolist()}"
 
 
@@ -419,8 +425,8 @@ def check_filter_edge() -> None:
     shift = 7.3 * seeded(rows, 1, seed=6)
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log() + shift
     for setting in ({"top_p": 0.75}, {"top_p": 0.5}, {"top_p": 0.875}, {"min_p": 0.25}):
-        args = arguments(rows, **setting)
-        drawn = sample(logits, position=0, **args)
+        args = settings_of(rows, **setting)
+        drawn = sample(logits, rows=args, position=0)
         for logsumexp in (None, drawn.logsumexp[:, None]):
             out = verify(
                 drawn.tokens[:, None],
@@ -429,7 +435,7 @@ def check_filter_edge() -> None:
                 lengths=torch.ones(rows, dtype=torch.int64),
                 draft_lse=logsumexp,
                 noise=fixed_coin(0),
-                **args,
+                rows=args,
             )
             assert (out.num_accepted == 1).all(), f"{setting}: a token was drawn that q lacks"
 
@@ -461,10 +467,9 @@ def check_tail(gap: float) -> None:
     def noise(seeds: Tensor, *_: object) -> Tensor:
         return torch.stack([seeds // values * stride + stride // 2, seeds % values], -1)
 
-    args = arguments(1) | {"seeds": seeds}
-    args = {name: value.expand(len(seeds)) for name, value in args.items()}
+    args = settings_of(len(seeds))._replace(seeds=seeds)
     logits = torch.tensor([0.0, -gap]).expand(len(seeds), 2)
-    wins = sample(logits, position=0, noise=noise, **args).tokens.sum().item()
+    wins = sample(logits, rows=args, position=0, noise=noise).tokens.sum().item()
     chance, exact = wins / tops / 2**32, math.exp(-gap) / (1 + math.exp(-gap))
     assert abs(chance / exact - 1) < 0.02, f"{chance:.3e} for {exact:.3e}"
 

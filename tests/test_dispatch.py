@@ -7,7 +7,14 @@ import sys
 import pytest
 import torch
 
-from specdistill_kernels import counter_noise, divergences, sample, verification, verify
+from specdistill_kernels import (
+    RowSettings,
+    counter_noise,
+    divergences,
+    sample,
+    verification,
+    verify,
+)
 from specdistill_kernels.divergences import reference
 from specdistill_kernels.divergences.reference import mixture
 from specdistill_kernels.verification import _takes_triton
@@ -102,23 +109,20 @@ def test_logits_in_the_cpus_memory_need_the_interpreter(monkeypatch: pytest.Monk
 
 
 def test_a_backend_that_does_not_exist() -> None:
-    rows = {
-        "temperature": torch.ones(1),
-        "seeds": torch.zeros(1, dtype=torch.int64),
-        "step": torch.zeros(1, dtype=torch.int64),
-    }
+    zero = torch.zeros(1, dtype=torch.int64)
+    rows = RowSettings(torch.ones(1), zero, zero)
     with pytest.raises(ValueError, match="'cuda' does not exist; choose 'auto', 'triton' or"):
-        sample(torch.zeros(1, 4), position=0, backend="cuda", **rows)
+        sample(torch.zeros(1, 4), rows, position=0, backend="cuda")
     lengths, tokens = torch.ones(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="'cuda' does not exist"):
-        verify(tokens, None, torch.zeros(1, 2, 4), lengths=lengths, backend="cuda", **rows)
+        verify(tokens, None, torch.zeros(1, 2, 4), rows, lengths=lengths, backend="cuda")
 
 
 def test_the_cpu_never_loads_triton() -> None:
     script = (
         "import sys, torch, specdistill_kernels as k\n"
         "one = torch.zeros(1, dtype=torch.int64)\n"
-        "k.sample(torch.zeros(1, 4), temperature=torch.ones(1), seeds=one, step=one, position=0)\n"
+        "k.sample(torch.zeros(1, 4), k.RowSettings(torch.ones(1), one, one), position=0)\n"
         "raise SystemExit('triton' in sys.modules)"
     )
     done = subprocess.run(

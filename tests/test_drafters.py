@@ -26,7 +26,7 @@ from specdistill.decoding import (
     SpeculativeDecoder,
 )
 from specdistill.decoding.drafters import Context, _NgramIndex
-from specdistill.decoding.sampling import SamplingBatch
+from specdistill.decoding.sampling import row_settings
 from specdistill.drafts.making import make_draft
 from specdistill.errors import InputError
 
@@ -177,11 +177,11 @@ def test_a_row_stops_after_the_token_that_leaves_too_small_a_chance(temperature:
     texts = [[7, 8, 9], [5, 6], list(range(5, 45))]
     stream = drafter.open(3, 64)
     stream.prefill(torch.arange(3), [text[:-1] for text in texts])
-    settings = SamplingBatch.build([Sampling(temperature, top_k=40)] * 3, [1, 2, 3], CPU)
+    settings = row_settings([Sampling(temperature, top_k=40)] * 3, [1, 2, 3], CPU)
     lengths = torch.tensor([len(text) - 1 for text in texts])
     counts = set()
     for step in range(12):
-        context = Context(texts, lengths, 39, settings, torch.full((3,), step))
+        context = Context(texts, lengths, 39, settings._replace(step=torch.full((3,), step)))
         draft = stream.propose(context, 4)
         q = (draft.logits / (temperature or 1.0)).softmax(-1)
         reach = q.gather(-1, draft.tokens[..., None])[..., 0].cumprod(-1).tolist()

@@ -15,6 +15,7 @@ from specdistill.decoding import (
     Request,
     Sampling,
     SpeculativeDecoder,
+    engine,
 )
 from specdistill.decoding.cache import CachedModel
 from specdistill.drafts.making import make_draft
@@ -280,3 +281,35 @@ def test_a_request_may_fill_every_position_and_none_beyond(tiny: Tiny, drafted: 
     check_positions([target], [("a text", 16)])
     with pytest.raises(ModelError, match="17"):
         check_positions([target], [("a text", 17)])
+
+
+def test_on_a_gpu_a_round_is_timed_by_events_and_waited_for_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits: list[int] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            self.at = 0
+
+        def synchronize(self) -> None:
+            waits.append(self.at)
+
+        def elapsed_time(self, later: "Event") -> float:
+            return float(later.at - self.at)
+
+    class Stream:
+        now = 0
+
+        def record_event(self, event: Event) -> None:
+            self.now += self.now + 1
+            event.at = self.now
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    watch = engine._Watch(torch.device("cuda"))
+    watch.mark("draft")
+    watch.mark("target")
+    assert watch.seconds() == {"draft": 0.002, "target": 0.004}
+    assert waits == [7]

@@ -168,7 +168,9 @@ def broken_verify(change: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def other_coin(*args: Any, **kwargs: Any) -> Any:
-    return verify(*args, **{**kwargs, "step": kwargs["step"] + 1})
+    return verify(
+        *args, **{**kwargs, "rows": kwargs["rows"]._replace(step=kwargs["rows"].step + 1)}
+    )
 
 
 def too_many(*args: Any, **kwargs: Any) -> Any:
@@ -199,14 +201,8 @@ def test_a_wrong_draw_is_found(session: Session, monkeypatch: pytest.MonkeyPatch
 
 def drawn_from(session: Session, logits: torch.Tensor, token: int, **options: Any) -> bool:
     """Whether rounding may draw this token in place of the other one, which is what is drawn."""
-    row = {
-        "logits": logits[None],
-        "temperature": torch.ones(1),
-        "seeds": torch.tensor([3]),
-        "step": torch.tensor([0]),
-        "position": 0,
-        **options,
-    }
+    rows = RowSettings(torch.ones(1), torch.tensor([3]), torch.tensor([0]))._replace(**options)
+    row = {"logits": logits[None], "rows": rows, "position": 0}
     assert sample(**row).tokens.tolist() == [1 - token]
     return gpu_check.is_near_tie(session, sample, row, torch.tensor([token]))
 
@@ -352,10 +348,8 @@ def test_vllm_gets_the_rows_as_it_wants_them(
         batch.draft_tokens,
         batch.draft_logits,
         batch.target_logits,
+        RowSettings(torch.zeros(4), torch.arange(4), torch.zeros(4, dtype=torch.int64)),
         lengths=torch.full((4,), 2),
-        temperature=torch.zeros(4),
-        seeds=torch.arange(4),
-        step=torch.zeros(4, dtype=torch.int64),
     )
     assert rival.call().tolist() == ours.num_accepted.tolist()
     assert ours.num_accepted[0] == 2

@@ -182,7 +182,7 @@ MUTATIONS = [
     Mutation(
         "the draft samples without the filters that q has",
         "rounds, filtered",
-        [(reference.sample, "if top_k is not None or", "if False and top_k is not None or")],
+        [(reference.sample, "if rows.filtered:", "if False:")],
     ),
     Mutation(
         "q is rounded otherwise than what the draft samples",

@@ -4,25 +4,21 @@ import pytest
 import torch
 from scipy import stats
 
-from specdistill_kernels import counter_noise, probabilities, sample, verify
+from specdistill_kernels import RowSettings, counter_noise, probabilities, sample, verify
 from specdistill_kernels.verification.noise import exponential
 
 V = 16
 
 
-def rows(batch: int, seed: int = 0, **more: float | int) -> dict[str, torch.Tensor]:
-    """Per-row arguments of `sample` and `verify` for independent requests."""
+def rows(batch: int, seed: int = 0, **more: float | int) -> RowSettings:
+    """Of independent requests."""
     kinds = {"temperature": torch.float64, "top_p": torch.float64, "min_p": torch.float64}
-    settings = {"temperature": 1.0, **more}
     columns = {
         name: torch.full((batch,), value, dtype=kinds.get(name, torch.int64))
-        for name, value in settings.items()
+        for name, value in {"temperature": 1.0, **more}.items()
     }
-    return {
-        **columns,
-        "seeds": torch.arange(batch) + 1_000_003 * seed,
-        "step": torch.zeros(batch, dtype=torch.int64),
-    }
+    seeds = torch.arange(batch) + 1_000_003 * seed
+    return RowSettings(seeds=seeds, step=torch.zeros_like(seeds), **columns)
 
 
 def one_round(p_logits, q_logits, batch: int, vocab=None, **settings):
@@ -30,11 +26,11 @@ def one_round(p_logits, q_logits, batch: int, vocab=None, **settings):
     num = len(q_logits)
     args = rows(batch, **settings)
     q = q_logits.expand(batch, -1, -1)
-    drawn = torch.stack([sample(q[:, i], position=i, **args).tokens for i in range(num)], 1)
+    drawn = torch.stack([sample(q[:, i], rows=args, position=i).tokens for i in range(num)], 1)
     tokens = drawn if vocab is None else vocab[drawn]
     lengths = torch.full((batch,), num)
     return tokens, verify(
-        tokens, q, p_logits.expand(batch, -1, -1), lengths=lengths, draft_vocab=vocab, **args
+        tokens, q, p_logits.expand(batch, -1, -1), lengths=lengths, draft_vocab=vocab, rows=args
     )
 
 
@@ -62,7 +58,11 @@ def test_a_draft_without_logits_is_a_point_mass() -> None:
     args = rows(n)
     tokens = torch.full((n, 1), 3)
     out = verify(
-        tokens, None, p_logits.expand(n, -1, -1), lengths=torch.ones(n, dtype=torch.int64), **args
+        tokens,
+        None,
+        p_logits.expand(n, -1, -1),
+        lengths=torch.ones(n, dtype=torch.int64),
+        rows=args,
     )
     p = p_logits.softmax(-1)
     assert p_value(out.tokens[:, 0], p[0]) > 1e-4
@@ -88,7 +88,7 @@ def test_greedy_rows_emit_the_first_maximum_whatever_the_draft_says() -> None:
         torch.full((64, 4, V), float("nan")),
         target,
         lengths=torch.full((64,), 4),
-        **rows(64, temperature=0.0),
+        rows=rows(64, temperature=0.0),
     )
     best = target.argmax(-1)
     for b in range(64):
@@ -105,21 +105,22 @@ def test_mixed_rows_equal_rows_alone() -> None:
     """
     torch.manual_seed(6)
     target, draft = torch.randn(3, 4, V), torch.randn(3, 3, V)
-    settings = {
-        "temperature": torch.tensor([0.0, 0.7, 1.0], dtype=torch.float64),
-        "top_k": torch.tensor([0, 6, 0]),
-        "top_p": torch.tensor([1.0, 0.9, 1.0], dtype=torch.float64),
-        "seeds": torch.tensor([5, 6, 7]),
-        "step": torch.tensor([0, 3, 9]),
-    }
-    tokens = torch.stack([sample(draft[:, i], position=i, **settings).tokens for i in range(3)], 1)
+    settings = RowSettings(
+        temperature=torch.tensor([0.0, 0.7, 1.0], dtype=torch.float64),
+        top_k=torch.tensor([0, 6, 0]),
+        top_p=torch.tensor([1.0, 0.9, 1.0], dtype=torch.float64),
+        seeds=torch.tensor([5, 6, 7]),
+        step=torch.tensor([0, 3, 9]),
+    )
+    tokens = torch.stack(
+        [sample(draft[:, i], rows=settings, position=i).tokens for i in range(3)], 1
+    )
     lengths = torch.tensor([3, 2, 0])
-    together = verify(tokens, draft, target, lengths=lengths, **settings)
+    together = verify(tokens, draft, target, lengths=lengths, rows=settings)
     for b in range(3):
-        alone_settings = {k: v[b : b + 1] for k, v in settings.items()}
         pick = slice(b, b + 1)
         alone = verify(
-            tokens[pick], draft[pick], target[pick], lengths=lengths[pick], **alone_settings
+            tokens[pick], draft[pick], target[pick], lengths=lengths[pick], rows=settings.of(pick)
         )
         assert torch.equal(alone.tokens[0], together.tokens[b])
     assert together.num_accepted[2] == 0
@@ -146,7 +147,7 @@ def test_a_bad_target_row_gives_minus_one(bad: float, temperature: float) -> Non
         torch.randn(2, 1, V),
         target,
         lengths=torch.tensor([1, 1]),
-        **rows(2, temperature=temperature),
+        rows=rows(2, temperature=temperature),
     )
     assert out.tokens[1].tolist() == [-1, -1]
     assert out.tokens[0, 0] >= 0
@@ -160,7 +161,7 @@ def test_padded_proposals_are_not_tested() -> None:
         None,
         target,
         lengths=torch.tensor([3]),
-        **rows(1, temperature=0.0),
+        rows=rows(1, temperature=0.0),
     )
     assert out.tokens.tolist() == [[2, 2, -1, -1]]
 
@@ -168,19 +169,14 @@ def test_padded_proposals_are_not_tested() -> None:
 def test_filters_keep_ties_and_at_least_one_token() -> None:
     logits = torch.tensor([[2.0, 2.0, 2.0, 0.0, -1.0]])
     one = rows(1, top_k=2)
-    assert (probabilities(logits, one["temperature"], top_k=one["top_k"]) > 0).sum() == 3
+    assert (probabilities(logits, one.temperature, top_k=one.top_k) > 0).sum() == 3
     one = rows(1, top_p=1e-9)
-    assert (probabilities(logits, one["temperature"], top_p=one["top_p"]) > 0).sum() == 3
+    assert (probabilities(logits, one.temperature, top_p=one.top_p) > 0).sum() == 3
     peaked = torch.tensor([[9.0, 0.0, 0.0]])
-    assert probabilities(peaked, one["temperature"], top_p=one["top_p"]).tolist() == [
-        [1.0, 0.0, 0.0]
-    ]
+    assert probabilities(peaked, one.temperature, top_p=one.top_p).tolist() == [[1.0, 0.0, 0.0]]
     one = rows(1, min_p=0.5)
     assert (
-        probabilities(
-            torch.tensor([[0.6, 0.31, 0.09]]).log(), one["temperature"], min_p=one["min_p"]
-        )
-        > 0
+        probabilities(torch.tensor([[0.6, 0.31, 0.09]]).log(), one.temperature, min_p=one.min_p) > 0
     ).sum() == 2
 
 
@@ -211,6 +207,8 @@ def test_noise_is_uniform_and_separate() -> None:
         ({"draft_logits": torch.zeros(2, 1, V)}, "draft_logits must be"),
         ({"draft_logits": torch.zeros(2, 2, 3)}, "wide"),
         ({"lengths": torch.tensor([1])}, "lengths must be"),
+        ({"rows": rows(3)}, "temperature must be"),
+        ({"rows": rows(2)._replace(top_k=torch.ones(1))}, "top_k must be"),
         ({"backend": "cuda"}, "does not exist"),
     ],
 )
@@ -220,7 +218,7 @@ def test_shapes_that_do_not_fit_are_refused(change: dict, message: str) -> None:
         "draft_logits": torch.zeros(2, 2, V),
         "target_logits": torch.zeros(2, 3, V),
         "lengths": torch.tensor([2, 2]),
-        **rows(2),
+        "rows": rows(2),
     }
     with pytest.raises(ValueError, match=message):
         verify(**{**good, **change})

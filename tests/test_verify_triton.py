@@ -2,6 +2,7 @@
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ import triton
 import triton.language as tl
 from scipy import stats
 
-from specdistill_kernels import Lenience, counter_noise, probabilities, sample, verify
+import specdistill_kernels
+from specdistill_kernels import Lenience, RowSettings, counter_noise, probabilities
 from specdistill_kernels.verification import triton_backend
 from specdistill_kernels.verification import triton_noise as noise
 from specdistill_kernels.verification.launch import Tiles
@@ -28,6 +30,20 @@ from specdistill_kernels.verification.noise import COIN, FINAL, coin, exponentia
 
 # Of NaN and infinite logits, which the kernels meet and set aside.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def by_name(op: Callable) -> Callable:
+    """The op, with each of `RowSettings` as an argument of its own, for tests that change one."""
+
+    def call(*arguments, **named):
+        rows = {name: named.pop(name, None) for name in RowSettings._fields}
+        return op(*arguments, rows=RowSettings(**rows), **named)
+
+    return call
+
+
+sample, verify = by_name(specdistill_kernels.sample), by_name(specdistill_kernels.verify)
+triton_sample, triton_verify = by_name(triton_backend.sample), by_name(triton_backend.verify)
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +119,7 @@ def assert_equal(arguments: dict, tiles: Tiles | None = None) -> None:
     if tiles is None:
         mine = verify(**arguments, backend="triton")
     else:
-        mine = triton_backend.verify(**defaults(arguments), tiles=tiles)
+        mine = triton_verify(**defaults(arguments), tiles=tiles)
     assert mine.tokens.dtype == mine.num_accepted.dtype == torch.int64
     different = (mine.tokens != theirs.tokens).any(-1).nonzero()[:, 0].tolist()
     assert not different, f"{len(different)} of {len(mine.tokens)} requests differ"
@@ -111,7 +127,7 @@ def assert_equal(arguments: dict, tiles: Tiles | None = None) -> None:
 
 
 def defaults(arguments: dict) -> dict:
-    names = ("top_k", "top_p", "min_p", "draft_vocab", "draft_lse", "point_mass", "lenience")
+    names = ("draft_vocab", "draft_lse", "point_mass", "lenience")
     return {**dict.fromkeys(names), "mode": "token", **arguments}
 
 
@@ -322,10 +338,9 @@ def kept_by_kernel(logits: torch.Tensor, filters: dict, tiles: Tiles | None = No
         return found["launch"]
 
     zeros = torch.zeros(len(logits), dtype=torch.int64)
-    rows = {"temperature": None, "top_k": None, "top_p": None, "min_p": None, **filters}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_backend, "_launcher", remember)
-        triton_backend.sample(logits, seeds=zeros, step=zeros, position=0, tiles=tiles, **rows)
+        triton_sample(logits, seeds=zeros, step=zeros, position=0, tiles=tiles, **filters)
     cuts = found["launch"].arguments["cuts"][: len(logits)]
     return logits.float() >= cuts[:, None]
 
@@ -541,8 +556,7 @@ def test_nothing_is_read_before_it_is_written(
 
     monkeypatch.setattr(torch, "empty", poisoned)
     assert_equal(arguments, tiles)
-    rows = {**dict.fromkeys(("top_k", "top_p", "min_p")), **rows}
-    mine = triton_backend.sample(arguments["draft_logits"][:, 0], position=0, tiles=tiles, **rows)
+    mine = triton_sample(arguments["draft_logits"][:, 0], position=0, tiles=tiles, **rows)
     assert torch.equal(mine.tokens, theirs.tokens)
     torch.testing.assert_close(mine.logsumexp, theirs.logsumexp, rtol=1e-6, atol=2e-6)
 

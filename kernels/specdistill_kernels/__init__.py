@@ -19,7 +19,14 @@ from specdistill_kernels.divergences.targets import (
 )
 from specdistill_kernels.verification import sample, verify
 from specdistill_kernels.verification.noise import Noise, counter_noise
-from specdistill_kernels.verification.reference import Drawn, Lenience, Mode, Verdict, probabilities
+from specdistill_kernels.verification.reference import (
+    Drawn,
+    Lenience,
+    Mode,
+    RowSettings,
+    Verdict,
+    probabilities,
+)
 
 __all__ = [
     "Drawn",
@@ -27,6 +34,7 @@ __all__ = [
     "Lenience",
     "Mode",
     "Noise",
+    "RowSettings",
     "TargetStates",
     "TargetTopK",
     "Verdict",

@@ -14,25 +14,23 @@ from torch.nn import functional
 
 from specdistill.decoding.cache import CachedModel, cache_bytes
 from specdistill.decoding.graphs import Graphs
-from specdistill.decoding.sampling import SamplingBatch
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
 from specdistill.models.packing import pack
-from specdistill_kernels import sample
+from specdistill_kernels import RowSettings, sample
 
 
 @dataclass
 class Context:
     """What the B rows of a batch hold at the start of a round. `tokens` are the rows' prompts and
     answers so far; `lengths` [B] and `longest`, their maximum on the host, leave out each last
-    token, which no cache holds yet. `step` [B] counts a row's rounds.
+    token, which no cache holds yet. `settings` are those of this round.
     """
 
     tokens: list[list[int]]
     lengths: Tensor
     longest: int
-    sampling: SamplingBatch
-    step: Tensor
+    settings: RowSettings
 
     def tail(self, width: int) -> tuple[Tensor, Tensor]:
         """Each row's last `width` tokens and their positions, both [B, width]. A shorter row
@@ -179,13 +177,13 @@ class ModelStream:
             readable = drafter.readable(inputs)
             hidden = self.cached.run(readable, positions, context.longest + i + 1)[:, -1]
             logits = draft.logits(hidden)[:, : drafter.width]
-            drawn = sample(logits, **context.sampling.arguments(), step=context.step, position=i)
+            drawn = sample(logits, context.settings, position=i)
             tokens.append(drawn.tokens if drafter.vocab is None else drafter.vocab[drawn.tokens])
             all_logits.append(logits)
             logsumexp.append(drawn.logsumexp)
             inputs, positions = tokens[-1][:, None], context.lengths[:, None] + i + 1
             if drafter.least_reach and i + 1 < num_tokens:
-                reach = reach * _chances(logits, drawn.tokens, context.sampling.temperature)
+                reach = reach * _chances(logits, drawn.tokens, context.settings.temperature)
                 going = (reach >= drafter.least_reach).tolist()
         steps = len(tokens)
         self.known = [len(row) + steps - 1 for row in context.tokens]  # if all are accepted

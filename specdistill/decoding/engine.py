@@ -25,7 +25,7 @@ from specdistill.decoding.records import (
     Round,
     RowRound,
 )
-from specdistill.decoding.sampling import GREEDY, Sampling, SamplingBatch, row_seed
+from specdistill.decoding.sampling import GREEDY, Sampling, row_seed, row_settings
 from specdistill.errors import DecodingError, InputError
 from specdistill.limits import MAX_DRAFT_TOKENS
 from specdistill.models import LanguageModel, check_tokens
@@ -237,9 +237,8 @@ class _Stream:
             draft.tokens,
             draft.logits,
             logits,
+            context.settings,
             lengths=torch.tensor(counts, device=tokens.device),
-            **context.sampling.arguments(),
-            step=context.step,
             draft_vocab=draft.vocab,
             draft_lse=draft.logsumexp,
             point_mass=draft.point_mass,
@@ -290,7 +289,7 @@ class _Stream:
         else:
             return
         requests = [None if row is None else row.request for row in self.rows]
-        self.sampling = SamplingBatch.build(
+        self.settings = row_settings(
             [Sampling() if r is None else r.sampling for r in requests],
             [0 if r is None else row_seed(r.seed, r.id) for r in requests],
             self.target.device,
@@ -308,8 +307,7 @@ class _Stream:
             tokens,
             torch.tensor(lengths, device=device),
             max(lengths),
-            self.sampling,
-            torch.tensor(steps, device=device),
+            self.settings._replace(step=torch.tensor(steps, device=device)),
         )
 
     def _wanted(self, row: _Row) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specdistill import limits
 from specdistill.errors import InputError
+from specdistill_kernels import RowSettings
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -89,40 +90,29 @@ def unsupported_settings(config: GenerationConfig) -> list[str]:
 GREEDY = Sampling()
 
 
-@dataclass
-class SamplingBatch:
-    """Sampling settings by row, as `verify` takes them; a filter that no row uses is None. All
-    tensors [B].
+def row_settings(
+    samplings: Sequence[Sampling], seeds: Sequence[int], device: torch.device
+) -> RowSettings:
+    """The settings of a batch of rows in their first round, for `sample` and `verify`. A filter
+    that no row uses is None.
     """
 
-    temperature: Tensor
-    top_k: Tensor | None
-    top_p: Tensor | None
-    min_p: Tensor | None
-    seeds: Tensor
+    def column(name: str, dtype: torch.dtype, off: float) -> Tensor | None:
+        values = [getattr(sampling, name) for sampling in samplings]
+        if all(value == off for value in values):
+            return None
+        return torch.tensor(values, dtype=dtype, device=device)
 
-    @classmethod
-    def build(
-        cls, samplings: list[Sampling], seeds: list[int], device: torch.device
-    ) -> SamplingBatch:
-        def column(values: list[float], off: float, dtype: torch.dtype) -> Tensor | None:
-            return (
-                None
-                if all(v == off for v in values)
-                else torch.tensor(values, dtype=dtype, device=device)
-            )
-
-        return cls(
-            torch.tensor([s.temperature for s in samplings], dtype=torch.float64, device=device),
-            column([s.top_k for s in samplings], 0, torch.int64),
-            column([s.top_p for s in samplings], 1.0, torch.float64),
-            column([s.min_p for s in samplings], 0.0, torch.float64),
-            torch.tensor(seeds, dtype=torch.int64, device=device),
-        )
-
-    def arguments(self) -> dict[str, Any]:
-        """As the keyword arguments of `sample` and `verify`: both must see the same settings."""
-        return vars(self)
+    temperatures = [sampling.temperature for sampling in samplings]
+    row_seeds = torch.tensor(seeds, dtype=torch.int64, device=device)
+    return RowSettings(
+        torch.tensor(temperatures, dtype=torch.float64, device=device),
+        row_seeds,
+        torch.zeros_like(row_seeds),
+        column("top_k", torch.int64, 0),
+        column("top_p", torch.float64, 1.0),
+        column("min_p", torch.float64, 0.0),
+    )
 
 
 def own_sampling(samplings: Sequence[Sampling], seed: int, request_id: str) -> Sampling:

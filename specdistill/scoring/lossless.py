@@ -21,7 +21,7 @@ from specdistill.models.packing import widened
 from specdistill.scoring.acceptance import draft_states
 from specdistill.scoring.scorecard import LEAST_IDENTITY, Float32, Lossless
 from specdistill.scoring.statistics import martingale_p_value
-from specdistill_kernels import Mode, probabilities, sample, verify
+from specdistill_kernels import Mode, RowSettings, probabilities, sample, verify
 
 SHARE, SHARE_TOKENS = 4, 16  # prompts and new tokens of the greedy texts in float32
 ROWS, ROW_TOKENS = 8, 16  # sampled texts of a prompt, and their length
@@ -387,22 +387,19 @@ def distribution_p_value(
     draft_ids = torch.searchsorted(kept, ids[columns])  # as the draft's own columns stand
 
     batch = torch.arange(draws, device=target.device)
-    row: dict[str, Any] = {
-        "temperature": torch.ones(draws, device=target.device),
-        "seeds": batch + seed * draws,
-        "step": torch.zeros_like(batch),
-    }
+    warm = torch.ones(draws, device=target.device)
+    rows = RowSettings(warm, batch + seed * draws, torch.zeros_like(batch))
     q_batch = q_rows.expand(draws, -1, -1)
-    drawn = [sample(q_batch[:, i], position=i, **row) for i in range(2)]
+    drawn = [sample(q_batch[:, i], rows, position=i) for i in range(2)]
     out = verify(
         torch.stack([draft_ids[d.tokens] for d in drawn], 1),
         q_batch,
         p_rows.expand(draws, -1, -1),
+        rows,
         lengths=torch.full_like(batch, 2),
         draft_vocab=None if drafter.vocab is None else draft_ids,
         draft_lse=torch.stack([d.logsumexp for d in drawn], 1),
         mode=mode,
-        **row,
     )
     p = probabilities(p_rows, torch.ones(3, device=target.device)).double().cpu()
     emitted = [out.tokens[out.num_accepted >= i, i] for i in range(3)]

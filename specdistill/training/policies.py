@@ -29,7 +29,7 @@ from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
 from specdistill.models import LanguageModel
 from specdistill.training.answers import check_examples
-from specdistill_kernels import Lenience, Mode, Verdict, sample
+from specdistill_kernels import Lenience, Mode, RowSettings, Verdict, sample
 
 BATCH = 64  # rows decoded together
 
@@ -229,15 +229,10 @@ def within_top_k(most: int) -> Callable[..., Verdict]:
         draft_tokens: Tensor,
         draft_logits: Tensor | None,
         target_logits: Tensor,
+        rows: RowSettings,
         *,
         lengths: Tensor,
-        step: Tensor,
-        seeds: Tensor,
-        temperature: Tensor,
-        top_k: Tensor | None = None,  # of these the engine tells every rule; this one has no use
-        top_p: Tensor | None = None,
-        min_p: Tensor | None = None,
-        draft_vocab: Tensor | None = None,
+        draft_vocab: Tensor | None = None,  # of these the engine tells every rule; this has no use
         draft_lse: Tensor | None = None,
         point_mass: Tensor | None = None,
         mode: Mode = "token",
@@ -250,13 +245,8 @@ def within_top_k(most: int) -> Callable[..., Verdict]:
         accepted = inside.long().cumprod(1).sum(1).minimum(lengths)
         row = torch.arange(len(accepted), device=accepted.device)
         # The draft used the places before `num` of this step; the noise of this one is fresh.
-        drawn = sample(
-            target_logits[row, accepted],
-            temperature=temperature,
-            seeds=seeds,
-            step=step,
-            position=num,
-        ).tokens.where(usable[row, accepted], -1)
+        drawn = sample(target_logits[row, accepted], rows, position=num).tokens
+        drawn = drawn.where(usable[row, accepted], -1)
         whole = (accepted == lengths) & (lengths > 0)
         last = accepted - whole.long()
         tokens = torch.cat([draft_tokens, draft_tokens.new_full((len(row), 1), -1)], 1)

@@ -6,14 +6,20 @@ import functools
 import os
 import warnings
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from specdistill_kernels.verification import reference
 from specdistill_kernels.verification.noise import Noise, counter_noise
-from specdistill_kernels.verification.reference import Drawn, Lenience, Mode, Verdict
+from specdistill_kernels.verification.reference import (
+    Drawn,
+    Lenience,
+    Mode,
+    RowSettings,
+    Verdict,
+)
 
 Backend = Literal["auto", "triton", "reference"]
 
@@ -22,14 +28,9 @@ def verify(
     draft_tokens: Tensor,
     draft_logits: Tensor | None,
     target_logits: Tensor,
+    rows: RowSettings,
     *,
     lengths: Tensor,
-    temperature: Tensor,
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
-    min_p: Tensor | None = None,
-    seeds: Tensor,
-    step: Tensor,
     draft_vocab: Tensor | None = None,
     draft_lse: Tensor | None = None,
     point_mass: Tensor | None = None,
@@ -42,10 +43,9 @@ def verify(
     whatever the draft.
 
     draft_tokens: [B, G] int64 in target ids; -1 ends a row's proposals. draft_logits: [B, G, Vd]
-    raw logits the tokens were drawn from by `sample` with the same temperature and filters, or None
-    for a draft that proposes with certainty. target_logits: [B, G+1, V] raw. lengths: [B] proposals
-    that count in each row; temperature (0 = greedy), top_k (0 = off), top_p (1 = off), min_p (0 =
-    off), seeds, step: [B]. `step` must be new in each round of a row.
+    raw logits the tokens were drawn from by `sample` with the same `rows`, or None for a draft that
+    proposes with certainty. target_logits: [B, G+1, V] raw. lengths: [B] proposals that count in
+    each row.
 
     draft_vocab: [Vd] sorted target ids of the draft's logits when its vocabulary is trimmed.
     draft_lse: [B, G] the logsumexp that `sample` returned, which saves a pass. point_mass: [B]
@@ -90,63 +90,32 @@ def verify(
         raise ValueError("draft_lse and point_mass say something about draft_logits, which is None")
     for name, value, shape in (
         ("lengths", lengths, [batch]),
-        ("temperature", temperature, [batch]),
-        ("seeds", seeds, [batch]),
-        ("step", step, [batch]),
+        *((name, value, [batch]) for name, value in rows._asdict().items()),
         ("draft_lse", draft_lse, [batch, num]),
         ("point_mass", point_mass, [batch]),
     ):
         if value is not None and list(value.shape) != shape:
             raise ValueError(f"{name} must be {shape}; got {list(value.shape)}")
+    arguments = (draft_tokens, draft_logits, target_logits, rows)
+    options: dict[str, Any] = {
+        "lengths": lengths,
+        "draft_vocab": draft_vocab,
+        "draft_lse": draft_lse,
+        "point_mass": point_mass,
+        "mode": mode,
+        "lenience": lenience,
+    }
     if _takes_triton(backend, noise, target_logits, draft_logits):
         from specdistill_kernels.verification import triton_backend
 
-        return triton_backend.verify(
-            draft_tokens,
-            draft_logits,
-            target_logits,
-            lengths=lengths,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seeds=seeds,
-            step=step,
-            draft_vocab=draft_vocab,
-            draft_lse=draft_lse,
-            point_mass=point_mass,
-            mode=mode,
-            lenience=lenience,
-        )
-    return reference.verify(
-        draft_tokens,
-        draft_logits,
-        target_logits,
-        lengths=lengths,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seeds=seeds,
-        step=step,
-        draft_vocab=draft_vocab,
-        draft_lse=draft_lse,
-        point_mass=point_mass,
-        mode=mode,
-        lenience=lenience,
-        noise=noise,
-    )
+        return triton_backend.verify(*arguments, **options)
+    return reference.verify(*arguments, **options, noise=noise)
 
 
 def sample(
     logits: Tensor,
+    rows: RowSettings,
     *,
-    temperature: Tensor,
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
-    min_p: Tensor | None = None,
-    seeds: Tensor,
-    step: Tensor,
     position: int,
     noise: Noise = counter_noise,
     backend: Backend = "auto",
@@ -157,27 +126,8 @@ def sample(
     if _takes_triton(backend, noise, logits):
         from specdistill_kernels.verification import triton_backend
 
-        return triton_backend.sample(
-            logits,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seeds=seeds,
-            step=step,
-            position=position,
-        )
-    return reference.sample(
-        logits,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        seeds=seeds,
-        step=step,
-        position=position,
-        noise=noise,
-    )
+        return triton_backend.sample(logits, rows, position=position)
+    return reference.sample(logits, rows, position=position, noise=noise)
 
 
 def _takes_triton(backend: str, noise: Noise, *logits: Tensor | None) -> bool:

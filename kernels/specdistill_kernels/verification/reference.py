@@ -24,6 +24,29 @@ class Verdict(NamedTuple):
     num_accepted: Tensor  # [B] int64
 
 
+class RowSettings(NamedTuple):
+    """How each of B rows draws its tokens; all [B]. A filter that is off in every row may be None."""
+
+    temperature: Tensor  # 0 is greedy
+    seeds: Tensor
+    step: Tensor  # new in each round of a row
+    top_k: Tensor | None = None  # 0 is off
+    top_p: Tensor | None = None  # 1 is off
+    min_p: Tensor | None = None  # 0 is off
+
+    @property
+    def filters(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.top_k, self.top_p, self.min_p
+
+    @property
+    def filtered(self) -> bool:
+        return any(value is not None for value in self.filters)
+
+    def of(self, rows: Tensor | slice) -> RowSettings:
+        """The same of some rows alone."""
+        return RowSettings(*(None if value is None else value[rows] for value in self))
+
+
 class Drawn(NamedTuple):
     tokens: Tensor  # [B] int64, indices into the logits
     logsumexp: Tensor  # [B], of logits / temperature before the filters; 0 in greedy rows
@@ -108,33 +131,23 @@ def race(
     return torch.where(weights.sum(-1) > 0, torch.cat(winners), -1)
 
 
-def sample(
-    logits: Tensor,
-    *,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    seeds: Tensor,
-    step: Tensor,
-    position: int,
-    noise: Noise,
-) -> Drawn:
+def sample(logits: Tensor, rows: RowSettings, *, position: int, noise: Noise) -> Drawn:
     """One draft token per row of [B, Vd] logits. A row without a distribution gives token 0:
     `verify` sees the same logits and rejects it.
     """
     peak, first = logits.max(-1)
     first = torch.where(peak.isfinite(), first, 0)
     peak = peak if logits.dtype == torch.float64 else peak.float()
-    warm = temperature > 0
+    warm = rows.temperature > 0
     if not bool(warm.any()):
         return Drawn(first, torch.zeros_like(peak))
-    p = probabilities(logits, temperature)
-    scaled = peak / torch.where(warm, temperature, 1.0).to(peak.dtype)
+    p = probabilities(logits, rows.temperature)
+    scaled = peak / torch.where(warm, rows.temperature, 1.0).to(peak.dtype)
     logsumexp = torch.where(warm, scaled - p.amax(-1).log(), 0)
-    if top_k is not None or top_p is not None or min_p is not None:
-        p = probabilities(logits, temperature, top_k, top_p, min_p)
-    drawn = race(p, seeds, step, torch.full_like(seeds, position), DRAFT, noise)
+    if rows.filtered:
+        p = probabilities(logits, rows.temperature, *rows.filters)
+    places = torch.full_like(rows.seeds, position)
+    drawn = race(p, rows.seeds, rows.step, places, DRAFT, noise)
     return Drawn(drawn.clamp(min=0), logsumexp)
 
 
@@ -222,14 +235,9 @@ def verify(
     draft_tokens: Tensor,
     draft_logits: Tensor | None,
     target_logits: Tensor,
+    rows: RowSettings,
     *,
     lengths: Tensor,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    seeds: Tensor,
-    step: Tensor,
     draft_vocab: Tensor | None,
     draft_lse: Tensor | None,
     point_mass: Tensor | None,
@@ -244,25 +252,25 @@ def verify(
     index = torch.arange(draft_tokens.shape[1], device=draft_tokens.device)
     offered = (index < lengths[:, None]) & (draft_tokens >= 0)
     offered = offered.long().cumprod(-1).bool()
-    if top_k is not None or top_p is not None or min_p is not None:
+    if rows.filtered:
         # Rounded otherwise than in `sample`, q could lack a drawn token at a filter's edge.
         draft_lse = None
 
-    def sampled(rows: Tensor | slice) -> Verdict:
+    def sampled(which: Tensor | slice) -> Verdict:
         def pick(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value[rows]
+            return None if value is None else value[which]
 
-        settings = (temperature[rows], pick(top_k), pick(top_p), pick(min_p))
-        p = probabilities(target_logits[rows], *settings)  # [B, G+1, V]
+        own = rows.of(which)
+        settings = (own.temperature, *own.filters)
+        p = probabilities(target_logits[which], *settings)  # [B, G+1, V]
         q = None
         if draft_logits is not None:
-            q = probabilities(draft_logits[rows], *settings, pick(draft_lse)).to(p.dtype)
-        tokens = draft_tokens[rows].clamp(min=0)
+            q = probabilities(draft_logits[which], *settings, pick(draft_lse)).to(p.dtype)
+        tokens = draft_tokens[which].clamp(min=0)
         proposals = Proposals(tokens, q, draft_vocab, pick(point_mass))
-        stream = (seeds[rows], step[rows])
-        return _verify_sampled(p, proposals, offered[rows], stream, mode, lenience, noise)
+        return _verify_sampled(p, proposals, offered[which], own, mode, lenience, noise)
 
-    warm = temperature > 0
+    warm = rows.temperature > 0
     if bool(warm.all()):
         return sampled(slice(None))
     verdict = _verify_greedy(draft_tokens, target_logits, offered)
@@ -276,16 +284,17 @@ def _verify_sampled(
     p: Tensor,
     proposals: Proposals,
     offered: Tensor,
-    stream: tuple[Tensor, Tensor],
+    rows: RowSettings,
     mode: Mode,
     lenience: Lenience | None,
     noise: Noise,
 ) -> Verdict:
     """Rows at a temperature above 0: p [B, G+1, V]; `offered` [B, G] marks the proposals that
-    count; `stream` is (seeds, step).
+    count.
     """
     batch, num = offered.shape
     index = torch.arange(max(batch, num), device=p.device)
+    stream = rows.seeds, rows.step
     seeds, step = (value[:, None].expand(batch, num) for value in stream)
     bits = noise(seeds, step, index[:num].expand(batch, num), COIN, index.new_zeros(1))
     coins = coin(bits[..., 0])

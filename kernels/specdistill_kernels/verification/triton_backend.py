@@ -31,7 +31,7 @@ from specdistill_kernels.verification.launch import (
     tiles_for,
     workspace,
 )
-from specdistill_kernels.verification.reference import Drawn, Lenience, Mode, Verdict
+from specdistill_kernels.verification.reference import Drawn, Lenience, Mode, RowSettings, Verdict
 from specdistill_kernels.verification.rows import INTS, stats_kernel
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -43,14 +43,9 @@ def verify(
     draft_tokens: Tensor,
     draft_logits: Tensor | None,
     target_logits: Tensor,
+    rows: RowSettings,
     *,
     lengths: Tensor,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    seeds: Tensor,
-    step: Tensor,
     draft_vocab: Tensor | None,
     draft_lse: Tensor | None,
     point_mass: Tensor | None,
@@ -70,17 +65,16 @@ def verify(
     if batch == 0:
         return Verdict(tokens, accepted)
     tiles = tiles or tiles_for(batch, num, target.width)
-    filtered = not (top_k is None and top_p is None and min_p is None)
     kind, epsilon = ("lin", 1.0) if lenience is None else (lenience.kind, lenience.epsilon)
     lengths = lengths.to(torch.int64).contiguous()
-    temperature = temperature.to(torch.float32).contiguous()
+    temperature = rows.temperature.to(torch.float32).contiguous()
     inverse = None if draft_vocab is None else inverse_of(draft_vocab, target.width)
-    launch = _launcher(target, draft, batch, num, tiles, temperature, filtered)
+    launch = _launcher(target, draft, batch, num, tiles, temperature, rows.filtered)
     launch.arguments |= {
         "tokens": draft_tokens.to(torch.int64).contiguous(),
         "lengths": lengths,
-        "seeds": seeds.to(torch.int64).contiguous(),
-        "steps": step.to(torch.int64).contiguous(),
+        "seeds": rows.seeds.to(torch.int64).contiguous(),
+        "steps": rows.step.to(torch.int64).contiguous(),
         "certain": _or(point_mass, lengths.view(torch.int8), torch.int8),
         "inverse": _or(inverse, lengths.view(torch.int32), torch.int32),
         "draft_lse": _or(draft_lse, temperature, torch.float32),
@@ -95,11 +89,11 @@ def verify(
         "divisor": {"lin": epsilon, "sq": epsilon**2, "exp": 1.0}[kind],
     }
     draft_rows = batch * num if draft_logits is not None else 0
-    if draft_lse is not None and not filtered:
+    if draft_lse is not None and not rows.filtered:
         draft_rows = 0
     parts = launch.arguments["splits"]
     with torch.cuda.device_of(target_logits):
-        _statistics(launch, batch * (num + 1), draft_rows, top_k, top_p, min_p)
+        _statistics(launch, batch * (num + 1), draft_rows, rows)
         if mode == "block" and num > 1:
             launch(excess_kernel, (triton.cdiv(batch * (num - 1), tiles.rows), parts))
         # Rows without alignment take more registers; with whole tiles some targets would spill.
@@ -114,16 +108,7 @@ def verify(
 
 
 def sample(
-    logits: Tensor,
-    *,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    seeds: Tensor,
-    step: Tensor,
-    position: int,
-    tiles: Tiles | None = None,
+    logits: Tensor, rows: RowSettings, *, position: int, tiles: Tiles | None = None
 ) -> Drawn:
     """As `reference.sample`, with `counter_noise`. Two launches, one more with filters. The
     arguments have been checked."""
@@ -134,10 +119,9 @@ def sample(
         return Drawn(tokens, logsumexp)
     side = Side.of(logits[:, None])
     tiles = tiles or tiles_for(batch, 0, side.width)
-    filtered = not (top_k is None and top_p is None and min_p is None)
-    temperature = temperature.to(torch.float32).contiguous()
-    seeds = seeds.to(torch.int64).contiguous()
-    launch = _launcher(side, side, batch, 0, tiles, temperature, filtered)
+    temperature = rows.temperature.to(torch.float32).contiguous()
+    seeds = rows.seeds.to(torch.int64).contiguous()
+    launch = _launcher(side, side, batch, 0, tiles, temperature, rows.filtered)
     launch.arguments |= {
         "logits": logits,
         "tokens": seeds,  # There are no proposals, whatever these two say.
@@ -145,13 +129,13 @@ def sample(
         "certain": seeds.view(torch.int8),
         "has_certain": 0,
         "seeds": seeds,
-        "steps": step.to(torch.int64).contiguous(),
+        "steps": rows.step.to(torch.int64).contiguous(),
         "position": position,
         "out_tokens": tokens,
         "out_lse": logsumexp,
     }
     with torch.cuda.device_of(logits):
-        _statistics(launch, batch, 0, top_k, top_p, min_p)
+        _statistics(launch, batch, 0, rows)
         grid = (triton.cdiv(batch, tiles.rows), launch.arguments["splits"])
         launch(sample_kernel, grid)
     return Drawn(tokens, logsumexp)
@@ -213,9 +197,7 @@ def _statistics(
     launch: Launcher,
     target_rows: int,
     draft_rows: int,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
+    settings: RowSettings,
 ) -> None:
     """The launches that leave each row's peak, mass and cut in the workspace."""
     tiles, arguments = launch.tiles, launch.arguments
@@ -228,12 +210,12 @@ def _statistics(
     launch(
         filter_kernel,
         (triton.cdiv(target_rows, rows) + triton.cdiv(draft_rows, rows),),
-        top_k=_or(top_k, arguments["lengths"], torch.int64),
-        top_p=_or(top_p, arguments["temperature"], torch.float32),
-        min_p=_or(min_p, arguments["temperature"], torch.float32),
-        has_k=int(top_k is not None),
-        has_p=int(top_p is not None),
-        has_min=int(min_p is not None),
+        top_k=_or(settings.top_k, arguments["lengths"], torch.int64),
+        top_p=_or(settings.top_p, arguments["temperature"], torch.float32),
+        min_p=_or(settings.min_p, arguments["temperature"], torch.float32),
+        has_k=int(settings.top_k is not None),
+        has_p=int(settings.top_p is not None),
+        has_min=int(settings.min_p is not None),
         SHIFT=KEY_SHIFT[dtype],
         PIVOTS=PIVOTS,
         ROWS=rows,
