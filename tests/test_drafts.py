@@ -44,6 +44,7 @@ def test_the_listed_layers_are_kept_in_order(tiny: Tiny) -> None:
     assert draft.head.weight.data_ptr() != target.head.weight.data_ptr()
     same = make_draft(target, [0, 1, 2, 3, 4])
     tokens = torch.randint(5, 60, (2, 9))
+    assert not any(p.requires_grad for p in same.model.parameters())  # or nothing packs it
     assert torch.equal(same.logits(same.hidden(tokens)), target.logits(target.hidden(tokens)))
 
 

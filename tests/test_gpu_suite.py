@@ -17,7 +17,7 @@ from scipy import stats
 
 from bench import gpu_check, gpu_check_losses, gpu_check_streams, gpu_suite, rivals
 from bench.gpu_session import Session
-from specdistill_kernels import counter_noise, fused_divergence, sample, verify
+from specdistill_kernels import RowSettings, counter_noise, fused_divergence, sample, verify
 from specdistill_kernels.verification.noise import DRAFT, exponential
 
 ROOT = Path(__file__).parents[1]

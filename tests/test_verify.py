@@ -112,9 +112,7 @@ def test_mixed_rows_equal_rows_alone() -> None:
         seeds=torch.tensor([5, 6, 7]),
         step=torch.tensor([0, 3, 9]),
     )
-    tokens = torch.stack(
-        [sample(draft[:, i], rows=settings, position=i).tokens for i in range(3)], 1
-    )
+    tokens = torch.stack([sample(draft[:, i], settings, position=i).tokens for i in range(3)], 1)
     lengths = torch.tensor([3, 2, 0])
     together = verify(tokens, draft, target, lengths=lengths, rows=settings)
     for b in range(3):

@@ -195,7 +195,7 @@ def make_draft(
     if vocabulary is not None:
         head = target.head if random_seed is None else model.get_output_embeddings()
         model.set_output_embeddings(_select_rows(head, vocabulary))
-    model.to(target.device).eval()
+    model.to(target.device).eval().requires_grad_(False)
     draft = LanguageModel("draft", Path(), model, target.tokenizer, vocabulary)
     try:
         with torch.inference_mode():

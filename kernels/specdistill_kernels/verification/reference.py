@@ -25,7 +25,7 @@ class Verdict(NamedTuple):
 
 
 class RowSettings(NamedTuple):
-    """How each of B rows draws its tokens; all [B]. A filter that is off in every row may be None."""
+    """How each of B rows draws its tokens; all [B]. A filter that no row uses may be None."""
 
     temperature: Tensor  # 0 is greedy
     seeds: Tensor
@@ -44,7 +44,7 @@ class RowSettings(NamedTuple):
 
     def of(self, rows: Tensor | slice) -> RowSettings:
         """The same of some rows alone."""
-        return RowSettings(*(None if value is None else value[rows] for value in self))
+        return self._make(None if value is None else value[rows] for value in self)
 
 
 class Drawn(NamedTuple):
