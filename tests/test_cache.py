@@ -2,6 +2,8 @@
 The bytes themselves are checked for every family in test_architectures.py.
 """
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from specdistill.decoding import ModelDrafter, SpeculativeDecoder
+from specdistill.decoding import ModelDrafter, Request, SpeculativeDecoder
 from specdistill.decoding import cache as cache_module
 from specdistill.decoding.cache import CachedModel, attention_mask, cache_bytes
 from specdistill.errors import DecodingError
@@ -91,6 +93,21 @@ def test_free_memory_is_what_linux_or_the_system_says(
     assert memory.free_bytes(cpu) == 300 * 1024
     (tmp_path / "meminfo").unlink()
     assert memory.free_bytes(cpu) == everything
+
+
+def test_the_slots_go_with_their_stream(tiny: Tiny) -> None:
+    """At once, and not when cycles are next looked for."""
+    decoder = SpeculativeDecoder(tiny(0), ModelDrafter(tiny(1), 64), num_draft_tokens=2)
+    gc.disable()
+    try:
+        stream = decoder.stream([Request("a", [7, 8], 20)])
+        next(stream)
+        slots = [weakref.ref(o) for o in gc.get_objects() if type(o) is CachedModel]
+        assert len(slots) >= 2
+        del stream
+        assert not [ref() for ref in slots if ref() is not None and ref().batch == 1]
+    finally:
+        gc.enable()
 
 
 ERRORS = [

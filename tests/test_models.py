@@ -898,7 +898,9 @@ def test_a_packed_heads_logits_follow_the_head_at_once(tiny: Tiny) -> None:
     states = torch.randn(3, 32)
     with torch.no_grad():
         model.head.weight.mul_(2)
-    assert torch.allclose(model.logits(states), states @ model.head.weight.T, atol=1e-5)
+    assert torch.allclose(
+        model.logits(states, packed=True), states @ model.head.weight.T, atol=1e-5
+    )
 
 
 @needs_packing
@@ -921,7 +923,8 @@ def test_packed_bfloat16_has_the_same_logits_in_float32(tiny: Tiny, lean: bool) 
     pack(packed, 8)
     hidden = [m.hidden(TOKENS) for m in (plain, packed)]
     assert torch.allclose(hidden[0], hidden[1], atol=0.02 * hidden[0].abs().max())
-    logits = [m.logits(hidden[0]) for m in (plain, packed)]
+    assert packed.head_product().serves(8)
+    logits = [m.logits(hidden[0], packed=True) for m in (plain, packed)]
     assert logits[1].dtype == torch.float32
     assert torch.allclose(logits[0], logits[1], atol=1e-4)
     greedy = SpeculativeDecoder(packed), SpeculativeDecoder(packed, batch_size=3)

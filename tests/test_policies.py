@@ -33,6 +33,7 @@ from specdistill.training.policies import (
     within_top_k,
 )
 from specdistill.training.run import train
+from specdistill_kernels import RowSettings
 
 Tiny = Callable[..., LanguageModel]
 HALF = torch.arange(0, 64, 2)
@@ -184,10 +185,12 @@ def test_the_rule_of_skd_by_hand() -> None:
         proposals,
         None,
         logits,
+        RowSettings(
+            torch.zeros(4, dtype=torch.float64),
+            seeds=torch.arange(4),
+            step=torch.zeros(4, dtype=torch.int64),
+        ),
         lengths=torch.tensor([3, 3, 1, 0]),
-        step=torch.zeros(4, dtype=torch.int64),
-        seeds=torch.arange(4),
-        temperature=torch.zeros(4, dtype=torch.float64),
     )
     assert verdict.tokens.tolist() == [
         [4, 4, -1, -1],
@@ -210,10 +213,12 @@ def test_the_rule_of_skd_draws_nothing_from_a_row_that_is_no_distribution(bad: f
         torch.tensor([[4, 5], [4, 5], [4, 4]]),
         None,
         logits,
+        RowSettings(
+            torch.ones(3, dtype=torch.float64),
+            seeds=torch.arange(3),
+            step=torch.zeros(3, dtype=torch.int64),
+        ),
         lengths=torch.tensor([2, 2, 2]),
-        step=torch.zeros(3, dtype=torch.int64),
-        seeds=torch.arange(3),
-        temperature=torch.ones(3, dtype=torch.float64),
     )
     assert verdict.tokens.tolist() == [[4, 5, -1], [-1, -1, -1], [4, -1, -1]]
     assert verdict.num_accepted.tolist() == [1, 0, 1]

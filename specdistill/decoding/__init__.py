@@ -1,5 +1,5 @@
-"""The decoding engine: caches with a length per row, drafters, sampling settings and the round
-loop.
+"""The decoding engine: settings of decoders and drafters, caches with a length per row, and the
+round loop; text from tokens.
 """
 
 from specdistill.decoding.detokenizer import Detokenizer

@@ -4,6 +4,7 @@ caller keeps: nothing is copied, and what a stale slot holds is masked until it 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,7 +33,7 @@ class _RowLayer(CacheLayerMixin):
 
     def __init__(self, owner: CachedModel, token: tuple[Tensor, Tensor]) -> None:
         super().__init__()
-        self.owner = owner
+        self.owner: CachedModel = weakref.proxy(owner)  # or slots would outlive their stream
         self.keys, self.values = (
             torch.zeros(
                 (owner.batch, owner.capacity, part.shape[1], part.shape[3]),
@@ -141,6 +142,10 @@ class CachedModel:
             past_key_values=self.cache,
             use_cache=True,
         )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of states that `run` gave, by the packed head where there is one."""
+        return self.model.logits(hidden, packed=True)
 
     def prefill(self, rows: Tensor, prompts: list[list[int]], chunk: int = 512) -> None:
         """Write the prompts of some rows from position 0. Of each, what a row already holds, this

@@ -163,7 +163,7 @@ class ModelStream:
         fully accepted round that is the last accepted token and the bonus token, so that rounds
         have the same shape. What a shorter row reads again writes the same values.
         """
-        drafter, draft = self.drafter, self.drafter.draft
+        drafter = self.drafter
         self.rewind(context)
         missing = [len(row) - known for row, known in zip(context.tokens, self.known, strict=True)]
         inputs, positions = context.tail(max(2, *missing))
@@ -176,7 +176,7 @@ class ModelStream:
             counts = [count + goes_on for count, goes_on in zip(counts, going, strict=True)]
             readable = drafter.readable(inputs)
             hidden = self.cached.run(readable, positions, context.longest + i + 1)[:, -1]
-            logits = draft.logits(hidden)[:, : drafter.width]
+            logits = self.cached.logits(hidden)[:, : drafter.width]
             drawn = sample(logits, context.settings, position=i)
             tokens.append(drawn.tokens if drafter.vocab is None else drafter.vocab[drawn.tokens])
             all_logits.append(logits)

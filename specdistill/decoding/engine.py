@@ -230,7 +230,7 @@ class _Stream:
         tokens = torch.cat([last, draft.tokens.clamp(min=0)], 1)
         positions = start + torch.arange(num + 1, device=tokens.device)
         hidden = self.cached.run(tokens, positions, context.longest + num + 1)
-        logits = self.target.logits(hidden)
+        logits = self.cached.logits(hidden)
         watch.mark("target")
 
         verdict = (self.decoder.rule or verify)(

@@ -1,4 +1,6 @@
-"""How a request wants its tokens drawn, and the per-row tensors of a batch of such wishes."""
+"""How a request wants its tokens drawn, and the settings of a batch of rows as the kernels take
+them.
+"""
 
 from __future__ import annotations
 

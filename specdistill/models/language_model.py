@@ -1,6 +1,4 @@
-"""A causal language model as its hidden states and its head. With `decoding/cache.py` and the rest
-of this folder the only place that knows transformers' internals.
-"""
+"""A causal language model as its hidden states and its head."""
 
 from __future__ import annotations
 
@@ -119,16 +117,17 @@ class LanguageModel:
         out = self.model.base_model(input_ids=tokens, output_hidden_states=True, **kwargs)
         return [out.hidden_states[layer] for layer in layers]
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, *, packed: bool = False) -> Tensor:
         """[..., d] to float32 logits [..., vocab_size] (float64 for a float64 model).
 
         The product is taken in float32 whatever the model's dtype: bfloat16 logits are full of
-        exact ties, and a tie decided differently by two passes looks like a decoding error.
+        exact ties, and a tie decided differently by two passes looks like a decoding error. By the
+        `packed` weight, where there is one, the last bits are others: decoding asks for it, while
+        what is trained on must not depend on whether something was decoded before.
         """
         head = self.readout()
-        product = self._product_of(head)
         hidden = hidden.to(head.weight.dtype)  # kept states may be of another
-        if product.serves(1):
+        if packed and (product := self._product_of(head)).serves(1):
             return self.scale_logits(product(hidden))
         return self.scale_logits(nn.functional.linear(hidden, head.weight, head.bias))
 

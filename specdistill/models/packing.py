@@ -1,6 +1,6 @@
-"""Packing a model's weights for decoding on a CPU, see `packed_linear`. A decoder does it on first
-use; the products of a model's lean pass and head know their packed copies, and where Transformers'
-own pass is taken, linear layers that know theirs stand in its place.
+"""Packing a model's weights for decoding on a CPU, which a decoder does on first use. The copies
+belong to the products of the model's lean pass and of its head; a model that runs by Transformers'
+own pass gets linear layers that have them.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def pack(model: LanguageModel, rows: int) -> None:
     if model.body is None:
         _replace_linears(model)
     missing = [product for product in _products(model) if not product.serves(rows)]
-    needed, free = sum(product.nbytes for product in missing), free_bytes(model.device)
-    if needed > free:
+    needed = sum(product.nbytes for product in missing)
+    if needed and needed > (free := free_bytes(model.device)):
         warnings.warn(
             f"{model.name} decodes more slowly than it could: packed copies of its weights take "
             f"{needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free",

@@ -189,7 +189,7 @@ def both_passes(model: LanguageModel, text: list[int], count: int) -> tuple[Tens
         cached.run(tokens[:, i : i + 1], places[:, i - start : i - start + 1], i + 1)
         for i in range(start, len(text))
     ]
-    return model.logits(at_once)[0], model.logits(torch.cat(steps, 1))[0]
+    return cached.logits(at_once)[0], cached.logits(torch.cat(steps, 1))[0]
 
 
 def moved_by_rounding(model: LanguageModel, text: list[int]) -> Tensor:
@@ -267,7 +267,7 @@ def logits_at(target: LanguageModel, prompt: list[int], answer: Output, at: int)
         places = torch.arange(start, start + width, device=device)[None]
         hidden = cached.run(torch.tensor([read], device=device), places, start + width)
         if at < emitted + len(r.tokens):
-            return target.logits(hidden)[0, at - emitted]
+            return cached.logits(hidden)[0, at - emitted]
         start, emitted = start + len(r.tokens), emitted + len(r.tokens)
     raise IndexError(f"the answer has {emitted} tokens, not {at + 1}")
 

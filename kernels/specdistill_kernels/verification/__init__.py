@@ -1,4 +1,4 @@
-"""The public ops: argument checks once, then the backend that was asked for."""
+"""`verify` and `sample`: arguments are checked once, then the backend runs that was asked for."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ class RowSettings(NamedTuple):
 
     def of(self, rows: Tensor | slice) -> RowSettings:
         """The same of some rows alone."""
-        return self._make(None if value is None else value[rows] for value in self)
+        return RowSettings._make(None if value is None else value[rows] for value in self)
 
 
 class Drawn(NamedTuple):
