@@ -7,14 +7,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from specdistill.scoring.scorecard import (
-    Baseline,
-    Lossless,
-    ModelCard,
-    PromptRow,
-    Row,
-    Scorecard,
-)
+from specdistill.scoring.card_evidence import Lossless
+from specdistill.scoring.card_rows import Baseline, ModelCard, PromptRow, Row
+from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.slices import by_category
 from specdistill.scoring.statistics import planned_speedup, speedup_interval
 from specdistill.scoring.verdict import verdict

@@ -10,9 +10,9 @@ from scipy import stats
 
 from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding.records import Generation, Output, RowRound
+from specdistill.scoring.card_rows import PromptRow
 from specdistill.scoring.choice import choose
 from specdistill.scoring.rows import Timed, by_prompt, row, with_costs, without_stalls
-from specdistill.scoring.scorecard import PromptRow
 from specdistill.scoring.statistics import ratio_of_sums
 
 

@@ -17,7 +17,7 @@ from specdistill.decoding import engine
 from specdistill.decoding.cache import CachedModel
 from specdistill.drafts.making import make_draft
 from specdistill.errors import InputError
-from specdistill.scoring import check, lossless
+from specdistill.scoring import check, lossless, sampled_texts
 from specdistill.scoring.check import Check, Pair, run_checks
 from specdistill.scoring.statistics import martingale_p_value
 from specdistill_kernels import verification
@@ -234,7 +234,7 @@ def test_the_bound_holds_and_is_not_idle() -> None:
 def test_p_values_of_sound_verification_are_uniform(pair: Pair) -> None:
     for mode in ("token", "block"):
         values = [
-            lossless.distribution_p_value(
+            sampled_texts.distribution_p_value(
                 pair.target, pair.draft, [5, 9, 30], seed, draws=500, mode=mode
             )
             for seed in range(20)

@@ -15,9 +15,9 @@ from specdistill.report.page import _figures
 from specdistill.report.plots.speed import figure_speedup
 from specdistill.report.text import document
 from specdistill.scoring import comparable
+from specdistill.scoring.card_rows import PromptRow, Row
 from specdistill.scoring.choice import choose, chosen
 from specdistill.scoring.compare import compare
-from specdistill.scoring.scorecard import PromptRow, Row
 from specdistill.scoring.verdict import verdict
 
 

@@ -339,7 +339,7 @@ def test_check_exits_1_where_the_output_would_change(world: World) -> None:
     command += ["--prompts", at["prompts"], "--limit", 2, "--max-new-tokens", 12]
     with (
         mock.patch("specdistill_kernels.verification.reference._verify_greedy", accept_all),
-        mock.patch("specdistill.scoring.lossless.distribution_p_value", return_value=0.5),
+        mock.patch("specdistill.scoring.sampled_texts.distribution_p_value", return_value=0.5),
     ):
         done = run(*command, "--json")
     assert done.code == 1

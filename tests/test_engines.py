@@ -31,9 +31,10 @@ from specdistill.drafts.making import make_draft, save_draft
 from specdistill.engines import base, transformers, vllm
 from specdistill.errors import DecodingError, InputError, StorageError
 from specdistill.models import LanguageModel
+from specdistill.scoring.card_rows import ModelCard
 from specdistill.scoring.comparable import obstacles
 from specdistill.scoring.rows import Counts
-from specdistill.scoring.scorecard import ModelCard, Scorecard
+from specdistill.scoring.scorecard import Scorecard
 from specdistill_kernels.verification.reference import probabilities
 
 Tiny = Callable[..., LanguageModel]

@@ -17,7 +17,8 @@ from specdistill.drafts.export import check_written, export
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError, ModelError
 from specdistill.models.checkpoint_files import VOCAB_FILE
-from specdistill.scoring.scorecard import ModelCard, Scorecard
+from specdistill.scoring.card_rows import ModelCard
+from specdistill.scoring.scorecard import Scorecard
 
 IDS = torch.arange(0, 64, 3)
 

@@ -24,7 +24,7 @@ from specdistill.models import LanguageModel
 from specdistill.report.plots.acceptance import figure_acceptance, figure_survival
 from specdistill.report.plots.speed import figure_speedup, figure_time
 from specdistill.report.text import document
-from specdistill.scoring import lossless, measure
+from specdistill.scoring import measure, sampled_texts
 from specdistill.scoring.measure import cpu_times, stolen
 from specdistill.scoring.rows import PARTS, Runs, Timed, without_stalls
 from specdistill.scoring.scorecard import Scorecard
@@ -59,7 +59,7 @@ def score(pair: tuple[LanguageModel, LanguageModel], cost: Cost, **more: Any) ->
         patch.setattr(measure, "time", stopped)
         patch.setattr(engine, "time", stopped)
         patch.setattr(CachedModel, "run", run)
-        patch.setattr(lossless, "distribution_p_value", lambda *_, **__: 0.5)  # slow, and no timing
+        patch.setattr(sampled_texts, "distribution_p_value", lambda *_, **__: 0.5)  # slow
         return measure.score(*pair, settings.pop("prompts", PROMPTS), **settings)
 
 

@@ -40,7 +40,7 @@ from specdistill.decoding.cache import CachedModel, attention_mask
 from specdistill.decoding.drafters import CombinedStream, ModelStream, _NgramIndex
 from specdistill.decoding.engine import _Stream
 from specdistill.decoding.sampling import row_seed
-from specdistill.scoring import rows, scorecard, trust
+from specdistill.scoring import card_evidence, contradictions, rows, scorecard
 from specdistill.scoring.choice import choose
 from specdistill.scoring.lossless import explain_difference
 from specdistill.scoring.statistics import ratio_of_sums
@@ -487,7 +487,7 @@ MUTATIONS = [
     Mutation(
         "greedy texts that differ without a reason do not count",
         "a verdict that failed",
-        [(scorecard._unexplained, "if count <= 0:", "if True:")],
+        [(card_evidence._unexplained, "if count <= 0:", "if True:")],
     ),
     Mutation(
         "evidence that failed leaves the verdict as it was",
@@ -502,12 +502,12 @@ MUTATIONS = [
     Mutation(
         "rates in sum are believed",
         "a card's figures",
-        [(trust.contradictions, "_derived(row, base, prompts, weights)", "[]")],
+        [(contradictions.changed_figures, "_derived(row, base, prompts, weights)", "[]")],
     ),
     Mutation(
         "intervals are believed",
         "a card's figures",
-        [(trust.contradictions, "_interval(row, prompts, seed)", "[]")],
+        [(contradictions.changed_figures, "_interval(row, prompts, seed)", "[]")],
     ),
 ]
 

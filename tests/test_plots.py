@@ -35,19 +35,9 @@ from specdistill.report.plots import (
     read_metrics,
     save,
 )
-from specdistill.scoring.scorecard import (
-    Baseline,
-    Best,
-    DecodedText,
-    Kind,
-    Lossless,
-    ModelCard,
-    PromptRow,
-    Row,
-    Scorecard,
-    Verdict,
-    Verification,
-)
+from specdistill.scoring.card_evidence import Lossless
+from specdistill.scoring.card_rows import Baseline, DecodedText, Kind, ModelCard, PromptRow, Row
+from specdistill.scoring.scorecard import Best, Scorecard, Verdict, Verification
 
 # Speedups measured with a two-layer draft on two cores, for γ = 1, 2, 3, 4, 6.
 SPEEDUPS = {0.0: (1.38, 1.57, 1.74, 1.80, 1.77), 1.0: (1.19, 1.27, 1.31, 1.29, 1.18)}

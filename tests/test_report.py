@@ -29,7 +29,8 @@ from test_plots import (
 from specdistill.errors import InputError, StorageError
 from specdistill.report import write_report
 from specdistill.report.plots import plot_all
-from specdistill.scoring.scorecard import Lossless, Scorecard, Verification
+from specdistill.scoring.card_evidence import Lossless
+from specdistill.scoring.scorecard import Scorecard, Verification
 from specdistill.scoring.slices import by_prompt_length
 
 CONFIG = "target: my/target\nseed: 17\nprompts: {path: a.jsonl}\n"

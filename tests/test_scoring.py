@@ -17,8 +17,9 @@ from specdistill.decoding.cache import CachedModel
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, load, packing
-from specdistill.scoring import lossless, measure, scorecard
+from specdistill.scoring import lossless, measure, sampled_texts
 from specdistill.scoring.acceptance import acceptance_chances
+from specdistill.scoring.card_evidence import Float32
 from specdistill.scoring.scorecard import Scorecard, Verification
 from specdistill.scoring.statistics import (
     acceptance_for,
@@ -148,8 +149,8 @@ def test_a_wrong_verify_function_shows_in_the_evidence(pair, monkeypatch) -> Non
         bonus = target_logits[:, -1].argmax(-1, keepdim=True)
         return Verdict(torch.cat([draft_tokens, bonus], 1), lengths)
 
-    monkeypatch.setattr(lossless, "verify", gullible)
-    assert lossless.distribution_p_value(target, draft, [5, 9, 30], seed=0) < 1e-6
+    monkeypatch.setattr(sampled_texts, "verify", gullible)
+    assert sampled_texts.distribution_p_value(target, draft, [5, 9, 30], seed=0) < 1e-6
     monkeypatch.setattr("specdistill.decoding.engine.verify", gullible)
     wrong = measure.score(
         *pair, PROMPTS, num_draft_tokens=[3], temperature=[0.0], max_new_tokens=20
@@ -198,7 +199,7 @@ def test_evidence_that_fails_makes_the_verdict_failed_wherever_a_card_is_read(
 def test_the_distribution_test_sees_what_a_trimmed_draft_cannot_say(pair, monkeypatch) -> None:
     """Tokens outside the draft's vocabulary come from the residual alone: losing them shows."""
     target, draft = pair
-    real = lossless.verify
+    real = sampled_texts.verify
 
     def forgetful(*arguments, draft_vocab, **rest):
         out = real(*arguments, draft_vocab=draft_vocab, **rest)
@@ -206,41 +207,41 @@ def test_the_distribution_test_sees_what_a_trimmed_draft_cannot_say(pair, monkey
         return out._replace(tokens=out.tokens.where(~lost, draft_vocab[0]))
 
     prompt = [5, 9, 30, 31, 12]
-    assert lossless.distribution_p_value(target, draft, prompt, seed=0) > 1e-4
-    monkeypatch.setattr(lossless, "verify", forgetful)
-    assert lossless.distribution_p_value(target, draft, prompt, seed=0) < 1e-6
+    assert sampled_texts.distribution_p_value(target, draft, prompt, seed=0) > 1e-4
+    monkeypatch.setattr(sampled_texts, "verify", forgetful)
+    assert sampled_texts.distribution_p_value(target, draft, prompt, seed=0) < 1e-6
 
 
 def test_the_distribution_is_tested_where_the_target_is_uncertain(pair, monkeypatch) -> None:
     """Chat prompts end in tokens that a target is sure of, where no bias could show."""
     target, draft = pair
     seen = []
-    real = lossless.verify
+    real = sampled_texts.verify
 
     def spy(tokens, q_logits, p_logits, **rest):
         seen.append(p_logits[0])
         return real(tokens, q_logits, p_logits, **rest)
 
-    monkeypatch.setattr(lossless, "verify", spy)
+    monkeypatch.setattr(sampled_texts, "verify", spy)
     prompt = list(range(5, 25))
-    lossless.distribution_p_value(target, draft, prompt, seed=0, draws=10, width=128)
+    sampled_texts.distribution_p_value(target, draft, prompt, seed=0, draws=10, width=128)
     (tested,) = (logits.softmax(-1) for logits in seen)
     every = target.logits(target.hidden(torch.tensor([prompt])))[0].softmax(-1)
     least = every.square().sum(-1).topk(3, largest=False).values
     assert torch.allclose(tested.square().sum(-1), least, rtol=0.1)
     assert not torch.allclose(every[-3:].square().sum(-1), least, rtol=0.2)
-    assert lossless.distribution_p_value(target, draft, [7], seed=0, draws=100) > 0
+    assert sampled_texts.distribution_p_value(target, draft, [7], seed=0, draws=100) > 0
 
 
 def test_a_block_is_scored_as_exact_and_says_so(pair, tmp_path: Path, monkeypatch) -> None:
     modes = []
-    real = lossless.verify
+    real = sampled_texts.verify
 
     def spy(*arguments, mode, **rest):
         modes.append(mode)
         return real(*arguments, mode=mode, **rest)
 
-    monkeypatch.setattr(lossless, "verify", spy)
+    monkeypatch.setattr(sampled_texts, "verify", spy)
     card = measure.score(
         *pair,
         PROMPTS[:2],
@@ -414,7 +415,7 @@ def test_half_precision_is_shown_in_float32_too(pair, monkeypatch: pytest.Monkey
     assert card.lossless.float32.identity_acceptance == 1
     assert "; 4 of 4 in float32" in evidence_line(card)
     assert evidence_line(card).startswith("greedy outputs token-identical: ")
-    wrong = scorecard.Float32((3, 4), [], 1.0)
+    wrong = Float32((3, 4), [], 1.0)
     failed = dataclasses.replace(card.lossless, float32=wrong).failures
     assert failed == [
         "1 of 4 greedy texts differ from those of plain decoding in float32, and rounding does not "
@@ -454,12 +455,12 @@ def test_texts_of_the_engine_are_tested_at_the_drafts_own_columns(tiny: Tiny) ->
     target = tiny(1, layers=3)
     draft = make_draft(target, [0, 1], torch.arange(48))
     for seed in range(12):
-        assert lossless.emitted_p_value(target, draft, [5, 9, 30], seed, "token") > 1e-3
+        assert sampled_texts.emitted_p_value(target, draft, [5, 9, 30], seed, "token") > 1e-3
     shuffled = torch.randperm(48, generator=torch.Generator().manual_seed(0))
     twice = torch.arange(48).clamp(max=40)
     for vocab in (shuffled, twice):
         wrong = dataclasses.replace(draft, vocab=vocab)
-        assert lossless.emitted_p_value(target, wrong, [5, 9, 30], 0, "token") < 1e-4
+        assert sampled_texts.emitted_p_value(target, wrong, [5, 9, 30], 0, "token") < 1e-4
 
 
 def test_planned_speedup_and_break_even_are_inverse() -> None:

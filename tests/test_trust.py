@@ -23,8 +23,9 @@ from specdistill.errors import InputError
 from specdistill.models import LanguageModel, load
 from specdistill.report import write_report
 from specdistill.report.plots import plot_all
-from specdistill.scoring import lossless, measure
-from specdistill.scoring.scorecard import Best, Row, Scorecard
+from specdistill.scoring import measure, sampled_texts
+from specdistill.scoring.card_rows import Row
+from specdistill.scoring.scorecard import Best, Scorecard
 from specdistill.scoring.slices import by_category, by_prompt_length
 from specdistill.scoring.statistics import acceptance_for, planned_tokens
 from specdistill.scoring.trust import contradictions, doubts, objections, sound_card
@@ -77,7 +78,7 @@ def score(pair: tuple[LanguageModel, ...], slowed: float, temperatures: list[flo
         patch.setattr(measure, "time", stopped)
         patch.setattr(engine, "time", stopped)
         patch.setattr(CachedModel, "run", run)
-        patch.setattr(lossless, "distribution_p_value", lambda *_, **__: 0.5)  # slow, and no timing
+        patch.setattr(sampled_texts, "distribution_p_value", lambda *_, **__: 0.5)  # slow
         return measure.score(*pair, PROMPTS, **settings)
 
 
@@ -504,3 +505,11 @@ def test_the_interval_covers_later_results_as_often_as_it_says(prompts: int) -> 
     assert stats.binomtest(hits, 100, 0.94).pvalue > 1e-3, hits
     assert again >= hits
     assert again > 0.93 * 100
+
+
+def test_the_words_of_a_verdict_are_written_again(measured: Scorecard, tmp_path: Path) -> None:
+    """They are shown in reports, and no figure contradicts them."""
+    true = measured.verdict.reason
+    forged = replace(measured, verdict=replace(measured.verdict, reason="Ten times as fast."))
+    forged.write(tmp_path / "card.json")
+    assert sound_card(tmp_path / "card.json").verdict.reason == true

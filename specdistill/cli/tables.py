@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
-from specdistill.scoring.scorecard import PLAIN_SLOWED, Row
+from specdistill.scoring.card_rows import PLAIN_SLOWED, Row
 from specdistill.scoring.verdict import identity_words
 
 if TYPE_CHECKING:
     from specdistill.provenance import Environment
+    from specdistill.scoring.card_rows import CategoryRow
     from specdistill.scoring.check import Check
     from specdistill.scoring.compare import Comparison, Standing
-    from specdistill.scoring.scorecard import CategoryRow, Scorecard
+    from specdistill.scoring.scorecard import Scorecard
 
 NARROW: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 0)}  # ten columns in 80 characters
 

@@ -22,7 +22,8 @@ from specdistill.files import holding, keep_apart, must_be_new, replacing
 from specdistill.models import LanguageModel, gguf_files
 from specdistill.models.support import read_config
 from specdistill.quoting import prose
-from specdistill.scoring.scorecard import Row, Scorecard
+from specdistill.scoring.card_rows import Row
+from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.trust import objections, swapped_draft
 
 LICENCES = {gguf_files.DEMO: "Apache-2.0"}  # of targets that SpecDistill itself offers

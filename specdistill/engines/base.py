@@ -16,16 +16,13 @@ from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding import Output
 from specdistill.models import LanguageModel
 from specdistill.progress import Progress
+from specdistill.scoring.card_evidence import Lossless
+from specdistill.scoring.card_rows import LEAST_VERIFY_RATIO, ModelCard
 from specdistill.scoring.choice import Setting
 from specdistill.scoring.lossless import GreedyPair, explain_difference
 from specdistill.scoring.measure import cpu_times, in_turn, stolen
 from specdistill.scoring.rows import STALL, Counts, baseline, by_prompt, row, speedup
-from specdistill.scoring.scorecard import (
-    LEAST_VERIFY_RATIO,
-    Lossless,
-    ModelCard,
-    Scorecard,
-)
+from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.slices import by_category, by_prompt_length
 from specdistill.scoring.trust import doubts
 from specdistill.scoring.verdict import slow_verifying, verdict

@@ -26,10 +26,11 @@ from specdistill.errors import DecodingError, InputError
 from specdistill.limits import Dtype
 from specdistill.models import LanguageModel, check_positions, check_sizes, load
 from specdistill.progress import Progress, silent
+from specdistill.scoring.card_rows import ModelCard
 from specdistill.scoring.choice import Setting
 from specdistill.scoring.measure import model_card, provenance
 from specdistill.scoring.rows import Counts
-from specdistill.scoring.scorecard import ModelCard, Scorecard
+from specdistill.scoring.scorecard import Scorecard
 
 GRACE_SECONDS = 10
 MEMORY_SHARE = 0.9  # of an accelerator, for all engines together

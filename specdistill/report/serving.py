@@ -7,7 +7,8 @@ from pathlib import Path
 
 from specdistill.drafts.serve_commands import Engine, command, fenced, name_elsewhere
 from specdistill.quoting import block, code
-from specdistill.scoring.scorecard import Row, Scorecard
+from specdistill.scoring.card_rows import Row
+from specdistill.scoring.scorecard import Scorecard
 
 PROGRAMS: dict[Engine, str] = {"transformers": "Transformers", "vllm": "vLLM"}
 

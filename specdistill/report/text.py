@@ -12,9 +12,10 @@ from typing import Any
 from specdistill.errors import InputError
 from specdistill.quoting import block, code, prose, visible
 from specdistill.report.serving import serving
+from specdistill.scoring.card_rows import PLAIN_SLOWED, CategoryRow, ModelCard, Row
 from specdistill.scoring.choice import chosen
 from specdistill.scoring.measure import trained_line
-from specdistill.scoring.scorecard import PLAIN_SLOWED, CategoryRow, ModelCard, Row, Scorecard
+from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.verdict import identity_words, judgement
 
 CAPTIONS = {

@@ -17,7 +17,7 @@ from specdistill.decoding.records import CacheSize, Output
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, check_positions
 from specdistill.progress import Progress, silent
-from specdistill.scoring import lossless
+from specdistill.scoring import lossless, sampled_texts
 from specdistill.scoring.acceptance import acceptance_chances
 from specdistill.scoring.lossless import FALSE_ALARM, GreedyPair
 from specdistill.scoring.statistics import martingale_p_value
@@ -233,9 +233,9 @@ def distribution(pair: Pair, mode: Mode) -> Check:
     in texts that its own engine samples after them.
     """
     asked = pair.prompts[:4]
-    narrow = lossless.combined_p_value(
+    narrow = sampled_texts.combined_p_value(
         [
-            lossless.distribution_p_value(
+            sampled_texts.distribution_p_value(
                 pair.target, pair.draft, p.tokens, pair.seed + i, mode=mode
             )
             for i, p in enumerate(asked)
@@ -254,7 +254,7 @@ def distribution(pair: Pair, mode: Mode) -> Check:
     ]
     outputs = pair.decoder(pair.draft, len(requests), mode).run(requests).outputs
     texts = [(list(r.tokens), o) for r, o in zip(requests, outputs, strict=True)]
-    sampled = lossless.sampled_p_value(pair.target, pair.draft, texts, pair.seed)
+    sampled = sampled_texts.sampled_p_value(pair.target, pair.draft, texts, pair.seed)
     p_value = min(1.0, 2 * min(narrow, sampled))
     tokens = sum(len(o.tokens) for o in outputs)
     return Check(

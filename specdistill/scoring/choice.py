@@ -17,7 +17,7 @@ from specdistill.errors import InputError
 from specdistill.scoring.statistics import Ratio, ratio_of_sums
 
 if TYPE_CHECKING:
-    from specdistill.scoring.scorecard import PromptRow, Row
+    from specdistill.scoring.card_rows import PromptRow, Row
 
 Setting = tuple[float, int]  # temperature and γ, which is 0 for plain decoding
 

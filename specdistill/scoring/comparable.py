@@ -9,9 +9,10 @@ from itertools import combinations
 from pathlib import Path
 
 from specdistill.errors import InputError
+from specdistill.scoring.card_rows import of_setting
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.statistics import ratio_of_sums
-from specdistill.scoring.trust import NOISE, objections, of_setting, round_cost, swapped_draft
+from specdistill.scoring.trust import NOISE, objections, round_cost, swapped_draft
 from specdistill.scoring.verdict import slow_verifying
 
 Cards = Mapping[str, Scorecard]  # by the name they are shown under

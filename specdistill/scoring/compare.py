@@ -11,9 +11,10 @@ from itertools import combinations
 from typing import Any
 
 from specdistill.errors import InputError
+from specdistill.scoring.card_rows import PromptRow, Row
 from specdistill.scoring.choice import choose
 from specdistill.scoring.comparable import Cards, common_temperatures, obstacles, remarks
-from specdistill.scoring.scorecard import PromptRow, Row, Scorecard, nullable
+from specdistill.scoring.scorecard import Scorecard, nullable
 from specdistill.scoring.statistics import Ratio, prompts_needed, ratio_of_sums
 from specdistill.scoring.verdict import prompts as count_of
 

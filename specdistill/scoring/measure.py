@@ -28,16 +28,10 @@ from specdistill.provenance import device_name, git_commit, versions
 from specdistill.scoring import lossless
 from specdistill.scoring import rows as rows_of
 from specdistill.scoring.acceptance import expected_acceptance
+from specdistill.scoring.card_rows import LEAST_VERIFY_RATIO, ModelCard, Row
 from specdistill.scoring.choice import Setting
 from specdistill.scoring.rows import Runs
-from specdistill.scoring.scorecard import (
-    LEAST_VERIFY_RATIO,
-    OWN_ENGINE,
-    ModelCard,
-    Row,
-    Scorecard,
-    Verification,
-)
+from specdistill.scoring.scorecard import OWN_ENGINE, Scorecard, Verification
 from specdistill.scoring.slices import by_category, by_prompt_length
 from specdistill.scoring.trust import doubts
 from specdistill.scoring.verdict import verdict

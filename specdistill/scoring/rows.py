@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding import Detokenizer, Generation
 from specdistill.decoding.records import Output
+from specdistill.scoring.card_rows import Baseline, DecodedText, Kind, PromptRow, Row
 from specdistill.scoring.choice import Setting
-from specdistill.scoring.scorecard import Baseline, DecodedText, Kind, PromptRow, Row
 from specdistill.scoring.statistics import planned_speedup, speedup_interval
 
 if TYPE_CHECKING:

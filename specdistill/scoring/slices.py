@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from math import nan
 from typing import Any
 
-from specdistill.scoring.scorecard import CategoryRow, PromptRow
+from specdistill.scoring.card_rows import CategoryRow, PromptRow
 from specdistill.scoring.statistics import ratio_of_sums
 
 MIN_PROMPTS = 3  # the interval of two spans orders of magnitude

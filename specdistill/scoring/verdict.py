@@ -8,16 +8,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from specdistill.scoring.card_evidence import Lossless
+from specdistill.scoring.card_rows import PLAIN_SLOWED, PromptRow, Row
 from specdistill.scoring.choice import Choice, Setting, choose
-from specdistill.scoring.scorecard import (
-    PLAIN_SLOWED,
-    Best,
-    Lossless,
-    PromptRow,
-    Row,
-    Verdict,
-    Verification,
-)
+from specdistill.scoring.scorecard import Best, Verdict, Verification
 from specdistill.scoring.statistics import Ratio, break_even, prompts_needed
 
 UNKNOWN = "Whether the draft pays cannot be shown"

@@ -11,7 +11,8 @@ from scipy import stats
 
 from specdistill.quoting import drawn, visible
 from specdistill.report.plots import style
-from specdistill.scoring.scorecard import DecodedText, Kind, Row, Scorecard
+from specdistill.scoring.card_rows import DecodedText, Kind, Row
+from specdistill.scoring.scorecard import Scorecard
 
 
 def figure_acceptance(card: Scorecard, before: Scorecard | None = None) -> Figure:

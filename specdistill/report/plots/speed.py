@@ -9,8 +9,9 @@ from matplotlib.patches import Patch
 
 from specdistill.quoting import drawn
 from specdistill.report.plots import style
+from specdistill.scoring.card_rows import Row
 from specdistill.scoring.choice import judged
-from specdistill.scoring.scorecard import Row, Scorecard
+from specdistill.scoring.scorecard import Scorecard
 
 # The parts of `Row.seconds`, from the models' work to ours: name, colour, hatch.
 TIME_PARTS = {

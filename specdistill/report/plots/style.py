@@ -24,7 +24,8 @@ from matplotlib.ticker import MaxNLocator
 from specdistill.errors import StorageError
 from specdistill.files import replacing
 from specdistill.quoting import drawn
-from specdistill.scoring.scorecard import Row, Scorecard
+from specdistill.scoring.card_rows import Row
+from specdistill.scoring.scorecard import Scorecard
 
 BLACK, GREY, LIGHT_GREY = "#000000", "#767676", "#BBBBBB"
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
