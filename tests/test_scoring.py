@@ -145,7 +145,7 @@ def test_a_wrong_verify_function_shows_in_the_evidence(pair, monkeypatch) -> Non
     target, draft = pair
     from specdistill_kernels.verification.reference import Verdict
 
-    def gullible(draft_tokens, draft_logits, target_logits, *, lengths, **rest):
+    def gullible(draft_tokens, draft_logits, target_logits, rows, *, lengths, **rest):
         bonus = target_logits[:, -1].argmax(-1, keepdim=True)
         return Verdict(torch.cat([draft_tokens, bonus], 1), lengths)
 
@@ -218,9 +218,9 @@ def test_the_distribution_is_tested_where_the_target_is_uncertain(pair, monkeypa
     seen = []
     real = sampled_texts.verify
 
-    def spy(tokens, q_logits, p_logits, **rest):
+    def spy(tokens, q_logits, p_logits, *rest, **more):
         seen.append(p_logits[0])
-        return real(tokens, q_logits, p_logits, **rest)
+        return real(tokens, q_logits, p_logits, *rest, **more)
 
     monkeypatch.setattr(sampled_texts, "verify", spy)
     prompt = list(range(5, 25))
