@@ -431,7 +431,7 @@ def test_an_engine_that_is_not_lossless_ends_with_exit_code_1(
 ) -> None:
     """The card is there and says it."""
 
-    def gullible(draft_tokens, draft_logits, target_logits, *, lengths, **rest):
+    def gullible(draft_tokens, draft_logits, target_logits, rows, *, lengths, **rest):
         bonus = target_logits[:, -1].argmax(-1, keepdim=True)
         return Verdict(torch.cat([draft_tokens, bonus], 1), lengths)
 
