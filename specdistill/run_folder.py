@@ -1,10 +1,11 @@
-"""A training run's folder: its configuration, its metrics, and what a second run in it must agree
-with.
+"""A run's folder: the names of its files, its configuration, its metrics, and what a second run in
+it must agree with.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,62 @@ from specdistill.files import keep_apart, write_whole
 from specdistill.models import LanguageModel
 from specdistill.provenance import device_name, git_commit, versions
 
-CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
-SAMPLES, DRAFT = "samples", "draft"
 _MAY_DIFFER = {"run_dir", "device", "trackers"}  # where it runs, and who watches
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the files of a run lie: what `distill` writes, and beside it the score, the pictures
+    and the report.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def draft(self) -> Path:
+        return self.path / "draft"
+
+    @property
+    def scorecard(self) -> Path:
+        return self.path / "scorecard.json"
+
+    @property
+    def scorecard_before(self) -> Path:
+        """Of the draft before distillation."""
+        return self.path / "scorecard_before.json"
+
+    @property
+    def plots(self) -> Path:
+        return self.path / "plots"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.md"
+
+    @property
+    def report_page(self) -> Path:
+        return self.path / "report.html"
+
+    def outputs(self) -> list[Path]:
+        """What `distill` writes."""
+        old = self.checkpoints.with_suffix(".old")
+        return [self.config, self.metrics, self.checkpoints, old, self.samples, self.draft]
 
 
 def check_run(config: DistillConfig, resume: bool) -> None:
@@ -30,20 +84,21 @@ def check_run(config: DistillConfig, resume: bool) -> None:
     another configuration; the first differing key is named. So it does where the run would write
     over what it reads.
     """
-    run = Path(config.run_dir)
-    keep_apart(outputs(run), (config.target, config.draft, config.data))
-    if (run / METRICS).exists() and not resume:
+    run = RunFolder(Path(config.run_dir))
+    keep_apart(run.outputs(), (config.target, config.draft, config.data))
+    if run.metrics.exists() and not resume:
         raise InputError(
-            f"{run} already holds a run; pass --resume to go on with it, or choose another run_dir"
+            f"{run.path} already holds a run; pass --resume to go on with it, or choose another "
+            "run_dir"
         )
-    if not resume or not (run / CONFIG).exists():
+    if not resume or not run.config.exists():
         return
-    first, now = flat(load_config(run / CONFIG).model_dump()), flat(config.model_dump())
+    first, now = flat(load_config(run.config).model_dump()), flat(config.model_dump())
     for key in sorted(first.keys() | now.keys()):
         if key not in _MAY_DIFFER and first.get(key) != now.get(key):
             raise InputError(
-                f"{run} holds a run with {key}: {first.get(key)}, and now it is {now.get(key)}; "
-                "resume with the first run's configuration, or choose another run_dir"
+                f"{run.path} holds a run with {key}: {first.get(key)}, and now it is {now.get(key)}"
+                "; resume with the first run's configuration, or choose another run_dir"
             )
 
 
@@ -51,15 +106,9 @@ def given_config(file: Path, config: DistillConfig, resume: bool) -> None:
     """Raises `InputError` where the run would write over the file that it is told by. What a run
     has written itself may tell it to go on.
     """
-    run = Path(config.run_dir)
-    if not (resume and (run / METRICS).exists() and (run / CONFIG).exists()):
-        keep_apart(outputs(run), [file])
-
-
-def outputs(run: Path) -> list[Path]:
-    """What a run writes in its folder."""
-    names = (CONFIG, METRICS, CHECKPOINTS, f"{CHECKPOINTS}.old", SAMPLES, DRAFT)
-    return [run / name for name in names]
+    run = RunFolder(Path(config.run_dir))
+    if not (resume and run.metrics.exists() and run.config.exists()):
+        keep_apart(run.outputs(), [file])
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -102,25 +151,25 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     ]
 
 
-def append_metrics(run: Path, row: dict[str, Any]) -> None:
+def append_metrics(run: RunFolder, row: dict[str, Any]) -> None:
     try:
-        with (run / METRICS).open("a", encoding="utf-8") as file:
+        with run.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
     except OSError as error:
         raise StorageError(
-            f"cannot write to {run / METRICS}: {error.strerror}; free space and resume"
+            f"cannot write to {run.metrics}: {error.strerror}; free space and resume"
         ) from error
 
 
-def keep_metrics(run: Path, step: int) -> None:
+def keep_metrics(run: RunFolder, step: int) -> None:
     """Drop the rows after the checkpoint a run resumes from, and the one that ends a run; they are
     written again.
     """
-    file = run / METRICS
+    file = run.metrics
     rows = read_metrics(file) if step and file.exists() else []
     kept = [row for row in rows if row.get("step", 0) <= step and "kept_step" not in row]
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        run.path.mkdir(parents=True, exist_ok=True)
         write_whole(file, "".join(f"{json.dumps(row)}\n" for row in kept))
     except OSError as error:
         raise StorageError(
@@ -142,7 +191,7 @@ def write_config(
         **({} if target is None else {"target_sha256": target.sha256()}),
         **versions(),
     }
-    file = Path(config.run_dir) / CONFIG
+    file = RunFolder(Path(config.run_dir)).config
     text = yaml.safe_dump(config.model_dump(), sort_keys=False)
     text += "".join(f"# {name}: {value}\n" for name, value in facts.items())
     try:

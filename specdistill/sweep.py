@@ -41,7 +41,7 @@ from specdistill.limits import shown
 from specdistill.models import LanguageModel
 from specdistill.progress import Note, Progress, silent, unsaid
 from specdistill.report.plots import figure_sweep, save_each
-from specdistill.run_folder import DRAFT, METRICS, check_run, flat, outputs
+from specdistill.run_folder import RunFolder, check_run, flat
 from specdistill.scoring.compare import Comparison, Incomparable, compare, refusal
 from specdistill.scoring.measure import score
 from specdistill.scoring.scorecard import Scorecard, nullable, write_json
@@ -49,7 +49,7 @@ from specdistill.training.distiller import configured_objective
 from specdistill.training.run import train
 
 SCHEMA = "specdistill.sweep/1"
-CARD, SCORE, DATA, DOCUMENT = "scorecard.json", "score.json", "data.json", "sweep.json"
+SCORE, DATA, DOCUMENT = "score.json", "data.json", "sweep.json"
 PICTURE = "sweep.png"
 
 
@@ -160,14 +160,14 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     shared = [folder / name for name in (DOCUMENT, SCORE, DATA, "sweep.png")]
     for config in configs.values():
         run = Path(config.run_dir)
-        written = [*shared, *outputs(run), run / CARD]
+        written = [*shared, *RunFolder(run).outputs(), RunFolder(run).scorecard]
         keep_apart(written, (path, settings.prompts, config.target, config.draft, config.data))
     return Sweep(folder, settings, points, configs)
 
 
 def _check_name(name: str, path: Path) -> None:
     """Raises `InputError` for what would be no folder of its own within the sweep's."""
-    taken = {CARD, SCORE, DATA, DOCUMENT, PICTURE}
+    taken = {RunFolder(Path()).scorecard.name, SCORE, DATA, DOCUMENT, PICTURE}
     if not name.strip("._") or len(name.encode()) > 200 or name.casefold() in taken:
         raise InputError(
             f"{path}: a run of the grid would be called {shown(name)}, after its values, and that "
@@ -217,7 +217,7 @@ def _run_all(sweep: Sweep, progress: Progress, note: Note) -> Result:
 
         try:
             check_run(config, resume=True)
-            card = Path(config.run_dir) / CARD
+            card = RunFolder(Path(config.run_dir)).scorecard
             if not card.exists():
                 if target is None or read != (config.target, config.dtype, config.device):
                     read = (config.target, config.dtype, config.device)
@@ -242,7 +242,7 @@ def _run(config: DistillConfig, how: Score, target: LanguageModel, progress: Pro
     models.check_pair(target, draft)
     learnt_from = None if config.signal == "none" else target
     train(config, learnt_from, draft, resume=True, progress=progress)
-    trained = str(Path(config.run_dir) / DRAFT)
+    trained = str(RunFolder(Path(config.run_dir)).draft)
     return score(
         target,
         models.load(trained, dtype=config.dtype, device=config.device),
@@ -294,7 +294,7 @@ def _check_data(sweep: Sweep) -> None:
     file, configs = sweep.folder / DATA, sweep.configs.values()
     first = read_json(file, dict[str, str | None], _ADVICE) if file.exists() else {}
     now = {config.data: open_answers(config.data).sha256() for config in configs}
-    begun = {c.data for c in configs if (Path(c.run_dir) / METRICS).exists()}
+    begun = {c.data for c in configs if RunFolder(Path(c.run_dir)).metrics.exists()}
     for source in sorted(begun & first.keys()):
         if now[source] != first[source]:
             raise InputError(

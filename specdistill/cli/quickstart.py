@@ -52,6 +52,7 @@ def quickstart(
     code 1 if decoding is not lossless. Without options it is a demo on an embedded model.
     """
     from specdistill import quickstart as loop
+    from specdistill.run_folder import RunFolder
     from specdistill.scoring.measure import trained_line
 
     demo = loop.Task()
@@ -68,12 +69,13 @@ def quickstart(
         before, after = loop.quickstart(folder, task, progress=progress, note=console.note)
     out = console.screen_for(as_json)
     out.print(tables.before_after_table(before, after))
+    run = RunFolder(folder)
     lines = [
         tables.evidence_line(after),
         after.verdict.reason,
         trained_line(after),
-        f"Report: {folder / 'report.html'}, report.md   draft: {folder / 'draft'}   pictures: "
-        f"{folder / 'plots'}",
+        f"Report: {run.report_page}, {run.report.name}   draft: {run.draft}   pictures: "
+        f"{run.plots}",
         f"{time.perf_counter() - start:.0f} s in all",
         _next_step(folder, task, after),
     ]

@@ -247,6 +247,7 @@ def plot(
     """Draw the pictures of a run folder, and write its report; or several drafts in one picture."""
     from specdistill.report import write_report
     from specdistill.report.plots import plot_all, plot_together
+    from specdistill.run_folder import RunFolder
 
     alone = len(sources) == 1 and not sources[0].is_file()
     if not alone and out is None:
@@ -261,13 +262,13 @@ def plot(
     else:
         drawn = plot_all(sources[0], out, note)
     files = [str(file) for file in drawn]
-    if alone and not (sources[0] / "scorecard.json").exists():
+    if alone and not RunFolder(sources[0]).scorecard.exists():
         note(f"{sources[0]} has no scorecard.json yet: its training alone is drawn, no report")
     elif alone and out is None:
         report = write_report(sources[0])
         files += [str(report), str(report.with_suffix(".html"))]
     for source in () if alone else sources:
-        if not (source / "metrics.jsonl").exists():
+        if not RunFolder(source).metrics.exists():
             console.note(f"{source} is no run with a metrics.jsonl: no training curve of it")
     console.screen_for(as_json).print("\n".join(files), soft_wrap=True)
     console.finish(as_json, {"files": files})

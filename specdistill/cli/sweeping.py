@@ -45,7 +45,7 @@ def sweep(
         console.print_lines(screen, [f"{sentence}." for sentence in [*found.remarks, *sentences]])
         console.print_lines(screen, [f"Every pair is in {plan.folder / sweeping.DOCUMENT}."])
     elif len(result.cards) > 1:
-        again = f"to score a run again, delete its {sweeping.CARD} and give the same command"
+        again = "to score a run again, delete its scorecard.json and give the same command"
         console.print_lines(screen, ["no comparison:", *(f"- {why}" for why in found), again])
     console.finish(as_json, sweeping.document(plan, result))
     if result.failed:

@@ -141,7 +141,7 @@ def distill(
 
 def _distill(settings: DistillConfig, resume: bool) -> tuple[Path, dict[str, Any]]:
     """The draft's folder, and the last row of the metrics."""
-    from specdistill.run_folder import METRICS, read_metrics
+    from specdistill.run_folder import RunFolder, read_metrics
     from specdistill.training import run
 
     target, draft = run.read_models(settings)
@@ -151,4 +151,4 @@ def _distill(settings: DistillConfig, resume: bool) -> tuple[Path, dict[str, Any
     show = partial(console.note_example, draft.tokenizer)
     with console.progress() as progress:
         folder = run.train(settings, target, draft, resume=resume, show=show, progress=progress)
-    return folder, read_metrics(folder.parent / METRICS)[-1]
+    return folder, read_metrics(RunFolder(folder.parent).metrics)[-1]

@@ -22,6 +22,7 @@ from specdistill.files import holding, keep_apart, must_be_new, replacing
 from specdistill.models import LanguageModel, gguf_files
 from specdistill.models.support import read_config
 from specdistill.quoting import prose
+from specdistill.run_folder import RunFolder
 from specdistill.scoring.card_rows import Row
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.trust import objections, swapped_draft
@@ -146,7 +147,7 @@ def _target_size(draft: LanguageModel, name: str | None) -> int:
 
 
 def _beside(folder: Path) -> Path:
-    return folder.resolve().parent / "scorecard.json"
+    return RunFolder(folder.resolve().parent).scorecard
 
 
 def _card(draft: LanguageModel, named: Path | None) -> tuple[Scorecard | None, list[str]]:

@@ -30,6 +30,7 @@ from specdistill.progress import Note, Progress, silent, unsaid
 from specdistill.quickstart.plan import LEAST_ANSWERS, Plan, Task, announcement, choose
 from specdistill.report import write_report
 from specdistill.report.plots import plot_all
+from specdistill.run_folder import RunFolder
 from specdistill.scoring.measure import MIN_PROMPTS, score
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.training.run import distill
@@ -59,7 +60,7 @@ def quickstart(
     any work where the prompts are too few, the minutes too short, or the target too shallow.
     """
     task = task or Task()
-    began = time.perf_counter()
+    began, run = time.perf_counter(), RunFolder(run_dir)
     keep_apart([run_dir], [task.target])
     keep_apart([run_dir / name for name in STAGES], [task.prompts, task.heldout])
     kept = check_run(run_dir, task)
@@ -85,10 +86,10 @@ def quickstart(
     questions = questions[: plan.score_prompts]
 
     def scored(
-        file: str, draft: Path, prompts: list[EncodedPrompt], gammas: Sequence[int]
+        file: Path, draft: Path, prompts: list[EncodedPrompt], gammas: Sequence[int]
     ) -> Scorecard:
-        if (run_dir / file).exists():
-            return Scorecard.read(run_dir / file)
+        if file.exists():
+            return Scorecard.read(file)
         card = score(
             target,
             models.load(str(draft)),
@@ -101,16 +102,16 @@ def quickstart(
             keep_text=True,
             progress=progress,
         )
-        card.write(run_dir / file)
+        card.write(file)
         return card
 
     before = scored(
-        "scorecard_before.json",
+        run.scorecard_before,
         undistilled,
         questions[: plan.before_prompts],
         plan.before_num_draft_tokens,
     )
-    if not (run_dir / "draft" / "config.json").exists():
+    if not (run.draft / "config.json").exists():
         distill(
             target,
             undistilled,
@@ -125,7 +126,7 @@ def quickstart(
             batch_tokens=plan.batch_tokens,
             learning_rate=plan.learning_rate,
         )
-    after = scored("scorecard.json", run_dir / "draft", questions, plan.num_draft_tokens)
+    after = scored(run.scorecard, run.draft, questions, plan.num_draft_tokens)
     progress("report", 0, 1)
     plot_all(run_dir, note=note)
     write_report(run_dir)
@@ -137,7 +138,7 @@ def check_run(run_dir: Path, task: Task) -> _Kept | None:
     """The plan that an interrupted run goes on with. Raises `InputError` for a folder whose run is
     finished, or is not this task.
     """
-    if (run_dir / "report.md").exists():
+    if RunFolder(run_dir).report.exists():
         raise InputError(
             f"{run_dir} already holds a finished run; give another --run-dir, or remove it"
         )

@@ -12,6 +12,7 @@ from specdistill.files import write_whole
 from specdistill.report.page import page
 from specdistill.report.plots import read_metrics
 from specdistill.report.text import document, title
+from specdistill.run_folder import RunFolder
 from specdistill.scoring.trust import sound_card
 
 
@@ -23,17 +24,16 @@ def write_report(run_dir: Path) -> Path:
     `plots/` need not. Raises `InputError` for a file that cannot be read or a card without the row
     its verdict names, `StorageError` if a report cannot be written.
     """
-    card = sound_card(run_dir / "scorecard.json")
-    before_path, metrics_path = run_dir / "scorecard_before.json", run_dir / "metrics.jsonl"
-    before = sound_card(before_path) if before_path.exists() else None
-    metrics = read_metrics(metrics_path) if metrics_path.exists() else []
-    config, target = _read_config(run_dir / "config.yaml")
+    run = RunFolder(run_dir)
+    card = sound_card(run.scorecard)
+    before = sound_card(run.scorecard_before) if run.scorecard_before.exists() else None
+    metrics = read_metrics(run.metrics) if run.metrics.exists() else []
+    config, target = _read_config(run.config)
     target = target or card.target.name
     text = document(card, before, metrics, config, target, run_dir)
-    _write(run_dir / "report.html", page(title(card, target), text, card, run_dir))
-    path = run_dir / "report.md"  # last: a run that has it is finished
-    _write(path, text)
-    return path
+    _write(run.report_page, page(title(card, target), text, card, run_dir))
+    _write(run.report, text)  # last: a run that has it is finished
+    return run.report
 
 
 def _write(path: Path, text: str) -> None:

@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from markdown_it import MarkdownIt
 
 from specdistill.report.text import best_row, drawn_pictures, number
+from specdistill.run_folder import RunFolder
 from specdistill.scoring.scorecard import Scorecard
 
 
@@ -30,7 +31,8 @@ def page(title: str, text: str, card: Scorecard, run_dir: Path) -> str:
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     parser.disable(["link", "autolink", "reference"])
     tokens = parser.parse(text.partition("\n")[2])
-    ours = {f"plots/{name}": run_dir / "plots" / name for name in drawn_pictures(run_dir / "plots")}
+    plots = RunFolder(run_dir).plots
+    ours = {f"plots/{name}": plots / name for name in drawn_pictures(plots)}
     for token in tokens:
         for child in token.children or []:
             if child.type == "image":

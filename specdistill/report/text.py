@@ -12,6 +12,7 @@ from typing import Any
 from specdistill.errors import InputError
 from specdistill.quoting import block, code, prose, visible
 from specdistill.report.serving import serving
+from specdistill.run_folder import RunFolder
 from specdistill.scoring.card_rows import PLAIN_SLOWED, CategoryRow, ModelCard, Row
 from specdistill.scoring.choice import chosen
 from specdistill.scoring.measure import trained_line
@@ -66,8 +67,8 @@ def document(
         _slices("length of prompts", card.slices("by_prompt_length"), best),
         _all_settings(card),
         _lossless(card),
-        _pictures(run_dir / "plots"),
-        serving(card, best, target, run_dir / "draft"),
+        _pictures(RunFolder(run_dir).plots),
+        serving(card, best, target, RunFolder(run_dir).draft),
         _limits(card, best),
         _how_measured(card),
         f"## Configuration\n\n{block(config.strip(), 'yaml')}" if config else "",

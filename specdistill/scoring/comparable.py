@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 from specdistill.errors import InputError
+from specdistill.run_folder import RunFolder
 from specdistill.scoring.card_rows import of_setting
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.statistics import ratio_of_sums
@@ -33,7 +34,7 @@ def read_cards(paths: Sequence[Path]) -> dict[str, Scorecard]:
 
 
 def card_file(path: Path) -> Path:
-    return path / "scorecard.json" if path.is_dir() else path
+    return RunFolder(path).scorecard if path.is_dir() else path
 
 
 def obstacles(cards: Cards) -> list[str]:
@@ -45,9 +46,10 @@ def obstacles(cards: Cards) -> list[str]:
     found = []
     for name, card in cards.items():
         found += [f"{name}: {objection}" for objection in objections(card)]
-        beside = card_file(Path(name)).parent / "draft"
-        if card_file(Path(name)).name == "scorecard.json" and beside.is_dir():
-            found += [f"{name}: {doubt}" for doubt in swapped_draft(card.draft, beside)]
+        file = card_file(Path(name))
+        run = RunFolder(file.parent)
+        if file == run.scorecard and run.draft.is_dir():
+            found += [f"{name}: {doubt}" for doubt in swapped_draft(card.draft, run.draft)]
     found = found or _slowed(cards)
     if found:
         return found

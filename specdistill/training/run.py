@@ -25,11 +25,7 @@ from specdistill.models import LanguageModel, set_origin
 from specdistill.models.head_only import load_head
 from specdistill.progress import Progress, silent
 from specdistill.run_folder import (
-    CHECKPOINTS,
-    CONFIG,
-    DRAFT,
-    METRICS,
-    SAMPLES,
+    RunFolder,
     append_metrics,
     check_run,
     config_sha256,
@@ -177,7 +173,7 @@ class Run:
         if os.environ.get("RANK", "0") == "0":  # the others may find what this one has begun
             check_run(config, resume)
         self.config, self.target, self.draft = config, target, draft
-        self.folder = Path(config.run_dir)
+        self.folder = RunFolder(Path(config.run_dir))
         self.show, self.progress = show, progress
         self.heldout, self.training = heldout_and_training(config, target, draft)
         self.distiller = Distiller(target, draft, config)
@@ -190,11 +186,11 @@ class Run:
         origins = {name: model.sha256() for name, model in pair.items()}
         origins["data"] = examples_sha256([*self.heldout, *self.training])
         self.state = RunState(0, 0, 0.0, {}, origins, config_sha256(config))
-        if resume and (checkpoint := find_checkpoint(self.folder / CHECKPOINTS)):
+        if resume and (checkpoint := find_checkpoint(self.folder.checkpoints)):
             self.state = self.checkpointed(checkpoint)
         self.accelerator.wait_for_everyone()  # all have read what one of them now writes
         if self.accelerator.is_main_process:
-            forget_samples(self.folder / SAMPLES, self.state.step)
+            forget_samples(self.folder.samples, self.state.step)
             keep_metrics(self.folder, self.state.step)
             write_config(config, target, draft, self.accelerator.num_processes)
         named = {
@@ -254,7 +250,7 @@ class Run:
         source = Source(self.training, self.target, self.draft, config.policy, config.seed)
         with accelerator.main_process_first():  # it writes them, and the others read
             try:
-                examples = examples_at(source, step, self.folder / SAMPLES)
+                examples = examples_at(source, step, self.folder.samples)
             except DecodingError as error:
                 raise TrainingError(
                     f"policy {config.policy.name!r} cannot sample after update {step}: {error}. "
@@ -292,7 +288,7 @@ class Run:
         self.distiller.gather()
         moments = self.distiller.moments()
         if self.accelerator.is_main_process:
-            folder, weights = self.folder / CHECKPOINTS, self.distiller.parameters
+            folder, weights = self.folder.checkpoints, self.distiller.parameters
             save_checkpoint(folder, self.state, weights, self.best, moments)
 
     def checkpointed(self, checkpoint: Path) -> RunState:
@@ -307,10 +303,10 @@ class Run:
                 f"the checkpoint in {checkpoint} cannot be used: its best evaluation has no "
                 f"{criterion}; remove it to start over"
             )
-        known = (self.folder / CONFIG).exists()  # then `check_run` has compared them, key by key
+        known = self.folder.config.exists()  # then `check_run` has compared them, key by key
         if not known and state.config_sha256 not in (None, self.state.config_sha256):
             raise InputError(
-                f"{checkpoint} is of another configuration, and {self.folder / CONFIG}, which "
+                f"{checkpoint} is of another configuration, and {self.folder.config}, which "
                 "would tell how it differs, is missing; put it back, or choose another run_dir"
             )
         pair = {"target": self.target, "draft": self.draft}
@@ -318,8 +314,8 @@ class Run:
             before, model = state.origins.get(name, ""), pair.get(name)
             if before != now and not (model is not None and model.has_sha256(before)):
                 raise InputError(
-                    f"{self.folder} holds a run with another {name}: {getattr(config, name)} was "
-                    "changed since it began; put back what was there, or choose another run_dir"
+                    f"{self.folder.path} holds a run with another {name}: {getattr(config, name)} "
+                    "was changed since it began; put back what was there, or choose another run_dir"
                 )
         return state
 
@@ -330,14 +326,14 @@ class Run:
         self.distiller.finish()
         set_origin(draft, config_sha256(self.config), state.best["kept_step"], self.target)
         if accelerator.is_main_process:
-            save_draft(draft, self.folder / DRAFT)
-            write_trained(self.folder / DRAFT, self.prompts(self.training))
+            save_draft(draft, self.folder.draft)
+            write_trained(self.folder.draft, self.prompts(self.training))
         self.record(state.best)
         accelerator.wait_for_everyone()  # the draft is there for all of them
         for tracker in accelerator.trackers:
             tracker.finish()
         self.progress("distil", 1.0, 1.0, f"{state.tokens:,} tokens in {state.step} steps")
-        return self.folder / DRAFT
+        return self.folder.draft
 
     def prompts(self, examples: list[Example]) -> list[str]:
         """Their text."""
@@ -378,5 +374,5 @@ def _begin_again(config: DistillConfig) -> str:
     return (
         f"begin again in another run_dir with a training.learning_rate below "
         f"{config.training.learning_rate} (the updates before are in "
-        f"{Path(config.run_dir) / METRICS})"
+        f"{RunFolder(Path(config.run_dir)).metrics})"
     )

@@ -19,7 +19,7 @@ from specdistill.report.plots.acceptance import figure_acceptance, figure_surviv
 from specdistill.report.plots.speed import figure_speedup, figure_time
 from specdistill.report.plots.style import save
 from specdistill.report.plots.training import figure_runs, figure_sweep, figure_training
-from specdistill.run_folder import read_metrics
+from specdistill.run_folder import RunFolder, read_metrics
 from specdistill.scoring.comparable import card_file, obstacles
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.trust import sound_card
@@ -48,13 +48,12 @@ def plot_all(run_dir: Path, out: Path | None = None, note: Note = unsaid) -> lis
     Either `scorecard.json` or `metrics.jsonl` must be there; `scorecard_before.json` need not.
     Raises `InputError` or `StorageError` for a file that cannot be read or written.
     """
-    card_path, metrics_path = run_dir / "scorecard.json", run_dir / "metrics.jsonl"
-    before_path = run_dir / "scorecard_before.json"
-    scored = card_path.exists() or not metrics_path.exists()
+    run = RunFolder(run_dir)
+    scored = run.scorecard.exists() or not run.metrics.exists()
     figures: dict[str, Callable[[], Figure]] = {}
     if scored:
-        card = sound_card(card_path)
-        before = sound_card(before_path) if before_path.exists() else None
+        card = sound_card(run.scorecard)
+        before = sound_card(run.scorecard_before) if run.scorecard_before.exists() else None
         drafts = {"before distillation": before} if before else {}
         figures["acceptance.png"] = partial(figure_acceptance, card, before)
         figures["survival.png"] = partial(figure_survival, {"this draft": card, **drafts})
@@ -62,9 +61,9 @@ def plot_all(run_dir: Path, out: Path | None = None, note: Note = unsaid) -> lis
         figures["time.png"] = partial(figure_time, card)
         if card.example is not None:
             figures["text.png"] = partial(figure_text, card.example)
-    if metrics_path.exists():
-        figures["training.png"] = partial(figure_training, read_metrics(metrics_path))
-    return save_each(figures, out or run_dir / "plots", note)
+    if run.metrics.exists():
+        figures["training.png"] = partial(figure_training, read_metrics(run.metrics))
+    return save_each(figures, out or run.plots, note)
 
 
 def plot_together(sources: Sequence[Path], out: Path, note: Note = unsaid) -> list[Path]:
@@ -76,7 +75,7 @@ def plot_together(sources: Sequence[Path], out: Path, note: Note = unsaid) -> li
     cards: dict[str, Scorecard] = {}
     runs: dict[str, list[dict[str, Any]]] = {}
     for source in sources:
-        metrics = source / "metrics.jsonl"
+        metrics = RunFolder(source).metrics
         if metrics.exists():
             runs[str(source)] = read_metrics(metrics)
         if metrics.exists() and not card_file(source).exists():
