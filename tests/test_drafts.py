@@ -14,13 +14,15 @@ from specdistill.data.generation import generate
 from specdistill.data.token_store import Store, read_examples, read_manifest
 from specdistill.drafts.making import (
     at_full_vocabulary,
-    choose_vocabulary,
-    count_tokens,
-    expected_usage,
     listed_layers,
     make_draft,
     parse_layers,
     save_draft,
+)
+from specdistill.drafts.vocabulary import (
+    choose_vocabulary,
+    count_tokens,
+    expected_usage,
     vocabulary_from,
 )
 from specdistill.errors import InputError, ModelError, StorageError

@@ -26,9 +26,11 @@ from test_plots import (
     write_run,
 )
 
+from specdistill.drafts import export
 from specdistill.errors import InputError, StorageError
 from specdistill.report import write_report
 from specdistill.report.plots import plot_all
+from specdistill.report.text import document
 from specdistill.scoring.card_evidence import Lossless
 from specdistill.scoring.scorecard import Scorecard, Verification
 from specdistill.scoring.slices import by_prompt_length
@@ -500,3 +502,15 @@ def test_the_usual_verification_is_not_mentioned(run_dir: Path) -> None:
     text = report(run_dir)
     for word in ("LOSSY", "lenience", "block verification", "How tokens were accepted"):
         assert word not in text
+
+
+def test_an_early_stop_is_said_wherever_the_card_is_shown(tmp_path: Path) -> None:
+    """In the report and in the command that scores it again; in the exported model card too."""
+    after = make_after()
+    early = replace(after, rows=[replace(row, least_reach=0.2) for row in after.rows])
+    text = document(early, None, [], "", "my/target", tmp_path)
+    assert "stops early (least reach 0.2)" in text
+    assert "--least-reach 0.2" in text
+    assert "| ≤ " in text
+    assert "stops early" in export._figures(early)
+    assert "--least-reach" not in document(after, None, [], "", "my/target", tmp_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +9,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 from specdistill.scoring.card_rows import PLAIN_SLOWED, Row
+from specdistill.scoring.headline import gamma, labelled, number, speedup
 from specdistill.scoring.verdict import identity_words
 
 if TYPE_CHECKING:
     from specdistill.provenance import Environment
-    from specdistill.scoring.card_rows import CategoryRow
     from specdistill.scoring.check import Check
     from specdistill.scoring.compare import Comparison, Standing
     from specdistill.scoring.scorecard import Scorecard
@@ -35,22 +34,22 @@ def rows_table(card: Scorecard) -> Table:
         "pred.",
         "c",
         "v",
-        title=_title("speculative decoding", card),
+        title=labelled("speculative decoding", card),
         caption=_caption(card.rows),
         **NARROW,
     )
     for row in card.rows:
         table.add_row(
             f"{row.temperature:g}",
-            str(row.num_draft_tokens),
-            _number(row.acceptance_rate, 3),
-            _number(row.acceptance_rate_expected, 3),
+            gamma(row),
+            number(row.acceptance_rate, 3),
+            number(row.acceptance_rate_expected, 3),
             f"{row.block_efficiency:.2f}",
             f"{row.tokens_per_second:.1f}",
-            _speedup(row),
-            _number(row.predicted_speedup, 2),
-            _number(row.cost_ratio, 3),
-            _number(row.verify_ratio, 2),
+            speedup(row),
+            number(row.predicted_speedup, 2),
+            number(row.cost_ratio, 3),
+            number(row.verify_ratio, 2),
         )
     return table
 
@@ -65,14 +64,14 @@ def slices_tables(card: Scorecard) -> list[Table]:
         title = f"by {what} of prompts, T = {best.temperature:g}, γ = {best.num_draft_tokens}"
         interval = Column("speedup [95%]", no_wrap=True)
         head = (what, "prompts", "α", "τ", interval)
-        table = Table(*head, title=_title(title, card), **NARROW)
+        table = Table(*head, title=labelled(title, card), **NARROW)
         for row in rows:
             table.add_row(
                 row.category,
                 str(row.prompts),
-                _number(row.acceptance_rate, 3),
+                number(row.acceptance_rate, 3),
                 f"{row.block_efficiency:.2f}",
-                _speedup(row),
+                speedup(row),
             )
         tables.append(table)
     return tables
@@ -106,7 +105,7 @@ def before_after_table(before: Scorecard, after: Scorecard) -> Table:
         "expected α",
         "τ",
         "speedup [95%]",
-        title=_title("before and after distillation, held-out prompts", after),
+        title=labelled("before and after distillation, held-out prompts", after),
     )
     shown = []
     for baseline in after.baseline:
@@ -114,10 +113,10 @@ def before_after_table(before: Scorecard, after: Scorecard) -> Table:
             shown.append(row := card.best_row(baseline.temperature))
             table.add_row(
                 f"T={row.temperature:g} {name}",
-                str(row.num_draft_tokens),
-                _number(row.acceptance_rate_expected, 3),
+                gamma(row),
+                number(row.acceptance_rate_expected, 3),
                 f"{row.block_efficiency:.2f}",
-                _speedup(row),
+                speedup(row),
             )
     table.caption = _caption(shown)
     return table
@@ -145,15 +144,15 @@ def sweep_table(cards: Mapping[str, Scorecard]) -> Table:
     run = Column("run", overflow="fold")
     table = Table(run, "T", "γ", "α", "τ", interval, **NARROW, title="runs")
     for name, card in cards.items():
-        for number, baseline in enumerate(card.baseline):
+        for i, baseline in enumerate(card.baseline):
             row = card.best_row(baseline.temperature)
             table.add_row(
-                "" if number else name,
+                "" if i else name,
                 f"{row.temperature:g}",
-                str(row.num_draft_tokens),
-                _number(row.acceptance_rate, 3),
+                gamma(row),
+                number(row.acceptance_rate, 3),
                 f"{row.block_efficiency:.2f}",
-                _speedup(row),
+                speedup(row),
             )
     return table
 
@@ -184,11 +183,11 @@ def leaderboard(comparison: Comparison) -> list[Table]:
                 f"{standing.card} ({standing.label})" if standing.label else standing.card,
                 f"{standing.draft} {standing.draft_sha256[:8]}",
                 str(standing.num_draft_tokens),
-                _number(standing.acceptance_rate, 3),
+                number(standing.acceptance_rate, 3),
                 f"{standing.block_efficiency:.2f}",
                 f"{standing.tokens_per_second:.1f}",
                 f"{standing.plain_tokens_per_second:.1f}",
-                _speedup(standing),
+                speedup(standing),
             )
         tables.append(table)
     return tables
@@ -235,22 +234,5 @@ def difference_lines(checks: Sequence[Check]) -> list[str]:
     ]
 
 
-def _title(text: str, card: Scorecard) -> str:
-    label = card.label
-    return f"{text} ({label})" if label else text
-
-
-def _number(value: float, digits: int) -> str:
-    """A dash for what could not be measured."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
-
-
 def _caption(rows: Sequence[Row]) -> str | None:
     return f"plain slowed: {PLAIN_SLOWED}" if any(row.slowed for row in rows) else None
-
-
-def _speedup(row: Row | Standing | CategoryRow) -> str:
-    if isinstance(row, Row) and row.slowed:
-        return "plain slowed"
-    low, high = row.speedup_ci95
-    return f"{_number(row.speedup, 2)} [{_number(low, 2)}, {_number(high, 2)}]"

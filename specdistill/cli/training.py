@@ -70,6 +70,7 @@ def _init(
 ) -> None:
     from specdistill import models
     from specdistill.drafts import making
+    from specdistill.drafts.vocabulary import vocabulary_from
 
     console.setup(None)
     kind = models.stored_dtype(target) if dtype == "auto" else dtype
@@ -77,7 +78,7 @@ def _init(
     kept = making.listed_layers(layers, model.num_layers)
     vocabulary = None
     if vocab_size is not None and vocab_from is not None:
-        vocabulary = making.vocabulary_from(model, vocab_size, vocab_from)
+        vocabulary = vocabulary_from(model, vocab_size, vocab_from)
     ids = None if vocabulary is None else vocabulary.ids
     draft = making.make_draft(model, kept, ids, random_seed=random_seed)
     draft = making.save_draft(draft, out)

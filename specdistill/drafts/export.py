@@ -4,7 +4,6 @@ loaded and compared after it was written.
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from specdistill.models.support import read_config
 from specdistill.quoting import prose
 from specdistill.run_folder import RunFolder
 from specdistill.scoring.card_rows import Row
+from specdistill.scoring.headline import gamma, number, speedup
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.trust import objections, swapped_draft
 
@@ -234,7 +234,7 @@ def _figures(card: Scorecard) -> str:
     device, threads, date = (prose(str(facts[name])) for name in ("device", "threads", "date"))
     own = f"SpecDistill {card.provenance.get('versions', {}).get('specdistill', '')}".strip()
     same, compared = card.lossless.greedy_identical
-    label = f" ({prose(card.verification.label)})" if card.verification.label else ""
+    label = f" ({prose(card.settings_label)})" if card.settings_label else ""
     hashes = prose(card.target.sha256), prose(card.draft.sha256)
     return (
         f"## Measured{label}\n\n" + "\n".join(lines) + "\n\n"
@@ -247,9 +247,5 @@ def _figures(card: Scorecard) -> str:
 
 
 def _line(row: Row) -> str:
-    low, high = row.speedup_ci95
-    interval = f" [{low:.2f}, {high:.2f}]" if math.isfinite(low) else ""
-    return (
-        f"| {row.temperature:g} | {row.num_draft_tokens} | {row.acceptance_rate:.3f} | "
-        f"{row.block_efficiency:.2f} | {row.speedup:.2f}{interval} |"
-    )
+    rates = number(row.acceptance_rate, 3), number(row.block_efficiency, 2)
+    return f"| {row.temperature:g} | {gamma(row)} | {' | '.join(rates)} | {speedup(row)} |"

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError
@@ -18,13 +18,10 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from specdistill import limits
-from specdistill.data.signal import STATES, States
-from specdistill.data.sources import TokenAnswers, open_answers
-from specdistill.data.token_store import Store
 from specdistill.errors import InputError, ModelError, StorageError, first_line
 from specdistill.files import replacing
 from specdistill.limits import shown
-from specdistill.models import LanguageModel, check_tokens, support
+from specdistill.models import LanguageModel, support
 from specdistill.models.checkpoint_files import VOCAB_FILE
 from specdistill.models.language_model import ORIGIN
 from specdistill.models.randomness import seeded
@@ -32,88 +29,10 @@ from specdistill.models.randomness import seeded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MOST_STATES = 4096  # of answers, read to choose a vocabulary
+    from specdistill.data.token_store import Store
+
 FAR = 100.0  # how far below 0 the logits of tokens that a widened draft lacks should be
 LEAST_ALONG = 0.3  # of an average state's part along the mean, what the smallest must have
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """The tokens a trimmed draft can propose; `coverage` is their share of the usage, which is
-    counted in `unit`.
-    """
-
-    ids: Tensor  # [Vd] sorted target ids
-    coverage: float
-    unit: Literal["tokens", "the target's probability"] = "tokens"
-
-
-def count_tokens(target: LanguageModel, texts: Iterable[list[int]]) -> Tensor:
-    """How often each token occurs in token lists, [V] float64. Raises `InputError` for ids that
-    the target does not embed.
-    """
-    texts = list(texts)
-    for text in texts:
-        check_tokens(target, text, "the data to count tokens in")
-    tokens = torch.tensor([token for text in texts for token in text], dtype=torch.int64)
-    return torch.bincount(tokens, minlength=target.vocab_size).double()
-
-
-@torch.inference_mode()
-def expected_usage(target: LanguageModel, hidden: Tensor, chunk: int = 256) -> Tensor:
-    """How often the target would emit each token at temperature 1 after final hidden states [N, d]:
-    its probabilities, summed, [V] float64. Sees far more of the tail than the N tokens drawn."""
-    usage = torch.zeros(target.vocab_size, dtype=torch.float64, device=target.device)
-    for rows in hidden.to(target.device).split(chunk):
-        usage += target.logits(rows).softmax(-1).sum(0)
-    return usage.cpu()
-
-
-def choose_vocabulary(target: LanguageModel, usage: Tensor, size: int) -> Vocabulary:
-    """The `size` tokens of greatest `usage` [V]; special tokens and ends of answers always stay."""
-    if not 1 <= size <= target.vocab_size:
-        raise InputError(f"vocabulary size must be 1 to {target.vocab_size}; got {size}")
-    if not usage.sum() > 0:
-        raise InputError("the data to count tokens in is empty")
-    always = sorted({*target.tokenizer.all_special_ids, *target.eos_ids} & set(range(len(usage))))
-    if size < len(always):
-        raise InputError(
-            f"vocabulary size {size} is below the {len(always)} special tokens, which always stay"
-        )
-    ranked = usage.clone()
-    ranked[always] = torch.inf
-    # Where the data uses fewer tokens than asked for, the lowest ids follow: the commonest in BPE.
-    ids = ranked.argsort(descending=True, stable=True)[:size].sort().values
-    return Vocabulary(ids, (usage[ids].sum() / usage.sum()).item())
-
-
-def vocabulary_from(
-    target: LanguageModel,
-    size: int,
-    source: Store | str | Path | Sequence[Sequence[int]],
-    seed: int = 0,
-) -> Vocabulary:
-    """The `size` tokens of greatest use in answers: a folder of `generate` or what that returned, a
-    file of prompts with responses, or token lists. Where states of this target are kept, use is its
-    probability, over at most `MOST_STATES` positions drawn by the seed: such a vocabulary held .92
-    to .94 of the target's mass, and one by counts .80 to .84 (`bench/LOG.md`). Elsewhere tokens are
-    counted. Raises `InputError`, and as the answers' readers do.
-    """
-    if not isinstance(source, Store | str | Path):
-        return choose_vocabulary(target, count_tokens(target, map(list, source)), size)
-    answers = open_answers(str(source.folder if isinstance(source, Store) else source))
-    if not (
-        isinstance(answers, TokenAnswers)
-        and answers.manifest.signal == STATES
-        and target.has_sha256(answers.manifest.target_sha256)
-    ):
-        usage = count_tokens(target, answers.token_lists(target.tokenizer))
-        return choose_vocabulary(target, usage, size)
-    signals = [e.signal for e in answers.examples(signal=True)]
-    hidden = torch.cat([signal.hidden for signal in signals if isinstance(signal, States)])
-    places = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(seed))
-    usage = expected_usage(target, hidden[places[:MOST_STATES]])
-    return replace(choose_vocabulary(target, usage, size), unit="the target's probability")
 
 
 def parse_layers(text: str) -> int | list[int]:
@@ -132,10 +51,11 @@ def parse_layers(text: str) -> int | list[int]:
 def listed_layers(layers: int | Sequence[int], available: int) -> list[int]:
     """4 is the first four layers, [0, 1, 29] the listed ones."""
     chosen = list(range(min(layers, available + 1))) if isinstance(layers, int) else list(layers)
+    given = str(layers) if isinstance(layers, int) else ",".join(map(str, layers))
     if not chosen or min(chosen) < 0 or max(chosen) >= available or len(set(chosen)) < len(chosen):
         raise InputError(
             f"layers must be a number of first layers, 1 to {available}, or a list of distinct "
-            f"ones among the target's 0 to {available - 1}; got {shown(layers)}"
+            f"ones among the target's 0 to {available - 1}; got {shown(given)}"
         )
     return chosen
 
@@ -163,6 +83,8 @@ def make_draft(
         raise InputError("the vocabulary is given by its ids and by vocab_size; leave one out")
     layers = listed_layers(layers, target.num_layers)
     if vocab_size is not None and vocab_from is not None:
+        from specdistill.drafts.vocabulary import vocabulary_from  # reads answers, by pydantic
+
         vocabulary = vocabulary_from(target, vocab_size, vocab_from).ids
 
     config = copy.deepcopy(target.model.config)

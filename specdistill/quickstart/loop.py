@@ -22,7 +22,8 @@ from specdistill.data.prompts import Prompt, load_prompts
 from specdistill.data.token_store import read_manifest
 from specdistill.decoding import Sampling
 from specdistill.documents import read_json
-from specdistill.drafts.making import make_draft, save_draft, vocabulary_from
+from specdistill.drafts.making import make_draft, save_draft
+from specdistill.drafts.vocabulary import vocabulary_from
 from specdistill.errors import InputError, StorageError
 from specdistill.files import holding, keep_apart, write_whole
 from specdistill.models import LanguageModel

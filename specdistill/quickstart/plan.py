@@ -17,7 +17,8 @@ from specdistill.data.chat import EncodedPrompt
 from specdistill.data.generation import signal_bytes
 from specdistill.decoding import Request, SpeculativeDecoder
 from specdistill.decoding.cache import cache_bytes
-from specdistill.drafts.making import choose_vocabulary, make_draft
+from specdistill.drafts.making import make_draft
+from specdistill.drafts.vocabulary import choose_vocabulary
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, gguf_files
 from specdistill.models.memory import free_bytes

@@ -10,8 +10,9 @@ from typing import NamedTuple
 from jinja2 import Environment, StrictUndefined
 from markdown_it import MarkdownIt
 
-from specdistill.report.text import best_row, drawn_pictures, number
+from specdistill.report.text import drawn_pictures
 from specdistill.run_folder import RunFolder
+from specdistill.scoring.headline import gamma, number
 from specdistill.scoring.scorecard import Scorecard
 
 
@@ -50,7 +51,7 @@ def _inline(picture: Path) -> str:
 
 
 def _figures(card: Scorecard) -> list[Figure]:
-    best, proof = best_row(card), card.lossless
+    best, proof = card.verdict_row(), card.lossless
     low, high = (number(end, 2) for end in best.speedup_ci95)
     same, compared = proof.greedy_identical
     shown = "yes" if proof.holds else "not shown"
@@ -60,7 +61,7 @@ def _figures(card: Scorecard) -> list[Figure]:
         Figure(
             number(best.block_efficiency, 2),
             "tokens per target call, τ",
-            f"γ = {best.num_draft_tokens}, T = {best.temperature:g}",
+            f"γ {'' if best.least_reach else '= '}{gamma(best)}, T = {best.temperature:g}",
         ),
         Figure(
             number(best.acceptance_rate, 2),

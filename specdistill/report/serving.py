@@ -25,6 +25,8 @@ def serving(card: Scorecard, best: Row, target: str, folder: Path) -> str:
     if card.verification.lenience:
         score += ["--temperature", f"{best.temperature:g}"]
         score += ["--lenience", card.verification.lenience]
+    if best.least_reach:
+        score += ["--least-reach", f"{best.least_reach:g}"]
     parts = ["## How to serve the draft", "Score it on prompts of your own:", _shell(*score)]
     outside = name_elsewhere(target)
     if outside != target:

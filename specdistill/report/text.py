@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from specdistill.errors import InputError
 from specdistill.quoting import block, code, prose, visible
 from specdistill.report.serving import serving
 from specdistill.run_folder import RunFolder
 from specdistill.scoring.card_rows import PLAIN_SLOWED, CategoryRow, ModelCard, Row
 from specdistill.scoring.choice import chosen
+from specdistill.scoring.headline import gamma, labelled, number, speedup
 from specdistill.scoring.measure import trained_line
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.verdict import identity_words, judgement
@@ -58,7 +57,7 @@ def document(
     """The whole report. `config` is the text of config.yaml, `target` what it calls the target.
     Raises `InputError` for a card without the row its verdict names.
     """
-    best = best_row(card)
+    best = card.verdict_row()
     sections = [
         _verdict(card, best, target),
         _what_was_done(card, best, target, metrics),
@@ -82,21 +81,6 @@ def title(card: Scorecard, target: str) -> str:
     return f"{words} ({visible(card.label)})" if card.label else words
 
 
-def best_row(card: Scorecard) -> Row:
-    """The row that the verdict names, at the speedup that it tells."""
-    best = card.verdict.best
-    for row in card.rows:
-        if (row.temperature, row.num_draft_tokens) == (best.temperature, best.num_draft_tokens):
-            interval = card.verdict.speedup_ci95
-            if math.isnan(interval[0]) and math.isfinite(best.speedup):
-                interval = row.speedup_ci95  # an older card
-            return replace(row, speedup=best.speedup, speedup_ci95=interval)
-    raise InputError(
-        f"the scorecard's verdict names T = {best.temperature:g}, γ = {best.num_draft_tokens}, "
-        "and it has no such row; score the draft again"
-    )
-
-
 def _verdict(card: Scorecard, best: Row, target: str) -> str:
     low, high = (number(end, 2) for end in best.speedup_ci95)
     speed = (
@@ -112,7 +96,7 @@ def _verdict(card: Scorecard, best: Row, target: str) -> str:
         proof = "but that the output does not change was NOT shown"
     judged = "FAILED" if card.failures else judgement(best, card.verdict.pays)
     return (
-        f"# {_labelled(f'A draft for {prose(target)}', card)}\n\n"
+        f"# {labelled(f'A draft for {prose(target)}', card, prose)}\n\n"
         f"**{judged}: {speed}, {proof}.**\n\n"
         f"Why: {prose(card.verdict.reason)}"
         + (f"\n\n**But {prose(trained)}.**" if (trained := trained_line(card)) else "")
@@ -155,9 +139,11 @@ def _before_after(card: Scorecard, before: Scorecard | None) -> str:
         lines.append([t, "none", "–", "–", "–", "1.00", "1.00"])
         old_rows = [row for row in before.rows if row.temperature == temperature] if before else []
         if before and old_rows:
-            name = _labelled("before distillation", before)
+            name = labelled("before distillation", before, prose)
             lines.append([t, name, *_headline(before.best_row(temperature))])
-        lines.append([t, _labelled("this draft", card), *_headline(card.best_row(temperature))])
+        lines.append(
+            [t, labelled("this draft", card, prose), *_headline(card.best_row(temperature))]
+        )
         for old in old_rows:
             for new in card.rows:
                 if (new.temperature, new.num_draft_tokens) == (temperature, old.num_draft_tokens):
@@ -175,19 +161,12 @@ def _before_after(card: Scorecard, before: Scorecard | None) -> str:
 
 def _headline(row: Row) -> list[str]:
     return [
-        str(row.num_draft_tokens),
+        gamma(row),
         number(row.acceptance_rate_expected, 3),
         number(row.acceptance_rate, 3),
         number(row.block_efficiency, 2),
-        _speedup(row),
+        speedup(row),
     ]
-
-
-def _speedup(row: Row | CategoryRow) -> str:
-    if isinstance(row, Row) and row.slowed:
-        return "plain slowed"
-    low, high = (number(end, 2) for end in row.speedup_ci95)
-    return f"{number(row.speedup, 2)} [{low}, {high}]"
 
 
 def _fastest_first(rows: Sequence[CategoryRow]) -> list[CategoryRow]:
@@ -200,7 +179,7 @@ def _slices(what: str, rows: Sequence[CategoryRow], best: Row) -> str:
     lines = []
     for row in rows:
         rate, block = number(row.acceptance_rate, 3), number(row.block_efficiency, 2)
-        lines.append([_cell(row.category), str(row.prompts), rate, block, _speedup(row)])
+        lines.append([_cell(row.category), str(row.prompts), rate, block, speedup(row)])
     head = [what.split()[0], "prompts", "α", "τ", "speedup [95% interval]"]
     return (
         f"## By {what}\n\n{_table(head, lines)}\n\nAt T = {best.temperature:g}, γ = "
@@ -216,7 +195,7 @@ def _all_settings(card: Scorecard) -> str:
             f"{row.temperature:g}",
             *_headline(row)[:-1],
             number(row.tokens_per_second, 1),
-            _speedup(row),
+            speedup(row),
             number(row.predicted_speedup, 2),
             number(row.planned_speedup, 2),
             number(row.mbsu, 2),
@@ -242,12 +221,7 @@ def _all_settings(card: Scorecard) -> str:
             "as a whole, with the same distribution as one by one; α then says nothing of "
             "Σ min(p, q), so there is no expected α."
         )
-    return f"## {_labelled('All settings', card)}\n\n{_table(head, lines)}\n\n{words}"
-
-
-def _labelled(text: str, card: Scorecard) -> str:
-    """With what is unusual about the card."""
-    return f"{text} ({prose(card.label)})" if card.label else text
+    return f"## {labelled('All settings', card, prose)}\n\n{_table(head, lines)}\n\n{words}"
 
 
 def _lossless(card: Scorecard) -> str:
@@ -386,11 +360,6 @@ def _how_measured(card: Scorecard) -> str:
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     rule = ["---"] * len(head)
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
-
-
-def number(value: float, digits: int) -> str:
-    """Fixed digits; a dash for what could not be measured."""
-    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
 
 
 def _cell(value: object) -> str:

@@ -118,7 +118,7 @@ def _circumstances(card: Scorecard) -> dict[str, str]:
     return {
         "seed": str(card.provenance.get("seed")),
         "verification": card.verification.label or "token verification",
-        "least reach": f"{card.rows[0].least_reach:g}",
+        "least reach": f"{max((row.least_reach for row in card.rows), default=0.0):g}",
         "the program's commit": str(card.provenance.get("git") or "unknown"),
         "γ": ", ".join(map(str, grid)),
     }

@@ -160,9 +160,28 @@ class Scorecard:
         """
         engine = f"measured in {self.outside_engine}" if self.outside_engine else ""
         proof = "FAILED: not lossless" if self.failures else ""
-        least = self.rows[0].least_reach
+        return ", ".join(filter(None, [proof, engine, self.settings_label]))
+
+    @property
+    def settings_label(self) -> str:
+        """What is unusual about verification and drafting; empty for the usual."""
+        least = max((row.least_reach for row in self.rows), default=0.0)
         early = f"γ at most, stops early (least reach {least:g})" if least else ""
-        return ", ".join(filter(None, [proof, engine, self.verification.label, early]))
+        return ", ".join(filter(None, [self.verification.label, early]))
+
+    def verdict_row(self) -> Row:
+        """The row that the verdict names, at the speedup that it tells."""
+        best = self.verdict.best
+        for row in self.rows:
+            if (row.temperature, row.num_draft_tokens) == (best.temperature, best.num_draft_tokens):
+                interval = self.verdict.speedup_ci95
+                if math.isnan(interval[0]) and math.isfinite(best.speedup):
+                    interval = row.speedup_ci95  # an older card
+                return replace(row, speedup=best.speedup, speedup_ci95=interval)
+        raise InputError(
+            f"the scorecard's verdict names T = {best.temperature:g}, γ = {best.num_draft_tokens}, "
+            "and it has no such row; score the draft again"
+        )
 
     def best_row(self, temperature: float) -> Row:
         """The fastest row measured at `temperature`, with what it is worth on prompts that had no

@@ -78,7 +78,7 @@ def styles() -> Iterable[tuple[str, str]]:
 
 
 def label(*cards: Scorecard) -> str:
-    """The title of what is not the usual: an outside engine, block verification, a LOSSY one."""
+    """The title of what is not the usual, see `Scorecard.label`."""
     return drawn("; ".join(dict.fromkeys(card.label for card in cards if card.label)))
 
 

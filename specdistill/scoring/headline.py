@@ -1,0 +1,43 @@
+"""How figures of a scorecard are shown, wherever that is: tables, report, pictures, model card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+from specdistill.scoring.card_rows import Row
+from specdistill.scoring.scorecard import Scorecard
+
+
+class Measured(Protocol):
+    """Whatever has a speedup: a row, a category's, a place in a comparison."""
+
+    @property
+    def speedup(self) -> float: ...
+
+    @property
+    def speedup_ci95(self) -> tuple[float, float]: ...
+
+
+def number(value: float, digits: int) -> str:
+    """Fixed digits; a dash for what could not be measured."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "–"
+
+
+def gamma(row: Row) -> str:
+    """γ, or the most of it where drafting stops early."""
+    return f"≤ {row.num_draft_tokens}" if row.least_reach else str(row.num_draft_tokens)
+
+
+def speedup(row: Measured) -> str:
+    """With its interval; words where plain decoding was slowed down, so that there is none."""
+    if isinstance(row, Row) and row.slowed:
+        return "plain slowed"
+    low, high = (number(end, 2) for end in row.speedup_ci95)
+    return f"{number(row.speedup, 2)} [{low}, {high}]"
+
+
+def labelled(text: str, card: Scorecard, quoted: Callable[[str], str] = str) -> str:
+    """A title with what is unusual about the card; `quoted` makes that safe for where it stands."""
+    return f"{text} ({quoted(card.label)})" if card.label else text
