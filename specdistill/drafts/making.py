@@ -51,7 +51,7 @@ def parse_layers(text: str) -> int | list[int]:
 def listed_layers(layers: int | Sequence[int], available: int) -> list[int]:
     """4 is the first four layers, [0, 1, 29] the listed ones."""
     chosen = list(range(min(layers, available + 1))) if isinstance(layers, int) else list(layers)
-    given = str(layers) if isinstance(layers, int) else ",".join(map(str, layers))
+    given = layers if isinstance(layers, int) else ",".join(map(str, layers))
     if not chosen or min(chosen) < 0 or max(chosen) >= available or len(set(chosen)) < len(chosen):
         raise InputError(
             f"layers must be a number of first layers, 1 to {available}, or a list of distinct "
