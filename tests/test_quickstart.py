@@ -11,7 +11,10 @@ from test_cli import run
 from specdistill import models, quickstart
 from specdistill.data.chat import encoded
 from specdistill.data.prompts import load_prompts
+from specdistill.decoding import SpeculativeDecoder
 from specdistill.errors import InputError, SpecDistillError
+from specdistill.models import LanguageModel
+from specdistill.quickstart import plan as plans
 from specdistill.quickstart.plan import LENGTHS, SHARE, Plan, Speed, Task, choose, divide
 from specdistill.scoring.scorecard import Scorecard
 
@@ -83,12 +86,21 @@ def test_prompts_that_leave_no_room_for_an_answer_are_named(tmp_path: Path) -> N
 
 
 def test_a_command_takes_somebodys_model_to_a_verdict(
-    tmp_path: Path, tiny_folder: Path, prompts: Path
+    tmp_path: Path, tiny_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Planned by a speed that no busy machine changes; `measure_speed` is tested by itself."""
+    measured = []
+
+    def steady(target: LanguageModel, prompts: list[list[int]], *_: object) -> Speed:
+        measured.append(len(prompts))
+        return Speed(0.01, 0.001, 0.01, 0.001)
+
+    monkeypatch.setattr(plans, "measure_speed", steady)
     folder = tmp_path / "run"
     asked = ["quickstart", "--target", tiny_folder, "--prompts", prompts, "--run-dir", folder]
     done = run(*asked, "--minutes", 0.2, "--vocab-size", 32)
     assert done.code == 0, done.err
+    assert len(measured) == 1
     plan = json.loads((folder / "plan.json").read_text())["plan"]
     for seconds, what in (("answer", "answers of up to"), ("train", "first 1 of 4 layers")):
         assert f"up to {plan[f'{seconds}_seconds']:.0f} seconds: " in done.err
@@ -103,6 +115,20 @@ def test_a_command_takes_somebodys_model_to_a_verdict(
     assert len(scored) >= 4
     assert not scored & {id_ for part in answered for id_ in part["ids"]}
     assert run(*asked).code == 2, "a finished run is not begun again"
+
+
+def test_speed_is_measured_for_a_batch_and_for_one_row() -> None:
+    batch_sizes, target = [], tiny_model(0)
+    real = plans.SpeculativeDecoder
+
+    def decoder(model: LanguageModel, *, batch_size: int) -> SpeculativeDecoder:
+        batch_sizes.append(batch_size)
+        return real(model, batch_size=batch_size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plans, "SpeculativeDecoder", decoder)
+        assert min(plans.measure_speed(target, [[5, 6], [7, 8, 9], [4]])) > 0
+    assert batch_sizes == [3, 1]
 
 
 def test_the_same_command_goes_on(tmp_path: Path, tiny_folder: Path, prompts: Path) -> None:
