@@ -5,7 +5,6 @@ it must agree with.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -24,54 +23,23 @@ from specdistill.provenance import device_name, git_commit, versions
 _MAY_DIFFER = {"run_dir", "device", "trackers"}  # where it runs, and who watches
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Where the files of a run lie: what `distill` writes, and beside it the score, the pictures
-    and the report.
+    """Where the files of a run lie: what `distill` writes, and beside it the scores after and
+    before distillation, the pictures and the report.
     """
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def samples(self) -> Path:
-        return self.path / "samples"
-
-    @property
-    def draft(self) -> Path:
-        return self.path / "draft"
-
-    @property
-    def scorecard(self) -> Path:
-        return self.path / "scorecard.json"
-
-    @property
-    def scorecard_before(self) -> Path:
-        """Of the draft before distillation."""
-        return self.path / "scorecard_before.json"
-
-    @property
-    def plots(self) -> Path:
-        return self.path / "plots"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.md"
-
-    @property
-    def report_page(self) -> Path:
-        return self.path / "report.html"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.samples = path / "samples"
+        self.draft = path / "draft"
+        self.scorecard = path / "scorecard.json"
+        self.scorecard_before = path / "scorecard_before.json"
+        self.plots = path / "plots"
+        self.report = path / "report.md"
+        self.report_page = path / "report.html"
 
     def outputs(self) -> list[Path]:
         """What `distill` writes."""

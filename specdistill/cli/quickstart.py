@@ -107,9 +107,10 @@ def _run_folder(parent: Path, task: Task) -> Path:
 def _next_step(folder: Path, task: Task, card: Scorecard) -> str:
     """The command that serves the draft where it pays, and else one that gives it more time."""
     from specdistill.quickstart import MINUTES
+    from specdistill.run_folder import RunFolder
 
     if card.verdict.pays:
-        words = ["export", "--draft", f"{folder / 'draft'}", "--for", "vllm"]
+        words = ["export", "--draft", str(RunFolder(folder).draft), "--for", "vllm"]
         return f"Next: {shlex.join(['specdistill', *words, '--out', f'{folder}/served'])}"
     words = ["--target", task.target, "--prompts", task.prompts]
     words += [] if task.heldout is None else ["--heldout", task.heldout]
