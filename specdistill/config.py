@@ -138,7 +138,7 @@ class Decode(_Section):
     )
     num_draft_tokens: DraftTokens = Field(4, description="tokens the draft proposes a round (γ)")
     temperature: Temperature = Field(0.0, description="sampling temperature; 0 is greedy")
-    least_reach: Annotated[Share, Field(lt=1)] = Field(
+    least_reach: Annotated[float, limits.LEAST_REACH, _Number] = Field(
         0.0,
         description="end a proposal early once the chance that all of it is accepted falls below "
         "this; 0 never does",

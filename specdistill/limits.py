@@ -28,6 +28,7 @@ RETRIES = Interval(ge=0, le=1000)
 SHOTS = Interval(ge=1, le=1000)
 LAYERS = Interval(ge=0, le=10**6)
 SHARE = Interval(ge=0, le=1)
+LEAST_REACH = Interval(ge=0, lt=1)  # 0 never stops early; at 1 no second token is ever drafted
 TEMPERATURE = Interval(ge=1e-4, le=1e4)  # 0 is greedy, and no division
 PRICES = Interval(gt=1, le=1e6)  # of an answer of the target, in those of a cheaper writer
 POSITIVE = Interval(gt=0, le=1e30)  # float32 holds it
@@ -45,13 +46,14 @@ def check(name: str, value: Any, allowed: Interval, *, off: float | None = None)
 
 def inside(value: float, allowed: Interval) -> bool:
     above = value >= allowed.ge if allowed.ge is not None else value > allowed.gt  # type: ignore[operator]
-    return bool(above and value <= allowed.le)  # type: ignore[operator]
+    below = value <= allowed.le if allowed.le is not None else value < allowed.lt  # type: ignore[operator]
+    return bool(above and below)
 
 
 def words(allowed: Interval) -> str:
     """ "1 to 64", as errors say it."""
     least = allowed.ge if allowed.ge is not None else f"above {allowed.gt}"
-    return f"{least} to {allowed.le}"
+    return f"{least} to {allowed.le if allowed.le is not None else f'below {allowed.lt}'}"
 
 
 def shown(value: Any, most: int = 200) -> str:

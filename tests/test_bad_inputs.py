@@ -103,6 +103,8 @@ NUMBERS = [
     *option(INIT + " --vocab-from data", "--vocab-size", "0", "-1", "1", "65", HUGE),
     *option(INIT, "--random-seed", "-1", str(2**64), "x"),
     *option(INIT, "--dtype", "float8", "Float32"),
+    *option(SCORE, "--least-reach", "-1", "1", "nan", "1e300", "x"),
+    *option(SCORE + " --engine transformers", "--least-reach", "0.2"),
     *option(SCORE, "--num-draft-tokens", "0", "65", "8-1", "1-99999999999", "1,,2", "-4", "x"),
     *option(SCORE, "--num-draft-tokens", DIGITS, f"1-{DIGITS}"),
     *option(SCORE, "--temperature", "-1", "nan", "1e300", "0;1"),

@@ -58,8 +58,6 @@ def score(
     least_reach: Annotated[
         float,
         typer.Option(
-            min=0,
-            max=1,
             help="Stop drafting once all of a proposal is accepted with less than this chance; γ "
             "is then the most. 0 never stops early.",
         ),
@@ -284,6 +282,7 @@ def _check_engine(
     keep_text: bool,
 ) -> None:
     """Raises `InputError` for options that the engine would not heed."""
+    limits.check("--least-reach", least_reach, limits.LEAST_REACH)
     ours = {
         "--verification": verification != "token",
         "--lenience": lenience is not None,
@@ -294,11 +293,6 @@ def _check_engine(
         raise InputError(
             f"--engine {engine} has its own rules and keeps no rounds: leave out "
             f"{' and '.join(given)}"
-        )
-    if least_reach >= 1:
-        raise InputError(
-            f"--least-reach must be below 1, where no second token is ever drafted; got "
-            f"{least_reach:g}"
         )
     if engine == "vllm" and device != "auto":
         raise InputError(

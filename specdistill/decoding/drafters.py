@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from specdistill import limits
 from specdistill.decoding.cache import CachedModel, cache_bytes
 from specdistill.decoding.graphs import Graphs
 from specdistill.errors import InputError
@@ -104,10 +105,7 @@ class ModelDrafter:
         least_reach: float = 0.0,
         cuda_graphs: bool = False,
     ) -> None:
-        if not 0 <= least_reach < 1:
-            raise InputError(
-                f"least_reach must be at least 0 (never stop early) and below 1; got {least_reach}"
-            )
+        limits.check("least_reach", least_reach, limits.LEAST_REACH)
         self.draft = draft
         self.least_reach = least_reach
         self.cuda_graphs = cuda_graphs
