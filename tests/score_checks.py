@@ -12,7 +12,7 @@ from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding.records import Generation, Output, RowRound
 from specdistill.scoring.card_rows import PromptRow
 from specdistill.scoring.choice import choose
-from specdistill.scoring.rows import Timed, by_prompt, row, with_costs, without_stalls
+from specdistill.scoring.rows import Timed, by_prompt, counted, row, with_costs, without_stalls
 from specdistill.scoring.statistics import ratio_of_sums
 
 
@@ -55,7 +55,7 @@ def prompt_runs(num: int) -> Timed:
 def prompt_rows() -> tuple[PromptRow, ...]:
     runs, _ = without_stalls({(0.0, 0): [[prompt_runs(0)] * 2], (0.0, 4): [[prompt_runs(4)]]})
     prompts = [EncodedPrompt("p", [1, 2])]
-    counts = {setting: found.counts(setting[1]) for setting, found in runs.items()}
+    counts = counted(runs)
     return tuple(by_prompt((0.0, 4), prompts, counts[0.0, 4], counts[0.0, 0]))
 
 

@@ -30,7 +30,7 @@ from specdistill.scoring import rows as rows_of
 from specdistill.scoring.acceptance import expected_acceptance
 from specdistill.scoring.card_rows import LEAST_VERIFY_RATIO, ModelCard, Row
 from specdistill.scoring.choice import Setting
-from specdistill.scoring.rows import Runs
+from specdistill.scoring.rows import Counts, Runs
 from specdistill.scoring.scorecard import OWN_ENGINE, Scorecard, Verification
 from specdistill.scoring.slices import by_category, by_prompt_length
 from specdistill.scoring.trust import doubts
@@ -111,17 +111,18 @@ def score(
     times = decode(temperatures, "score", max_seconds)
     prompts = prompts[: len(times[settings[0]])]
     runs, stalls = rows_of.without_stalls(times)
-    again = _slowed(runs)
+    counts = rows_of.counted(runs)
+    again = _slowed(runs, counts)
     if again is not None:  # once: a machine that is never at rest is told of, not waited for
         times |= decode([again], "again")
         runs, stalls = rows_of.without_stalls(times)
+        counts = rows_of.counted(runs)
     told = provenance(target, draft, seed, max_new_tokens, prompts)
     told |= {"steal": stolen(before), "stalls": stalls, "measured_again": again}
 
     target_card, draft_card = model_card(target), model_card(draft)
     weight_ratio = draft_card.weight_bytes / target_card.weight_bytes
     verification = Verification.of(mode, lenience)
-    counts = {(t, g): found.counts(g) for (t, g), found in runs.items()}
     rows: list[Row] = []
     for t, g in settings:
         progress("evidence", len(rows), len(settings), "expected acceptance")
@@ -219,11 +220,12 @@ def _decode(
     return times
 
 
-def _slowed(runs: Mapping[Setting, Runs]) -> float | None:
+def _slowed(
+    runs: Mapping[Setting, Runs], counts: Mapping[Setting, Sequence[Counts]]
+) -> float | None:
     """The temperature of the fastest setting, where its verify passes took less time than plain
     steps.
     """
-    counts = {setting: found.counts(setting[1]) for setting, found in runs.items()}
     speeds = {(t, g): rows_of.speedup(counts[t, g], counts[t, 0]) for t, g in counts if g}
     t, g = max(speeds, key=lambda setting: speeds[setting])
     slow = rows_of.verify_ratio(runs[t, g], runs[t, 0]) < LEAST_VERIFY_RATIO

@@ -104,6 +104,11 @@ class Runs:
         return sum(parts["target"] for parts in self.parts) / self.rounds
 
 
+def counted(runs: Mapping[Setting, Runs]) -> dict[Setting, list[Counts]]:
+    """The counts of every setting, by prompt."""
+    return {setting: found.counts(setting[1]) for setting, found in runs.items()}
+
+
 def without_stalls(
     timed: Mapping[Setting, Sequence[Sequence[Timed]]],
 ) -> tuple[dict[Setting, Runs], float]:
