@@ -188,5 +188,7 @@ def explained_differences(
         for prompt, plain, answer in zip(prompts, runs[0, 0], answers, strict=True)
         if plain.tokens != answer.tokens
     ]
-    target = load_target() if pairs else None
-    return [explain_difference(target, pair, alone=False) for pair in pairs if target is not None]
+    if not pairs:
+        return []
+    target = load_target()
+    return [explain_difference(target, pair, alone=False) for pair in pairs]
