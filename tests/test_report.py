@@ -29,6 +29,7 @@ from test_plots import (
 from specdistill.drafts import export
 from specdistill.errors import InputError, StorageError
 from specdistill.report import write_report
+from specdistill.report.page import _figures
 from specdistill.report.plots import plot_all
 from specdistill.report.text import document
 from specdistill.scoring.card_evidence import Lossless
@@ -513,4 +514,7 @@ def test_an_early_stop_is_said_wherever_the_card_is_shown(tmp_path: Path) -> Non
     assert "--least-reach 0.2" in text
     assert "| ≤ " in text
     assert "stops early" in export._figures(early)
+    unknown = replace(early, verdict=replace(early.verdict, break_even_acceptance=math.nan))
+    assert "pays above" not in "".join(figure.note for figure in _figures(unknown))
+    assert "pays above" in "".join(figure.note for figure in _figures(after))
     assert "--least-reach" not in document(after, None, [], "", "my/target", tmp_path)

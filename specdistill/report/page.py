@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +55,7 @@ def _figures(card: Scorecard) -> list[Figure]:
     best, proof = card.verdict_row(), card.lossless
     low, high = (number(end, 2) for end in best.speedup_ci95)
     same, compared = proof.greedy_identical
+    needed = card.verdict.break_even_acceptance
     shown = "yes" if proof.holds else "not shown"
     speed = Figure(f"{number(best.speedup, 2)} ×", "speedup", f"95% interval {low} to {high}")
     return [
@@ -66,7 +68,7 @@ def _figures(card: Scorecard) -> list[Figure]:
         Figure(
             number(best.acceptance_rate, 2),
             "acceptance rate, α",
-            f"pays above {number(card.verdict.break_even_acceptance, 2)}",
+            f"pays above {number(needed, 2)}" if math.isfinite(needed) else "of tokens tested",
         ),
         Figure(
             "no" if card.verification.lossy else shown,
