@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from specdistill.data.chat import encode_prompt
@@ -30,7 +31,7 @@ from specdistill.decoding import (
     Sampling,
     SpeculativeDecoder,
 )
-from specdistill.models import load
+from specdistill.models import choose_device, load
 from specdistill.provenance import device_name, git_commit, versions
 from specdistill.run_folder import read_metrics
 from specdistill.scoring.scorecard import Scorecard
@@ -139,8 +140,12 @@ def measure(arm: Arm, out: Path, target: str, seconds: float, threads: int) -> l
                 "--out",
                 prompts,
             )
-        if arm.writer is not None:
-            options += ["--generator", out / arm.writer / "run" / "draft"]
+        if arm.writer is not None:  # at full vocabulary, or it could not write all that it wants
+            writer = folder / "writer"
+            draft = out / arm.writer / "run" / "draft"
+            if not writer.exists():
+                specdistill("export", "--draft", draft, "--for", "transformers", "--out", writer)
+            options += ["--generator", writer]
         answering += specdistill(
             "generate", *common, "--prompts", prompts, "--out", data, *options, *arm.answers
         )
@@ -177,7 +182,7 @@ def measure(arm: Arm, out: Path, target: str, seconds: float, threads: int) -> l
         file = folder / "run.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
-        trained = specdistill("distill", file, "--threads", threads, *arm.training)
+        trained = specdistill("distill", file, "--resume", "--threads", threads, *arm.training)
     card = folder / "scorecard.json"
     specdistill(
         "score",
@@ -194,6 +199,7 @@ def measure(arm: Arm, out: Path, target: str, seconds: float, threads: int) -> l
         "1" if arm.score else "0,1",
         "--max-new-tokens",
         LONGEST,
+        "--overwrite",
         "--out",
         card,
         *arm.score,
@@ -220,8 +226,6 @@ def look_ups(target: str, draft: Path, threads: int) -> list[Measured]:
     """Drafters without training: prompt look-up alone, and with the draft where nothing matches;
     plain decoding and the draft alone take turns with them.
     """
-    import torch
-
     torch.set_num_threads(threads)
     big, small = load(target), load(str(draft), dtype="float32")
     prompts = [encode_prompt(big.tokenizer, p) for p in load_prompts("demo:heldout", limit=HELDOUT)]
@@ -298,7 +302,7 @@ def main() -> None:
     file = options.out / "methods.json"
     document = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
     document |= {"seconds": options.seconds, "threads": options.threads, "git": git_commit()}
-    document |= {"device": device_name(load(options.target).device), "versions": versions()}
+    document |= {"device": device_name(torch.device(choose_device("auto"))), "versions": versions()}
     done = {row["arm"] for row in document["rows"]}
 
     def add(rows: list[Measured]) -> None:
