@@ -213,8 +213,13 @@ HALF_MEASURED = replace(
 ONE_ROW = make_card({0.0: 0.63}, {0.0: (1.38,)})
 TEMPERATURES = (0.0, 0.3, 0.7, 1.0)
 MANY = make_card(dict.fromkeys(TEMPERATURES, 0.5), dict.fromkeys(TEMPERATURES, SPEEDUPS[1.0]))
+EARLY = replace(
+    AFTER,
+    rows=[replace(r, least_reach=0.1) if r.num_draft_tokens == 6 else r for r in AFTER.rows],
+)
 CARDS = {
     "usual": AFTER,
+    "one stops early": EARLY,
     "one row": ONE_ROW,
     "four temperatures": MANY,
     "half unmeasured": HALF_MEASURED,
@@ -317,6 +322,25 @@ def test_speedup_shows_the_card() -> None:
         (intervals,) = [part for part in axes.collections if isinstance(part, LineCollection)]
         ends = [tuple(segment[:, 1]) for segment in intervals.get_segments()]
         assert ends == [row.speedup_ci95 for row in rows]
+
+
+def test_a_row_that_stops_early_is_no_point_of_the_line() -> None:
+    axes = figure_speedup(EARLY).axes[0]
+    lines = [line for line in axes.get_lines() if line.get_label() == "measured"]
+    assert [list(line.get_xdata()) for line in lines] == [[1, 2, 3, 4], [6]]
+    assert [line.get_markerfacecolor() == "white" for line in lines] == [False, True]
+    left, right = figure_acceptance(EARLY).axes
+    rates = [list(line.get_xdata()) for line in left.get_lines() if line.get_label() == "T = 0"]
+    assert rates == [[1, 2, 3, 4], [6]]
+    assert len(data(right, "all rounds, T = 0")[0]) == 4, "of the largest fixed γ"
+    survival = figure_survival({"this draft": EARLY})
+    assert len(data(survival.axes[0], "this draft")[0]) == 5
+    assert "this draft, γ = 4" in words(survival)
+    for draw in (figure_speedup, figure_acceptance):
+        assert "γ at most, stops early" in words(draw(EARLY))
+        assert "γ at most, stops early" not in words(draw(AFTER))
+    names = [label.get_text() for label in figure_time(EARLY).axes[0].get_yticklabels()]
+    assert names[-1] == "γ ≤ 6"
 
 
 def test_an_interval_that_leaves_the_estimate_out_is_drawn() -> None:

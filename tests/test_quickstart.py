@@ -1,10 +1,13 @@
 """The whole loop on somebody's own model and prompts, and how it divides the minutes."""
 
 import json
+import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from cards import simulate
 from conftest import tiny_model
 from test_cli import run
 
@@ -15,6 +18,7 @@ from specdistill.decoding import SpeculativeDecoder
 from specdistill.errors import InputError, SpecDistillError
 from specdistill.models import LanguageModel
 from specdistill.quickstart import plan as plans
+from specdistill.quickstart.loop import early_stop
 from specdistill.quickstart.plan import LENGTHS, SHARE, Plan, Speed, Task, choose, divide
 from specdistill.scoring.scorecard import Scorecard
 
@@ -55,12 +59,12 @@ def test_the_minutes_are_divided_without_rest(
 
 def test_more_minutes_buy_longer_answers_then_more_of_them_then_training() -> None:
     speed = Speed(5, 0.25, 0.04, 0.04)
-    plans = [divide(Plan(), m, 0.0, speed, 1000, 32, 4000) for m in (4, 8, 16, 32, 64, 128, 256)]
+    plans = [divide(Plan(), m, 0.0, speed, 1000, 32, 4000) for m in (4, 16, 64, 128, 256, 512)]
     lengths = [plan.max_new_tokens for plan in plans]
     assert lengths == sorted(lengths)
     assert lengths[0] < lengths[-1] == LENGTHS[0]
     assert plans[-1].answers == 1000
-    assert plans[-1].train_seconds - plans[-2].train_seconds == pytest.approx(128 * 60)
+    assert plans[-1].train_seconds - plans[-2].train_seconds == pytest.approx(256 * 60)
 
 
 @pytest.mark.parametrize(("vocabulary", "kept"), [(600, None), (2000, 1024)])
@@ -111,10 +115,21 @@ def test_a_command_takes_somebodys_model_to_a_verdict(
     assert f"{folder / 'report.html'}" in done.out
     assert ("specdistill export" if card.verdict.pays else "--minutes 0.4") in done.out
     answered = json.loads((folder / "data" / "manifest.json").read_text())["parts"]
+    assert [row.num_draft_tokens for row in card.rows if row.least_reach] == [8, 8]
     scored = {row.prompt_id for row in card.per_prompt}
     assert len(scored) >= 4
     assert not scored & {id_ for part in answered for id_ in part["ids"]}
     assert run(*asked).code == 2, "a finished run is not begun again"
+
+
+def test_the_least_reach_is_by_the_cost_of_a_draft_step() -> None:
+    before = simulate({(0.0, 3): 0.1, (1.0, 3): 0.1})
+    for costs, reach in (((0.08, 0.1), {8: 0.14}), ((math.nan, 0.2), {8: 0.3})):
+        rows = [replace(row, cost_ratio=c) for row, c in zip(before.rows, costs, strict=True)]
+        assert early_stop(replace(before, rows=rows), Plan()) == reach
+    for cost in (math.nan, 0.0, 0.7):  # unknown, or more than a token can gain
+        rows = [replace(row, cost_ratio=cost) for row in before.rows]
+        assert early_stop(replace(before, rows=rows), Plan()) == {}
 
 
 def test_speed_is_measured_for_a_batch_and_for_one_row() -> None:

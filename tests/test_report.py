@@ -35,6 +35,7 @@ from specdistill.report.text import document
 from specdistill.scoring.card_evidence import Lossless
 from specdistill.scoring.scorecard import Scorecard, Verification
 from specdistill.scoring.slices import by_prompt_length
+from specdistill.scoring.verdict import verdict
 
 CONFIG = "target: my/target\nseed: 17\nprompts: {path: a.jsonl}\n"
 
@@ -503,6 +504,25 @@ def test_the_usual_verification_is_not_mentioned(run_dir: Path) -> None:
     text = report(run_dir)
     for word in ("LOSSY", "lenience", "block verification", "How tokens were accepted"):
         assert word not in text
+
+
+def test_the_row_that_stops_early_is_named_and_others_serve_the_best_fixed_one(
+    tmp_path: Path,
+) -> None:
+    card = simulate({(0.0, 2): 0.5, (0.0, 4): 0.4, (0.0, 8): 0.9}, seed=1)
+    rows = [*card.rows[:2], replace(card.rows[2], least_reach=0.12)]
+    card = replace(card, rows=rows, verdict=verdict(rows, per_prompt=card.per_prompt))
+    assert card.verdict.best.num_draft_tokens == 8
+    assert "at γ ≤ 8 (stops early), temperature 0" in card.verdict.reason
+    text = document(card, None, [], "", "my/target", tmp_path)
+    assert text.startswith("# A draft for my/target\n")
+    assert "(T = 0, γ ≤ 8 (stops early); 95%" in text
+    assert "with a chance below 0.12" in text
+    assert "--num-draft-tokens 8 --least-reach 0.12" in text
+    fixed = max(rows[:2], key=lambda row: row.speedup).num_draft_tokens
+    assert f'"num_speculative_tokens": {fixed}' in text
+    assert f"num_assistant_tokens = {fixed}" in text
+    assert f"in every round, {fixed} below" in text
 
 
 def test_an_early_stop_is_said_wherever_the_card_is_shown(tmp_path: Path) -> None:

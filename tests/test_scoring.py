@@ -557,6 +557,27 @@ def early(pair: tuple[LanguageModel, LanguageModel]) -> Scorecard:
     )
 
 
+def test_one_card_has_fixed_gammas_and_one_that_stops_early(
+    pair: tuple[LanguageModel, LanguageModel], card: Scorecard, early: Scorecard, tmp_path: Path
+) -> None:
+    settings = {"temperature": 0.0, "max_new_tokens": 20}
+    both = measure.score(*pair, PROMPTS, num_draft_tokens=[1, 3], least_reach={3: 0.2}, **settings)
+    assert [(row.num_draft_tokens, row.least_reach) for row in both.rows] == [(1, 0), (3, 0.2)]
+    for row, other in zip(both.rows, [card.rows[0], early.rows[0]], strict=True):
+        for count in ("rounds", "proposed", "tested", "accepted", "emitted"):
+            assert getattr(row, count) == getattr(other, count)
+    assert both.label == ""
+    assert not both.failures
+    assert both.fixed_gamma == 1
+    assert early.fixed_gamma == round(early.verdict_row().draft_steps)
+    both.write(tmp_path / "card.json")
+    again = sound_card(tmp_path / "card.json")
+    stopped = again.verdict.best.num_draft_tokens == 3
+    assert ("γ ≤ 3 (stops early)" in again.verdict.reason) == stopped
+    with pytest.raises(InputError, match="least_reach is given for γ = 4, which is not to be"):
+        measure.score(*pair, PROMPTS, num_draft_tokens=3, least_reach={4: 0.2}, **settings)
+
+
 def test_a_draft_that_stops_early_proposes_less_and_says_so(
     card: Scorecard, early: Scorecard, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 from specdistill.scoring.card_rows import PLAIN_SLOWED, Row
-from specdistill.scoring.headline import gamma, labelled, number, speedup
+from specdistill.scoring.headline import gamma, gamma_is, labelled, number, speedup
 from specdistill.scoring.verdict import identity_words
 
 if TYPE_CHECKING:
@@ -56,12 +56,13 @@ def rows_table(card: Scorecard) -> Table:
 
 def slices_tables(card: Scorecard) -> list[Table]:
     """The fastest setting by category and by length of prompts, where there are several."""
-    best, tables = card.verdict.best, []
+    tables = []
     slices = {"category": card.slices("by_category"), "length": card.slices("by_prompt_length")}
     for what, rows in slices.items():
         if not rows:
             continue
-        title = f"by {what} of prompts, T = {best.temperature:g}, γ = {best.num_draft_tokens}"
+        best = card.verdict_row()
+        title = f"by {what} of prompts, T = {best.temperature:g}, {gamma_is(best)}"
         interval = Column("speedup [95%]", no_wrap=True)
         head = (what, "prompts", "α", "τ", interval)
         table = Table(*head, title=labelled(title, card), **NARROW)
@@ -182,7 +183,7 @@ def leaderboard(comparison: Comparison) -> list[Table]:
                 str(place),
                 f"{standing.card} ({standing.label})" if standing.label else standing.card,
                 f"{standing.draft} {standing.draft_sha256[:8]}",
-                str(standing.num_draft_tokens),
+                gamma(standing),
                 number(standing.acceptance_rate, 3),
                 f"{standing.block_efficiency:.2f}",
                 f"{standing.tokens_per_second:.1f}",
@@ -235,4 +236,7 @@ def difference_lines(checks: Sequence[Check]) -> list[str]:
 
 
 def _caption(rows: Sequence[Row]) -> str | None:
-    return f"plain slowed: {PLAIN_SLOWED}" if any(row.slowed for row in rows) else None
+    notes = [f"plain slowed: {PLAIN_SLOWED}"] if any(row.slowed for row in rows) else []
+    for gamma_, least in sorted({(gamma(row), row.least_reach) for row in rows if row.least_reach}):
+        notes.append(f"γ {gamma_} stops early, at a least reach of {least:g}")
+    return "; ".join(notes) or None

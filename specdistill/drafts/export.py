@@ -76,8 +76,8 @@ def export(
     size = _target_size(model, target_name)
     card, notes = _card(model, scorecard)
     target = card.target.name if card else _named_target(model.path)
-    gamma = card.verdict.best.num_draft_tokens if card else DEFAULT_NUM_DRAFT_TOKENS
-    serve = command(engine, name_elsewhere(target), str(out), gamma)
+    num_draft_tokens = card.fixed_gamma if card else DEFAULT_NUM_DRAFT_TOKENS
+    serve = command(engine, name_elsewhere(target), str(out), num_draft_tokens)
     try:
         with replacing(out) as new:
             making.save_draft(making.at_full_vocabulary(model, size), new)

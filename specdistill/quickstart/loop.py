@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 
 from specdistill import models
 from specdistill.data.chat import EncodedPrompt, encoded
@@ -87,7 +88,11 @@ def quickstart(
     questions = questions[: plan.score_prompts]
 
     def scored(
-        file: Path, draft: Path, prompts: list[EncodedPrompt], gammas: Sequence[int]
+        file: Path,
+        draft: Path,
+        prompts: list[EncodedPrompt],
+        gammas: Sequence[int],
+        least_reach: Mapping[int, float],
     ) -> Scorecard:
         if file.exists():
             return Scorecard.read(file)
@@ -99,6 +104,7 @@ def quickstart(
             temperature=plan.temperatures,
             max_new_tokens=plan.score_tokens,
             seed=task.seed,
+            least_reach=least_reach,
             max_seconds=plan.score_seconds,
             keep_text=True,
             progress=progress,
@@ -111,6 +117,7 @@ def quickstart(
         undistilled,
         questions[: plan.before_prompts],
         plan.before_num_draft_tokens,
+        {},
     )
     if not (run.draft / "config.json").exists():
         distill(
@@ -127,12 +134,24 @@ def quickstart(
             batch_tokens=plan.batch_tokens,
             learning_rate=plan.learning_rate,
         )
-    after = scored(run.scorecard, run.draft, questions, plan.num_draft_tokens)
+    early = early_stop(before, plan)
+    gammas = [*plan.num_draft_tokens, *early]
+    after = scored(run.scorecard, run.draft, questions, gammas, early)
     progress("report", 0, 1)
     plot_all(run_dir, note=note)
     write_report(run_dir)
     progress("report", 1, 1)
     return before, after
+
+
+def early_stop(before: Scorecard, plan: Plan) -> dict[int, float]:
+    """The least reach by γ of a proposal that stops early: one and a half times what a draft step
+    costs, in plain steps, which was the best of a replay (bench/LOG.md). The draft has the shape of
+    the undistilled one, whose steps were timed. Empty where a step costs as much as it can gain.
+    """
+    costs = [row.cost_ratio for row in before.rows if row.cost_ratio > 0]
+    reach = float(f"{1.5 * median(costs):.1e}") if costs else 1.0
+    return {plan.early_num_draft_tokens: reach} if reach < 1 else {}
 
 
 def check_run(run_dir: Path, task: Task) -> _Kept | None:

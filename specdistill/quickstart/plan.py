@@ -77,6 +77,7 @@ class Plan:
     score_prompts: int = 6
     score_tokens: int = 48
     num_draft_tokens: tuple[int, ...] = (2, 3, 5)
+    early_num_draft_tokens: int = 8  # the most of a proposal that stops where it is doubtful
     temperatures: tuple[float, ...] = (0.0, 1.0)
     before_prompts: int = 4
     before_num_draft_tokens: tuple[int, ...] = (3,)
@@ -194,10 +195,10 @@ def divide(
         return SLACK * batches * (speed.batch_prefill + tokens * speed.batch_step)
 
     def scoring(count: int, tokens: int) -> float:
-        """Plainly twice, with every γ once, and as long again for the evidence; so, too, the few
-        prompts of the score before.
+        """Plainly twice, with every γ once, stopping early, and as long again for the evidence; so,
+        too, the few prompts of the score before.
         """
-        runs = (3 + len(plan.num_draft_tokens)) * count
+        runs = (4 + len(plan.num_draft_tokens)) * count
         runs += (3 + len(plan.before_num_draft_tokens)) * min(count, plan.before_prompts)
         return SLACK * settings * runs * (speed.prefill + tokens * speed.step)
 
@@ -257,8 +258,8 @@ def announcement(target: LanguageModel, plan: Plan) -> list[str]:
         ),
         (
             plan.score_seconds,
-            f"scores before and after on up to {plan.score_prompts} held-out prompts, γ = {gammas},"
-            f" temperature {temperatures}",
+            f"scores before and after on up to {plan.score_prompts} held-out prompts, γ = {gammas} "
+            f"and up to {plan.early_num_draft_tokens}, temperature {temperatures}",
         ),
     ]
     return [

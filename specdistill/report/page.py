@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 
 from specdistill.report.text import drawn_pictures
 from specdistill.run_folder import RunFolder
-from specdistill.scoring.headline import gamma, number
+from specdistill.scoring.headline import gamma_is, number
 from specdistill.scoring.scorecard import Scorecard
 
 
@@ -63,7 +63,7 @@ def _figures(card: Scorecard) -> list[Figure]:
         Figure(
             number(best.block_efficiency, 2),
             "tokens per target call, τ",
-            f"γ {'' if best.least_reach else '= '}{gamma(best)}, T = {best.temperature:g}",
+            f"{gamma_is(best)}, T = {best.temperature:g}",
         ),
         Figure(
             number(best.acceptance_rate, 2),

@@ -28,6 +28,11 @@ def serving(card: Scorecard, best: Row, target: str, folder: Path) -> str:
     if best.least_reach:
         score += ["--least-reach", f"{best.least_reach:g}"]
     parts = ["## How to serve the draft", "Score it on prompts of your own:", _shell(*score)]
+    if best.least_reach:
+        parts.append(
+            f"Other programs propose the same number of tokens in every round, {card.fixed_gamma} "
+            "below, and do not stop early."
+        )
     outside = name_elsewhere(target)
     if outside != target:
         parts.append(
@@ -47,7 +52,7 @@ def serving(card: Scorecard, best: Row, target: str, folder: Path) -> str:
         if trimmed:
             export = ["specdistill", "export", "--draft", draft, "--out", exported]
             parts.append(_shell(*export, "--for", engine))
-        text = command(engine, outside, exported, best.num_draft_tokens, card.target.dtype)
+        text = command(engine, outside, exported, card.fixed_gamma, card.target.dtype)
         parts.append(fenced(engine, text))
     return "\n\n".join(parts)
 

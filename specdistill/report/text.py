@@ -13,7 +13,7 @@ from specdistill.report.serving import serving
 from specdistill.run_folder import RunFolder
 from specdistill.scoring.card_rows import PLAIN_SLOWED, CategoryRow, ModelCard, Row
 from specdistill.scoring.choice import chosen
-from specdistill.scoring.headline import gamma, labelled, number, speedup
+from specdistill.scoring.headline import gamma, gamma_is, labelled, number, speedup
 from specdistill.scoring.measure import trained_line
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.verdict import identity_words, judgement
@@ -85,7 +85,7 @@ def _verdict(card: Scorecard, best: Row, target: str) -> str:
     low, high = (number(end, 2) for end in best.speedup_ci95)
     speed = (
         f"with it, {code(target)} decodes {number(best.speedup, 2)} times as fast as without it "
-        f"(T = {best.temperature:g}, γ = {best.num_draft_tokens}; 95% interval {low} to {high})"
+        f"(T = {best.temperature:g}, {gamma_is(best)}; 95% interval {low} to {high})"
     )
     if math.isnan(best.speedup):
         speed = "the measurement is wrong, so that there is no speedup to tell"
@@ -146,7 +146,7 @@ def _before_after(card: Scorecard, before: Scorecard | None) -> str:
         )
         for old in old_rows:
             for new in card.rows:
-                if (new.temperature, new.num_draft_tokens) == (temperature, old.num_draft_tokens):
+                if new.temperature == temperature and gamma(new) == gamma(old):
                     expected = (old.acceptance_rate_expected, new.acceptance_rate_expected)
                     change = " to ".join(number(value, 2) for value in expected)
                     gains.append(f"{change} at T = {t}, γ = {new.num_draft_tokens}")
@@ -182,8 +182,8 @@ def _slices(what: str, rows: Sequence[CategoryRow], best: Row) -> str:
         lines.append([_cell(row.category), str(row.prompts), rate, block, speedup(row)])
     head = [what.split()[0], "prompts", "α", "τ", "speedup [95% interval]"]
     return (
-        f"## By {what}\n\n{_table(head, lines)}\n\nAt T = {best.temperature:g}, γ = "
-        f"{best.num_draft_tokens}, the fastest setting of all prompts together."
+        f"## By {what}\n\n{_table(head, lines)}\n\nAt T = {best.temperature:g}, "
+        f"{gamma_is(best)}, the fastest setting of all prompts together."
     )
 
 
@@ -207,6 +207,12 @@ def _all_settings(card: Scorecard) -> str:
         for row in sorted(card.rows, key=lambda row: (row.temperature, row.num_draft_tokens))
     ]
     words, label = WORDS, prose(card.verification.label)
+    for num, least in sorted({(r.num_draft_tokens, r.least_reach) for r in card.rows}):
+        if least:
+            words += (
+                f"\n- **γ ≤ {num}**: at most so many; drafting stops once all of a proposal is "
+                f"accepted with a chance below {least:g}, by the draft's own probabilities."
+            )
     if any(row.slowed for row in card.rows):
         words += f"\n- **Plain slowed**: {PLAIN_SLOWED}."
     if card.verification.lossy:

@@ -247,6 +247,11 @@ def of_setting(
     return [row for row in per_prompt if (row.temperature, row.num_draft_tokens) == setting]
 
 
+def with_fixed_gamma(rows: Sequence[Row]) -> list[Row]:
+    """Those that do not stop early; all, where every row does."""
+    return [row for row in rows if not row.least_reach] or list(rows)
+
+
 def setting_of(row: Row | CategoryRow) -> str:
     """The setting in a few words."""
     return f"T = {row.temperature:g}, γ = {row.num_draft_tokens}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from specdistill.errors import InputError
 from specdistill.run_folder import RunFolder
 from specdistill.scoring.card_rows import of_setting
+from specdistill.scoring.headline import gamma
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.statistics import ratio_of_sums
 from specdistill.scoring.trust import NOISE, objections, round_cost, swapped_draft
@@ -114,13 +115,13 @@ def remarks(cards: Cards) -> list[str]:
 
 def _circumstances(card: Scorecard) -> dict[str, str]:
     """A seed draws other texts at temperatures above 0; of more γ, the fastest is faster."""
-    grid = sorted({row.num_draft_tokens for row in card.rows})
+    grid = {row.num_draft_tokens: gamma(row) for row in card.rows}
     return {
         "seed": str(card.provenance.get("seed")),
         "verification": card.verification.label or "token verification",
-        "least reach": f"{max((row.least_reach for row in card.rows), default=0.0):g}",
+        "least reach": ", ".join(f"{x:g}" for x in sorted({row.least_reach for row in card.rows})),
         "the program's commit": str(card.provenance.get("git") or "unknown"),
-        "γ": ", ".join(map(str, grid)),
+        "γ": ", ".join(grid[num] for num in sorted(grid)),
     }
 
 
@@ -150,7 +151,7 @@ def _baselines(cards: Cards) -> list[str]:
     """
     found = []
     for (one, ours), (other, theirs) in combinations(cards.items(), 2):
-        for temperature, num in sorted(_settings(ours) & _settings(theirs)):
+        for temperature, num, _ in sorted(_settings(ours) & _settings(theirs)):
             mine = round_cost(of_setting(ours.per_prompt, temperature, num))
             its = round_cost(of_setting(theirs.per_prompt, temperature, num))
             if mine is None or its is None:
@@ -167,5 +168,5 @@ def _baselines(cards: Cards) -> list[str]:
     return found
 
 
-def _settings(card: Scorecard) -> set[tuple[float, int]]:
-    return {(row.temperature, row.num_draft_tokens) for row in card.rows}
+def _settings(card: Scorecard) -> set[tuple[float, int, float]]:
+    return {(row.temperature, row.num_draft_tokens, row.least_reach) for row in card.rows}

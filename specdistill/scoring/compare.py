@@ -38,6 +38,7 @@ class Standing:
     speedup: float
     speedup_ci95: tuple[float, float]
     label: str
+    least_reach: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ def _standing(name: str, card: Scorecard, row: Row) -> Standing:
         speedup=row.speedup,
         speedup_ci95=row.speedup_ci95,
         label=card.label,
+        least_reach=row.least_reach,
     )
 
 

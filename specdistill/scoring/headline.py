@@ -25,9 +25,24 @@ def number(value: float, digits: int) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "–"
 
 
-def gamma(row: Row) -> str:
+class Drafted(Protocol):
+    """Whatever has a γ: a row, a place in a comparison."""
+
+    @property
+    def num_draft_tokens(self) -> int: ...
+
+    @property
+    def least_reach(self) -> float: ...
+
+
+def gamma(row: Drafted) -> str:
     """γ, or the most of it where drafting stops early."""
     return f"≤ {row.num_draft_tokens}" if row.least_reach else str(row.num_draft_tokens)
+
+
+def gamma_is(row: Drafted) -> str:
+    """The same in a sentence."""
+    return f"γ {gamma(row)} (stops early)" if row.least_reach else f"γ = {gamma(row)}"
 
 
 def speedup(row: Measured) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,29 +44,30 @@ def evidence(
     draft: LanguageModel,
     prompts: Sequence[tuple[str, list[int]]],
     greedy: Sequence[GreedyPair],
-    num_draft_tokens: int,
+    reaches: Mapping[int, float],
     seed: int,
     mode: Mode = "token",
     lossy: bool = False,
-    least_reach: float = 0.0,
 ) -> Lossless:
     """Greedy texts against plain decoding, in float32 too where the pair decodes in half precision;
     the target as its own draft; and tests of the distribution of sampled tokens, which a lossy rule
-    does not get: it must fail. `prompts` are ids and tokens.
+    does not get: it must fail. `prompts` are ids and tokens, `reaches` the least reach by γ.
     """
     same = sum(pair.identical for pair in greedy)
     ties = [explain_difference(target, pair) for pair in greedy if not pair.identical]
     half = target.dtype.itemsize < 4 and not lossy
-    prompt = prompts[0][1]
+    prompt, most = prompts[0][1], max(reaches)
     identity, least = identity_acceptance(target, prompt, seed, mode)
     return Lossless(
         (same, len(greedy)),
         ties,
         identity,
-        float("nan") if lossy else emitted_p_value(target, draft, prompt, seed, mode, least_reach),
+        math.nan
+        if lossy
+        else emitted_p_value(target, draft, prompt, seed, mode, sorted(set(reaches.values()))),
         str(target.dtype).removeprefix("torch."),
         least,
-        greedy_in_float32(target, draft, prompts[:SHARE], num_draft_tokens, seed, least_reach)
+        greedy_in_float32(target, draft, prompts[:SHARE], most, seed, reaches[most])
         if half
         else None,
     )

@@ -72,14 +72,15 @@ def score(
     seed: int = 0,
     mode: Mode = "token",
     lenience: Lenience | None = None,
-    least_reach: float = 0.0,
+    least_reach: float | Mapping[int, float] = 0.0,
     max_seconds: float | None = None,
     keep_text: bool = False,
     progress: Progress = silent,
 ) -> Scorecard:
     """Decode every prompt plainly and with every γ at every temperature, and measure. `mode` and
     `lenience` are `SpeculativeDecoder`'s: a card with lenience is LOSSY and says so. With
-    `least_reach`, `ModelDrafter`'s, γ is the most that a round proposes.
+    `least_reach`, `ModelDrafter`'s, γ is the most that a round proposes; a mapping has it by γ, and
+    the others do not stop early.
 
     The settings take turns on each prompt, see `in_turn`, after a short untimed run of each. After
     `max_seconds` no further prompt is begun, once there are four. Where a verify pass of the
@@ -95,7 +96,12 @@ def score(
     if not num_draft_tokens or not temperatures:
         raise InputError("score needs at least one num_draft_tokens and one temperature")
     check_lenience(mode, lenience, temperatures)
-    decoders = _decoders(target, draft, num_draft_tokens, mode, lenience, least_reach)
+    if not isinstance(least_reach, Mapping):
+        least_reach = dict.fromkeys(num_draft_tokens, least_reach)
+    if unused := least_reach.keys() - set(num_draft_tokens):
+        raise InputError(f"least_reach is given for γ = {min(unused)}, which is not to be scored")
+    reaches = {g: least_reach.get(g, 0.0) for g in num_draft_tokens}
+    decoders = _decoders(target, draft, reaches, mode, lenience)
     settings = [(t, g) for t in temperatures for g in decoders]
     requests = [Request(p.id, p.tokens, max_new_tokens, seed=seed) for p in prompts]
     decoders[0].check(requests)  # before any work; with a draft the same
@@ -132,7 +138,7 @@ def score(
                 for p, o in zip(prompts, runs[t, g].outputs, strict=True)
                 if mode == "token"  # a block's acceptance is not that of its tokens
             ]
-            row = rows_of.row((t, g), counts[t, g], counts[t, 0], weight_ratio, seed, least_reach)
+            row = rows_of.row((t, g), counts[t, g], counts[t, 0], weight_ratio, seed, reaches[g])
             rows.append(rows_of.with_costs(row, runs[t, g], runs[t, 0], expected))
     progress("evidence", len(rows), len(settings), "losslessness")
     baseline = [rows_of.baseline(t, counts[t, 0]) for t in temperatures]
@@ -161,11 +167,10 @@ def score(
                 if t == 0 and g
                 for p, base, out in zip(prompts, runs[0, 0].outputs, r.outputs, strict=True)
             ],
-            max(num_draft_tokens),
+            reaches,
             seed,
             mode,
             lossy=verification.lossy,
-            least_reach=least_reach,
         ),
         verdict=judged,
         verification=verification,
@@ -235,21 +240,22 @@ def _slowed(
 def _decoders(
     target: LanguageModel,
     draft: LanguageModel,
-    num_draft_tokens: Sequence[int],
+    reaches: Mapping[int, float],
     mode: Mode = "token",
     lenience: Lenience | None = None,
-    least_reach: float = 0.0,
 ) -> dict[int, SpeculativeDecoder]:
-    """By γ, with 0 for plain decoding; each keeps a cache of one row."""
+    """By γ, each with its least reach, and with 0 for plain decoding; each keeps a cache of one
+    row.
+    """
     return {0: SpeculativeDecoder(target)} | {
         g: SpeculativeDecoder(
             target,
-            ModelDrafter(draft, target.vocab_size, least_reach=least_reach),
+            ModelDrafter(draft, target.vocab_size, least_reach=reaches[g]),
             num_draft_tokens=g,
             mode=mode,
             lenience=lenience,
         )
-        for g in sorted(set(num_draft_tokens))
+        for g in sorted(reaches)
     }
 
 
@@ -262,7 +268,7 @@ def cache_size(
 ) -> CacheSize:
     """What the caches of `score` will take: a row for plain decoding and one for each γ."""
     requests = [Request(p.id, p.tokens, max_new_tokens) for p in prompts]
-    decoders = _decoders(target, draft, num_draft_tokens).values()
+    decoders = _decoders(target, draft, dict.fromkeys(num_draft_tokens, 0.0)).values()
     sizes = [decoder.cache_size(requests) for decoder in decoders]
     return CacheSize(sum(s.bytes for s in sizes), len(sizes), max(s.slots for s in sizes))
 

@@ -26,25 +26,27 @@ def emitted_p_value(
     prompt: list[int],
     seed: int,
     mode: Mode,
-    least_reach: float = 0.0,
+    reaches: Sequence[float] = (0.0,),
 ) -> float:
     """p-value of "the emitted tokens follow the target", by `distribution_p_value` and by texts
-    that the pair's own engine samples (Bonferroni).
+    that the pair's own engine samples with each least reach (Bonferroni).
     """
-    decoder = SpeculativeDecoder(
-        target,
-        ModelDrafter(draft, target.vocab_size, least_reach=least_reach),
-        num_draft_tokens=NUM_DRAFT_TOKENS,
-        batch_size=ROWS,
-        mode=mode,
-    )
     room = target.max_length - len(prompt)
     requests = [
         Request(str(i), prompt, min(ROW_TOKENS, room), Sampling(1.0), seed) for i in range(ROWS)
     ]
-    texts = [(prompt, output) for output in decoder.run(requests).outputs]
-    narrow = distribution_p_value(target, draft, prompt, seed, mode=mode)
-    return min(1.0, 2 * min(narrow, sampled_p_value(target, draft, texts, seed)))
+    p_values = [distribution_p_value(target, draft, prompt, seed, mode=mode)]
+    for least_reach in reaches:
+        decoder = SpeculativeDecoder(
+            target,
+            ModelDrafter(draft, target.vocab_size, least_reach=least_reach),
+            num_draft_tokens=NUM_DRAFT_TOKENS,
+            batch_size=ROWS,
+            mode=mode,
+        )
+        texts = [(prompt, output) for output in decoder.run(requests).outputs]
+        p_values.append(sampled_p_value(target, draft, texts, seed))
+    return min(1.0, len(p_values) * min(p_values))
 
 
 @torch.inference_mode()

@@ -41,6 +41,7 @@ from specdistill.scoring.card_rows import (
     Strict,
     Temperature,
     known_facts,
+    with_fixed_gamma,
 )
 
 if TYPE_CHECKING:
@@ -165,8 +166,10 @@ class Scorecard:
     @property
     def settings_label(self) -> str:
         """What is unusual about verification and drafting; empty for the usual."""
-        least = max((row.least_reach for row in self.rows), default=0.0)
-        early = f"γ at most, stops early (least reach {least:g})" if least else ""
+        reaches = sorted({row.least_reach for row in self.rows})
+        early = ""
+        if reaches and reaches[0]:  # else some rows are as usual, and each says what it is
+            early = f"γ at most, stops early (least reach {', '.join(f'{x:g}' for x in reaches)})"
         return ", ".join(filter(None, [self.verification.label, early]))
 
     def verdict_row(self) -> Row:
@@ -182,6 +185,15 @@ class Scorecard:
             f"the scorecard's verdict names T = {best.temperature:g}, γ = {best.num_draft_tokens}, "
             "and it has no such row; score the draft again"
         )
+
+    @property
+    def fixed_gamma(self) -> int:
+        """For engines that propose the same number in every round: that of the fastest row which
+        does so at the verdict's temperature. Where none does, the mean of the fastest.
+        """
+        rows = [row for row in self.rows if row.temperature == self.verdict.best.temperature]
+        fastest = max(with_fixed_gamma(rows), key=lambda row: row.speedup)
+        return max(1, round(fastest.draft_steps))
 
     def best_row(self, temperature: float) -> Row:
         """The fastest row measured at `temperature`, with what it is worth on prompts that had no
@@ -285,8 +297,6 @@ def _check_lists(card: Scorecard) -> None:
             if key in seen:
                 raise ValueError(f"{name} has {key} twice")
             seen.add(key)
-    if len({row.least_reach for row in card.rows}) > 1:
-        raise ValueError("its rows have several values of least_reach")
     for row in card.rows:
         sizes = len(row.acceptance_by_position), len(row.survival_by_position)
         if sizes[0] != sizes[1] or sizes[0] > row.num_draft_tokens:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from specdistill.scoring.card_evidence import Lossless
 from specdistill.scoring.card_rows import PLAIN_SLOWED, PromptRow, Row
 from specdistill.scoring.choice import Choice, Setting, choose
+from specdistill.scoring.headline import gamma_is
 from specdistill.scoring.scorecard import Best, Verdict, Verification
 from specdistill.scoring.statistics import Ratio, break_even, prompts_needed
 
@@ -49,7 +50,7 @@ def verdict(
     low, high = best.speedup_ci95
     pays = low > 1 and best.tested > 0 and not doubts
     interval = "" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]"
-    where = f"at γ = {best.num_draft_tokens}, temperature {best.temperature:g}"
+    where = f"at {gamma_is(best)}, temperature {best.temperature:g}"
     measured = f"{best.speedup:.2f} times plain decoding{interval} {where}"
     if how.words:
         measured += f" ({how.words})"

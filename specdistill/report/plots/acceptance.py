@@ -11,14 +11,14 @@ from scipy import stats
 
 from specdistill.quoting import drawn, visible
 from specdistill.report.plots import style
-from specdistill.scoring.card_rows import DecodedText, Kind, Row
+from specdistill.scoring.card_rows import DecodedText, Kind, Row, with_fixed_gamma
 from specdistill.scoring.scorecard import Scorecard
 
 
 def figure_acceptance(card: Scorecard, before: Scorecard | None = None) -> Figure:
     """Left: α by γ, expected α as rings, `before` in grey. Right: acceptance by position at the
-    largest γ, given that all earlier ones were accepted (solid, with 95% intervals) and over all
-    rounds (dashed)."""
+    largest fixed γ, given that all earlier ones were accepted (solid, with 95% intervals) and over
+    all rounds (dashed)."""
     figure, (left, right) = style.panels(2, style.PANEL_HEIGHT)
     styles = style.temperature_styles(card)
     before_rows = before.rows if before else []
@@ -33,11 +33,13 @@ def figure_acceptance(card: Scorecard, before: Scorecard | None = None) -> Figur
     keys = [style.key(style.t_is(t), colour, "-", marker) for t, (colour, marker) in styles.items()]
     keys.append(style.key("expected α", style.BLACK, "", "o", ms=style.RING, mfc="none"))
     keys += [style.key("before distillation", style.GREY, "", "o")] if before_rows else []
+    keys += style.early_keys(card.rows)
     style.legend(left, keys)
 
-    largest = max((row.num_draft_tokens for row in card.rows), default=1)
+    fixed = with_fixed_gamma(card.rows)  # what an early stop left out is not like what it did not
+    largest = max((row.num_draft_tokens for row in fixed), default=1)
     shares: list[float] = []
-    for row in card.rows:
+    for row in fixed:
         if row.num_draft_tokens != largest:
             continue
         colour, marker = styles[row.temperature]
@@ -76,25 +78,28 @@ def _draw_uncertainty(axes: Axes, row: Row, colour: str) -> None:
 
 def _draw_acceptance(axes: Axes, rows: Sequence[Row], colour: str, marker: str, name: str) -> None:
     gammas = [row.num_draft_tokens for row in rows]
-    expected = [row.acceptance_rate_expected for row in rows]
-    axes.plot(gammas, [row.acceptance_rate for row in rows], **style.mark(colour, marker, name))
+    for line in style.lines(rows):
+        rates = [row.acceptance_rate for row in line]
+        look = style.mark(colour, marker, name) | style.fill(line[0])
+        axes.plot([row.num_draft_tokens for row in line], rates, **look)
     ring = style.mark(colour, marker, f"expected, {name}") | {
         "ls": "",
         "ms": style.RING,
         "mfc": "none",
     }
-    axes.plot(gammas, expected, **ring)
+    axes.plot(gammas, [row.acceptance_rate_expected for row in rows], **ring)
 
 
 def figure_survival(cards: Mapping[str, Scorecard]) -> Figure:
     """How far rounds get: over the position, the share of rounds accepted at least up to there, a
-    panel per temperature and a line per draft, at the largest γ of each. Dotted: αⁱ, what the
+    panel per temperature and a line per draft, at the largest fixed γ of each. Dotted: αⁱ, what the
     draft's α would give if acceptance did not depend on the position or on the round.
     """
     temperatures = sorted({row.temperature for card in cards.values() for row in card.rows})
     figure, panels = style.panels(len(temperatures), style.PANEL_HEIGHT, share_y=True)
     looks = dict(zip(cards, style.styles(), strict=False))
-    longest = max((r.num_draft_tokens for card in cards.values() for r in card.rows), default=1)
+    fixed = {name: with_fixed_gamma(card.rows) for name, card in cards.items()}
+    longest = max((row.num_draft_tokens for rows in fixed.values() for row in rows), default=1)
     shown: dict[int, list[float]] = {index: [] for index in range(len(panels))}
     for index, temperature in enumerate(temperatures):
         axes = panels[index]
@@ -102,7 +107,7 @@ def figure_survival(cards: Mapping[str, Scorecard]) -> Figure:
             rows = style.by_temperature(card.rows).get(temperature)
             if not rows:
                 continue
-            row, (colour, marker) = rows[-1], looks[name]
+            row, (colour, marker) = with_fixed_gamma(rows)[-1], looks[name]
             survival = [1.0, *row.survival_by_position]
             places = range(len(survival))
             independent = [row.acceptance_rate**i for i in places]
@@ -120,7 +125,7 @@ def figure_survival(cards: Mapping[str, Scorecard]) -> Figure:
     panels[0].set_ylabel("share of rounds")
     keys = []
     for name, (colour, marker) in looks.items():
-        gammas = [row.num_draft_tokens for row in cards[name].rows]
+        gammas = [row.num_draft_tokens for row in fixed[name]]
         words = f"{name}, γ = {max(gammas)}" if gammas else name
         keys.append(style.key(words, colour, "-", marker))
     keys.append(style.key("αⁱ, if acceptance were independent", style.BLACK, ":", lw=1.2))

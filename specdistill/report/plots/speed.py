@@ -11,6 +11,7 @@ from specdistill.quoting import drawn
 from specdistill.report.plots import style
 from specdistill.scoring.card_rows import Row
 from specdistill.scoring.choice import judged
+from specdistill.scoring.headline import gamma_is
 from specdistill.scoring.scorecard import Scorecard
 
 # The parts of `Row.seconds`, from the models' work to ours: name, colour, hatch.
@@ -32,17 +33,19 @@ def figure_speedup(card: Scorecard) -> Figure:
     figure, panels = style.panels(len(groups), style.PANEL_HEIGHT, share_y=True)
     for axes, (temperature, rows) in zip(panels, groups.items(), strict=False):
         colour, marker = style.temperature_styles(card)[temperature]
-        gammas = [row.num_draft_tokens for row in rows]
-        low, high = zip(*(row.speedup_ci95 for row in rows), strict=True)
         axes.axhline(1.0, color=style.BLACK, lw=0.9, label="plain decoding")
-        planned = [row.planned_speedup for row in rows]
-        axes.plot(gammas, planned, ":", lw=1, **style.mark(style.BLACK, "+", "planned"))
-        predicted = [row.predicted_speedup for row in rows]
-        axes.plot(gammas, predicted, "--", lw=1, **style.mark(style.BLACK, "x", "predicted"))
-        # Not `errorbar`, which refuses a bootstrap interval that leaves the point estimate out.
-        axes.vlines(gammas, low, high, color=colour, lw=1.3, label="95% interval")
-        axes.plot(gammas * 2, low + high, "_", color=colour, ms=7, mew=1.3, label="interval ends")
-        axes.plot(gammas, [row.speedup for row in rows], **style.mark(colour, marker, "measured"))
+        for line in style.lines(rows):
+            gammas = [row.num_draft_tokens for row in line]
+            low, high = zip(*(row.speedup_ci95 for row in line), strict=True)
+            planned = [row.planned_speedup for row in line]
+            axes.plot(gammas, planned, ":", lw=1, **style.mark(style.BLACK, "+", "planned"))
+            predicted = [row.predicted_speedup for row in line]
+            axes.plot(gammas, predicted, "--", lw=1, **style.mark(style.BLACK, "x", "predicted"))
+            # Not `errorbar`, which refuses a bootstrap interval that leaves the estimate out.
+            axes.vlines(gammas, low, high, color=colour, lw=1.3, label="95% interval")
+            axes.plot(gammas * 2, low + high, "_", color=colour, ms=7, mew=1.3, label="its ends")
+            measured = style.mark(colour, marker, "measured") | style.fill(line[0])
+            axes.plot(gammas, [row.speedup for row in line], **measured)
         style.integer_ticks(axes, [row.num_draft_tokens for row in card.rows])
         axes.set_xlabel(style.GAMMA_LABEL)
         axes.set_title(
@@ -59,6 +62,7 @@ def figure_speedup(card: Scorecard) -> Figure:
         style.key("measured, 95% interval", style.BLACK, "-", "o"),
         style.key("predicted from measured times", style.BLACK, "--", "x", lw=1),
         style.key("planned (closed form)", style.BLACK, ":", "+", lw=1),
+        *style.early_keys(card.rows),
     ]
     style.legend(figure, keys, title=style.label(card))
     return figure
@@ -89,7 +93,7 @@ def figure_time(card: Scorecard) -> Figure:
         for place, end in enumerate([plain, *ends]):
             if math.isfinite(end):
                 axes.text(end, place, f" {end:.1f}", va="center", fontsize=style.POINTS)
-        names = ["plain", *(f"γ = {row.num_draft_tokens}" for row in rows)]
+        names = ["plain", *(gamma_is(row).partition(" (")[0] for row in rows)]
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(bars - 0.5, -0.5)  # downwards, and bars equally thick in every panel
         axes.margins(x=0.15)

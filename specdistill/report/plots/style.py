@@ -37,6 +37,7 @@ MARK, RING = 4.5, 8.5  # points; a ring is wider than a mark, so both show where
 DOTS_PER_INCH = 200
 MAX_TICKS = 12
 MAX_COLUMNS = 3
+LEGEND_WIDTH = 80  # letters that fit beside four marks
 GAMMA_LABEL = "draft tokens per round, γ"
 
 
@@ -50,6 +51,23 @@ def by_temperature(rows: Iterable[Row]) -> dict[float, list[Row]]:
     for row in sorted(rows, key=lambda row: (row.temperature, row.num_draft_tokens)):
         groups.setdefault(row.temperature, []).append(row)
     return groups
+
+
+def lines(rows: Sequence[Row]) -> list[list[Row]]:
+    """What a line over γ may join: the rows of a fixed γ, and those that stop early."""
+    halves = [row for row in rows if not row.least_reach], [row for row in rows if row.least_reach]
+    return [half for half in halves if half]
+
+
+def fill(row: Row) -> dict[str, str]:
+    """Of its mark, hollow where the row stops early."""
+    return {"mfc": "white"} if row.least_reach else {}
+
+
+def early_keys(rows: Iterable[Row]) -> list[Artist]:
+    """Of the legend, where a row stops early."""
+    early = [row for row in rows if row.least_reach][:1]
+    return [key("γ at most, stops early", BLACK, "", "o", **fill(row)) for row in early]
 
 
 def temperature_styles(card: Scorecard) -> dict[float, tuple[str, str]]:
@@ -96,7 +114,8 @@ def legend(owner: Axes | Figure, keys: Sequence[Artist], columns: int = 2, title
     the layout would let a `suptitle` run into it."""
     look = {"fontsize": POINTS, "frameon": False, "columnspacing": 1.2, "handletextpad": 0.5}
     if isinstance(owner, Figure):
-        columns = 2 if owner.get_figwidth() < FULL_WIDTH else 4
+        width = sum(len(str(each.get_label())) for each in keys)
+        columns = 2 if owner.get_figwidth() < FULL_WIDTH else 4 if width < LEGEND_WIDTH else 3
         legend = owner.legend(handles=keys, loc="outside upper left", ncols=columns, **look)
         legend.set_title(title, prop=FontProperties(size=POINTS, weight="bold"))
     else:
