@@ -143,7 +143,7 @@ BAD_ROWS = {
     "null": ("null", "got NoneType"),
     "no prompt": ({"text": "x", "id": "a"}, "one of 'prompt' and 'messages'", "got 'text', 'id'"),
     "no fields": ({}, "one of 'prompt' and 'messages'", "got no fields"),
-    "both": ({"prompt": "x", "messages": [user("x")]}, "got 'prompt', 'messages'"),
+    "both": ({"prompt": "y", "messages": [user("x")]}, "got 'prompt', 'messages'"),
     "prompt of another type": ({"prompt": ["x"]}, "'prompt' must be text; got list"),
     "empty prompt": ({"prompt": ""}, "the prompt is empty"),
     "blank prompt": ({"prompt": " \n\t"}, "the prompt is empty"),
@@ -163,9 +163,9 @@ BAD_ROWS = {
         "the content of message 2 must be text; got NoneType",
     ),
     "unknown role": (
-        {"messages": [user("x"), {"role": "tool", "content": "y"}]},
-        "message 2 has role 'tool'",
-        "system, user, assistant",
+        {"messages": [user("x"), {"role": "critic", "content": "y"}]},
+        "message 2 has role 'critic'",
+        "system, user, assistant, tool",
     ),
     "response of another type": ({"prompt": "x", "answer": 0}, "'answer' must be text; got int"),
     "id of another type": ({"prompt": "x", "id": 1.5}, "'id' must be text; got float"),
@@ -290,9 +290,13 @@ def test_several_responses_are_a_fault_only_where_one_is_needed(jsonl: Path) -> 
     one, two, three = load_prompts(source)
     assert one.response is two.response is None
     assert three.one_response() == "42", "they agree"
-    with pytest.raises(InputError, match=r"'1' has a response in 'response' and in 'answer'; keep"):
+    with pytest.raises(
+        InputError, match=r"'1' \(.*, line 1\) has a response in 'response' and in 'answer'; keep"
+    ):
         one.one_response()
-    with pytest.raises(InputError, match=r"'2' has a response in 'answer' and in the last message"):
+    with pytest.raises(
+        InputError, match=r"'2' \(.*, line 2\) has a response in 'answer' and in the last message"
+    ):
         two.one_response()
     write_lines(jsonl, *rows)
     for column, texts in {"answer": ["42", "42"], "gold": ["6", "6"]}.items():
@@ -360,7 +364,7 @@ def test_unknown_kind_of_file(
         Path("prompts.csv").write_text("prompt\nx\n")
     message = refusal("prompts.csv")
     assert "prompts.csv is not a kind of prompt file" in message
-    assert ".jsonl or .txt" in message
+    assert ".jsonl, .json, .parquet or .txt" in message
 
 
 def test_no_source() -> None:

@@ -29,7 +29,8 @@ Threads = Annotated[int | None, among(limits.THREADS, "CPU threads; default: all
 Split = Annotated[str | None, typer.Option(help="Split of a `datasets` id.")]
 Column = Annotated[str | None, typer.Option(help="Column of a `datasets` id.")]
 Prompts = Annotated[
-    str, typer.Option(help=".jsonl, .txt, datasets id, demo:train or demo:heldout.")
+    str,
+    typer.Option(help=".jsonl, .json, .parquet, .txt, datasets id, demo:train or demo:heldout."),
 ]
 Limit = Annotated[int | None, among(limits.COUNT, "Use only the first so many prompts.")]
 LongestAnswer = Annotated[int, among(limits.NEW_TOKENS, "Tokens of the longest answer.")]

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from specdistill.data.prompts import BESIDE_TEXT, Prompt
+from specdistill.data.messages import BESIDE_TEXT
+from specdistill.data.prompts import Prompt
 from specdistill.data.rows import REASONING, VARIABLES
 from specdistill.data.templates import rendered, template_of, variables_read
 from specdistill.errors import InputError
@@ -38,7 +39,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         while ids and added[len(ids) - 1]:
             ids.pop()
     if not ids:
-        raise InputError(f"prompt {prompt.id!r} encodes to no tokens; give it text or remove it")
+        raise InputError(f"{prompt.named} encodes to no tokens; give it text or remove it")
     return ids
 
 
@@ -67,7 +68,7 @@ def encode_example(
             response that holds what does.
     """
     if not response.strip() and not prompt.answer:
-        raise InputError(f"prompt {prompt.id!r} has an empty response; there is nothing to learn")
+        raise InputError(f"{prompt.named} has an empty response; there is nothing to learn")
     prompt_ids = encode_prompt(tokenizer, prompt)
     if tokenizer.chat_template:
         opening, scaffold, spoken, marker = _render_example(tokenizer, prompt, response, ends)
@@ -80,7 +81,7 @@ def encode_example(
     scaffold_ids = _continuation_ids(tokenizer, opening, scaffold)
     spoken_ids = _continuation_ids(tokenizer, opening + scaffold, spoken)
     if not spoken_ids:
-        raise InputError(f"the response to prompt {prompt.id!r} encodes to no tokens")
+        raise InputError(f"the response to {prompt.named} encodes to no tokens")
     num_given = len(prompt_ids) + len(scaffold_ids)
     mask = [False] * num_given + [True] * len(spoken_ids)
     return prompt_ids + scaffold_ids + spoken_ids, mask
@@ -93,7 +94,7 @@ def _refuse_ends(
     stops = {*ends, tokenizer.eos_token_id}
     if (end := next((id_ for id_ in _ids(tokenizer, spoken) if id_ in stops), None)) is not None:
         raise InputError(
-            f"the response to prompt {prompt.id!r} holds {tokenizer.convert_ids_to_tokens(end)!r}, "
+            f"the response to {prompt.named} holds {tokenizer.convert_ids_to_tokens(end)!r}, "
             "which ends an answer wherever it stands; take it out of the text: the end of a turn "
             "is written by the chat template, or by the tokenizer"
         )
@@ -109,7 +110,7 @@ def _render_example(
         full = rendered(tokenizer, prompt, turns, header=False)
         if not full.startswith(opening):
             raise InputError(
-                f"prompt {prompt.id!r}: the chat template renders the prompt in another way once "
+                f"{prompt.named}: the chat template renders the prompt in another way once "
                 f"an answer follows: {_difference(opening, full)}. Training would not see what "
                 "decoding sees; train on the target's own generations instead, which need no "
                 "rendering of answers, or correct the template"
@@ -122,7 +123,7 @@ def _render_example(
     scaffold, found, closing = after_opening(_PROBE, {}).partition(_PROBE)
     rest = after_opening(response, prompt.answer)
     if not found or not rest.endswith(closing):
-        raise InputError(f"prompt {prompt.id!r}: the chat template does not write answers as given")
+        raise InputError(f"{prompt.named}: the chat template does not write answers as given")
     if scaffold.strip() and opening == rendered(tokenizer, prompt, prompt.messages, header=False):
         raise InputError(
             f"the chat template has no generation prompt: it writes {scaffold!r} before an answer, "
@@ -150,7 +151,7 @@ def _render_example(
         if body.startswith(given) and spoken.strip() == response.strip():
             return opening, given, spoken, marker
     raise InputError(
-        f"prompt {prompt.id!r}: the chat template rewrites the response (templates may drop its "
+        f"{prompt.named}: the chat template rewrites the response (templates may drop its "
         f"reasoning): {_difference(response.strip(), body.strip())}. Train on the target's own "
         "generations instead, or give the response without that part"
     )
@@ -227,7 +228,7 @@ def _opening(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
             raise _left_out(prompt, f"{name!r}")
     if missed := sorted(prompt.unread & reads):
         raise InputError(
-            f"prompt {prompt.id!r}: the chat template reads {missed[0]!r}, which the row has, but "
+            f"{prompt.named}: the chat template reads {missed[0]!r}, which the row has, but "
             "not where templates are given it; write it in the row's 'chat_template_kwargs', as in "
             f'{{"chat_template_kwargs": {{"{missed[0]}": ...}}}}, or rename it'
         )
@@ -236,14 +237,14 @@ def _opening(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
 
 def _left_out(prompt: Prompt, part: str) -> InputError:
     return InputError(
-        f"prompt {prompt.id!r}: the tokenizer's chat template leaves out {part}, so the models "
+        f"{prompt.named}: the tokenizer's chat template leaves out {part}, so the models "
         "would not see it; remove it from the row, or take a tokenizer whose template writes it"
     )
 
 
 def _without_template(prompt: Prompt, parts: Sequence[str]) -> InputError:
     return InputError(
-        f"prompt {prompt.id!r} has {', '.join(map(repr, parts))}, and the tokenizer has no chat "
+        f"{prompt.named} has {', '.join(map(repr, parts))}, and the tokenizer has no chat "
         "template to write that; remove it, or take a tokenizer with a chat template"
     )
 
@@ -253,7 +254,7 @@ def _bare_text(prompt: Prompt) -> str:
         raise _without_template(prompt, prompt.beside_text)
     if len(prompt.messages) > 1:
         raise InputError(
-            f"prompt {prompt.id!r} has {len(prompt.messages)} messages, but the tokenizer has no "
+            f"{prompt.named} has {len(prompt.messages)} messages, but the tokenizer has no "
             "chat template to join them; give prompts of one user message, or a tokenizer with a "
             "chat template"
         )

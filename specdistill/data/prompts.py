@@ -6,12 +6,20 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from specdistill import limits
+from specdistill.data.messages import (
+    BESIDE_TEXT,
+    check_order,
+    checked_messages,
+    in_one_form,
+    refuse_unreadable,
+    said_beside,
+    text_of,
+)
 from specdistill.data.rows import (
-    MEDIA,
     REASONING,
     RESPONSE_FIELDS,
     SYSTEM_FIELDS,
@@ -23,25 +31,10 @@ from specdistill.data.rows import (
 )
 from specdistill.errors import InputError
 
-ROLES = ("system", "user", "assistant")
-BESIDE_TEXT = (*REASONING, "tool_calls")  # what a turn may say besides its content
-
-# What would change what is asked or answered, and is read under another name.
-_ELSEWHERE = {
-    "functions": "list them under 'tools'",
-    "function_call": "write it as 'tool_calls'",
-    "history": "write it as earlier turns in 'messages'",
-    "instruction": "write it into the prompt",
-    "input": "write it into the prompt",
-    "context": "write it into the prompt",
-    "continue_final_message": "answers begin where a turn does, so leave it out",
-    "prefix": "answers begin where a turn does, so leave it out",
-}
-
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the models are asked: chat messages ending with a user turn.
+    """What the models are asked: chat messages that end with a user's turn or a tool's result.
 
     `messages` hold "role", "content" and whatever else the source says of a turn; a bare prompt is
     one user message. `response` is the data set's own answer where it gives one, and `answer` what
@@ -57,12 +50,18 @@ class Prompt:
     variables: Mapping[str, Any] = field(default_factory=dict)
     rivals: tuple[str, ...] = field(default=(), compare=False)  # several responses, none chosen
     unread: frozenset[str] = field(default=frozenset(), compare=False)  # the row's other fields
+    where: str = field(default="", compare=False)  # it stands, for messages
+
+    @property
+    def named(self) -> str:
+        """Its id and where it stands, as a message begins."""
+        return f"prompt {self.id!r}" + (f" ({self.where})" if self.where else "")
 
     def one_response(self) -> str | None:
         """The response; None where there is none. Raises `InputError` where there are several."""
         if self.rivals:
             raise InputError(
-                f"prompt {self.id!r} has a response in {' and in '.join(self.rivals)}; keep one, "
+                f"{self.named} has a response in {' and in '.join(self.rivals)}; keep one, "
                 "or choose by --response-column where the command has it"
             )
         return self.response
@@ -84,9 +83,10 @@ def load_prompts(
 ) -> list[Prompt]:
     """Read the prompts of `source`, or the first `limit` of them.
 
-    `source` is `demo:train` or `demo:heldout`; a `.jsonl` file with {"prompt": ...} or
-    {"messages": [...]} a line; a `.txt` file with a prompt a line; or a `datasets` id or folder,
-    which needs `split` and `column` (of text or of messages). A line may have "id", "category",
+    `source` is `demo:train` or `demo:heldout`; a `.jsonl` file with {"prompt": ...} or a
+    conversation a line, as in `messages.py`; a `.json` file with a list of them, or a `.parquet`
+    file with them as rows; a `.txt` file with a prompt a line; or a `datasets` id or folder, which
+    needs `split` and `column` (of text or of messages). A line may have "id", "category",
     "system", "tools", "documents", "chat_template_kwargs" and a response: the last assistant
     message or one of `RESPONSE_FIELDS`. Where there are several that differ, `response_column`
     names the one that is meant, or any other field; else none is taken, and `Prompt.one_response`
@@ -101,8 +101,17 @@ def load_prompts(
     prompts: list[Prompt] = []
     first_use: dict[str, str] = {}
     rows = open_rows(source, split, column, response_column)
+    known: tuple[str, str] | None = None  # the form of the rows so far, and where the first stands
     for row in itertools.islice(rows, limit):
-        prompt, where = _prompt(row), row.where
+        where = row.where
+        form, fields = in_one_form(row.fields, where)
+        known = known or (form, where)
+        if form != known[0]:
+            raise InputError(
+                f"{where} has its conversation in {form!r}, and {known[1]} in {known[0]!r}; give "
+                "files of one kind each"
+            )
+        prompt = _prompt(replace(row, fields=fields))
         if prompt.id in first_use:
             raise InputError(
                 f"{where}: id {prompt.id!r} was already used in {first_use[prompt.id]}; ids must "
@@ -121,7 +130,7 @@ def as_prompt(asked: str | Sequence[Mapping[str, Any]], number: int = 1) -> Prom
     """
     field_ = "prompt" if isinstance(asked, str) else "messages"
     asked = list(asked) if isinstance(asked, tuple) else asked
-    return _prompt(Row(f"prompt {number}", number, {field_: asked}))
+    return replace(_prompt(Row(f"prompt {number}", number, {field_: asked})), where="")
 
 
 def prompts_sha256(prompts: Sequence[Prompt]) -> str:
@@ -137,49 +146,48 @@ def _prompt(given: Row) -> Prompt:
     if ("prompt" in row) == ("messages" in row):
         fields = ", ".join(map(repr, row)) or "no fields"
         raise InputError(f"{where}: give one of 'prompt' and 'messages'; got {fields}")
-    _refuse_unreadable(row, f"{where}: the row")
+    refuse_unreadable(row, f"{where}: the row")
     last: Mapping[str, Any] = {}
     if "prompt" in row:
-        messages = _user(_text(row["prompt"], where, "'prompt'"))
+        messages = _user(text_of(row["prompt"], where, "'prompt'"))
     else:
-        messages = _messages(row["messages"], where)
+        messages = checked_messages(row["messages"], where)
         if messages and messages[-1]["role"] == "assistant":
             *earlier, last = messages
             messages = tuple(earlier)
-    if not messages or messages[-1]["role"] != "user":
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise InputError(
-            f"{where}: the messages do not end with a user turn; put the question last, with at "
-            "most one assistant turn after it as the response"
+            f"{where}: the messages do not end with a user turn or a tool's result; put the "
+            "question last, with at most one assistant turn after it as the response"
         )
     if not all(turn["content"].strip() for turn in messages if turn["role"] == "user"):
         raise InputError(f"{where}: the prompt is empty; give it text or remove the line")
+    check_order(messages, where)
     messages = (*_system(row, messages, where), *messages)
     response, answer, rivals = _response(row, last, where, given.response)
     identifier, category = row.get("id"), row.get("category")
     if identifier is None:
         identifier = given.number
     if type(identifier) is not int:
-        identifier = _text(identifier, where, "'id'")
+        identifier = text_of(identifier, where, "'id'")
     if category is not None:
-        category = _text(category, where, "'category'")
+        category = text_of(category, where, "'category'")
     unread = (given.others | row.keys()) - {"prompt", "messages", "id", "category", *_READ}
     variables = _variables(row, where)
     return Prompt(
-        str(identifier), messages, category, response, answer, variables, rivals, frozenset(unread)
+        str(identifier),
+        messages,
+        category,
+        response,
+        answer,
+        variables,
+        rivals,
+        frozenset(unread),
+        where,
     )
 
 
 _READ = {*RESPONSE_FIELDS, *VARIABLES, *SYSTEM_FIELDS, TEMPLATE_SETTINGS}
-
-
-def _refuse_unreadable(holder: Mapping[str, Any], where: str) -> None:
-    """Raises `InputError` for what would be lost though it belongs to what is asked."""
-    for key in MEDIA:
-        if holder.get(key):
-            raise InputError(f"{where} has {key!r}, and only text can be asked; remove the line")
-    for key, advice in _ELSEWHERE.items():
-        if holder.get(key):
-            raise InputError(f"{where} has {key!r}, which is not read; {advice}")
 
 
 def _system(
@@ -189,7 +197,7 @@ def _system(
     given = [name for name in SYSTEM_FIELDS if row.get(name) not in (None, "")]
     if not given:
         return ()
-    text = _text(row[given[0]], where, repr(given[0]))
+    text = text_of(row[given[0]], where, repr(given[0]))
     if len(given) > 1 or any(turn["role"] == "system" for turn in messages):
         other = repr(given[1]) if len(given) > 1 else "the messages"
         raise InputError(f"{where}: got a system message in {given[0]!r} and in {other}; keep one")
@@ -200,13 +208,13 @@ def _response(
     row: Mapping[str, Any], last: Mapping[str, Any], where: str, chosen: str | None
 ) -> tuple[str | None, Mapping[str, Any], tuple[str, ...]]:
     """The row's own answer, what that has besides text, and where several are, their places."""
-    beside = {key: last[key] for key in BESIDE_TEXT if key in last}
+    beside = said_beside(last)
     texts: dict[str, str] = {}
     for name in (*RESPONSE_FIELDS, *([chosen] if chosen else [])):
         if name != "messages" and row.get(name) is not None:
             value = row[name]
             if str(value).strip():
-                texts[repr(name)] = _text(value, where, repr(name))
+                texts[repr(name)] = text_of(value, where, repr(name))
     if last and (last["content"].strip() or beside):
         texts["the last message"] = last["content"]
     if chosen is not None:
@@ -222,7 +230,7 @@ def _response(
     apart = [row[key] for key in REASONING if isinstance(row.get(key), str) and row[key].strip()]
     if response is None or not apart:
         return response, {}, ()
-    return response, {REASONING[0]: _text(apart[0], where, "the reasoning")}, ()
+    return response, {REASONING[0]: text_of(apart[0], where, "the reasoning")}, ()
 
 
 def _variables(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -239,88 +247,10 @@ def _variables(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(value, kind) or not all(isinstance(item, dict) for item in items):
             wanted = "a list of objects" if kind is list else "an object"
             raise InputError(f"{where}: {name!r} must be {wanted}; got {type(value).__name__}")
-        _text(json.dumps(value, ensure_ascii=False, default=str), where, repr(name))
+        text_of(json.dumps(value, ensure_ascii=False, default=str), where, repr(name))
         found |= {name: value} if kind is list else value
     return found
 
 
 def _user(text: str) -> tuple[Mapping[str, Any], ...]:
     return ({"role": "user", "content": text},)
-
-
-def _messages(value: object, where: str) -> tuple[Mapping[str, Any], ...]:
-    """Check chat messages. All that a turn says stays with it, for the chat template to see."""
-    if not isinstance(value, list):
-        raise InputError(f"{where}: 'messages' must be a list; got {type(value).__name__}")
-    turns: list[Mapping[str, Any]] = []
-    for number, message in enumerate(value, 1):
-        beside = isinstance(message, dict) and any(message.get(key) for key in BESIDE_TEXT)
-        wanted = {"role"} if beside else {"role", "content"}
-        if not isinstance(message, dict) or not wanted <= message.keys():
-            raise InputError(
-                f"{where}: message {number} must be an object with 'role' and 'content'"
-            )
-        if message["role"] not in ROLES:
-            raise InputError(
-                f"{where}: message {number} has role {message['role']!r}; it must be one of "
-                f"{', '.join(ROLES)}"
-            )
-        _refuse_unreadable(message, f"{where}: message {number}")
-        content = message.get("content")
-        content = "" if content is None and beside else _content(content, where, number)
-        others = {k: v for k, v in message.items() if v not in (None, "", [], {})}
-        turn = {**others, "role": message["role"], "content": content}
-        for key in REASONING:
-            if key in turn:
-                _text(turn[key], where, f"{key!r} of message {number}")
-        if "tool_calls" in turn:
-            turn["tool_calls"] = _calls(turn["tool_calls"], where, number)
-        said = json.dumps(turn, ensure_ascii=False, default=str)  # as of dates in a data set
-        turns.append(json.loads(_text(said, where, f"message {number}")))
-    return tuple(turns)
-
-
-def _content(value: object, where: str, number: int) -> str:
-    """The text of a message, which may stand in a list of a single part."""
-    what = f"the content of message {number}"
-    if isinstance(value, list):
-        kinds = [part.get("type") if isinstance(part, dict) else None for part in value]
-        if kinds != ["text"]:
-            raise InputError(
-                f"{where}: {what} is a list of the parts {', '.join(map(repr, kinds)) or 'none'}; "
-                "only text can be asked, in one piece, since templates join parts differently"
-            )
-        value = value[0].get("text")
-    return _text(value, where, what)
-
-
-def _calls(value: object, where: str, number: int) -> list[dict[str, Any]]:
-    """Tool calls, with arguments as objects: templates write a text of JSON as a quoted text."""
-    if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
-        raise InputError(f"{where}: 'tool_calls' of message {number} must be a list of objects")
-    calls = []
-    for call in value:
-        function = call.get("function", call)
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise InputError(f"{where}: a tool call of message {number} names no function")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            fault = f"'arguments' in message {number} is a text that is not valid JSON"
-            arguments = parsed(arguments or "{}", where, fault, "write an object")
-        whole = {**function, "arguments": arguments}
-        calls.append({**call, "function": whole} if "function" in call else whole)
-    return calls
-
-
-def _text(value: object, where: str, what: str) -> str:
-    """Return `value` if it is text a tokenizer can take."""
-    if not isinstance(value, str):
-        raise InputError(f"{where}: {what} must be text; got {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON may write half of a surrogate pair, as in "\ud83d"
-        raise InputError(
-            f"{where}: {what} holds half of a surrogate pair at character {error.start + 1}; "
-            "write the whole character"
-        ) from error
-    return value

@@ -6,7 +6,7 @@ import codecs
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ SYSTEM_FIELDS = ("system", "system_prompt")
 MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 PARTS = ("instruction", "input", "context")  # columns that may hold a part of what is asked
 
-_SOURCES = "a .jsonl or .txt file, demo:train, demo:heldout, a datasets id or a data set folder"
+_SOURCES = (
+    "a .jsonl, .json, .parquet or .txt file, demo:train, demo:heldout, a datasets id or a data set "
+    "folder"
+)
 # A missing "prompts.csv" must not be looked for on the hub, where dots in names are legal.
-_OTHER_SUFFIXES = (".arrow", ".csv", ".gz", ".json", ".md", ".parquet", ".tsv", ".yaml", ".zip")
+_OTHER_SUFFIXES = (".arrow", ".csv", ".gz", ".md", ".tsv", ".yaml", ".zip")
 _TEXT_DTYPES = ("string", "large_string")
 _DATASETS_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
@@ -48,7 +51,7 @@ def open_rows(
     """The rows of a source, see `load_prompts`. Raises `InputError`."""
     path = Path(source)
     suffix = path.suffix.lower()
-    is_demo, is_file = source.startswith("demo:"), suffix in (".jsonl", ".txt")
+    is_demo, is_file = source.startswith("demo:"), suffix in _READERS
     if is_demo or is_file:
         for option, value in (("split", split), ("column", column)):
             if value is not None:
@@ -64,7 +67,9 @@ def open_rows(
     if is_demo:
         return _read_demo(source)
     if is_file:
-        return _read_jsonl(path, response_column) if suffix == ".jsonl" else _read_txt(path)
+        if os.path.isdir(path):
+            raise InputError(f"{path} is a directory; give {_SOURCES}")
+        return _READERS[suffix](path, response_column)
     if os.path.isfile(source) or (suffix in _OTHER_SUFFIXES and not os.path.isdir(source)):
         raise InputError(f"{source} is not a kind of prompt file; give {_SOURCES}")
     if not os.path.isdir(source) and not _DATASETS_ID.fullmatch(source):
@@ -80,7 +85,7 @@ def _read_demo(source: str) -> Iterator[Row]:
         yield Row(f"{source}, row {number}", number, row)
 
 
-def _read_txt(path: Path) -> Iterator[Row]:
+def _read_txt(path: Path, response_column: str | None) -> Iterator[Row]:
     for number, where, line in _lines(path):
         yield Row(where, number, {"prompt": line})
 
@@ -90,11 +95,50 @@ def _read_jsonl(path: Path, response_column: str | None) -> Iterator[Row]:
         advice = 'each line must be one object such as {"prompt": "..."}'
         row = parsed(line, where, "not valid JSON", advice)
         if not isinstance(row, dict):
-            raise InputError(
-                f'{where}: each line must be one object such as {{"prompt": "..."}}; '
-                f"got {type(row).__name__}"
-            )
+            raise InputError(f"{where}: {advice}; got {type(row).__name__}")
         yield Row(where, number, row, response_column)
+
+
+def _read_json(path: Path, response_column: str | None) -> Iterator[Row]:
+    """A list of objects, as ShareGPT's files are."""
+    lines: list[str] = []
+    for number, _, line in _lines(path):
+        lines += [""] * (number - 1 - len(lines)) + [line]  # so that an error tells the line
+    advice = 'the file must be a list of objects such as {"prompt": "..."}'
+    rows = parsed("\n".join(lines), str(path), "not valid JSON", advice) if lines else []
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: {advice}; got {type(rows).__name__}")
+    for number, row in enumerate(rows, 1):
+        where = f"{path}, entry {number}"
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: {advice}; got {type(row).__name__}")
+        yield Row(where, number, row, response_column)
+
+
+def _read_parquet(path: Path, response_column: str | None) -> Iterator[Row]:
+    """A row's columns are the fields of a line; Arrow gives every row the keys of all."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        number = 0
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
+            for row in batch.to_pylist():
+                number += 1
+                fields = _without_nulls(row)
+                yield Row(f"{path}, row {number}", number, fields, response_column)
+    except FileNotFoundError as error:
+        raise InputError(f"there is no file {path}; give {_SOURCES}") from error
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"cannot read {path} as Parquet: {error}") from error
+
+
+_READERS: Mapping[str, Callable[[Path, str | None], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".parquet": _read_parquet,
+    ".txt": _read_txt,
+}
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -109,8 +153,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
     """Yield (line number from 1, where, text) of each line that is not blank."""
-    if os.path.isdir(path):
-        raise InputError(f"{path} is a directory; give {_SOURCES}")
     try:
         with path.open("rb") as file:
             # Lines end at b"\n" alone: str.splitlines would also cut at U+2028 inside a string.
@@ -222,5 +264,6 @@ def parsed(text: str, where: str, fault: str, advice: str) -> Any:
     except (ValueError, RecursionError) as error:
         reason = str(error)  # as of a number of 5,000 digits
         if isinstance(error, json.JSONDecodeError):  # its own text says "line 1"
-            reason = f"{error.msg} at column {error.colno}"
+            line = f" of line {error.lineno}" if "\n" in text else ""
+            reason = f"{error.msg} at column {error.colno}{line}"
         raise InputError(f"{where}: {fault}, {reason}; {advice}") from error

@@ -79,7 +79,7 @@ def exact_match(prompt: Prompt, candidates: Sequence[Candidate]) -> list[float]:
     response = prompt.one_response()
     if not response:
         raise InputError(
-            f"prompt {prompt.id!r} has no answer of its own, with which the scorer 'exact-match' "
+            f"{prompt.named} has no answer of its own, with which the scorer 'exact-match' "
             'compares; give each one, as in {"prompt": "...", "answer": "42"}'
         )
     wanted = final_answer(response)
@@ -146,8 +146,7 @@ def find_scorer(name: str) -> Scorer:
             scores = [float(score) for score in given]
         except Exception as error:
             raise InputError(
-                f"the scorer {name!r} failed on prompt {prompt.id!r}: {type(error).__name__}: "
-                f"{error}"
+                f"the scorer {name!r} failed on {prompt.named}: {type(error).__name__}: {error}"
             ) from error
         return scores
 
@@ -161,7 +160,7 @@ def best(prompt: Prompt, candidates: Sequence[Candidate], scorer: Scorer) -> int
     scores = list(scorer(prompt, candidates))
     if len(scores) != len(candidates) or any(math.isnan(score) for score in scores):
         raise InputError(
-            f"the scorer gave {scores} for the {len(candidates)} answers to prompt {prompt.id!r}; "
+            f"the scorer gave {scores} for the {len(candidates)} answers to {prompt.named}; "
             "it must give a number for each, -inf for one that must not be kept"
         )
     place = max(range(len(scores)), key=lambda i: scores[i])

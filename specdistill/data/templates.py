@@ -106,6 +106,6 @@ def rendered(
         if not isinstance(error, (TemplateError, ValueError)):
             reason = f"{type(error).__name__}: {reason}"
         raise InputError(
-            f"prompt {prompt.id!r}: the tokenizer's chat template refuses these messages: {reason}"
+            f"{prompt.named}: the tokenizer's chat template refuses these messages: {reason}"
         ) from error
     return cast("str", text)
