@@ -743,7 +743,11 @@ BAD_INPUT: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "trim to nothing known": (
         INIT + "--vocab-size 9 --vocab-from {tmp}/none.txt",
-        ("there is no file", "none.txt"),
+        ("there are no answers in", "none.txt"),
+    ),
+    "trim to no folder, which no hub is asked for": (
+        "init --target nobody/nothing --out {tmp}/d --vocab-size 9 --vocab-from answers",
+        ("there are no answers in answers, which does not exist",),
     ),
     "missing config": ("distill {tmp}/none.yaml", ("cannot read", "none.yaml")),
     "unknown key": (
@@ -758,7 +762,10 @@ BAD_INPUT: dict[str, tuple[str, tuple[str, ...]]] = {
         DISTILL + "data={tmp}/one.jsonl policy=fixed signal=live",
         ("one.jsonl has 1 answer, and one must be held out", "generate more"),
     ),
-    "missing data": (DISTILL + "data={tmp}/none", ("none holds no answers of `spec",)),
+    "missing data": (
+        DISTILL + "data={tmp}/none",
+        ("there are no answers in", "none, which does not exist"),
+    ),
     "truncated signal": (
         DISTILL + "data={tmp}/truncated",
         ("part-00000.safetensors is truncated", "generate again"),

@@ -15,6 +15,7 @@ from specdistill.config import load_config
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
 from specdistill.data.widening import Widening, widen
+from specdistill.drafts.making import save_draft
 from specdistill.errors import InputError, StorageError
 from specdistill.files import UNFINISHED, at_home, held, keep_apart, lock_of, replacing, write_whole
 
@@ -113,6 +114,7 @@ def test_commands_leave_a_folder_alone_in_which_another_is_at_work(
             ["distill", tmp_path / "run.yaml"],
             ["sweep", tmp_path / "grid.yaml"],
             ["quickstart", "--run-dir", tmp_path / "run"],
+            ["init", "--target", tiny_folder, "--out", tmp_path / "run"],
         ],
     }
     for name, refused in commands.items():
@@ -132,6 +134,8 @@ def test_nothing_is_loaded_where_another_process_is_at_work(tmp_path: Path) -> N
         generate(load, prompts, data)
     with other_process_in(lock_of(file)), pytest.raises(StorageError, match="another process"):
         widen(load, prompts, file, Widening(2))
+    with other_process_in(data), pytest.raises(StorageError, match="another process is at work"):
+        save_draft(load, data)
     load.assert_not_called()
 
 

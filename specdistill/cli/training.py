@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -14,10 +13,7 @@ from specdistill import limits
 from specdistill.cli import console, tables
 from specdistill.cli.options import Dtype, Json, Target, Threads, among
 from specdistill.errors import InputError
-from specdistill.files import held, keep_apart, must_be_new
-
-if TYPE_CHECKING:
-    from specdistill.config import DistillConfig
+from specdistill.files import keep_apart
 
 
 def init(
@@ -49,39 +45,20 @@ def init(
             "--vocab-size and --vocab-from go together: how many tokens, and the data to count "
             "them in"
         )
-    from specdistill.drafts.making import parse_layers
-
-    wanted = parse_layers(layers)  # before a model is read
-    keep_apart([out], [target, vocab_from])
-    with held(out):
-        must_be_new(out)
-        _init(target, out, wanted, vocab_size, vocab_from, random_seed, dtype, as_json)
-
-
-def _init(
-    target: str,
-    out: Path,
-    layers: int | list[int],
-    vocab_size: int | None,
-    vocab_from: str | None,
-    random_seed: int | None,
-    dtype: limits.Dtype,
-    as_json: bool,
-) -> None:
-    from specdistill import models
     from specdistill.drafts import making
-    from specdistill.drafts.vocabulary import vocabulary_from
 
+    wanted = making.parse_layers(layers)  # before a model is read
+    keep_apart([out], [target, vocab_from])
     console.setup(None)
-    kind = models.stored_dtype(target) if dtype == "auto" else dtype
-    model = models.load(target, dtype=kind, device="cpu")
-    kept = making.listed_layers(layers, model.num_layers)
-    vocabulary = None
-    if vocab_size is not None and vocab_from is not None:
-        vocabulary = vocabulary_from(model, vocab_size, vocab_from)
-    ids = None if vocabulary is None else vocabulary.ids
-    draft = making.make_draft(model, kept, ids, random_seed=random_seed)
-    draft = making.save_draft(draft, out)
+    model, draft, kept, vocabulary = making.write_draft(
+        target,
+        out,
+        wanted,
+        vocab_size=vocab_size,
+        vocab_from=vocab_from,
+        random_seed=random_seed,
+        dtype=dtype,
+    )
     ratio = draft.weight_bytes() / model.weight_bytes()
     table = Table("", "target", "draft", title=f"{out}")
     table.add_row("parameters", f"{model.parameters():,}", f"{draft.parameters():,}")
@@ -122,34 +99,26 @@ def distill(
 
     settings = load_config(config, overrides or [])
     console.setup(threads)
-    from specdistill.run_folder import check_run, given_config
-    from specdistill.training.distiller import configured_objective, leave_processes
+    from specdistill.run_folder import RunFolder, given_config, read_metrics
+    from specdistill.training import run
+    from specdistill.training.distiller import leave_processes
 
-    configured_objective(settings)  # before the models are read
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
-        _distill(settings, resume)
-        leave_processes()
-        return
-    with held(Path(settings.run_dir)):
-        given_config(config, settings, resume)
-        check_run(settings, resume)
-        folder, last = _distill(settings, resume)
+    given_config(config, settings, resume)
+    last: dict[str, Any] = {}
+    with run.begun(settings, resume):
+        target, draft = run.read_models(settings)
+        if run.first_process():
+            console.note_models(*filter(None, (target, draft)), decoding=False)
+            show = partial(console.note_example, draft.tokenizer)
+            with console.progress() as progress:
+                run.train(settings, target, draft, resume=resume, show=show, progress=progress)
+            last = read_metrics(RunFolder(Path(settings.run_dir)).metrics)[-1]
+        else:
+            run.train(settings, target, draft, resume=resume)
     leave_processes()
+    if not run.first_process():  # the first one speaks
+        return
+    folder = RunFolder(Path(settings.run_dir)).draft
     screen = console.screen_for(as_json)
     screen.print(f"{tables.heldout_line(last)}; draft in {folder}", soft_wrap=True)
     console.finish(as_json, {"draft": str(folder), **last})
-
-
-def _distill(settings: DistillConfig, resume: bool) -> tuple[Path, dict[str, Any]]:
-    """The draft's folder, and the last row of the metrics."""
-    from specdistill.run_folder import RunFolder, read_metrics
-    from specdistill.training import run
-
-    target, draft = run.read_models(settings)
-    if os.environ.get("RANK", "0") != "0":
-        return run.train(settings, target, draft, resume=resume), {}
-    console.note_models(*filter(None, (target, draft)), decoding=False)
-    show = partial(console.note_example, draft.tokenizer)
-    with console.progress() as progress:
-        folder = run.train(settings, target, draft, resume=resume, show=show, progress=progress)
-    return folder, read_metrics(RunFolder(folder.parent).metrics)[-1]

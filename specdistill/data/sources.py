@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from specdistill.data.prompts import load_prompts
 from specdistill.data.text_store import ANSWERS, TextAnswer, holds_text, read_answers
 from specdistill.data.token_store import MANIFEST, Example, Manifest, read_examples, read_manifest
+from specdistill.errors import InputError
 from specdistill.models.hashes import file_sha256
 
 if TYPE_CHECKING:
@@ -73,9 +74,16 @@ class TextAnswers:
 
 
 def open_answers(source: str) -> TokenAnswers | TextAnswers:
-    """What `source`, a folder or a source of prompts, holds. Nothing is read yet."""
+    """What `source`, a folder or a source of prompts, holds. Nothing is read yet. Raises
+    `InputError` where there is nothing: an id of a hub would need a split, which nobody gives here.
+    """
     if holds_text(source):
         return TextAnswers(source, generated=True)
     if (Path(source) / MANIFEST).exists():
         return TokenAnswers(source)
+    if not source.startswith("demo:") and not Path(source).exists():
+        raise InputError(
+            f"there are no answers in {source}, which does not exist; give a folder of `generate` "
+            "or of `ask`, or a .jsonl or .txt file"
+        )
     return TextAnswers(source, generated=False)

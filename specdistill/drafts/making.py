@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from specdistill import limits
+from specdistill.data.sources import open_answers
+from specdistill.drafts.vocabulary import Vocabulary, vocabulary_from
 from specdistill.errors import InputError, ModelError, StorageError, first_line
-from specdistill.files import replacing
+from specdistill.files import holding, must_be_new, replacing
 from specdistill.limits import shown
-from specdistill.models import LanguageModel, support
+from specdistill.models import LanguageModel, load, stored_dtype, support
 from specdistill.models.checkpoint_files import VOCAB_FILE
 from specdistill.models.language_model import ORIGIN
 from specdistill.models.randomness import seeded
@@ -83,8 +85,6 @@ def make_draft(
         raise InputError("the vocabulary is given by its ids and by vocab_size; leave one out")
     layers = listed_layers(layers, target.num_layers)
     if vocab_size is not None and vocab_from is not None:
-        from specdistill.drafts.vocabulary import vocabulary_from  # reads answers, by pydantic
-
         vocabulary = vocabulary_from(target, vocab_size, vocab_from).ids
 
     config = copy.deepcopy(target.model.config)
@@ -149,6 +149,43 @@ def _unlike(target: LanguageModel, layers: list[int], reason: str) -> ModelError
     )
 
 
+class Made(NamedTuple):
+    """What `write_draft` made, the target it is of, and how."""
+
+    target: LanguageModel
+    draft: LanguageModel
+    layers: list[int]
+    vocabulary: Vocabulary | None
+
+
+@holding("out")
+def write_draft(
+    target: str,
+    out: Path,
+    layers: int | Sequence[int] = 4,
+    *,
+    vocab_size: int | None = None,
+    vocab_from: str | None = None,
+    random_seed: int | None = None,
+    dtype: limits.Dtype = "auto",
+) -> Made:
+    """`make_draft` of the target of this name, on the CPU and in the dtype it is stored in, written
+    to the new folder `out`. Raises as `make_draft`, `models.load` and `save_draft` do, and
+    `InputError` before anything is loaded where `out` is not new or `vocab_from` is nowhere.
+    """
+    must_be_new(out)
+    if vocab_from is not None:
+        open_answers(vocab_from)
+    model = load(target, dtype=stored_dtype(target) if dtype == "auto" else dtype, device="cpu")
+    layers, vocabulary = listed_layers(layers, model.num_layers), None
+    if vocab_size is not None and vocab_from is not None:
+        vocabulary = vocabulary_from(model, vocab_size, vocab_from)
+    ids = None if vocabulary is None else vocabulary.ids
+    draft = save_draft(make_draft(model, layers, ids, random_seed=random_seed), out)
+    return Made(model, draft, layers, vocabulary)
+
+
+@holding("folder")
 def save_draft(draft: LanguageModel, folder: Path) -> LanguageModel:
     """Write a checkpoint folder that `models.load` reads; without a trimmed vocabulary any Hugging
     Face program reads it. It takes the place of a checkpoint that is there, with all its files, and
@@ -156,13 +193,11 @@ def save_draft(draft: LanguageModel, folder: Path) -> LanguageModel:
 
     Raises `StorageError`, also where `folder` holds anything else.
     """
-    if folder.is_dir() and (held := {*folder.iterdir()}):
-        if folder / "config.json" not in held or any(file.is_dir() for file in held):
-            raise StorageError(
-                f"{folder} holds other things than a checkpoint; name another folder or empty it"
-            )
-    elif folder.exists() and not folder.is_dir():
-        raise StorageError(f"{folder} is a file, and a draft needs a folder; name another")
+    before = {*folder.iterdir()}
+    if before and (folder / "config.json" not in before or any(file.is_dir() for file in before)):
+        raise StorageError(
+            f"{folder} holds other things than a checkpoint; name another folder or empty it"
+        )
     try:
         with replacing(folder) as new:
             new.mkdir()

@@ -17,6 +17,7 @@ from specdistill import models
 from specdistill.config import DistillConfig, from_keywords
 from specdistill.data.likeness import nearly_among, write_trained
 from specdistill.data.signal import read_states
+from specdistill.data.sources import open_answers
 from specdistill.data.token_store import Example, Store
 from specdistill.drafts.making import save_draft
 from specdistill.errors import DecodingError, InputError, StorageError, TrainingError
@@ -81,9 +82,7 @@ def distill(
     }
     data = str(answers.folder if isinstance(answers, Store) else answers)
     config = from_keywords(**named, data=data, run_dir=str(run_dir), **options)
-    configured_objective(config)  # before the models are read
-    with _alone_in(config):
-        check_run(config, resume)
+    with begun(config, resume):
         teacher, student = read_models(config, target, draft)
         folder = train(config, teacher, student, resume=resume, show=show, progress=progress)
     dtype = (draft if isinstance(draft, LanguageModel) else teacher or student).dtype
@@ -135,18 +134,28 @@ def train(
     packed (see `trainable`), and where data and target do not belong together; `TrainingError` at
     the first update whose loss, gradient or evaluation is no number: no draft is written then.
     """
-    with _alone_in(config):
+    with begun(config, resume):
         return Run(config, target, draft, resume, show, progress).to_the_end()
 
 
 @contextmanager
-def _alone_in(config: DistillConfig) -> Iterator[None]:
-    """Of several processes the first one writes."""
-    if os.environ.get("RANK", "0") != "0":
+def begun(config: DistillConfig, resume: bool) -> Iterator[None]:
+    """Alone in the run's folder, once all is checked that needs no model: to be entered before any
+    is read, and again by whoever does not know that it was. Raises as `train` does.
+    """
+    configured_objective(config)
+    open_answers(config.data)
+    if not first_process():  # they may find what the first one has begun, and write nothing
         yield
         return
     with held(Path(config.run_dir)):
+        check_run(config, resume)
         yield
+
+
+def first_process() -> bool:
+    """Of several that train one draft, the one that writes and speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def rate(spent: float, config: DistillConfig) -> float:
@@ -170,8 +179,6 @@ class Run:
         progress: Progress,
     ) -> None:
         """Everything is read and checked before anything is written."""
-        if os.environ.get("RANK", "0") == "0":  # the others may find what this one has begun
-            check_run(config, resume)
         self.config, self.target, self.draft = config, target, draft
         self.folder = RunFolder(Path(config.run_dir))
         self.show, self.progress = show, progress
