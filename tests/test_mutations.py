@@ -111,7 +111,7 @@ MUTATIONS = [
     Mutation(
         "draft, coin and residual share their noise",
         "rounds, opposite",
-        [(noise.counter_noise, "* 4 + domain", "* 4")],
+        [(noise._parts, "* 4 + domain", "* 4")],
     ),
     Mutation(
         "the draft's noise is used again for the residual",
@@ -159,7 +159,7 @@ MUTATIONS = [
         "block verification's coins belong to places in the text, so that some are seen twice",
         "coins, block",
         [
-            (noise.counter_noise, "(step * 256 + position)", "(step + position)"),
+            (noise._parts, "(step * 256 + position)", "(step + position)"),
             (_Stream._context, "row.steps", "row.emitted"),
         ],
     ),
@@ -215,8 +215,8 @@ MUTATIONS = [
         [
             (
                 reference._verify_sampled,
-                "torch.where(some, residual, weights[rejected])",
-                "weights[rejected]",
+                "weights[rejected[some]] = residual[some]",
+                "pass",
             )
         ],
     ),
@@ -226,8 +226,8 @@ MUTATIONS = [
         [
             (
                 reference._verify_sampled,
-                "some = (",
-                "residual = residual ** (1 / 0.7)\n        some = (",
+                "some = residual",
+                "residual = residual ** (1 / 0.7)\n        some = residual",
             )
         ],
     ),
@@ -403,17 +403,17 @@ MUTATIONS = [
     Mutation(
         "a place's noise is the next step's from place 16 on",
         "noise",
-        [(noise.counter_noise, "step * 256", "step * 16")],
+        [(noise._parts, "step * 256", "step * 16")],
     ),
     Mutation(
         "tokens 1,024 apart share their noise",
         "noise",
-        [(noise.counter_noise, "(tokens * _GOLDEN", "(tokens % 1024 * _GOLDEN")],
+        [(noise._bits, "(tokens * _GOLDEN", "(tokens % 1024 * _GOLDEN")],
     ),
     Mutation(
         "the upper half of a row's seed is not read",
         "noise",
-        [(noise.counter_noise, "(seeds >> 32) & _MASK, place", "place")],
+        [(noise._bits, "(high, place)", "(place,)")],
     ),
     Mutation(
         "a row's seed has 16 bits",

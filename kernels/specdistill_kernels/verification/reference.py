@@ -122,13 +122,15 @@ def race(
 ) -> Tensor:
     """One draw per row from unnormalised weights [B, V]: the largest w/E, E standard exponential.
     -1 where all weights are 0. A few rows at a time, so that the noise stays in a CPU's cache."""
-    tokens = torch.arange(weights.shape[-1], device=weights.device)
+    batch, width = weights.shape
+    tokens = torch.arange(width, device=weights.device)
+    size = max(1, 2**16 // width)
     winners = []
-    for rows in torch.arange(len(weights)).split(max(1, 2**16 // len(tokens))):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        bits = noise(seeds[part], step[part], position[part], domain, tokens)
-        winners.append((weights[part] / exponential(bits).to(weights.dtype)).argmax(-1))
-    return torch.where(weights.sum(-1) > 0, torch.cat(winners), -1)
+    for rows in (slice(start, start + size) for start in range(0, batch, size)):
+        bits = noise(seeds[rows], step[rows], position[rows], domain, tokens)
+        winners.append((weights[rows] / exponential(bits).to(weights.dtype)).argmax(-1))
+    winner = torch.cat(winners)
+    return torch.where(weights.gather(-1, winner[:, None])[:, 0] > 0, winner, -1)
 
 
 def sample(logits: Tensor, rows: RowSettings, *, position: int, noise: Noise) -> Drawn:
@@ -311,8 +313,8 @@ def _verify_sampled(
     rejected = (num_accepted < offered.sum(-1)).nonzero()[:, 0]
     if len(rejected):
         residual = proposals.residual(weights[rejected], rejected, num_accepted[rejected])
-        some = (residual > 0).any(-1, keepdim=True)
-        weights[rejected] = torch.where(some, residual, weights[rejected])
+        some = residual.sum(-1) > 0
+        weights[rejected[some]] = residual[some]
     final = race(weights, *stream, num_accepted, FINAL, noise)
     return _assemble(proposals.tokens, num_accepted, final)
 
