@@ -5,7 +5,7 @@ caller keeps: nothing is copied, and what a stale slot holds is masked until it 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,11 +15,14 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from specdistill.decoding.graphs import Graphs
+from specdistill.decoding.prefixes import PrefixTree, common_prefix
 from specdistill.errors import DecodingError
 from specdistill.models import LanguageModel
 from specdistill.models.memory import free_bytes
 
 BUCKET = 64  # attention sees a multiple of this many slots, so that shapes repeat
+PREFILL_WIDTH, PREFILL_TOKENS = 512, 8192  # of a pass over prompts: positions, and of all rows
+SLACK = 256  # tokens that a further pass costs about as much as
 
 
 class _RowLayer(CacheLayerMixin):
@@ -102,7 +105,7 @@ class CachedModel:
         self.visible = BUCKET
         self.rows = self.places = torch.empty(0, dtype=torch.int64)
         self.is_subset = False
-        self.prompts: list[list[int]] = [[] for _ in range(batch)]  # what rows hold from slot 0
+        self.prompts = PrefixTree()  # what rows hold from slot 0
         with memory_errors(model, batch, capacity):
             if cache_bytes(model, batch, capacity) > free_bytes(model.device):
                 raise MemoryError
@@ -147,49 +150,58 @@ class CachedModel:
         """Of states that `run` gave, by the packed head where there is one."""
         return self.model.logits(hidden, packed=True)
 
-    def prefill(self, rows: Tensor, prompts: list[list[int]], chunk: int = 512) -> None:
-        """Write the prompts of some rows from position 0. Of each, what a row already holds, this
-        one or another, is copied, and what all of them begin with is computed once. A row must
-        not run between the end of its text and its next prompt.
+    def prefill(
+        self,
+        rows: Tensor,
+        prompts: list[list[int]],
+        *,
+        width: int = PREFILL_WIDTH,
+        tokens: int = PREFILL_TOKENS,
+    ) -> None:
+        """Write the prompts of some rows from position 0, at most `width` positions and `tokens`
+        tokens in a pass. Of each, what a row already holds, this one or another, is copied, and
+        what all of them begin with is computed once. A row must not run between the end of its
+        text and its next prompt.
         """
         if shared := common_prefix(prompts):
-            self._fill(rows[:1], [prompts[0][:shared]], chunk)
-        self._fill(rows, prompts, chunk)
+            self._fill(rows[:1], [prompts[0][:shared]], width, tokens)
+        self._fill(rows, prompts, width, tokens)
 
-    def _fill(self, rows: Tensor, prompts: list[list[int]], chunk: int) -> None:
-        """Every row from the one that holds the longest beginning of its prompt. Rows that are
-        done repeat their last token at its position, which writes the same values again.
+    def _fill(self, rows: Tensor, prompts: list[list[int]], width: int, tokens: int) -> None:
+        """Every row from the one that holds the longest beginning of its prompt; those that lack
+        about as much together.
         """
         device = self.model.device
-        found = [self._longest_held(prompt) for prompt in prompts]
-        known = [length for _, length in found]
+        sources, known = zip(*map(self.prompts.longest, prompts), strict=True)
         if most := max(known):
-            sources = torch.tensor([row for row, _ in found], device=device)
+            index = torch.tensor(sources, device=device)
             with memory_errors(self.model, self.batch, self.capacity):
                 for layer in self.layers:
-                    layer.copy(sources, rows, most)
+                    layer.copy(index, rows, most)
         for row, prompt in zip(rows.tolist(), prompts, strict=True):
-            self.prompts[row] = prompt
-        missing = max(len(p) - k for p, k in zip(prompts, known, strict=True))
-        for start in range(0, missing, chunk):
-            width = range(start, min(start + chunk, missing))
-            places = [
-                [min(k + i, max(len(p) - 1, 0)) for i in width]
-                for p, k in zip(prompts, known, strict=True)
-            ]
-            tokens = [
-                [p[i] if p else 0 for i in row] for p, row in zip(prompts, places, strict=True)
-            ]
-            stop = max(row[-1] for row in places) + 1
-            self.run(
-                torch.tensor(tokens, device=device), torch.tensor(places, device=device), stop, rows
-            )
+            self.prompts.put(row, prompt)
+        missing = [len(p) - k for p, k in zip(prompts, known, strict=True)]
+        for group in length_classes(missing):
+            step = min(width, missing[group[0]])
+            count = max(tokens // step, 1)
+            for members in (group[i : i + count] for i in range(0, len(group), count)):
+                part = rows[torch.tensor(members, device=device)]
+                texts, starts = [prompts[i] for i in members], [known[i] for i in members]
+                for start in range(0, missing[members[0]], step):
+                    self._write(part, texts, [k + start for k in starts], step)
 
-    def _longest_held(self, prompt: list[int]) -> tuple[int, int]:
-        """The row that holds the longest beginning of a prompt, and how long it is."""
-        lengths = [common_prefix([prompt, held]) for held in self.prompts]
-        row = max(range(self.batch), key=lengths.__getitem__)
-        return row, lengths[row]
+    def _write(self, rows: Tensor, texts: list[list[int]], starts: list[int], width: int) -> None:
+        """`width` tokens of each text from its start. Rows that are done repeat their last token at
+        its position, which writes the same values again.
+        """
+        device = self.model.device
+        pieces = [text[start : start + width] for text, start in zip(texts, starts, strict=True)]
+        width = max(map(len, pieces))
+        tokens = [p + t[-1:] * (width - len(p)) for p, t in zip(pieces, texts, strict=True)]
+        last = torch.tensor([len(text) - 1 for text in texts], device=device)[:, None]
+        places = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
+        stop = max(min(s + width, len(t)) for s, t in zip(starts, texts, strict=True))
+        self.run(torch.tensor(tokens, device=device), places.minimum(last), stop, rows)
 
     def keep(self, rows: list[int]) -> None:
         """Drop all rows but these; they are renumbered in this order."""
@@ -198,20 +210,27 @@ class CachedModel:
             for layer in self.layers:
                 layer.keep(index)
         self.batch = len(rows)
-        self.prompts = [self.prompts[row] for row in rows]
+        self.prompts.keep(rows)
         if self.graphs is not None:  # they know the old slots
             self.graphs.clear()
 
 
-def common_prefix(prompts: list[list[int]]) -> int:
-    """How many tokens all prompts begin with; 0 for a single prompt, which shares with nobody."""
-    if len(prompts) == 1:
-        return 0
-    first, last = min(prompts), max(prompts)  # what the extremes of an order share, all share
-    return next(
-        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b),
-        min(len(first), len(last)),
-    )
+def length_classes(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of texts by falling length, those that a pass takes together: padded to the first one
+    they waste at most half of their tokens, or `SLACK` of them. Texts without tokens are left out.
+    """
+    classes: list[list[int]] = []
+    padding = longest = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        padding += longest - lengths[i]
+        if lengths[i] == 0:
+            break
+        if classes and (2 * lengths[i] >= longest or padding <= SLACK):
+            classes[-1].append(i)
+        else:
+            classes.append([i])
+            padding, longest = 0, lengths[i]
+    return classes
 
 
 def attention_mask(
