@@ -409,6 +409,14 @@ def test_score_verifies_as_it_is_told(
     assert "nan" not in done.err
 
 
+def test_plot_draws_the_training_of_a_run_that_was_not_scored(world: World, tmp_path: Path) -> None:
+    shutil.copy(world.places["run"] / "metrics.jsonl", tmp_path)
+    done = run("plot", tmp_path, "--json")
+    assert done.document["files"] == [str(tmp_path / "plots" / "training.png")]
+    assert "has no scorecard.json yet: its training alone is drawn, no report" in done.err
+    assert {file.name for file in tmp_path.iterdir()} == {"metrics.jsonl", "plots"}
+
+
 def test_plot_draws_the_run_folder_and_writes_its_report(world: World) -> None:
     *pictures, report, page = (Path(file) for file in world.said["plot"].document["files"])
     assert (report, page) == (

@@ -142,6 +142,7 @@ def test_what_leaks_to_lacking_tokens_is_told(tmp_path: Path) -> None:
     save_draft(make_draft(tiny_model(2, layers=3), [0, 1], IDS), tmp_path / "draft")
     done = export(str(tmp_path / "draft"), tmp_path / "out", "vllm")
     assert 0.001 < done.leaked < 1
+    assert f"lacks take {done.leaked:.0%} of its probability" in done.notes[-1]
     assert f"take {done.leaked:.1e}" in (tmp_path / "out" / "README.md").read_text("utf-8")
 
 

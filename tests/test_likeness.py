@@ -17,6 +17,7 @@ from specdistill.data.likeness import (
     split_prompts,
     write_trained,
 )
+from specdistill.data.prompt_list import PromptList
 from specdistill.data.prompts import Prompt, load_prompts
 from specdistill.errors import InputError, StorageError
 
@@ -81,8 +82,9 @@ def test_near_duplicates_stay_on_one_side_of_a_split(seed: int) -> None:
     words = [f"word{i}" for i in range(500)]
     bases = [draw.sample(words, 20) for _ in range(12)]
     texts = [" ".join([*base[:i], f"new{i}", *base[i + 1 :]]) for base in bases for i in range(3)]
-    prompts = _prompts(*texts)
-    training, heldout = split_prompts(prompts, 10, seed)
+    prompts, notes = _prompts(*texts), []
+    training, heldout = split_prompts(prompts, 10, seed, notes.append)
+    assert notes == []
     assert len(heldout) == 9  # whole groups of three
     assert sorted([*training, *heldout], key=lambda p: int(p.id)) == prompts
     assert nearly_among(_texts(heldout), _texts(training)) == []
@@ -114,7 +116,11 @@ def test_prompts_of_one_template_are_split_and_equal_ones_stay_together() -> Non
             *[f"please tell me at once what it costs to send a {text} lamp by post"] * 2
         )
     ]
-    training, heldout = split_prompts([*prompts, *_prompts("hello")], 4)
+    notes: list[str] = []
+    training, heldout = split_prompts([*prompts, *_prompts("hello")], 4, 0, notes.append)
+    assert notes[0].startswith("8 of 9 prompts are nearly alike")
+    with pytest.warns(UserWarning, match="8 of 9 prompts are nearly alike"):
+        PromptList([*prompts, *_prompts("hello")]).split(4)
     assert len(heldout) >= 3
     assert not {*_texts(heldout)} & {*_texts(training)}
     demo = split_prompts(load_prompts("demo:train"), 64)[1]

@@ -189,6 +189,11 @@ def test_what_cannot_work_is_refused_before_work(
     assert not (tmp_path / "run").exists()
 
 
+def test_one_minute_is_one(tmp_path: Path, tiny_folder: Path) -> None:
+    asked = ["--target", tiny_folder, "--prompts", tmp_path / "none.txt", "--run-dir", "here"]
+    assert "about 1 minute, in here" in run("quickstart", *asked, "--minutes", 1).err
+
+
 def test_too_few_prompts_are_refused(tmp_path: Path, tiny_folder: Path, prompts: Path) -> None:
     lines = prompts.read_text().splitlines(keepends=True)
     few, same = tmp_path / "few.jsonl", tmp_path / "same.jsonl"

@@ -494,7 +494,9 @@ def test_the_interval_covers_the_true_ratio_about_as_often_as_it_says() -> None:
     ("speedup", "interval", "words"),
     [
         (1.5, (1.3, 1.7), "The draft pays"),
-        (0.8, (0.7, 0.9), "does not pay"),
+        (0.8, (0.7, 0.9), "The draft does not pay: "),
+        (0.9, (0.7, 1.2), "The draft is not shown to pay: "),
+        (0.9, (math.nan, math.nan), "The draft is not shown to pay: "),
         (1.1, (0.9, 1.3), "cannot be shown"),
     ],
 )

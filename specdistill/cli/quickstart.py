@@ -62,7 +62,8 @@ def quickstart(
     console.setup(threads)
     folder = run_dir or _run_folder(Path("runs"), task)
     length = minutes or (8 if task == demo else loop.MINUTES)
-    known = "going on with" if folder.exists() else f"about {length:g} minutes, in"
+    takes = f"about {length:g} {'minute' if length == 1 else 'minutes'}, in"
+    known = "going on with" if folder.exists() else takes
     console.note(f"{known} {folder}")
     start = time.perf_counter()
     with console.progress() as progress:

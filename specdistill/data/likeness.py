@@ -21,6 +21,7 @@ from rapidfuzz.distance import Indel
 from specdistill.data.prompts import Prompt
 from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
+from specdistill.progress import Note, unsaid
 
 NEAR = 0.8  # the F1 of the longest common subsequence of words, of what is nearly the same
 TRAINED = "trained_prompts.json"  # in a draft's folder
@@ -44,13 +45,13 @@ def nearly_among(these: Sequence[str], those: Sequence[str]) -> list[int]:
 
 
 def split_prompts(
-    prompts: Sequence[Prompt], heldout: int, seed: int = 0
+    prompts: Sequence[Prompt], heldout: int, seed: int = 0, note: Note = unsaid
 ) -> tuple[list[Prompt], list[Prompt]]:
     """The prompts to train on and `heldout` others drawn by the seed, or fewer where groups do not
     add up to as many; both in their first order. Those that are nearly the same, directly or by way
     of others, are a group and stay on one side. A group that would be more than a quarter of the
     held-out prompts, such as those of one template, is divided, so that its kind is neither most of
-    them nor missing; only equal prompts stay together then.
+    them nor missing; only equal prompts stay together then, and `note` is told of it.
 
     Raises `InputError` where no prompt would be left on one of the sides.
     """
@@ -83,6 +84,13 @@ def split_prompts(
         raise InputError(
             f"all {len(prompts)} prompts say the same in groups of more than {heldout}, so none "
             "can be held out; give more prompts, or held-out ones in a file of their own"
+        )
+    divided = Counter(map(first, drawn))
+    if alike := sum(sizes[group] for group in divided if divided[group] < sizes[group]):
+        note(
+            f"{alike} of {len(prompts)} prompts are nearly alike in groups too large to be held "
+            "out whole, and are on both sides of the split: the score is for prompts like those "
+            "that are trained on, unless held-out ones are given in a file of their own"
         )
     sides: tuple[list[Prompt], list[Prompt]] = [], []
     for place, prompt in enumerate(prompts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,8 +15,10 @@ class PromptList(list[Prompt]):
     """Prompts in their order."""
 
     def split(self, heldout: int = 32, seed: int = 0) -> tuple[PromptList, PromptList]:
-        """The prompts to train on and about `heldout` others, see `split_prompts`."""
-        train, others = split_prompts(self, heldout, seed)
+        """The prompts to train on and about `heldout` others, see `split_prompts`. Warns where near
+        copies come to both sides.
+        """
+        train, others = split_prompts(self, heldout, seed, warnings.warn)
         return PromptList(train), PromptList(others)
 
 

@@ -28,6 +28,7 @@ from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.trust import objections, swapped_draft
 
 LICENCES = {gguf_files.DEMO: "Apache-2.0"}  # of targets that SpecDistill itself offers
+MOST_LEAKED = 0.03  # of a draft's probability, what it may lose without a word
 DEFAULT_NUM_DRAFT_TOKENS = 4  # for an unscored draft
 
 
@@ -91,6 +92,11 @@ def export(
             f"cannot write the draft to {out}: {error.strerror}; free space or choose another "
             "folder"
         ) from error
+    if leaked > MOST_LEAKED:
+        notes.append(
+            f"tokens that the trimmed draft lacks take {leaked:.0%} of its probability at "
+            "temperature 1, so that other engines accept less than SpecDistill does"
+        )
     found = None if card is None else str(scorecard or _beside(model.path))
     return Exported(str(out), size, serve, difference, leaked, found, notes)
 

@@ -66,7 +66,7 @@ def quickstart(
     keep_apart([run_dir], [task.target])
     keep_apart([run_dir / name for name in STAGES], [task.prompts, task.heldout])
     kept = check_run(run_dir, task)
-    train, heldout = read_prompts(task)
+    train, heldout = read_prompts(task, note)
     progress("load", 0, 1, task.target)
     target = models.load(task.target)
     progress("load", 1, 1, task.target)
@@ -188,7 +188,7 @@ def _write_plan(run_dir: Path, kept: _Kept) -> None:
         ) from error
 
 
-def read_prompts(task: Task) -> tuple[list[Prompt], list[Prompt]]:
+def read_prompts(task: Task, note: Note) -> tuple[list[Prompt], list[Prompt]]:
     """The prompts to answer and those held out for the score. Where the task names no held-out
     ones, a fifth of the prompts are, 32 at most. Raises `InputError` where there are too few.
     """
@@ -199,7 +199,7 @@ def read_prompts(task: Task) -> tuple[list[Prompt], list[Prompt]]:
     else:
         _enough(len(prompts) - MIN_PROMPTS, MIN_PROMPTS)
         number = max(MIN_PROMPTS, min(32, len(prompts) // 5))
-        sides = split_prompts(prompts, number, task.seed)
+        sides = split_prompts(prompts, number, task.seed, note)
     _enough(len(sides[0]), len(sides[1]))
     if task != Task():  # a file may go by topic, and its first prompts are not like its last
         for side in sides:

@@ -99,8 +99,9 @@ def judgement(best: Row, pays: bool) -> str:
     """The verdict on the fastest row in a few words."""
     if pays:
         return "The draft pays"
-    shown = best.tested and min(best.speedup, best.speedup_ci95[1]) < 1
-    return "The draft does not pay" if shown else UNKNOWN
+    if best.tested and best.speedup_ci95[1] < 1:
+        return "The draft does not pay"
+    return "The draft is not shown to pay" if best.tested and best.speedup < 1 else UNKNOWN
 
 
 def _break_even_cost_ratio(row: Row) -> float:
