@@ -25,7 +25,7 @@ from specdistill.files import holding, must_be_new, replacing
 from specdistill.limits import shown
 from specdistill.models import LanguageModel, load, stored_dtype, support
 from specdistill.models.checkpoint_files import VOCAB_FILE
-from specdistill.models.language_model import ORIGIN
+from specdistill.models.parallel import KIND, ORIGIN, PARD_TOKEN
 from specdistill.models.randomness import seeded
 
 if TYPE_CHECKING:
@@ -103,7 +103,8 @@ def make_draft(
                 f"of their own, but take those of earlier layers; take layers of 0 to {own - 1}"
             )
         text.num_kv_shared_layers = 0
-    vars(config).pop(ORIGIN, None)  # not this draft's
+    for key in (ORIGIN, PARD_TOKEN, KIND):  # not this draft's
+        vars(config).pop(key, None)
     if vocabulary is not None:
         text.tie_word_embeddings = config.tie_word_embeddings = False
     try:

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from specdistill.errors import ModelError
+from specdistill.limits import shown
 from specdistill.models.hashes import hashes_of, model_sha256, tensors_sha256
 from specdistill.models.llama import LlamaBody, Slots, llama_body
 from specdistill.models.packed_linear import Joined, Version, linear_of, version
+from specdistill.models.parallel import NUM_DRAFT_TOKENS, ORIGIN, PARD_TOKEN, trained_draft_tokens
 from specdistill.models.support import active_experts, is_of_experts, max_positions
 from specdistill_kernels import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-ORIGIN = "specdistill"  # key of config.json
 
 
 @dataclass
@@ -94,6 +95,20 @@ class LanguageModel:
             ids = getattr(source, "eos_token_id", None)
             found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
         return frozenset(found)
+
+    @property
+    def mask_token(self) -> int | None:
+        """The token that a parallel draft reads in the place of one it cannot know yet; None for a
+        model that does not draft in parallel. Raises `ModelError` for what is no id.
+        """
+        value = getattr(self.model.config, PARD_TOKEN, None)
+        rows = self.full_vocab_size
+        if value is None or (type(value) is int and 0 <= value < rows):
+            return value
+        raise ModelError(
+            f"the config.json of {self.name} has {PARD_TOKEN}: {shown(value)}, the token that a "
+            f"parallel draft reads as a mask; it must be an id of 0 to {rows - 1}"
+        )
 
     @cached_property
     def body(self) -> LlamaBody | None:
@@ -217,9 +232,11 @@ def set_origin(
     draft: LanguageModel, config_sha256: str, step: int, target: LanguageModel | None = None
 ) -> None:
     """Say in the draft's config.json which run's weights it has, of which step, and how many rows
-    for tokens its target has.
+    for tokens its target has. What it was trained to propose in parallel stays.
     """
     size = {} if target is None else {"target_vocab_size": target.full_vocab_size}
+    block = trained_draft_tokens(draft)
+    size |= {} if block is None else {NUM_DRAFT_TOKENS: block}
     setattr(draft.model.config, ORIGIN, {"config_sha256": config_sha256, "step": step, **size})
 
 
