@@ -21,6 +21,7 @@ VOCABULARY = Interval(ge=1, le=2**24)
 TOP_K = Interval(ge=0, le=2**24)
 ROWS = Interval(ge=1, le=2**16)  # decoded together
 QUESTIONS = Interval(ge=1, le=1024)  # under way at once at a server
+WORKERS = Interval(ge=1, le=1024)  # engines at a time, or devices of one
 THREADS = Interval(ge=1, le=1024)
 COUNT = Interval(ge=1, le=10**9)  # of prompts, steps, tokens in all
 ANSWERS = Interval(ge=1, le=1024)  # to one prompt, of which one is kept

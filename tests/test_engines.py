@@ -21,7 +21,7 @@ from specdistill import models
 from specdistill.cli.tables import evidence_line, rows_table
 from specdistill.data.chat import EncodedPrompt
 from specdistill.data.filters import Filters
-from specdistill.data.generation import generate
+from specdistill.data.generation import Outside, generate
 from specdistill.data.prompts import Prompt
 from specdistill.data.scorers import BestOf
 from specdistill.data.signal import token_log_probs
@@ -188,7 +188,7 @@ def answered(target: LanguageModel, folder: Path, **settings: object) -> dict[st
     return {e.id: e for e in read_examples(folder, signal=True)}
 
 
-BY_TRANSFORMERS = "transformers", transformers.Batches
+BY_TRANSFORMERS = Outside("transformers", transformers.Batches)
 
 
 def test_its_greedy_answers_and_their_signal_are_our_engines(

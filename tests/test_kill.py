@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import yaml
 from servers import Reply, completion, serving
 from small_runs import run, settings
+from test_vllm_answers import stand_in, started
 
 from specdistill import models
 from specdistill.data.text_store import read_answers
@@ -112,6 +114,38 @@ def test_no_answer_of_a_server_is_lost_or_paid_for_twice(tmp_path: Path) -> None
     found = [a.prompt for a in read_answers(folder)]
     assert {p.response for p in found} == {f"answer to question {i}" for i in range(60)}
     assert len(found) == 60
+
+
+def test_no_answer_of_vllm_is_lost_or_doubled(tmp_path: Path, tiny_folder: Path) -> None:
+    """Whichever process dies: its engines die now and then, and this one at each place."""
+    python = stand_in(tmp_path)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"w{5 + i % 40} w{9 + i // 40}\n" for i in range(200)))
+    asked = ["generate", "--target", tiny_folder, "--prompts", prompts, "--signal", "none"]
+    asked += ["--engine", "vllm", "--engine-python", python, "--workers", 2, "--temperature", "0,1"]
+    asked += ["--max-new-tokens", 6, "--batch-size", 4, "--engine-options", '{"die_at": 30}']
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert specdistill(whole, "", 0, *asked, "--out", whole) == 0
+    for place, number in [
+        ("open .*/part.*parquet", 1),
+        ("rename .*/manifest", 2),
+        ("open .*/part.*parquet", 2),
+    ]:
+        code = specdistill(broken, place, number, *asked, "--out", broken)
+        assert code == -signal.SIGKILL, (place, number)
+    assert specdistill(broken, "", 0, *asked, "--out", broken) == 0
+    ids = [id_ for part in read_manifest(broken).parts for id_ in part["ids"]]
+    assert sorted(ids) == sorted(set(ids))
+    found, expected = (
+        {e.id: e.response_tokens for e in read_examples(folder, signal=False)}
+        for folder in (broken, whole)
+    )
+    assert found == expected
+    assert len(found) == 200
+    deadline = time.monotonic() + 10
+    while alive := [pid for pid in map(int, started(python)) if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, f"nobody is there any more to hear {alive}"
+        time.sleep(0.05)
 
 
 def test_a_distillation_ends_with_the_same_bits(tmp_path: Path, tiny_folder: Path) -> None:

@@ -7,7 +7,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -116,18 +116,34 @@ def progress() -> Iterator[Progress]:
 
 
 def loader(
-    name: str, dtype: limits.Dtype, device: str, decoding: bool = True
+    name: str,
+    dtype: limits.Dtype,
+    device: str,
+    decoding: bool = True,
+    *,
+    head_only: bool = False,
 ) -> Callable[[], LanguageModel]:
-    """What loads a model and says how it runs, where the work asks for it."""
+    """What loads a model, or its head alone, and says how it runs, where the work asks for it."""
 
     def load() -> LanguageModel:
         from specdistill import models
+        from specdistill.models.head_only import load_head
 
-        model = models.load(name, dtype=dtype, device=device)
+        model = (load_head if head_only else models.load)(name, dtype=dtype, device=device)
         note_models(model, decoding=decoding)
         return model
 
     return load
+
+
+def dtype_of_device(dtype: limits.Dtype) -> limits.Dtype:
+    """What "auto" is on the device that models would be loaded to."""
+    import torch
+
+    from specdistill.models import choose_device, choose_dtype
+
+    kind = choose_dtype(dtype, torch.device(choose_device("auto")))
+    return cast("limits.Dtype", str(kind).removeprefix("torch."))
 
 
 def note_models(target: LanguageModel, *drafts: LanguageModel, decoding: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,6 +11,7 @@ import typer
 from specdistill import limits
 from specdistill.cli import answers, console, options, parsing
 from specdistill.cli.options import among
+from specdistill.cli.serving import Serving
 from specdistill.errors import InputError
 from specdistill.files import keep_apart
 
@@ -22,9 +24,23 @@ def generate(
     prompts: options.Prompts,
     out: options.Answers,
     engine: Annotated[
-        Literal["specdistill", "transformers"],
+        Literal["specdistill", "transformers", "vllm"],
         typer.Option(help="Who decodes; transformers: its `generate`."),
     ] = "specdistill",
+    engine_python: options.EnginePython = None,
+    workers: Annotated[
+        int | None, among(limits.WORKERS, "With --engine vllm: engines at a time; 1.")
+    ] = None,
+    tensor_parallel: Annotated[
+        int | None, among(limits.WORKERS, "With --engine vllm: devices of one engine; 1.")
+    ] = None,
+    engine_options: Annotated[
+        str | None,
+        typer.Option(
+            help="With --engine vllm: more arguments of its `LLM` as JSON, such as "
+            """'{"quantization": "fp8"}'."""
+        ),
+    ] = None,
     style: options.Style = "instruction",
     examples: options.Examples = None,
     shots: options.Shots = None,
@@ -71,6 +87,7 @@ def generate(
     """Answer prompts with the target, keeping its exact signal for distillation."""
     keep_apart([out], [target, prompts, examples, generator])
     from specdistill.data.filters import Filters
+    from specdistill.data.scorers import LOG_PROBABILITY
     from specdistill.decoding import Sampling
 
     samplings = [Sampling(t, top_k, top_p, min_p) for t in parsing.temperatures(temperature)]
@@ -82,20 +99,26 @@ def generate(
             "cost, and how many of the target's that is"
         )
     matched = None if match is None else parsing.match(match)
+    serving = Serving(engine_python, workers, tensor_parallel, engine_options)
+    serving.check(engine, device, generator)
     writer = None if generator is None else console.loader(generator, dtype, device)
     console.setup(threads)
     read = answers.read(prompts, split, column, limit, response_column, scorer)
     asked = answers.put(read, style, examples, shots, seed)
     from specdistill.data import generation
 
-    outside = None
-    if engine == "transformers":
-        from specdistill.engines.transformers import Batches
+    load = console.loader(target, dtype, device)
+    with ExitStack() as stack, console.progress() as progress:
+        outside = None
+        if engine == "transformers":
+            from specdistill.engines.transformers import Batches
 
-        outside = engine, Batches
-    with console.progress() as progress:
+            outside = generation.Outside(engine, Batches)
+        elif engine == "vllm":
+            scored = choice is not None and choice.scorer == LOG_PROBABILITY
+            load, outside = serving.outside(target, dtype, signal, scored, threads, stack)
         store = generation.generate(
-            console.loader(target, dtype, device),
+            load,
             asked,
             out,
             max_new_tokens=max_new_tokens,

@@ -35,6 +35,9 @@ Prompts = Annotated[
 Limit = Annotated[int | None, among(limits.COUNT, "Use only the first so many prompts.")]
 LongestAnswer = Annotated[int, among(limits.NEW_TOKENS, "Tokens of the longest answer.")]
 BatchSize = Annotated[int, among(limits.ROWS, "Rows decoded together.")]
+EnginePython = Annotated[
+    Path | None, typer.Option(help="With --engine vllm: the python of vLLM's environment.")
+]
 Seed = Annotated[int, among(limits.SEED)]
 
 # What both `generate` and `ask` do with prompts and answers.

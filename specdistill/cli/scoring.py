@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,6 +16,7 @@ from specdistill.cli.options import (
     Device,
     Draft,
     Dtype,
+    EnginePython,
     Json,
     Limit,
     LongestAnswer,
@@ -69,9 +70,7 @@ def score(
         Literal["specdistill", "transformers", "vllm"],
         typer.Option(help="Whose decoding to measure; the others want an exported draft."),
     ] = "specdistill",
-    engine_python: Annotated[
-        Path | None, typer.Option(help="With --engine vllm: the python of vLLM's environment.")
-    ] = None,
+    engine_python: EnginePython = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing scorecard.")] = False,
     split: Split = None,
     column: Column = None,
@@ -100,7 +99,7 @@ def score(
     measure.check_lenience(verification, rule, temperatures)
     asked = load_prompts(prompts, split=split, column=column, limit=limit)
     if engine == "vllm":  # loads its own, and needs the device; of ours it needs facts alone
-        dtype, device = _dtype_of_device(dtype), "cpu"
+        dtype, device = console.dtype_of_device(dtype), "cpu"
     big, small = _load_pair(target, draft, dtype, device)
     encoded = chat.encoded(big.tokenizer, asked)
     if copies := len(asked) - len(encoded):
@@ -304,16 +303,6 @@ def _check_engine(
             "--engine vllm and --engine-python go together: name the python of an environment that "
             "has vLLM"
         )
-
-
-def _dtype_of_device(dtype: limits.Dtype) -> limits.Dtype:
-    """What "auto" is on the device that models would be loaded to."""
-    import torch
-
-    from specdistill.models import choose_device, choose_dtype
-
-    kind = choose_dtype(dtype, torch.device(choose_device("auto")))
-    return cast("limits.Dtype", str(kind).removeprefix("torch."))
 
 
 def _load_pair(

@@ -8,18 +8,20 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 from specdistill.data.chat import encode_prompt
 from specdistill.data.filters import DUPLICATE, NO_FILTER, Filters, Judged, repeated
 from specdistill.data.prompts import Prompt, prompts_sha256
 from specdistill.data.questions import Decoder, Question, round_seed, rounds
+from specdistill.data.rereading import Rereading
 from specdistill.data.scorers import BestOf, Candidate, matched_number
 from specdistill.data.selection import Selection
 from specdistill.data.signal import (
     NONE,
     STATES,
     States,
+    TopK,
     bytes_per_token,
     keep,
     kept_tokens,
@@ -36,6 +38,24 @@ from specdistill.progress import Note, Progress, silent, unsaid
 
 PART = 64  # answers a part
 Loader = Callable[[], LanguageModel]
+
+
+class OutsideDecoder(Decoder, Protocol):
+    """An engine in place of ours, and what it runs: name, version, dtype and the like."""
+
+    @property
+    def facts(self) -> dict[str, Any]: ...
+
+
+class Outside(NamedTuple):
+    """What makes an engine of a model and the batch size, and what settings of its own decide the
+    answers. Where it tells the target's signal, `reader` is the target that checks some of it.
+    """
+
+    name: str
+    decoder: Callable[[LanguageModel, int], OutsideDecoder]
+    settings: Mapping[str, Any] = {}
+    reader: Loader | None = None
 
 
 def signal_bytes(
@@ -61,7 +81,7 @@ def generate(
     best_of: BestOf | None = None,
     writer: LanguageModel | Loader | None = None,
     match: Literal["compute"] | float | None = None,
-    outside: tuple[str, Callable[[LanguageModel, int], Decoder]] | None = None,
+    outside: Outside | None = None,
     max_seconds: float | None = None,
     progress: Progress = silent,
     note: Note = unsaid,
@@ -77,8 +97,8 @@ def generate(
     all that is kept, whenever every prompt has been asked. Where a cheaper `writer` of the target's
     tokens answers in its place, the target only reads what is kept, for its signal; with `match`
     the writer gives as many answers as cost what `best_of` of the target do, by "compute" or where
-    one of the target's costs so many of its own. An `outside` engine, with its name and what makes
-    it of a model and the batch size, decodes in place of ours. `note` is told what cache and signal
+    one of the target's costs so many of its own. An `outside` engine decodes in place of ours; then
+    `target` may lack its body, if the engine tells the signal. `note` is told what cache and signal
     take. Models that are given as functions are loaded once nobody else is at work in `folder`, and
     all else is checked.
 
@@ -106,13 +126,15 @@ def generate(
         "samplings": [asdict(sampling) for sampling in samplings],
         **selection.settings,
         **({} if writer is None else {"writer": [author.name, author.sha256()]}),
-        **({} if outside is None else {"engine": outside[0]}),
+        **({} if outside is None else {"engine": outside.name, **outside.settings}),
     }
     manifest = _manifest(target, prompts, settings, signal)
     manifest.writer_parameters = None if writer is None else author.parameters()
     decoder: Decoder
+    other = rereading = None
     if outside is not None:
-        decoder = outside[1](author, batch_size)
+        decoder = other = outside.decoder(author, batch_size)
+        rereading = outside.reader and Rereading(outside.reader, outside.name)
     else:
         decoder = SpeculativeDecoder(
             author,
@@ -136,6 +158,8 @@ def generate(
         batch_size,
         max_seconds,
         progress,
+        other,
+        rereading,
     )
     asking.drop_duplicates()  # of a run that was killed before it came to it
     questions = asking.open()
@@ -144,6 +168,8 @@ def generate(
         requests = [r for q in questions for r in q.requests(selection.number, max_new_tokens)]
         note(decoder.cache_size(requests).line)
     asking.all(questions)
+    if rereading is not None and rereading.line:
+        note(rereading.line)
     return asking.store
 
 
@@ -162,6 +188,8 @@ class _Asking:
     batch_size: int
     max_seconds: float | None
     progress: Progress
+    outside: OutsideDecoder | None
+    rereading: Rereading | None
 
     def __post_init__(self) -> None:
         self.removals = Counter(id_ for id_, _ in self.store.manifest.removed)
@@ -260,11 +288,16 @@ class _Asking:
             self.removals[id_] += 1
             self.answered += not self.retried(id_)
             return
-        states, kept.signal = kept.signal, None
+        found, kept.signal = kept.signal, None
         if (signal := self.store.manifest.signal) != NONE:
-            if not isinstance(states, States) or self.author is not self.target:
-                states = read_states(self.target, kept.prompt_tokens, kept.response_tokens)
-            kept.signal, kept.alpha_cost = keep(self.target, states, signal)
+            if isinstance(found, TopK):
+                kept.signal = found
+            else:
+                if not isinstance(found, States) or self.author is not self.target:
+                    found = read_states(self.target, kept.prompt_tokens, kept.response_tokens)
+                kept.signal, kept.alpha_cost = keep(self.target, found, signal)
+            if self.rereading is not None:
+                self.rereading.see(kept)
         self.finished.append(kept)
         self.passed_over.update(gone)
         self.answered += 1
@@ -281,6 +314,10 @@ class _Asking:
     def flush(self) -> None:
         part, removed, passed_over = self.finished, self.removed, self.passed_over
         self._begin_part()  # so that an interrupt cannot write it again
+        if (part or removed) and self.outside is not None:
+            known = self.store.manifest.engine or {}
+            figures = self.rereading and self.rereading.figures
+            self.store.manifest.engine = {**known, **self.outside.facts, **(figures or {})}
         if part or removed:
             self.store.append(part, removed, passed_over)
 
@@ -314,6 +351,8 @@ def _candidate(author: LanguageModel, answer: Example, scored: bool) -> Candidat
     text = str(author.tokenizer.decode(answer.response_tokens, skip_special_tokens=True))
     if not scored:
         return Candidate(text)
+    if answer.log_prob is not None:
+        return Candidate(text, answer.log_prob / len(answer.response_tokens))
     states = answer.signal
     if not isinstance(states, States):  # an outside engine gives none
         states = read_states(author, answer.prompt_tokens, answer.response_tokens)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from specdistill.data.prompts import Prompt
-from specdistill.data.signal import States
+from specdistill.data.signal import States, TopK
 from specdistill.data.token_store import Example
 from specdistill.decoding import Request, Round, Sampling
 from specdistill.decoding.sampling import row_seed
@@ -70,6 +70,9 @@ def rounds(
                 if own := pieces.pop(row.request_id):
                     hidden, logsumexp = map(torch.cat, zip(*own, strict=True))
                     example.signal = States(hidden, logsumexp)
+                if (top := row.top) is not None:
+                    example.signal = TopK.of(top)
+                example.alpha_cost, example.log_prob = row.alpha_cost, row.log_prob
                 open_[question.prompt.id] -= 1
                 if not open_[question.prompt.id]:
                     asked = question.requests(number, max_new_tokens)

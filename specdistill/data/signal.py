@@ -14,7 +14,7 @@ from torch import Tensor
 from specdistill.errors import InputError
 from specdistill.limits import shown
 from specdistill.models import LanguageModel
-from specdistill_kernels import keep_top_k
+from specdistill_kernels import TargetTopK, keep_top_k
 
 STATES, NONE = "states", "none"
 
@@ -44,6 +44,10 @@ class TopK:
     tokens: Tensor
     log_probs: Tensor
     log_tail: Tensor
+
+    @classmethod
+    def of(cls, top: TargetTopK) -> TopK:
+        return cls(top.tokens.int(), top.log_probs.half(), top.log_tail.float())
 
     def tensors(self) -> dict[str, Tensor]:
         """As they are kept."""
@@ -105,8 +109,7 @@ def keep(target: LanguageModel, states: States, signal: str) -> tuple[Signal, fl
         return states, 0.0
     logits = target.logits(states.hidden)
     top = keep_top_k(logits, k)
-    kept = TopK(top.tokens.int(), top.log_probs.half(), top.log_tail.float())
-    return kept, alpha_cost(logits, top.tokens).sum().item()
+    return TopK.of(top), alpha_cost(logits, top.tokens).sum().item()
 
 
 def token_log_probs(model: LanguageModel, states: States, tokens: list[int]) -> Tensor:

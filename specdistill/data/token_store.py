@@ -42,8 +42,9 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Example:
-    """One answer, and what was kept of the target at its n response tokens; alpha_cost is the sum
-    over them of what acceptance that loses which was not kept, while it is not written.
+    """One answer, and what was kept of the target at its n response tokens. While it is not
+    written: alpha_cost is the sum over them of what acceptance that loses which was not kept,
+    log_prob that of their log-probabilities, where an outside engine said it.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Example:
     category: str | None = None
     signal: Signal | None = None
     alpha_cost: float = 0.0
+    log_prob: float | None = None
 
 
 Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
@@ -76,6 +78,9 @@ class Manifest:
     passed_over: dict[str, int] = field(default_factory=dict)
     # Of who wrote in the target's place.
     writer_parameters: Annotated[int, Field(ge=0)] | None = None
+    # Of an engine that answered in our engine's place: its version, how it ran, and how far what
+    # it said of the target was from our own pass, see `Rereading`.
+    engine: dict[str, Any] | None = None
     schema: str = SCHEMA
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from specdistill.decoding.sampling import GREEDY, Sampling
-from specdistill_kernels import Lenience
+from specdistill_kernels import Lenience, TargetTopK
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class RowRound:
     """What one round did to one row. `tokens` are the emitted ones, cut at the end of the answer;
     so are `accepted` and `tested` (proposals up to and including the first rejected one), not
     `proposed`. `hidden` [n, d] and `logsumexp` [n] belong to the positions that predicted `tokens`,
-    and `proposals` are the draft's tokens, where the engine was asked to keep them.
+    and `proposals` are the draft's tokens, where the engine was asked to keep them. An outside
+    engine may give the most probable tokens of these positions in place of states, with the sum
+    of `signal.alpha_cost`, and the sum of the tokens' own log-probabilities.
     """
 
     request_id: str
@@ -42,6 +44,9 @@ class RowRound:
     hidden: Tensor | None = None
     logsumexp: Tensor | None = None
     proposals: list[int] | None = None
+    top: TargetTopK | None = None
+    alpha_cost: float = 0.0
+    log_prob: float | None = None
 
 
 @dataclass

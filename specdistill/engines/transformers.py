@@ -16,6 +16,7 @@ from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from transformers import GenerationConfig
 from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
@@ -127,6 +128,12 @@ class Batches:
         """Raises `InputError` for a trimmed vocabulary."""
         _refuse_trimmed(target)
         self.target, self.batch_size = target, batch_size
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decodes."""
+        dtype = str(self.target.dtype).removeprefix("torch.")
+        return {"name": "transformers", "version": transformers.__version__, "dtype": dtype}
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Round]:
         """Raises `InputError` and `DecodingError` as `SpeculativeDecoder.stream`."""

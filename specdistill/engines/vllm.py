@@ -7,14 +7,13 @@ prompt by prompt. `vllm_worker.py` is what they run.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import torch
 
@@ -22,6 +21,7 @@ from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding.sampling import row_seed
 from specdistill.engines import vllm_worker
 from specdistill.engines.base import explained_differences, scorecard, take_turns
+from specdistill.engines.vllm_process import environment, run
 from specdistill.errors import DecodingError, InputError
 from specdistill.limits import Dtype
 from specdistill.models import LanguageModel, check_positions, check_sizes, load
@@ -125,8 +125,6 @@ def score(
     where vLLM ends early or its counters do not tell enough. Where greedy texts differ, our own
     pass reads them once the engines have ended.
     """
-    if not python.is_file():
-        raise InputError(f"there is no interpreter {python}; name the python of an environment")
     longest = max(len(prompt.tokens) for prompt in prompts) + max_new_tokens
     gammas = [0, *num_draft_tokens]
     with ExitStack() as stack:
@@ -200,16 +198,11 @@ def _started(python: Path, threads: int | None) -> Iterator[_Worker]:
     """A process that says how much memory there is and loads the engine that it is told of; ended
     with the context, whatever happens.
     """
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    environment.pop("PYTHONPATH", None)  # it is another environment
-    if threads is not None:
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{threads - 1}"
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         source = Path(vllm_worker.__file__).read_text(encoding="utf-8")
         with log.open("w", encoding="utf-8") as errors:
-            process = _run(python, source, errors, folder, environment)
+            process = run(python, source, errors, folder, environment(threads), text=True)
         try:
             yield _Worker(process, log)
         finally:
@@ -223,24 +216,6 @@ def _end(process: subprocess.Popen[str]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-
-
-def _run(
-    python: Path, source: str, errors: IO[str], folder: str, environment: dict[str, str]
-) -> subprocess.Popen[str]:
-    """By its source, not its path: beside it lie modules called as vLLM and Transformers are."""
-    try:
-        return subprocess.Popen(
-            [str(python), "-c", source],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            cwd=folder,
-            env=environment,
-        )
-    except OSError as error:
-        raise InputError(f"cannot run {python}: {error.strerror}") from error
 
 
 def _ask(

@@ -1,0 +1,103 @@
+"""The options with which `generate` has a serving engine decode."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specdistill import limits
+from specdistill.cli import console
+from specdistill.errors import InputError
+from specdistill.limits import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import ExitStack
+
+    from specdistill.data.generation import Outside, OutsideDecoder
+    from specdistill.models import LanguageModel
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What is given beside --engine vllm."""
+
+    python: Path | None
+    workers: int | None
+    tensor_parallel: int | None
+    options: str | None
+
+    def check(self, engine: str, device: str, generator: str | None) -> None:
+        """Raises `InputError` for what the engine would not heed."""
+        given = {
+            "--engine-python": self.python,
+            "--workers": self.workers,
+            "--tensor-parallel": self.tensor_parallel,
+            "--engine-options": self.options,
+        }
+        names = [name for name, value in given.items() if value is not None]
+        if engine != "vllm":
+            if names:
+                raise InputError(
+                    f"{' and '.join(names)} would have no effect with --engine {engine}: they are "
+                    "for --engine vllm"
+                )
+            return
+        if self.python is None:
+            raise InputError(
+                "--engine vllm and --engine-python go together: name the python of an environment "
+                "that has vLLM"
+            )
+        if device != "auto":
+            raise InputError(
+                f"--device {device} has no effect with --engine vllm, which runs on the device it "
+                "was built for; leave it out"
+            )
+        if generator is not None:
+            raise InputError(
+                "--generator answers by our own engine or Transformers; leave it out with --engine "
+                "vllm"
+            )
+
+    def outside(
+        self,
+        target: str,
+        dtype: limits.Dtype,
+        signal: str,
+        scored: bool,
+        threads: int | None,
+        stack: ExitStack,
+    ) -> tuple[Callable[[], LanguageModel], Outside]:
+        """What loads as much of the target as is needed beside vLLM, which loads its own, and the
+        engine, ended with `stack`.
+        """
+        from specdistill.data.generation import Outside
+        from specdistill.data.signal import NONE, STATES
+        from specdistill.engines.vllm_answers import Answers, Engine
+
+        assert self.python is not None
+        options = {} if self.options is None else _json_object(self.options)
+        engine = Engine(self.python, self.workers or 1, self.tensor_parallel or 1, options, threads)
+        dtype = console.dtype_of_device(dtype)
+
+        def decoder(model: LanguageModel, batch_size: int) -> OutsideDecoder:
+            answers = Answers(engine, model, batch_size, signal, scored=scored)
+            return stack.enter_context(answers)
+
+        # The head makes a logsumexp of each state, as fast as vLLM decodes.
+        head = console.loader(target, dtype, "auto" if signal == STATES else "cpu", head_only=True)
+        reader = None if signal == NONE else console.loader(target, dtype, "cpu", decoding=False)
+        settings = {"engine_options": options} if options else {}
+        return head, Outside("vllm", decoder, settings, reader)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--engine-options is no JSON ({error}); got {shown(text)}") from None
+    if not isinstance(document, dict):
+        raise InputError(f"--engine-options must be a JSON object; got {shown(text)}")
+    return document
