@@ -15,7 +15,7 @@ from specdistill import models
 from specdistill.config import DistillConfig, Policy, parse_config
 from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
-from specdistill.data.signal import Signal
+from specdistill.data.signal import Signal, States, read_states
 from specdistill.data.token_store import Example
 from specdistill.decoding import ModelDrafter, SpeculativeDecoder
 from specdistill.drafts.making import make_draft, save_draft
@@ -396,6 +396,25 @@ def test_the_target_reads_samples_once_and_no_loss_is_another(
     losses = [[row["loss"] for row in rows if "loss" in row] for rows in (once, always)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert sum(live) >= len(losses[1])
+
+
+@pytest.mark.parametrize("name", ["draft", "induced"])
+def test_the_target_reads_no_sample_that_is_not_trained_on(
+    world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A short run of many samples ends long before all of them are met."""
+    met: list[list[int]] = []
+
+    def counted(target: LanguageModel, prompt: list[int], response: list[int]) -> States:
+        met.append(prompt + response)
+        return read_states(target, prompt, response)
+
+    monkeypatch.setattr("specdistill.training.run.read_states", counted)
+    policy = {"name": name, "prompts": 30, "max_new_tokens": 8}
+    training = {"max_steps": 2, "batch_tokens": 40}
+    run(settings(world, tmp_path / "run", policy=policy, training=training, decode=None))
+    samples = (tmp_path / "run" / "samples" / "step-00000000.jsonl").read_text().splitlines()
+    assert 2 <= len(met) <= len(samples) // 3
 
 
 def test_samples_of_weights_that_were_lost_are_forgotten(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from specdistill import models
 from specdistill.config import DistillConfig, from_keywords
 from specdistill.data.likeness import nearly_among, write_trained
-from specdistill.data.signal import read_states
+from specdistill.data.signal import States, read_states
 from specdistill.data.sources import open_answers
 from specdistill.data.token_store import Example, Store
 from specdistill.drafts.making import save_draft
@@ -183,6 +183,7 @@ class Run:
         self.folder = RunFolder(Path(config.run_dir))
         self.show, self.progress = show, progress
         self.heldout, self.training = heldout_and_training(config, target, draft)
+        self.sample_states: dict[str, States] = {}  # of the samples, by their id
         self.distiller = Distiller(target, draft, config)
         self.accelerator = self.distiller.accelerator
         check_processes(config, self.accelerator.num_processes)
@@ -222,7 +223,7 @@ class Run:
         updates = schedule(self.examples, config, state.step)
         while (spent := self.spent) < 1:
             start, learning_rate = time.perf_counter(), rate(spent, config)
-            groups = next(updates)
+            groups = self.with_signal(next(updates))
             if self.show is not None and state.step == 0:
                 self.show(groups[0][0])
             batches = dealt(
@@ -263,13 +264,24 @@ class Run:
                     f"policy {config.policy.name!r} cannot sample after update {step}: {error}. "
                     f"Where the draft has diverged, {_begin_again(config)}"
                 ) from error
-        if config.policy.refresh_every is None or config.hints is not None:
-            return examples
-        # They are trained on more than once, and the target need read them only once.
-        return [
-            replace(e, signal=read_states(self.target, e.prompt_tokens, e.response_tokens))
-            for e in examples
-        ]
+        self.sample_states.clear()
+        return examples
+
+    def with_signal(self, groups: list[list[Example]]) -> list[list[Example]]:
+        """The micro-batches of an update, with the target's states of this process's samples: they
+        are trained on more than once, and the target reads each when it is first met.
+        """
+        target, accelerator = self.target, self.accelerator
+        if target is None or self.config.policy.refresh_every is None or self.config.hints:
+            return groups  # kept with the data, or read in the step
+
+        def read(e: Example) -> Example:
+            if e.id not in self.sample_states:
+                self.sample_states[e.id] = read_states(target, e.prompt_tokens, e.response_tokens)
+            return replace(e, signal=self.sample_states[e.id])
+
+        mine = range(accelerator.process_index, len(groups), accelerator.num_processes)
+        return [[read(e) for e in group] if i in mine else group for i, group in enumerate(groups)]
 
     def evaluate(self) -> dict[str, Any]:
         """The held-out measures of now; the best one's weights are kept, the later of equals."""
