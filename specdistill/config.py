@@ -237,6 +237,11 @@ class DistillConfig(_Section):
         description="answers: a folder of `specdistill generate`, or with policy fixed prompts "
         "with responses (.jsonl)"
     )
+    turns: Literal["last", "all"] = Field(
+        "last",
+        description="of a conversation with responses of its own: each assistant turn is an "
+        "answer to learn, or the last one alone",
+    )
     run_dir: LocalPath = Field(description="folder of the run; the draft comes to run_dir/draft")
     loss: dict[str, Positive] = Field(
         {"fkl": 1.0}, description="name of a loss, or weights by name for a sum of several"

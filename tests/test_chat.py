@@ -404,7 +404,7 @@ def test_tools_are_asked_and_calls_and_reasoning_are_trained() -> None:
     call = '<call>{"name": "weather", "arguments": {"city": "Oslo"}}</call>'
     for said in ("Let me look.", ""):
         given, spoken = split(tokenizer, *encode_example(tokenizer, calling, said))
-        assert (given, spoken) == (asked, f"<think></think>{said}{call}<|im_end|>")
+        assert (given, spoken) == (f"{asked}<think></think>", f"{said}{call}<|im_end|>")
     thinking = replace(ask("Hi"), answer={"reasoning_content": "Greet."})
     given, spoken = split(tokenizer, *encode_example(tokenizer, thinking, "Hello."))
     assert (given, spoken) == (CHATML_OPENING, "<think>Greet.</think>Hello.<|im_end|>")

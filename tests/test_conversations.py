@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from chat_templates import DROPS_REASONING, END, MISTRAL, QWEN3, TEMPLATES
 from pyarrow import parquet
+from small_runs import make_world, settings
+from small_runs import run as train
+from test_chat import byte_tokenizer
+from transformers import PreTrainedTokenizerFast
 
-from specdistill.data.prompts import Prompt, load_prompts
+from specdistill import models
+from specdistill.data.chat import encode_example, encode_prompt
+from specdistill.data.generation import generate
+from specdistill.data.likeness import split_prompts
+from specdistill.data.messages import said_beside
+from specdistill.data.prompts import Prompt, load_prompts, turns_of
+from specdistill.data.rewriting import rewriting
+from specdistill.data.sources import TextAnswers
+from specdistill.data.templates import DATE
+from specdistill.data.token_store import Example, read_examples
+from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError
+from specdistill.models import LanguageModel
+from specdistill.training.answers import (
+    heldout_and_training,
+    read_given,
+    rewritten_turns,
+    split,
+)
 
 
 def turn(role: str, text: str | None, **more: Any) -> dict[str, Any]:
@@ -210,3 +234,345 @@ def test_files_that_are_no_list_or_no_parquet(tmp_path: Path) -> None:
     assert "talk.parquet as Parquet" in refusal(str(tmp_path / "talk.parquet"))
     assert "there is no file" in refusal(str(tmp_path / "none.parquet"))
     assert "has no effect on" in refusal(str(tmp_path / "none.parquet"), split="train")
+
+
+# Every assistant turn, in every template
+
+
+def conversation(*turns: dict[str, Any], **more: Any) -> list[Prompt]:
+    *before, last = turns
+    prompt = Prompt("c", tuple(before), response=last["content"], answer=said_beside(last))
+    return turns_of(replace(prompt, **more))
+
+
+def example(
+    tokenizer: PreTrainedTokenizerFast, prompt: Prompt, **options: Any
+) -> tuple[list[int], int]:
+    """The tokens, and how many of them are given."""
+    assert prompt.response is not None
+    tokens, mask = encode_example(tokenizer, prompt, prompt.response, **options)
+    start = mask.index(True)
+    assert mask == [False] * start + [True] * (len(mask) - start)
+    return tokens, start
+
+
+def marked(
+    tokenizer: PreTrainedTokenizerFast, turns: list[dict[str, Any]], **more: Any
+) -> tuple[list[int], list[bool]]:
+    """The tokens of messages, and which of them the template's own tags say are the model's."""
+    both = tokenizer.apply_chat_template(
+        turns, return_assistant_tokens_mask=True, return_dict=True, **DAY, **more
+    )
+    return both["input_ids"], list(map(bool, both["assistant_masks"]))
+
+
+DAY = {"date_string": DATE.strftime("%d %b %Y")}  # what Llama 3 is told in place of today
+TALK = [
+    user("Hi"),
+    assistant("Hello there."),
+    user("And you?"),
+    assistant("Two\nlines."),
+    user("Bye"),
+    assistant("See you."),
+]
+
+
+def bare(template: str) -> str:
+    """The template without its tags."""
+    return re.sub("(%-? )generation ", r"\1if true ", template).replace("endgeneration", "endif")
+
+
+@pytest.mark.parametrize("tagged", [True, False], ids=["tagged", "bare"])
+@pytest.mark.parametrize("name", sorted(TEMPLATES.keys() - {"qwen3"}))
+def test_the_spans_of_all_turns_are_what_the_templates_tags_mark(name: str, tagged: bool) -> None:
+    """Side by side they are the mask of the whole conversation; the tags play no part."""
+    tokenizer = byte_tokenizer(TEMPLATES[name])
+    whole, marks = marked(tokenizer, TALK)
+    if not tagged:
+        tokenizer.chat_template = bare(TEMPLATES[name])
+    spans = [False] * len(whole)
+    turns = conversation(*TALK)
+    assert [turn.id for turn in turns] == ["c#1", "c#2", "c#3"]
+    for number, prompt in enumerate(turns):
+        tokens, start = example(tokenizer, prompt)
+        asked = TALK[: 2 * number + 1]
+        assert tokens[:start] == tokenizer.apply_chat_template(
+            asked, add_generation_prompt=True, return_dict=False, **DAY
+        )
+        assert tokens == whole[: len(tokens)]
+        said, lead = TALK[2 * number + 1]["content"], " " if name == "mistral" else ""
+        assert tokenizer.decode(tokens[start:]) == lead + said + END.get(name, "<|im_end|>")
+        spans[start : len(tokens)] = [True] * (len(tokens) - start)
+    assert spans == marks
+    assert rewriting(tokenizer, turns) == ""
+
+
+THOUGHT = [
+    user("Hi"),
+    assistant("Hello there.", reasoning_content="Greet."),
+    user("And you?"),
+    assistant("Well.", reasoning_content="Be brief."),
+]
+
+
+def test_each_turn_of_a_template_that_drops_reasoning_is_learnt_with_its_own() -> None:
+    """The last turn of what has been said so far has its thought, earlier ones have lost theirs."""
+    tokenizer = byte_tokenizer(QWEN3)
+    turns = conversation(*THOUGHT)
+    for number, prompt in enumerate(turns):
+        tokens, start = example(tokenizer, prompt)
+        whole, marks = marked(tokenizer, THOUGHT[: 2 * number + 2])
+        assert tokens == whole[: len(tokens)]
+        last = len(marks) - 1 - marks[::-1].index(True)
+        assert (start, len(tokens)) == (last - marks[last::-1].index(False) + 1, last + 1)
+    given, spoken = tokenizer.decode(tokens[:start]), tokenizer.decode(tokens[start:])
+    assert spoken == "<think>\nBe brief.\n</think>\n\nWell.<|im_end|>"
+    assert "Hello there." in given
+    assert "Greet." not in given
+    assert "rewrites earlier turns in 1 of 1 conversations" in rewriting(tokenizer, turns)
+    as_text = [
+        user("Hi"),
+        assistant("<think>\nGreet.\n</think>\n\nHello there."),
+        user("And you?"),
+        assistant("<think>\nBe brief.\n</think>\n\nWell."),
+    ]
+    assert [example(tokenizer, p) for p in conversation(*as_text)] == [
+        example(tokenizer, p) for p in turns
+    ]
+
+
+def test_reasoning_of_the_steps_between_tools_stays_until_the_next_question() -> None:
+    tokenizer = byte_tokenizer(QWEN3)
+    looked = assistant("", reasoning_content="Look.", tool_calls=[call()])
+    talk = [user("Warm?"), looked, tool("21"), assistant("Yes.", reasoning_content="It is.")]
+    calling, telling = conversation(*talk, variables={"tools": TOOLS})
+    tokens, start = example(tokenizer, calling)
+    assert tokenizer.decode(tokens[start:]) == (
+        '<think>\nLook.\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": '
+        '{"city": "Oslo", "days": 2}}\n</tool_call><|im_end|>'
+    )
+    tokens, start = example(tokenizer, telling)
+    given = tokenizer.decode(tokens[:start])
+    assert "Look." in given
+    assert "<tool_response>\n21\n</tool_response><|im_end|>" in given
+    assert tokenizer.decode(tokens[start:]) == "<think>\nIt is.\n</think>\n\nYes.<|im_end|>"
+    assert rewriting(tokenizer, [calling, telling]) == ""
+    more = conversation(*talk, user("Sure?"), assistant("Sure."), variables={"tools": TOOLS})
+    tokens, start = example(tokenizer, more[-1])
+    assert "Look." not in tokenizer.decode(tokens[:start])
+    assert rewriting(tokenizer, more)
+
+
+@pytest.mark.parametrize("thinking", [True, False, None])
+def test_without_reasoning_an_empty_thought_is_given_and_not_learnt(thinking: bool | None) -> None:
+    """Of words and of calls alike; whether the generation prompt has it already or not."""
+    tokenizer = byte_tokenizer(QWEN3)
+    settings = {} if thinking is None else {"enable_thinking": thinking}
+    talk = [user("Hi"), assistant("", tool_calls=[call()]), tool("21"), assistant("Warm.")]
+    for prompt in conversation(*talk, variables={"tools": TOOLS, **settings}):
+        tokens, start = example(tokenizer, prompt)
+        assert tokenizer.decode(tokens[:start]).endswith("assistant\n<think>\n\n</think>\n\n")
+        assert tokenizer.decode(tokens[start:]).startswith(("Warm.", "<tool_call>"))
+    (thought,) = conversation(*THOUGHT[:2], variables={"enable_thinking": False})
+    with pytest.raises(InputError, match="renders the prompt in another way once an answer"):
+        example(tokenizer, thought)
+
+
+def test_a_template_that_always_thinks_and_shows_no_reasoning_is_refused() -> None:
+    tokenizer = byte_tokenizer(DROPS_REASONING)
+    for words in ("Hello.", "Greet.</think>Hello."):
+        prompt = replace(conversation(user("Hi"), assistant(words))[0], where="talk.jsonl, line 7")
+        with pytest.raises(InputError, match=r"'c' \(talk.jsonl, line 7\): .* in another way"):
+            example(tokenizer, prompt)
+
+
+CALLS = {
+    "llama3": (
+        '{"name": "weather", "parameters": {"city": "Oslo", "days": 2}}<|eot_id|>',
+        '<|start_header_id|>ipython<|end_header_id|>\n\n"21"<|eot_id|>',
+    ),
+    "qwen25": (
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}\n'
+        "</tool_call><|im_end|>",
+        "<|im_start|>user\n<tool_response>\n21\n</tool_response><|im_end|>",
+    ),
+    "mistral": (
+        '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Oslo", "days": 2}}]</s>',
+        '[TOOL_RESULTS] "21"[/TOOL_RESULTS]',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_are_learnt_and_results_are_given(name: str) -> None:
+    tokenizer = byte_tokenizer(TEMPLATES[name])
+    asked = assistant("", tool_calls=[call() | {"id": "abcdefghi"}])
+    talk = [user("Warm?"), asked, tool("21", tool_call_id="abcdefghi"), assistant("Yes.")]
+    spoken, shown = CALLS[name]
+    calling, telling = conversation(*talk, variables={"tools": TOOLS})
+    tokens, start = example(tokenizer, calling)
+    assert tokenizer.decode(tokens[start:]) == spoken
+    whole, marks = marked(tokenizer, talk[:2], tools=TOOLS)
+    assert (tokens, marks.index(True)) == (whole[: len(tokens)], start)
+    tokens, start = example(tokenizer, telling)
+    given = tokenizer.decode(tokens[:start])
+    assert spoken + ("\n" if name == "qwen25" else "") + shown in given
+    assert json.dumps(TOOLS) in given
+    assert tokenizer.decode(tokens[start:]).strip().startswith("Yes.")
+
+
+def test_tools_that_wander_to_the_last_question_rewrite_earlier_turns() -> None:
+    tokenizer = byte_tokenizer(MISTRAL)
+    turns = conversation(*TALK, variables={"tools": TOOLS})
+    assert rewriting(tokenizer, turns)
+    for prompt in turns:
+        tokens, start = example(tokenizer, prompt)
+        given = tokenizer.decode(tokens[:start])
+        assert given.count("[AVAILABLE_TOOLS]") == 1
+        assert given.endswith(f"[/AVAILABLE_TOOLS][INST] {prompt.messages[-1]['content']}[/INST]")
+
+
+# From a file to answers and examples
+
+
+def test_all_turns_of_a_file_or_its_ends(tmp_path: Path) -> None:
+    asked = [user("Hi"), assistant("Hello."), user("And?")]
+    source = write(
+        tmp_path / "talk.jsonl",
+        {"messages": [system("s"), *asked, assistant("Fine.")], "id": "a", "category": "k"},
+        {"messages": asked, "system": "s"},
+        {"messages": [user("Hi"), assistant("Hello."), user("x"), assistant("y", weight=0)]},
+        {"messages": [user("Hi"), assistant("Hello.", weight=0), user("x"), assistant("y")]},
+        {"messages": [user("Hi"), assistant("Hello.")]},
+    )
+    turns = load_prompts(source, turns="all")
+    assert [(t.id, t.conversation, t.response) for t in turns] == [
+        ("a#1", "a", "Hello."),
+        ("a#2", "a", "Fine."),
+        ("2#1", "2", "Hello."),
+        ("2#2", "2", None),
+        ("3#1", "3", "Hello."),
+        ("3#2", "3", None),
+        ("4#2", "4", "y"),
+        ("5", None, "Hello."),
+    ]
+    assert turns[0].messages == turns[2].messages == (system("s"), user("Hi"))
+    assert turns[0].category == "k"
+    assert turns[1].where == f"{source}, line 1, answer 2"
+    assert [p.id for p in load_prompts(source)] == ["a", "2", "3", "4", "5"]
+    assert [t.id for t in load_prompts(source, turns="all", limit=1)] == ["a#1", "a#2"]
+    learnt = TextAnswers(source, generated=False).answers("all")
+    assert [answer.prompt.id for answer in learnt] == ["a#1", "a#2", "2#1", "3#1", "4#2", "5"]
+
+
+def test_ids_of_turns_may_not_be_other_lines(tmp_path: Path) -> None:
+    row = FORMS["openai"]
+    source = write(tmp_path / "talk.jsonl", {**row, "id": "a"}, {**row, "id": "a#1"})
+    assert [p.id for p in load_prompts(source)] == ["a", "a#1"]
+    source = write(tmp_path / "b.jsonl", {**row, "id": "a"}, {"messages": [user("x")], "id": "a#2"})
+    assert "line 2: id 'a#2' was already used in" in refusal(source, turns="all")
+
+
+def test_a_conversation_is_held_out_whole() -> None:
+    examples = [
+        Example(f"{c}#{t}", [1] * t + [c + 5], [2], conversation=str(c))
+        for c in range(30)
+        for t in range(1, 4)
+    ]
+    examples += [Example("x", [1, 5], [3]), Example("y", [9], [3])]  # asks what 0#1 does
+    heldout, training = split(examples, 16)
+    assert 16 <= len(heldout) <= 18
+    assert not {e.conversation for e in heldout} & {e.conversation for e in training} - {None}
+    side = heldout if any(e.id == "x" for e in heldout) else training
+    assert "0#1" in {e.id for e in side}
+    assert split(examples[::-1], 16) == (heldout, training)
+
+
+def test_a_split_of_prompts_cuts_no_conversation(tmp_path: Path) -> None:
+    texts = [[f"{w} {c}" for w in ("apple", "bread", "cloud", "dream")] for c in range(20)]
+    source = write(tmp_path / "talk.jsonl", *({"data": row} for row in texts))
+    for seed in range(4):
+        sides = split_prompts(load_prompts(source, turns="all"), 8, seed)
+        train, heldout = ({p.conversation for p in side} for side in sides)
+        assert heldout
+        assert not train & heldout
+
+
+def words(*numbers: int) -> str:
+    return " ".join(f"w{n}" for n in numbers)
+
+
+def talks(number: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "conversations": [
+                said("human", words(5 + i)),
+                said("gpt", words(6 + i, 7)),
+                said("human", words(8, 9 + i)),
+                said("gpt", words(10, 11)),
+            ]
+        }
+        for i in range(number)
+    ]
+
+
+def test_generate_answers_every_turn_anew_or_the_last(
+    target: LanguageModel, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "talk.jsonl", *talks(3))
+    by_id: dict[str, Example] = {}
+    for turns in ("all", "last"):
+        asked = load_prompts(source, turns=turns)
+        folder = tmp_path / turns
+        generate(target, asked, folder, max_new_tokens=6)
+        examples = read_examples(folder, signal=True)
+        for example in examples:
+            prompt = next(p for p in asked if p.id == example.id)
+            assert example.prompt_tokens == encode_prompt(target.tokenizer, prompt)
+            assert example.conversation == prompt.conversation
+        by_id |= {f"{turns} {e.id}": e for e in examples}
+    assert sorted(by_id) == [
+        *(f"all {c}#{t}" for c in (1, 2, 3) for t in (1, 2)),
+        *(f"last {c}" for c in (1, 2, 3)),
+    ]
+    for c in (1, 2, 3):
+        again, last = by_id[f"all {c}#2"], by_id[f"last {c}"]
+        assert again.prompt_tokens == last.prompt_tokens
+        assert again.response_tokens == last.response_tokens
+        given = target.tokenizer.decode(again.prompt_tokens)
+        assert words(5 + c, 7) in given, "the turn before is the conversation's own"
+
+
+def test_all_turns_are_trained(tiny_folder: Path, tmp_path: Path) -> None:
+    target = models.load(str(tiny_folder))
+    save_draft(make_draft(target, [0, 1]), tmp_path / "draft")
+    source = write(tmp_path / "talk.jsonl", *talks(12))
+    world = {"target": str(tiny_folder), "draft": str(tmp_path / "draft"), "data": source}
+    for turns, number in (("all", 24), ("last", 12)):
+        config = settings(world, tmp_path / turns, policy="fixed", turns=turns, decode=None)
+        heldout, training = heldout_and_training(config, target, target)
+        assert len(heldout) + len(training) == number
+    rows = train(settings(world, tmp_path / "run", policy="fixed", turns="all", decode=None))
+    assert rows[-2]["loss"] < rows[1]["loss"]
+    assert rewritten_turns(config, target) == ""
+
+
+def test_turns_that_have_no_effect(tiny_folder: Path, tmp_path: Path) -> None:
+    world = make_world(tmp_path, tiny_folder)
+    config = settings(world, tmp_path / "run", turns="all")
+    with pytest.raises(InputError, match=r"turns: all has no effect on .*data, whose answers were"):
+        heldout_and_training(config, models.load(world["target"]), models.load(world["draft"]))
+
+
+def test_a_conversation_longer_than_the_model(target: LanguageModel, tmp_path: Path) -> None:
+    """Named by its line before any answer is made, where it is asked and where it is learnt."""
+    long = {"data": [words(5), words(6), words(*[7] * 600), words(8)]}
+    source = write(tmp_path / "talk.jsonl", {"data": [words(5), words(6)]}, long)
+    with pytest.raises(InputError) as caught:
+        generate(target, load_prompts(source), tmp_path / "new", max_new_tokens=6)
+    assert f"prompt '2' ({source}, line 2) has 60" in str(caught.value)
+    assert "reads 512 positions" in str(caught.value)
+    assert not (tmp_path / "new").exists()
+    world = {"target": "t", "draft": "d", "data": source}
+    with pytest.raises(InputError, match=r"prompt '2#2' \(.*line 2, answer 2\) comes to 61"):
+        read_given(settings(world, tmp_path / "run", policy="fixed", turns="all"), target)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from specdistill.errors import InputError
 
 if TYPE_CHECKING:
-    from specdistill.data.prompts import Prompt
+    from specdistill.data.prompts import Prompt, Turns
     from specdistill.data.scorers import BestOf
 
 
@@ -33,6 +33,7 @@ def read(
     limit: int | None,
     response_column: str | None,
     scorer: str | None,
+    turns: Turns = "last",
 ) -> list[Prompt]:
     """The prompts of a source."""
     from specdistill.data.prompts import load_prompts
@@ -42,7 +43,12 @@ def read(
             "--response-column has no effect without --scorer, which alone reads it; leave it out"
         )
     return load_prompts(
-        source, split=split, column=column, response_column=response_column, limit=limit
+        source,
+        split=split,
+        column=column,
+        response_column=response_column,
+        limit=limit,
+        turns=turns,
     )
 
 

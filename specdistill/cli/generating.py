@@ -52,6 +52,7 @@ def generate(
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 32,
     limit: options.Limit = None,
+    turns: options.Turns = "last",
     response_column: options.ResponseColumn = None,
     signal: Annotated[
         str,
@@ -103,7 +104,7 @@ def generate(
     serving.check(engine, device, generator)
     writer = None if generator is None else console.loader(generator, dtype, device)
     console.setup(threads)
-    read = answers.read(prompts, split, column, limit, response_column, scorer)
+    read = answers.read(prompts, split, column, limit, response_column, scorer, turns)
     asked = answers.put(read, style, examples, shots, seed)
     from specdistill.data import generation
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from annotated_types import Interval
@@ -31,6 +31,10 @@ Column = Annotated[str | None, typer.Option(help="Column of a `datasets` id.")]
 Prompts = Annotated[
     str,
     typer.Option(help=".jsonl, .json, .parquet, .txt, datasets id, demo:train or demo:heldout."),
+]
+Turns = Annotated[
+    Literal["last", "all"],
+    typer.Option(help="Of a conversation's assistant turns answer anew the last, or each."),
 ]
 Limit = Annotated[int | None, among(limits.COUNT, "Use only the first so many prompts.")]
 LongestAnswer = Annotated[int, among(limits.NEW_TOKENS, "Tokens of the longest answer.")]

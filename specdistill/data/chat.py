@@ -16,7 +16,7 @@ from specdistill.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PROBE = "An answer that no template takes for anything else."
+PROBE = "An answer that no template takes for anything else."
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -120,7 +120,7 @@ def _render_example(
     opening = rendered(tokenizer, prompt, prompt.messages, header=True)
     # A known answer shows what the template writes around any answer; searching for the real one
     # could find it inside a marker.
-    scaffold, found, closing = after_opening(_PROBE, {}).partition(_PROBE)
+    scaffold, found, closing = after_opening(PROBE, {}).partition(PROBE)
     rest = after_opening(response, prompt.answer)
     if not found or not rest.endswith(closing):
         raise InputError(f"{prompt.named}: the chat template does not write answers as given")
@@ -133,8 +133,8 @@ def _render_example(
 
     def following() -> str:
         """What the template writes between an answer and the next question."""
-        asked = {"role": "user", "content": _PROBE}
-        return after_opening(_PROBE, {}, asked).split(_PROBE)[1]
+        asked = {"role": "user", "content": PROBE}
+        return after_opening(PROBE, {}, asked).split(PROBE)[1]
 
     marker = _end_of_turn(tokenizer, closing, ends, following)
     # The answer may hold reasoning of its own, which then stands in the scaffold's place. White
@@ -145,7 +145,10 @@ def _render_example(
         if after_opening(response, others) == rest:
             raise _left_out(prompt, f"the answer's {key!r}")
     if prompt.answer and response.strip() in body:
-        return opening, "", body, marker
+        given = (
+            "" if REASONING & prompt.answer.keys() or not body.startswith(scaffold) else scaffold
+        )
+        return opening, given, body.removeprefix(given), marker
     for given in ("", scaffold):
         spoken = body.removeprefix(given)
         if body.startswith(given) and spoken.strip() == response.strip():
@@ -212,7 +215,7 @@ def _opening(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
         if content and text.count(content) < sum(other.count(content) for other in contents):
             turns = list(prompt.messages)
             # All of it, or its end: the reasoning that it begins with is rightly left out.
-            for other in (_PROBE, f"{content} {_PROBE}"):
+            for other in (PROBE, f"{content} {PROBE}"):
                 turns[number] = {**turn, "content": other}
                 if changed_text(replace(prompt, messages=tuple(turns))) == text:
                     raise _left_out(prompt, f"message {number + 1}, of role {turn['role']!r}")

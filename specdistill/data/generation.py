@@ -15,6 +15,7 @@ from specdistill.data.filters import DUPLICATE, NO_FILTER, Filters, Judged, repe
 from specdistill.data.prompts import Prompt, prompts_sha256
 from specdistill.data.questions import Decoder, Question, round_seed, rounds
 from specdistill.data.rereading import Rereading
+from specdistill.data.rewriting import rewriting
 from specdistill.data.scorers import BestOf, Candidate, matched_number
 from specdistill.data.selection import Selection
 from specdistill.data.signal import (
@@ -141,17 +142,18 @@ def generate(
             batch_size=batch_size,
             keep_hidden=selection.reads_log_probability or (signal != NONE and writer is None),
         )
+    questions = {
+        p.id: Question(p, _tokens(target, p, max_new_tokens), own_sampling(samplings, seed, p.id))
+        for p in prompts
+    }
+    if words := rewriting(target.tokenizer, prompts):
+        note(words)
     asking = _Asking(
         target,
         author,
         decoder,
         Store(folder, manifest),
-        {
-            p.id: Question(
-                p, encode_prompt(target.tokenizer, p), own_sampling(samplings, seed, p.id)
-            )
-            for p in prompts
-        },
+        questions,
         seed,
         selection,
         max_new_tokens,
@@ -162,12 +164,12 @@ def generate(
         rereading,
     )
     asking.drop_duplicates()  # of a run that was killed before it came to it
-    questions = asking.open()
-    asking.check_space(questions, note)
-    if questions and isinstance(decoder, SpeculativeDecoder):
-        requests = [r for q in questions for r in q.requests(selection.number, max_new_tokens)]
+    open_ = asking.open()
+    asking.check_space(open_, note)
+    if open_ and isinstance(decoder, SpeculativeDecoder):
+        requests = [r for q in open_ for r in q.requests(selection.number, max_new_tokens)]
         note(decoder.cache_size(requests).line)
-    asking.all(questions)
+    asking.all(open_)
     if rereading is not None and rereading.line:
         note(rereading.line)
     return asking.store
@@ -333,6 +335,18 @@ class _Asking:
         self.store.withdraw(again, DUPLICATE)
         self.removals.update(again)
         return sum(map(self.retried, again))
+
+
+def _tokens(target: LanguageModel, prompt: Prompt, max_new_tokens: int) -> list[int]:
+    """Raises `InputError` where the target cannot read so much, as `encode_prompt` does."""
+    tokens = encode_prompt(target.tokenizer, prompt)
+    if len(tokens) + max_new_tokens > target.max_length:
+        raise InputError(
+            f"{prompt.named} has {len(tokens)} tokens and up to {max_new_tokens} new ones, and "
+            f"{target.name} reads {target.max_length} positions; take shorter conversations, "
+            "fewer new tokens, or a target that reads more"
+        )
+    return tokens
 
 
 def _writer(writer: LanguageModel | Loader, target: LanguageModel) -> LanguageModel:

@@ -49,9 +49,10 @@ def split_prompts(
 ) -> tuple[list[Prompt], list[Prompt]]:
     """The prompts to train on and `heldout` others drawn by the seed, or fewer where groups do not
     add up to as many; both in their first order. Those that are nearly the same, directly or by way
-    of others, are a group and stay on one side. A group that would be more than a quarter of the
-    held-out prompts, such as those of one template, is divided, so that its kind is neither most of
-    them nor missing; only equal prompts stay together then, and `note` is told of it.
+    of others, and the turns of a conversation are a group and stay on one side. A group that would
+    be more than a quarter of the held-out prompts, such as those of one template, is divided, so
+    that its kind is neither most of them nor missing; only equal prompts, or turns of one
+    conversation, stay together then, and `note` is told of it.
 
     Raises `InputError` where no prompt would be left on one of the sides.
     """
@@ -69,13 +70,20 @@ def split_prompts(
             groups[place] = place = groups[groups[place]]
         return place
 
-    for one, other in _pairs(lists, lists):
+    begun: dict[str, int] = {}  # by conversation its first turn
+    turns = [
+        (place, begun.setdefault(prompt.conversation, place))
+        for place, prompt in enumerate(prompts)
+        if prompt.conversation is not None
+    ]
+    for one, other in (*turns, *_pairs(lists, lists)):
         low, high = sorted((first(one), first(other)))
         groups[high] = low
     sizes, largest = Counter(map(first, groups)), min(max(heldout // 4, 4), heldout)
     members: defaultdict[object, list[int]] = defaultdict(list)
     for place, words in enumerate(lists):
-        members[first(place) if sizes[first(place)] <= largest else tuple(words)].append(place)
+        apart = prompts[place].conversation or tuple(words)
+        members[first(place) if sizes[first(place)] <= largest else apart].append(place)
     drawn: set[int] = set()
     for group in random.Random(seed).sample([*members.values()], len(members)):
         if len(drawn) + len(group) <= heldout:

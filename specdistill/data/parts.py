@@ -17,6 +17,8 @@ from specdistill.data.signal import Signal, from_tensors
 from specdistill.errors import StorageError
 from specdistill.limits import shown
 
+CONVERSATION = "conversation"  # a column that not every part has
+
 
 class Part(TypedDict, total=False):
     """What the manifest says of a part: the hash of each file, and where only some tokens are kept
@@ -44,6 +46,8 @@ def write_rows(rows: Sequence[Any], file: Path) -> None:
 
     text, tokens = pa.string(), pa.list_(pa.int64())
     kinds = {"id": text, "category": text, "prompt_tokens": tokens, "response_tokens": tokens}
+    if any(row.conversation is not None for row in rows):
+        kinds[CONVERSATION] = text
     columns = {name: [getattr(row, name) for row in rows] for name in kinds}
     with file.open("wb") as sink:
         parquet.write_table(pa.table(columns, pa.schema(kinds)), sink)
@@ -66,6 +70,8 @@ def read_rows(file: Path, part: Part) -> list[dict[str, Any]]:
     }
     try:
         table = parquet.read_table(file)
+        if CONVERSATION in table.column_names:  # of turns alone
+            columns[CONVERSATION] = columns["category"]
         kinds = {name: table.schema.field(name).type for name in columns}
         if wrong := [name for name, fits in columns.items() if not fits(kinds[name])]:
             raise ValueError(f"the column {wrong[0]} is of type {kinds[wrong[0]]}")

@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from specdistill import limits
 from specdistill.data.messages import (
@@ -31,6 +31,8 @@ from specdistill.data.rows import (
 )
 from specdistill.errors import InputError
 
+Turns = Literal["last", "all"]  # of a conversation
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -51,6 +53,7 @@ class Prompt:
     rivals: tuple[str, ...] = field(default=(), compare=False)  # several responses, none chosen
     unread: frozenset[str] = field(default=frozenset(), compare=False)  # the row's other fields
     where: str = field(default="", compare=False)  # it stands, for messages
+    conversation: str | None = field(default=None, compare=False)  # of whose turns it is one
 
     @property
     def named(self) -> str:
@@ -80,8 +83,10 @@ def load_prompts(
     column: str | None = None,
     response_column: str | None = None,
     limit: int | None = None,
+    turns: Turns = "last",
 ) -> list[Prompt]:
-    """Read the prompts of `source`, or the first `limit` of them.
+    """Read the prompts of `source`, or of the first `limit` of its lines. Of a conversation each
+    assistant turn is one with `turns` "all", see `turns_of`, and else its end alone.
 
     `source` is `demo:train` or `demo:heldout`; a `.jsonl` file with {"prompt": ...} or a
     conversation a line, as in `messages.py`; a `.json` file with a list of them, or a `.parquet`
@@ -111,17 +116,55 @@ def load_prompts(
                 f"{where} has its conversation in {form!r}, and {known[1]} in {known[0]!r}; give "
                 "files of one kind each"
             )
-        prompt = _prompt(replace(row, fields=fields))
-        if prompt.id in first_use:
-            raise InputError(
-                f"{where}: id {prompt.id!r} was already used in {first_use[prompt.id]}; ids must "
-                "be unique, and a line without an id takes its line number"
-            )
-        first_use[prompt.id] = where
-        prompts.append(prompt)
+        whole = _prompt(replace(row, fields=fields))
+        for prompt in turns_of(whole) if turns == "all" else [whole]:
+            if prompt.id in first_use:
+                raise InputError(
+                    f"{where}: id {prompt.id!r} was already used in {first_use[prompt.id]}; ids "
+                    "must be unique, and a line without an id takes its line number"
+                )
+            first_use[prompt.id] = where
+            prompts.append(prompt)
     if not prompts:
         raise InputError(f"{source} holds no prompts; it needs at least one")
     return prompts
+
+
+def turns_of(prompt: Prompt) -> list[Prompt]:
+    """A prompt for each assistant turn, with that turn as its response, and for the end of the
+    conversation; where they are several, their ids are the conversation's with # and a number. A
+    turn of weight 0, OpenAI's mark of what is not to be learnt, is left out.
+
+    What stands before a turn is its prompt, which is what a server sees when it is to write it. So
+    a template that shows earlier turns in another way than they were written is followed by
+    construction.
+    """
+    said = [place for place, turn in enumerate(prompt.messages) if turn["role"] == "assistant"]
+    if not said:
+        return [prompt]
+    turns = [
+        replace(
+            prompt,
+            messages=prompt.messages[:place],
+            response=prompt.messages[place]["content"],
+            answer=said_beside(prompt.messages[place]),
+            rivals=(),
+        )
+        for place in said
+    ]
+    learnt = [prompt.messages[place].get("weight") != 0 for place in said]
+    return [
+        replace(
+            turn,
+            id=f"{prompt.id}#{number}",
+            where=f"{prompt.where}, answer {number}" if prompt.where else "",
+            conversation=prompt.id,
+        )
+        for number, (turn, wanted) in enumerate(
+            zip([*turns, prompt], [*learnt, True], strict=True), 1
+        )
+        if wanted
+    ]
 
 
 def as_prompt(asked: str | Sequence[Mapping[str, Any]], number: int = 1) -> Prompt:
@@ -215,7 +258,7 @@ def _response(
             value = row[name]
             if str(value).strip():
                 texts[repr(name)] = text_of(value, where, repr(name))
-    if last and (last["content"].strip() or beside):
+    if last and last.get("weight") != 0 and (last["content"].strip() or beside):
         texts["the last message"] = last["content"]
     if chosen is not None:
         place = "the last message" if chosen == "messages" else repr(chosen)

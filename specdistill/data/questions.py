@@ -54,7 +54,9 @@ def rounds(
     requests = [r for question in questions for r in question.requests(number, max_new_tokens)]
     owners = {r.id: questions[i // number] for i, r in enumerate(requests)}
     rows = {
-        r.id: Example(q.prompt.id, q.tokens, [], q.prompt.category)
+        r.id: Example(
+            q.prompt.id, q.tokens, [], q.prompt.category, conversation=q.prompt.conversation
+        )
         for r, q in zip(requests, owners.values(), strict=True)
     }
     pieces: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {r.id: [] for r in requests}

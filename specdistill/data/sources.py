@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from specdistill.data.prompts import load_prompts
+from specdistill.data.prompts import Turns, load_prompts
 from specdistill.data.text_store import ANSWERS, TextAnswer, holds_text, read_answers
 from specdistill.data.token_store import MANIFEST, Example, Manifest, read_examples, read_manifest
 from specdistill.errors import InputError
@@ -58,11 +58,15 @@ class TextAnswers:
         files = Path(self.source), Path(self.source) / ANSWERS, Path(self.source) / MANIFEST
         return next((file_sha256(file) for file in files if file.is_file()), None)
 
-    def answers(self) -> list[TextAnswer]:
-        """Prompts whose response is the answer, if they have one."""
+    def answers(self, turns: Turns = "last") -> list[TextAnswer]:
+        """Prompts whose response is the answer, if they have one; `turns` of conversations, see
+        `load_prompts`. What the last turn of one asks may be left unanswered, and is left out.
+        """
         if self.generated:
             return read_answers(Path(self.source))
-        return [TextAnswer(prompt, ended=True) for prompt in load_prompts(self.source)]
+        prompts = load_prompts(self.source, turns=turns)
+        asked = [p for p in prompts if p.conversation is None or p.one_response() is not None]
+        return [TextAnswer(prompt, ended=True) for prompt in asked]
 
     def token_lists(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """The answers, or, where there are none, what the prompts say."""

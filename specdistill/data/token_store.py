@@ -44,7 +44,8 @@ CPU = torch.device("cpu")
 class Example:
     """One answer, and what was kept of the target at its n response tokens. While it is not
     written: alpha_cost is the sum over them of what acceptance that loses which was not kept,
-    log_prob that of their log-probabilities, where an outside engine said it.
+    log_prob that of their log-probabilities, where an outside engine said it. An answer within a
+    conversation says which, as others begin with it.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Example:
     signal: Signal | None = None
     alpha_cost: float = 0.0
     log_prob: float | None = None
+    conversation: str | None = None
 
 
 Pair = Annotated[list[str], Field(min_length=2, max_length=2)]

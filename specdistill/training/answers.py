@@ -4,13 +4,15 @@ are held out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 
 from specdistill.config import DistillConfig
 from specdistill.data.chat import encode_example
+from specdistill.data.prompts import load_prompts
+from specdistill.data.rewriting import LOOKED_AT, rewriting
 from specdistill.data.signal import NONE, States, TopK, kept_tokens
 from specdistill.data.sources import TokenAnswers, open_answers
 from specdistill.data.token_store import Example, tokenizer_sha256
@@ -50,17 +52,30 @@ def heldout_and_training(
 def split(examples: list[Example], heldout: int) -> tuple[list[Example], list[Example]]:
     """The answers that are held out and those trained on, in an order by lot that is the same in
     every run: in a folder they come a task at a time, and otherwise after an interrupt. Answers to
-    equal prompts stay together where that is possible with up to twice as many held out, or fewer.
+    equal prompts and those of one conversation, which hold each other's text, stay together where
+    that is possible with up to twice as many held out, or fewer.
     """
-    first: dict[tuple[int, ...], str] = {}
+    leaders: dict[Hashable, str] = {}  # by prompt or conversation, the id of a first one
+    first: dict[str, str] = {}  # of each first one an earlier one of its group, or itself
+
+    def leader(id_: str) -> str:
+        while first[id_] != id_:
+            first[id_] = id_ = first[first[id_]]
+        return id_
+
     for example in sorted(examples, key=lambda example: example.id):
-        first.setdefault(tuple(example.prompt_tokens), example.id)
+        first[example.id] = example.id
+        shared: list[Hashable] = [tuple(example.prompt_tokens)]
+        shared += [] if example.conversation is None else [example.conversation]
+        for key in shared:
+            low, high = sorted((leader(leaders.setdefault(key, example.id)), leader(example.id)))
+            first[high] = low
 
     def lot(example: Example) -> tuple[bytes, str]:
-        return sha256(first[tuple(example.prompt_tokens)].encode()).digest(), example.id
+        return sha256(leader(example.id).encode()).digest(), example.id
 
     lots = sorted(examples, key=lot)
-    ends = [i + 1 for i, (a, b) in enumerate(pairwise(lots)) if a.prompt_tokens != b.prompt_tokens]
+    ends = [i + 1 for i, (a, b) in enumerate(pairwise(lots)) if leader(a.id) != leader(b.id)]
     more = [end for end in ends if heldout <= end <= 2 * heldout]
     fewer = [end for end in ends if end < heldout]
     end = min(more, default=max(fewer, default=heldout))
@@ -87,6 +102,11 @@ def read_given(config: DistillConfig, reader: LanguageModel) -> list[Example]:
         )
         other = "target" if answers.generated else "fixed"
         raise InputError(f"policy {name!r}: {config.data} holds {here}; take policy {other!r}")
+    if config.turns != "last" and answers.generated:
+        raise InputError(
+            f"turns: {config.turns} has no effect on {config.data}, whose answers were generated; "
+            "leave it out, and have each turn answered by `specdistill generate --turns all`"
+        )
     if isinstance(answers, TokenAnswers):
         made_by = answers.manifest
         if made_by.tokenizer_sha256 != tokenizer_sha256(reader):
@@ -112,20 +132,28 @@ def read_given(config: DistillConfig, reader: LanguageModel) -> list[Example]:
             "signal: none to learn from the text (loss: ce), or live"
         )
     examples = []
-    for text in answers.answers():
+    for text in answers.answers(config.turns):
         prompt = text.prompt
         response = prompt.one_response()
         if response is None:
             raise InputError(
-                f"{config.data}: prompt {prompt.id!r} has no response to learn from; give one to "
-                "each, or let the target answer with `specdistill generate`"
+                f"{config.data}: {prompt.named} has no response to learn from; give one to each, "
+                "or let the target answer with `specdistill generate`"
             )
         tokens, mask = encode_example(
             reader.tokenizer, prompt, response, ended=text.ended, ends=reader.eos_ids
         )
-        check_tokens(reader, tokens, f"{config.data}: prompt {prompt.id!r}")
+        check_tokens(reader, tokens, f"{config.data}: {prompt.named}")
+        if len(tokens) > reader.max_length:
+            raise InputError(
+                f"{config.data}: {prompt.named} comes to {len(tokens)} tokens with its response, "
+                f"and {reader.name} reads {reader.max_length} positions; take shorter texts, or a "
+                "model that reads more"
+            )
         start = mask.index(True)
-        examples.append(Example(prompt.id, tokens[:start], tokens[start:], prompt.category))
+        example = Example(prompt.id, tokens[:start], tokens[start:], prompt.category)
+        example.conversation = prompt.conversation
+        examples.append(example)
     return examples
 
 
@@ -192,6 +220,15 @@ def _check_signal(
                     "target at temperature 1, which gives no other; keep 'states', or distil with "
                     "signal: live"
                 )
+
+
+def rewritten_turns(config: DistillConfig, reader: LanguageModel) -> str:
+    """What to say where the chat template shows earlier turns in another way."""
+    if config.turns == "last":
+        return ""
+    prompts = load_prompts(config.data, turns=config.turns, limit=LOOKED_AT)
+    words = rewriting(reader.tokenizer, prompts)
+    return f"; {words}" if words else ""
 
 
 def smaller_writer(config: DistillConfig, draft: LanguageModel) -> str:

@@ -34,7 +34,12 @@ from specdistill.run_folder import (
     keep_metrics,
     write_config,
 )
-from specdistill.training.answers import examples_sha256, heldout_and_training, smaller_writer
+from specdistill.training.answers import (
+    examples_sha256,
+    heldout_and_training,
+    rewritten_turns,
+    smaller_writer,
+)
 from specdistill.training.batches import check_processes, dealt, schedule
 from specdistill.training.checkpoints import (
     RunState,
@@ -372,6 +377,7 @@ class Run:
         ):
             words += f", {alike} of them on prompts nearly like one that is trained on"
         words += smaller_writer(self.config, self.draft)
+        words += rewritten_turns(self.config, self.target or self.draft)
         return words + (f"; going on from step {self.state.step}" if self.state.step else "")
 
 
