@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
+from dispatch import Draws
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from specdistill.decoding import ModelDrafter, SpeculativeDecoder
 from specdistill.decoding.cache import CachedModel, cache_bytes
+from specdistill.drafts import making
 from specdistill.drafts.making import decoder_layers, make_draft, save_draft
 from specdistill.errors import InputError, ModelError
 from specdistill.models import LanguageModel, load
+from specdistill.models.randomness import seeded
 
 WINDOW = 8
 COMMON: dict[str, Any] = {
@@ -222,7 +225,7 @@ def test_hidden_states_and_logits_are_those_of_the_stock_model(name: str) -> Non
         for chunk, lengths in ((5, (20, 3, 1)), (13, (31, 40)), (64, (45,))):
             cached = CachedModel(model, len(lengths), len(text))
             rows = torch.arange(len(lengths))
-            cached.prefill(rows, [text[:n] for n in lengths], chunk=chunk)
+            cached.prefill(rows, [text[:n] for n in lengths], width=chunk)
             for step in range(0, 12, 3):
                 positions = torch.tensor(lengths)[:, None] + torch.arange(step, step + 3)
                 hidden = cached.run(torch.tensor(text)[positions], positions, max(lengths) + 15)
@@ -255,6 +258,30 @@ def test_the_bytes_of_the_cache_are_known_before_it_is_allocated(name: str) -> N
     }.get(name, (0, 0))
     if heads:
         assert cache_bytes(model, 3, 65) == 4 * 2 * 3 * heads * width * 128 * 8
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_draft_is_made_without_drawing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights, its buffers (those that no checkpoint holds, too) and its logits are those of a
+    model that was filled at random first.
+    """
+    target = family_model(name)
+    with monkeypatch.context() as patch, Draws() as filled:
+        patch.setattr(making, "Unfilled", lambda: seeded(0))
+        expected = make_draft(target, [0, 3])
+    with Draws() as draws:
+        made = make_draft(target, [0, 3])
+    assert filled.names
+    assert not draws.names
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = (dict(getattr(draft.model, kind)()) for draft in (made, expected))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), kind
+    assert not {p.data_ptr() for p in made.model.parameters() if p.numel()} & {
+        p.data_ptr() for p in target.model.parameters()
+    }
+    tokens = torch.tensor([PROMPTS[1][:12]])
+    assert torch.equal(made.model(tokens).logits, expected.model(tokens).logits)
 
 
 def test_a_batch_at_the_end_of_learned_positions() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dispatch import Draws
 from safetensors.torch import load_file, save_file
 from small_runs import ask
 from transformers import AutoModelForCausalLM
@@ -362,3 +363,16 @@ def test_a_draft_is_widened_to_the_rows_of_its_target(
     kept = kept[kept < size]
     assert wide.shape[-1] == size
     assert torch.allclose(wide[..., kept], ours[..., : len(kept)], atol=1e-5)
+
+
+def test_a_trimmed_draft_is_loaded_without_drawing(tiny: Tiny, tmp_path: Path) -> None:
+    draft = make_draft(tiny(0, layers=4), [0, 2], torch.arange(0, 64, 2))
+    save_draft(draft, tmp_path / "draft")
+    torch.manual_seed(3)
+    state = torch.random.get_rng_state()
+    with Draws() as draws:
+        loaded = models.load(str(tmp_path / "draft"), dtype="float32")
+    assert not draws.names
+    assert torch.equal(torch.random.get_rng_state(), state)
+    tokens = torch.randint(5, 60, (2, 9))
+    assert torch.equal(loaded.logits(loaded.hidden(tokens)), draft.logits(draft.hidden(tokens)))

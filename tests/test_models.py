@@ -36,7 +36,15 @@ from specdistill import models
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import ModelError, StorageError
-from specdistill.models import LanguageModel, check_pair, gguf_files, load, packed_linear, packing
+from specdistill.models import (
+    LanguageModel,
+    check_pair,
+    gguf_files,
+    language_model,
+    load,
+    packed_linear,
+    packing,
+)
 from specdistill.models.checkpoint_files import weight_files
 from specdistill.models.hashes import file_sha256, model_sha256
 from specdistill.models.head_only import load_head
@@ -679,6 +687,49 @@ def test_states_of_any_dtype_make_logits(tiny: Tiny) -> None:
         for states in (hidden.bfloat16(), hidden, hidden.double()):
             logits = tiny(0, dtype=dtype).logits(states)
             assert torch.allclose(logits.float(), expected, atol=0.1)
+
+
+@pytest.mark.parametrize("after", [{}, {"logit_scale": 0.25, "final_logit_softcapping": 3.0}])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_gpu_reads_a_head_in_half_precision_as_it_is(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, after: dict[str, float], has_bias: bool
+) -> None:
+    """By a product of the same dtype with sums in float32; no copy of the weight is made."""
+    model = tiny(3, dtype=torch.bfloat16)
+    if has_bias:
+        model.head.bias = torch.nn.Parameter(torch.randn(64).bfloat16(), requires_grad=False)
+    for name, value in after.items():
+        setattr(model.config, name, value)
+    hidden = torch.randn(2, 3, 32).bfloat16()
+    with torch.inference_mode():
+        expected = model.logits(hidden)
+        assert model._wide is not None, "this is the CPU's way"
+        model._wide = None
+        asked: list[tuple[torch.dtype, ...]] = []
+
+        def mm(x: Tensor, y: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+            asked.append((x.dtype, y.dtype, out_dtype))
+            return (x.double() @ y.double()).to(out_dtype)
+
+        monkeypatch.setattr(torch, "mm", mm)
+        monkeypatch.setattr(language_model, "multiplies_wide", lambda weight: True)
+        monkeypatch.setattr(packing, "packs", lambda dtype: False)
+        pack(model, 4)
+        logits = model.logits(hidden, packed=True)
+    assert asked == [(torch.bfloat16, torch.bfloat16, torch.float32)]
+    assert model._wide is None
+    assert logits.dtype == torch.float32
+    assert logits.shape == (2, 3, 64)
+    assert torch.allclose(logits, expected, atol=1e-4)
+    wide = model.logits(hidden.float())  # states of another dtype
+    assert torch.allclose(wide, expected, atol=1e-4)
+    assert len(asked) == 1
+
+
+def test_where_a_gpus_product_is_not_to_be_had(tiny: Tiny) -> None:
+    half = torch.zeros(2, 2, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        assert not language_model.multiplies_wide(half), "on a CPU"
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -26,7 +26,7 @@ from specdistill.limits import shown
 from specdistill.models import LanguageModel, load, stored_dtype, support
 from specdistill.models.checkpoint_files import VOCAB_FILE
 from specdistill.models.parallel import KIND, ORIGIN, PARD_TOKEN
-from specdistill.models.randomness import seeded
+from specdistill.models.randomness import Unfilled, seeded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -108,7 +108,7 @@ def make_draft(
     if vocabulary is not None:
         text.tie_word_embeddings = config.tie_word_embeddings = False
     try:
-        with seeded(random_seed or 0):
+        with Unfilled() if random_seed is None else seeded(random_seed):
             model = AutoModelForCausalLM.from_config(config, dtype=target.dtype)
     except Exception as error:  # settings that fit no other number of layers raise many kinds
         raise _unlike(target, layers, first_line(error)) from error

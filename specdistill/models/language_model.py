@@ -135,11 +135,15 @@ class LanguageModel:
     def logits(self, hidden: Tensor, *, packed: bool = False) -> Tensor:
         """[..., d] to float32 logits [..., vocab_size] (float64 for a float64 model).
 
-        The product is taken in float32 whatever the model's dtype: bfloat16 logits are full of
-        exact ties, and a tie decided differently by two passes looks like a decoding error. By the
+        The product is added up in float32 whatever the model's dtype: bfloat16 logits are full of
+        exact ties, and a tie decided differently by two passes looks like a decoding error. A GPU
+        reads the head as it is for that; elsewhere a copy of it in float32 is kept. By the
         `packed` weight, where there is one, the last bits are others: decoding asks for it, while
         what is trained on must not depend on whether something was decoded before.
         """
+        weight: Tensor = self.head.weight
+        if hidden.dtype == weight.dtype and multiplies_wide(weight):
+            return self.scale_logits(wide_product(hidden, weight, self.head.bias))
         head = self.readout()
         hidden = hidden.to(head.weight.dtype)  # kept states may be of another
         if packed and (product := self._product_of(head)).serves(1):
@@ -164,6 +168,10 @@ class LanguageModel:
     def head_product(self) -> Joined:
         """The product with `readout()`, which `packing` packs."""
         return self._product_of(self.readout())
+
+    def unpack_head(self) -> None:
+        """Drop its packed copy, if there is one."""
+        self._head_product = None
 
     def _product_of(self, head: Head) -> Joined:
         if self._head_product is None or self._head_product[0] is not head.weight:
@@ -226,6 +234,25 @@ class LanguageModel:
         """Whether a hash that was written down is this model's, by an earlier version too."""
         known = {self.sha256()} if self.path == Path() else hashes_of(self.path)
         return recorded in known
+
+
+def multiplies_wide(weight: Tensor) -> bool:
+    """Whether products with a weight in half precision can be had in float32 without a copy of it.
+    No gradient goes through them.
+    """
+    return (
+        weight.is_cuda
+        and torch.version.hip is None
+        and weight.dtype.itemsize == 2
+        and not torch.is_grad_enabled()
+    )
+
+
+def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[..., d] and [V, d] of one dtype to float32 [..., V], added up in float32."""
+    out = torch.mm(x.reshape(-1, x.shape[-1]), weight.T, out_dtype=torch.float32)
+    out = out if bias is None else out + bias
+    return out.view(*x.shape[:-1], -1)
 
 
 def set_origin(

@@ -24,7 +24,7 @@ from specdistill.limits import Dtype
 from specdistill.models.checkpoint_files import VOCAB_FILE, weight_files
 from specdistill.models.hub import locate
 from specdistill.models.language_model import LanguageModel
-from specdistill.models.randomness import seeded
+from specdistill.models.randomness import Unfilled
 from specdistill.models.support import check_decodable, read_config, settle_window
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def load(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageM
             missing = report["missing_keys"]
             check_all_read(name, files, config, model, report["unexpected_keys"])
         else:
-            with seeded(0):  # the weights that are drawn are all replaced
+            with Unfilled():
                 model = AutoModelForCausalLM.from_config(config, dtype=kind)
             head = model.get_output_embeddings()
             check_all_read(name, files, config, model, ())

@@ -40,8 +40,9 @@ def pack(model: LanguageModel, rows: int) -> None:
     """
     trained = any(parameter.requires_grad for parameter in model.model.parameters())
     if trained or model.device.type != "cpu" or not packs(model.dtype):
-        for product in _products(model):
+        for product in _layer_products(model):
             product.unpack()
+        model.unpack_head()
         return
     if model.body is None:
         _replace_linears(model)
@@ -59,12 +60,14 @@ def pack(model: LanguageModel, rows: int) -> None:
 
 
 def _products(model: LanguageModel) -> list[Joined]:
-    """Those of its lean pass or its layers, and of its head."""
-    if model.body is None:
-        layers = [m.product for m in model.model.modules() if isinstance(m, PackedLinear)]
-    else:
-        layers = model.body.products()
-    return [*layers, model.head_product()]
+    return [*_layer_products(model), model.head_product()]
+
+
+def _layer_products(model: LanguageModel) -> list[Joined]:
+    """Those of its lean pass, or of its linear layers."""
+    if model.body is not None:
+        return model.body.products()
+    return [m.product for m in model.model.modules() if isinstance(m, PackedLinear)]
 
 
 def _replace_linears(model: LanguageModel) -> None:
