@@ -24,10 +24,10 @@ from specdistill.models import LanguageModel
 from specdistill.report.plots.acceptance import figure_acceptance, figure_survival
 from specdistill.report.plots.speed import figure_speedup, figure_time
 from specdistill.report.text import document
-from specdistill.scoring import measure, sampled_texts
-from specdistill.scoring.measure import cpu_times, stolen
+from specdistill.scoring import measure, sampled_texts, turns
 from specdistill.scoring.rows import PARTS, Runs, Timed, without_stalls
 from specdistill.scoring.scorecard import Scorecard
+from specdistill.scoring.turns import cpu_times, stolen
 
 PROMPTS = [measure.EncodedPrompt(str(i), [5 + i, 9, 30 - i]) for i in range(6)]
 Cost = Callable[[int, bool, int], float]  # of the n-th pass: by the target?, its tokens
@@ -69,11 +69,11 @@ def card(pair: tuple[LanguageModel, LanguageModel]) -> Scorecard:
 
 
 def test_plain_decoding_comes_before_and_after_a_prompts_drafts() -> None:
-    assert measure.in_turn([0.0, 1.0], [2, 3, 5], 1) == [
+    assert turns.in_turn([0.0, 1.0], [2, 3, 5], 1) == [
         *((1.0, g) for g in (0, 3, 5, 2, 0)),
         *((0.0, g) for g in (0, 3, 5, 2, 0)),
     ]
-    first = {measure.in_turn([0.0, 1.0], [2, 3], i)[1] for i in range(4)}
+    first = {turns.in_turn([0.0, 1.0], [2, 3], i)[1] for i in range(4)}
     assert first == {(0.0, 2), (1.0, 3)}, "each number starts elsewhere"
 
 
@@ -139,9 +139,9 @@ def test_a_slowed_temperature_is_measured_again_once(pair, card: Scorecard) -> N
 def test_other_temperatures_keep_their_first_measurement(pair) -> None:
     """Only where the fastest setting cannot be as fast as it seems is anything decoded again."""
     asked: list[tuple[float, int]] = []
-    real = measure.in_turn
+    real = turns.in_turn
 
-    def turns(temperatures, gammas, number):  # type: ignore[no-untyped-def]
+    def noted(temperatures, gammas, number):  # type: ignore[no-untyped-def]
         found = real(temperatures, gammas, number)
         asked.extend(found)
         return found
@@ -150,7 +150,7 @@ def test_other_temperatures_keep_their_first_measurement(pair) -> None:
         return usual(passes, target, tokens) * (1.3 if tokens == 1 else 1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "in_turn", turns)
+        patch.setattr(turns, "in_turn", noted)
         card = score(pair, slow, temperature=[0.0, 1.0])
     again = card.provenance["measured_again"]
     assert again in (0.0, 1.0)
@@ -268,7 +268,7 @@ def test_steal_is_a_share_of_the_processors_time(tmp_path: Path, monkeypatch) ->
     stat = tmp_path / "stat"
     stat.write_text("cpu  100 5 50 800 20 3 2 20 7 0\ncpu0 1 2 3\n")
     assert cpu_times(stat) == (20, 1000)
-    monkeypatch.setattr("specdistill.scoring.measure.cpu_times", lambda: (50, 1200))
+    monkeypatch.setattr("specdistill.scoring.turns.cpu_times", lambda: (50, 1200))
     assert stolen((20, 1000)) == pytest.approx(0.15)
     assert stolen(None) is None
     for text in ("", "cpu 1 2 3 4\n", "intr 5\n", "cpu a b c d e f g h\n"):

@@ -7,8 +7,8 @@ step or of a verify pass, Σ min(p, q), time by part) is absent: NaN, null in JS
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import median_low
 from typing import Any
 
@@ -16,11 +16,11 @@ from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding import Output
 from specdistill.models import LanguageModel
 from specdistill.progress import Progress
+from specdistill.scoring import turns
 from specdistill.scoring.card_evidence import Lossless
 from specdistill.scoring.card_rows import LEAST_VERIFY_RATIO, ModelCard
 from specdistill.scoring.choice import Setting
 from specdistill.scoring.lossless import GreedyPair, explain_difference
-from specdistill.scoring.measure import cpu_times, in_turn, stolen
 from specdistill.scoring.rows import STALL, Counts, baseline, by_prompt, row, speedup
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.slices import by_category, by_prompt_length
@@ -28,22 +28,9 @@ from specdistill.scoring.trust import doubts
 from specdistill.scoring.verdict import slow_verifying, verdict
 
 WARM_UP_TOKENS = 8
-
-
 Ask = Callable[[Setting, EncodedPrompt, int], Counts]  # the last is the most tokens to emit
-BySetting = dict[Setting, list[Counts]]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """An answer of every prompt in every setting; `stalls` is the share of time that was left out
-    of them, `again` the temperature that was measured twice.
-    """
-
-    runs: BySetting
-    steal: float | None
-    stalls: float
-    again: float | None
+BySetting = dict[Setting, list[Counts]]  # an answer of every prompt
+Measured = turns.Measured[list[Counts]]
 
 
 def take_turns(
@@ -54,36 +41,24 @@ def take_turns(
     max_new_tokens: int,
     progress: Progress,
 ) -> Measured:
-    """Every prompt in every setting, plainly before and after the drafts, the settings `in_turn`,
-    after a short run of each that does not count. As in our own engine, a temperature at which a
-    round cannot have been as fast as it seems is measured again, once.
+    """What every prompt came to in every setting, see `turns.measured`, after a short run of each
+    setting that does not count.
     """
     temperatures = list(dict.fromkeys(temperatures))
     for setting in [(t, g) for t in temperatures for g in (0, *num_draft_tokens)]:
         ask(setting, prompts[0], WARM_UP_TOKENS)
-
-    def decode(at: Sequence[float], stage: str) -> dict[Setting, list[list[Counts]]]:
-        answers: dict[Setting, list[list[Counts]]] = {
-            (t, g): [[] for _ in prompts] for t in at for g in (0, *num_draft_tokens)
-        }
-        for i, prompt in enumerate(prompts):
-            for setting in in_turn(at, num_draft_tokens, i):
-                answers[setting][i].append(ask(setting, prompt, max_new_tokens))
-            progress(stage, i + 1, len(prompts), f"{len(answers)} settings a prompt")
-        return answers
-
-    before = cpu_times()
-    answers = decode(temperatures, "score")
-    runs, stalls = _without_stalls(answers)
-    fastest = max((s for s in runs if s[1]), key=lambda s: _speedup(s, runs))
-    again = fastest[0] if _round_ratio(fastest, runs) < LEAST_VERIFY_RATIO else None
-    if again is not None:
-        answers |= decode([again], "again")
-        runs, stalls = _without_stalls(answers)
-    return Measured(runs, stolen(before), stalls, again)
+    return turns.measured(
+        lambda setting, number: ask(setting, prompts[number], max_new_tokens),
+        temperatures,
+        num_draft_tokens,
+        len(prompts),
+        _without_stalls,
+        _slowed_at,
+        progress,
+    )
 
 
-def _without_stalls(answers: dict[Setting, list[list[Counts]]]) -> tuple[BySetting, float]:
+def _without_stalls(answers: turns.Answers[Counts]) -> tuple[BySetting, float]:
     """The first answer of each, with the mean time of all; see `rows.without_stalls`. An engine
     that shows no steps has only the runs of plain decoding to compare: one that took `STALL` times
     as long as the other is left out.
@@ -106,13 +81,13 @@ def _without_stalls(answers: dict[Setting, list[list[Counts]]]) -> tuple[BySetti
     return runs, max(0.0, 1 - counted / wall) if wall > 0 else 0.0
 
 
-def _speedup(setting: Setting, runs: BySetting) -> float:
+def _speedup(setting: Setting, runs: Mapping[Setting, list[Counts]]) -> float:
     """-inf where the clock saw no time pass."""
     value = speedup(runs[setting], runs[setting[0], 0])
     return -math.inf if math.isnan(value) else value
 
 
-def _round_ratio(setting: Setting, runs: BySetting) -> float:
+def _round_ratio(setting: Setting, runs: Mapping[Setting, list[Counts]]) -> float:
     """Time of a whole round, its draft steps and its share of the prompt too, over that of a plain
     step: more than what a verify pass takes.
     """
@@ -122,13 +97,24 @@ def _round_ratio(setting: Setting, runs: BySetting) -> float:
     return over / step if step > 0 else math.nan
 
 
-def _slowed(runs: BySetting, again: float | None) -> list[str]:
-    """What is wrong with the fastest setting, if its rounds took less time than plain steps."""
-    fastest = max((s for s in runs if s[1]), key=lambda s: _speedup(s, runs))
-    ratio = _round_ratio(fastest, runs)
-    if not ratio < LEAST_VERIFY_RATIO:
+def _fastest(runs: Mapping[Setting, list[Counts]]) -> tuple[Setting, float]:
+    """The fastest setting, and its `_round_ratio`."""
+    setting = max((s for s in runs if s[1]), key=lambda s: _speedup(s, runs))
+    return setting, _round_ratio(setting, runs)
+
+
+def _slowed_at(runs: Mapping[Setting, list[Counts]]) -> float | None:
+    """The temperature of the fastest setting, if its rounds took less time than plain steps."""
+    setting, ratio = _fastest(runs)
+    return setting[0] if ratio < LEAST_VERIFY_RATIO else None
+
+
+def _slowed(measured: Measured) -> list[str]:
+    """What is wrong then."""
+    if _slowed_at(measured.runs) is None:
         return []
-    return [slow_verifying("a whole round", fastest, ratio, again == fastest[0])]
+    setting, ratio = _fastest(measured.runs)
+    return [slow_verifying("a whole round", setting, ratio, measured.again == setting[0])]
 
 
 def scorecard(
@@ -158,15 +144,14 @@ def scorecard(
     return Scorecard(
         target=target,
         draft=draft,
-        provenance=provenance
-        | {"steal": measured.steal, "stalls": measured.stalls, "measured_again": measured.again},
+        provenance=provenance | measured.facts,
         baseline=plainly,
         rows=rows,
         per_prompt=per_prompt,
         lossless=Lossless((sum(greedy), len(greedy)), list(ties), math.nan, math.nan),
         verdict=verdict(
             rows,
-            doubts=[*doubts(plainly, rows, per_prompt), *_slowed(runs, measured.again)],
+            doubts=[*doubts(plainly, rows, per_prompt), *_slowed(measured)],
             per_prompt=per_prompt,
         ),
         by_category=by_category(per_prompt, seed),

@@ -33,8 +33,9 @@ from specdistill.quickstart.plan import LEAST_ANSWERS, Plan, Task, announcement,
 from specdistill.report import write_report
 from specdistill.report.plots import plot_all
 from specdistill.run_folder import RunFolder
-from specdistill.scoring.measure import MIN_PROMPTS, score
+from specdistill.scoring.measure import score
 from specdistill.scoring.scorecard import Scorecard
+from specdistill.scoring.turns import MIN_PROMPTS
 from specdistill.training.run import distill
 
 PLAN = "plan.json"  # in the run folder

@@ -23,7 +23,7 @@ from specdistill.errors import InputError
 from specdistill.models import LanguageModel, gguf_files
 from specdistill.models.memory import free_bytes
 from specdistill.progress import Progress, silent
-from specdistill.scoring.measure import MIN_PROMPTS
+from specdistill.scoring.turns import MIN_PROMPTS
 
 MINUTES = 30.0
 LEAST_ANSWERS = 16

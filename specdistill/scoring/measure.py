@@ -8,10 +8,8 @@ import datetime
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -30,35 +28,15 @@ from specdistill.scoring import rows as rows_of
 from specdistill.scoring.acceptance import expected_acceptance
 from specdistill.scoring.card_rows import LEAST_VERIFY_RATIO, ModelCard, Row
 from specdistill.scoring.choice import Setting
-from specdistill.scoring.rows import Counts, Runs
+from specdistill.scoring.rows import Runs, Timed
 from specdistill.scoring.scorecard import OWN_ENGINE, Scorecard, Verification
 from specdistill.scoring.slices import by_category, by_prompt_length
 from specdistill.scoring.trust import doubts
+from specdistill.scoring.turns import measured
 from specdistill.scoring.verdict import verdict
 from specdistill_kernels import Lenience, Mode
 
-MIN_PROMPTS = 4
-Times = dict[Setting, list[list[rows_of.Timed]]]  # by prompt, as often as it was decoded
 T = TypeVar("T")
-
-
-def in_turn(
-    temperatures: Sequence[float], num_draft_tokens: Sequence[int], number: int
-) -> list[Setting]:
-    """What a prompt is decoded in, in this order: at each temperature plainly, with every γ, and
-    plainly again, so that a drift of the machine's speed falls on both alike. Each `number` starts
-    from another temperature and another γ.
-    """
-    return [
-        (t, g)
-        for t in _from(temperatures, number)
-        for g in (0, *_from(num_draft_tokens, number), 0)
-    ]
-
-
-def _from(values: Sequence[T], number: int) -> list[T]:
-    first = number % len(values)
-    return [*values[first:], *values[:first]]
 
 
 def score(
@@ -82,8 +60,8 @@ def score(
     `least_reach`, `ModelDrafter`'s, γ is the most that a round proposes; a mapping has it by γ, and
     the others do not stop early.
 
-    The settings take turns on each prompt, see `in_turn`, after a short untimed run of each. After
-    `max_seconds` no further prompt is begun, once there are four. Where a verify pass of the
+    The settings take turns on each prompt, see `turns.measured`, after a short untimed run of each.
+    After `max_seconds` no further prompt is begun, once there are four. Where a verify pass of the
     fastest setting took less time than a plain step, which cannot be, its temperature is measured
     again, once. `keep_text` keeps the first prompt's answer in the fastest setting in the card,
     token by token.
@@ -110,21 +88,26 @@ def score(
     for t, g in settings:
         decoders[g].generate([prompts[0].tokens], max_new_tokens=8, sampling=Sampling(t), seed=seed)
 
-    def decode(at: Sequence[float], words: str, seconds: float | None = None) -> Times:
-        return _decode(decoders, requests[: len(prompts)], at, seconds, partial(progress, words))
+    def ask(setting: Setting, number: int) -> Timed:
+        request = replace(requests[number], sampling=Sampling(setting[0]))
+        start = time.perf_counter()
+        generation = decoders[setting[1]].run([request])
+        return Timed(generation, time.perf_counter() - start)
 
-    before = cpu_times()
-    times = decode(temperatures, "score", max_seconds)
-    prompts = prompts[: len(times[settings[0]])]
-    runs, stalls = rows_of.without_stalls(times)
-    counts = rows_of.counted(runs)
-    again = _slowed(runs, counts)
-    if again is not None:  # once: a machine that is never at rest is told of, not waited for
-        times |= decode([again], "again")
-        runs, stalls = rows_of.without_stalls(times)
-        counts = rows_of.counted(runs)
-    told = provenance(target, draft, seed, max_new_tokens, prompts)
-    told |= {"steal": stolen(before), "stalls": stalls, "measured_again": again}
+    gammas = [g for g in decoders if g]
+    found = measured(
+        ask,
+        temperatures,
+        gammas,
+        len(prompts),
+        rows_of.without_stalls,
+        _slowed,
+        progress,
+        max_seconds,
+    )
+    runs, counts = found.runs, rows_of.counted(found.runs)
+    prompts = prompts[: len(counts[settings[0]])]
+    told = provenance(target, draft, seed, max_new_tokens, prompts) | found.facts
 
     target_card, draft_card = model_card(target), model_card(draft)
     weight_ratio = draft_card.weight_bytes / target_card.weight_bytes
@@ -148,7 +131,9 @@ def score(
         if g
         for row in rows_of.by_prompt((t, g), prompts, counts[t, g], counts[t, 0])
     ]
-    judged = verdict(rows, verification, doubts(baseline, rows, per_prompt), per_prompt, again)
+    judged = verdict(
+        rows, verification, doubts(baseline, rows, per_prompt), per_prompt, found.again
+    )
     fastest = (judged.best.temperature, judged.best.num_draft_tokens)
     card = Scorecard(
         target=target_card,
@@ -196,43 +181,13 @@ def _several(values: T | Sequence[T]) -> Sequence[T]:
     return values if isinstance(values, Sequence) else [values]
 
 
-def _decode(
-    decoders: Mapping[int, SpeculativeDecoder],
-    requests: Sequence[Request],
-    temperatures: Sequence[float],
-    max_seconds: float | None,
-    progress: Callable[[float, float, str], None],
-) -> Times:
-    """The requests at every temperature, `in_turn`, as far as there is time."""
-    times: Times = {(t, g): [] for t in temperatures for g in decoders}
-    words = f"{len(times)} settings a prompt"
-    begin = time.perf_counter()
-    for i, request in enumerate(requests):
-        for by_request in times.values():
-            by_request.append([])
-        turns = in_turn(temperatures, [g for g in decoders if g], i)
-        for turn, (t, g) in enumerate(turns):
-            progress(i + turn / len(turns), len(requests), words)
-            start = time.perf_counter()
-            generation = decoders[g].run([replace(request, sampling=Sampling(t))])
-            spent = time.perf_counter() - start
-            times[t, g][-1].append(rows_of.Timed(generation, spent))
-        late = max_seconds is not None and time.perf_counter() - begin > max_seconds
-        if late and MIN_PROMPTS <= i + 1 < len(requests):
-            words = "out of time; the rest is left out"
-            break
-    progress(len(requests), len(requests), words)
-    return times
-
-
-def _slowed(
-    runs: Mapping[Setting, Runs], counts: Mapping[Setting, Sequence[Counts]]
-) -> float | None:
+def _slowed(runs: Mapping[Setting, Runs]) -> float | None:
     """The temperature of the fastest setting, where its verify passes took less time than plain
     steps.
     """
-    speeds = {(t, g): rows_of.speedup(counts[t, g], counts[t, 0]) for t, g in counts if g}
-    t, g = max(speeds, key=lambda setting: speeds[setting])
+    plain = {t: run.tokens_per_second for (t, g), run in runs.items() if not g}
+    drafted = [setting for setting in runs if setting[1]]
+    t, g = max(drafted, key=lambda s: rows_of.ratio(runs[s].tokens_per_second, plain[s[0]]))
     slow = rows_of.verify_ratio(runs[t, g], runs[t, 0]) < LEAST_VERIFY_RATIO
     return t if slow else None
 
@@ -295,29 +250,6 @@ def model_card(model: LanguageModel) -> ModelCard:
         vocab_size=model.vocab_size,
         sha256=model.sha256(),
     )
-
-
-def cpu_times(stat: Path = Path("/proc/stat")) -> tuple[int, int] | None:
-    """The time that a hypervisor gave to others (steal) and all time of the processors so far, in
-    ticks; None on systems that do not tell.
-    """
-    try:
-        name, *ticks = stat.read_text(encoding="ascii").split("\n", 1)[0].split()
-        counts = [int(tick) for tick in ticks[:8]]  # a guest's, which follow, are in user's
-    except (OSError, ValueError):
-        return None
-    if name != "cpu" or len(counts) < 8:
-        return None
-    return counts[7], sum(counts)
-
-
-def stolen(before: tuple[int, int] | None) -> float | None:
-    """The share of the processors' time that went to others since `before`."""
-    now = cpu_times()
-    if before is None or now is None:
-        return None
-    steal, total = (b - a for a, b in zip(before, now, strict=True))
-    return steal / total if total > 0 else 0.0
 
 
 def provenance(

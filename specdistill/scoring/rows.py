@@ -79,6 +79,11 @@ class Runs:
     def draft_steps(self) -> int:
         return sum(self.draft_passes)
 
+    @property
+    def tokens_per_second(self) -> float:
+        emitted = sum(len(output.tokens) for output in self.outputs)
+        return ratio(emitted, sum(sum(parts.values()) for parts in self.parts))
+
     def counts(self, num: int) -> list[Counts]:
         """By prompt, of at most `num` draft tokens a round."""
 
