@@ -242,6 +242,9 @@ class DistillConfig(_Section):
         description="of a conversation with responses of its own: each assistant turn is an "
         "answer to learn, or the last one alone",
     )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="what the chat template is told for text, as {enable_thinking: false}"
+    )
     run_dir: LocalPath = Field(description="folder of the run; the draft comes to run_dir/draft")
     loss: dict[str, Positive] = Field(
         {"fkl": 1.0}, description="name of a loss, or weights by name for a sum of several"

@@ -31,7 +31,6 @@ from specdistill.config import (
     Temperature,
     parse_config,
 )
-from specdistill.data.chat import encoded
 from specdistill.data.prompts import load_prompts
 from specdistill.data.sources import open_answers
 from specdistill.documents import assign, read_json, read_yaml_mapping
@@ -246,7 +245,7 @@ def _run(config: DistillConfig, how: Score, target: LanguageModel, progress: Pro
     return score(
         target,
         models.load(trained, dtype=config.dtype, device=config.device),
-        encoded(target.tokenizer, load_prompts(how.prompts, limit=how.limit)),
+        load_prompts(how.prompts, limit=how.limit),
         num_draft_tokens=how.num_draft_tokens,
         temperature=how.temperatures,
         max_new_tokens=how.max_new_tokens,

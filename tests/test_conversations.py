@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from chat_templates import DROPS_REASONING, END, MISTRAL, QWEN3, TEMPLATES
+from conftest import CHAT, tiny_model
 from pyarrow import parquet
 from small_runs import make_world, settings
 from small_runs import run as train
 from test_chat import byte_tokenizer
+from test_cli import Done, run
 from transformers import PreTrainedTokenizerFast
 
 from specdistill import models
@@ -25,17 +28,21 @@ from specdistill.data.likeness import split_prompts
 from specdistill.data.messages import said_beside
 from specdistill.data.prompts import Prompt, load_prompts, turns_of
 from specdistill.data.rewriting import rewriting
+from specdistill.data.settings import distinct, settings_of
 from specdistill.data.sources import TextAnswers
 from specdistill.data.templates import DATE
-from specdistill.data.token_store import Example, read_examples
+from specdistill.data.token_store import Example, read_examples, read_manifest
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError
-from specdistill.models import LanguageModel
+from specdistill.models import LanguageModel, origin
+from specdistill.scoring import measure
+from specdistill.scoring.template_settings import settings_line
 from specdistill.training.answers import (
     heldout_and_training,
     read_given,
     rewritten_turns,
     split,
+    template_settings,
 )
 
 
@@ -576,3 +583,110 @@ def test_a_conversation_longer_than_the_model(target: LanguageModel, tmp_path: P
     world = {"target": "t", "draft": "d", "data": source}
     with pytest.raises(InputError, match=r"prompt '2#2' \(.*line 2, answer 2\) comes to 61"):
         read_given(settings(world, tmp_path / "run", policy="fixed", turns="all"), target)
+
+
+# What templates are told
+
+
+def test_settings_of_a_run_and_of_a_line(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "talk.jsonl",
+        {"prompt": "x"},
+        {"prompt": "x", "chat_template_kwargs": {"enable_thinking": True}},
+        {"prompt": "x", "tools": TOOLS},
+    )
+    told = {"enable_thinking": False}
+    prompts = load_prompts(source, chat_template_kwargs=told)
+    assert [p.variables for p in prompts] == [
+        {"enable_thinking": False},
+        {"enable_thinking": True},
+        {"enable_thinking": False, "tools": TOOLS},
+    ]
+    tokenizer = byte_tokenizer(QWEN3)
+    asked = [tokenizer.decode(encode_prompt(tokenizer, prompt)) for prompt in prompts]
+    assert [text.endswith("</think>\n\n") for text in asked] == [True, False, True]
+    assert distinct(map(settings_of, prompts)) == [told, {"enable_thinking": True}]
+    dated = load_prompts(source, limit=1, chat_template_kwargs={"date_string": "3 May 2030"})
+    llama = byte_tokenizer(TEMPLATES["llama3"])
+    assert "Today: 3 May 2030" in llama.decode(encode_prompt(llama, dated[0]))
+    with pytest.raises(InputError, match="leaves out 'date_string'"):
+        encode_prompt(tokenizer, dated[0])
+
+
+def cli(command: str) -> Done:
+    return run(*shlex.split(command))
+
+
+MOODY = "{% if mood %}w{{ mood }} {% endif %}" + CHAT
+
+
+@pytest.fixture
+def moody(tmp_path: Path) -> str:
+    """The folder of a target whose template reads a setting."""
+    folder = tmp_path / "target"
+    model = tiny_model(layers=3)
+    model.tokenizer.chat_template = MOODY
+    save_draft(model, folder)
+    return str(folder)
+
+
+def test_a_draft_is_scored_as_it_was_trained_or_the_score_says_so(
+    moody: str, tmp_path: Path
+) -> None:
+    """From the answers' manifest to the run, the draft, the card, and what is said of it."""
+    world, made = tmp_path, models.load(moody, dtype="float32")
+    source = write(world / "asked.jsonl", *({"prompt": words(i, i + 1)} for i in range(5, 17)))
+    tell = shlex.quote('{"mood": 7}')
+    generate_ = f"generate --target {moody} --prompts {source} --max-new-tokens 6"
+    assert cli(f"{generate_} --out {world / 'data'} --chat-template-kwargs {tell}").code == 0
+    assert read_manifest(world / "data").chat_template_kwargs == [{"mood": 7}]
+    again = cli(f"{generate_} --out {world / 'data'}")
+    assert again.code == 2, "other prompts, as far as the template goes"
+    save_draft(make_draft(made, [0]), world / "draft")
+    base = {"target": moody, "draft": str(world / "draft"), "data": str(world / "data")}
+    config = settings(base, world / "run", decode=None, heldout=2)
+    with pytest.raises(InputError, match=r"chat_template_kwargs has no effect on .*data"):
+        read_given(settings(base, world / "run", chat_template_kwargs={"mood": 8}), made)
+    train(config)
+    draft = models.load(str(world / "run/draft"), dtype="float32")
+    assert origin(draft)["chat_template_kwargs"] == [{"mood": 7}]
+
+    score = f"score --target {moody} --draft {world / 'run/draft'} --prompts {source} --limit 2"
+    score += " --max-new-tokens 4 --num-draft-tokens 1 --temperature 0 --json"
+    same = cli(f"{score} --out {world / 'same.json'}")
+    assert same.document["provenance"]["chat_template_kwargs"] == [{"mood": 7}]
+    assert 'is told {"mood": 7} for 2 of 2 prompts, as in the draft\'s training' in same.err
+    assert "in training" not in same.err.replace("in the draft's training", "")
+    tell = shlex.quote('{"mood": 8}')
+    other = cli(f"{score} --out {world / 'other.json'} --chat-template-kwargs {tell}")
+    assert 'was told {"mood": 8} here, and in training {"mood": 7}' in other.err
+    card = measure.score(
+        made,
+        draft,
+        load_prompts(source, limit=1),
+        num_draft_tokens=1,
+        temperature=0.0,
+        max_new_tokens=4,
+    )
+    assert card.provenance["chat_template_kwargs"] == [{"mood": 7}]
+    assert settings_line(card) == ""
+
+
+def test_text_is_learnt_with_the_settings_of_the_configuration(moody: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "talk.jsonl", *talks(6))
+    base = {"target": moody, "draft": "d", "data": source, "policy": "fixed", "turns": "all"}
+    config = settings(base, tmp_path / "run", chat_template_kwargs={"mood": 9})
+    target = models.load(moody)
+    examples = read_given(config, target)
+    assert len(examples) == 12
+    assert all(target.tokenizer.decode(e.prompt_tokens).startswith("w9 ") for e in examples)
+    assert template_settings(config) == [{"mood": 9}]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3", '{"a": 1, "a": 2}', "mood=7"])
+def test_settings_that_are_no_object(text: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "asked.jsonl", {"prompt": "x"})
+    command = f"generate --target t --prompts {source} --out {tmp_path / 'new'}"
+    done = cli(f"{command} --chat-template-kwargs {shlex.quote(text)}")
+    assert done.code == 2
+    assert "--chat-template-kwargs: " in done.err

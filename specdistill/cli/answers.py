@@ -34,6 +34,7 @@ def read(
     response_column: str | None,
     scorer: str | None,
     turns: Turns = "last",
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> list[Prompt]:
     """The prompts of a source."""
     from specdistill.data.prompts import load_prompts
@@ -49,6 +50,7 @@ def read(
         response_column=response_column,
         limit=limit,
         turns=turns,
+        chat_template_kwargs=chat_template_kwargs,
     )
 
 

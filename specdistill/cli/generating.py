@@ -53,6 +53,7 @@ def generate(
     batch_size: options.BatchSize = 32,
     limit: options.Limit = None,
     turns: options.Turns = "last",
+    chat_template_kwargs: options.ChatTemplateKwargs = None,
     response_column: options.ResponseColumn = None,
     signal: Annotated[
         str,
@@ -104,7 +105,8 @@ def generate(
     serving.check(engine, device, generator)
     writer = None if generator is None else console.loader(generator, dtype, device)
     console.setup(threads)
-    read = answers.read(prompts, split, column, limit, response_column, scorer, turns)
+    told = parsing.chat_template_kwargs(chat_template_kwargs)
+    read = answers.read(prompts, split, column, limit, response_column, scorer, turns, told)
     asked = answers.put(read, style, examples, shots, seed)
     from specdistill.data import generation
 

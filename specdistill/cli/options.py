@@ -36,6 +36,14 @@ Turns = Annotated[
     Literal["last", "all"],
     typer.Option(help="Of a conversation's assistant turns answer anew the last, or each."),
 ]
+ChatTemplateKwargs = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help="What the chat template is told, as '{\"enable_thinking\": false}', where a line has "
+        "none of its own.",
+    ),
+]
 Limit = Annotated[int | None, among(limits.COUNT, "Use only the first so many prompts.")]
 LongestAnswer = Annotated[int, among(limits.NEW_TOKENS, "Tokens of the longest answer.")]
 BatchSize = Annotated[int, among(limits.ROWS, "Rows decoded together.")]

@@ -5,14 +5,26 @@ Raises `InputError` for what they do not hold.
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from specdistill import limits
+from specdistill.data.rows import parsed
 from specdistill.errors import InputError
 from specdistill.limits import shown
 
 if TYPE_CHECKING:
     from specdistill_kernels import Lenience
+
+
+def chat_template_kwargs(text: str | None) -> dict[str, Any] | None:
+    """'{"enable_thinking": false}' to what a chat template is told."""
+    if text is None:
+        return None
+    advice = """write an object, as '{"enable_thinking": false}'"""
+    value = parsed(text, "--chat-template-kwargs", "not valid JSON", advice)
+    if not isinstance(value, dict):
+        raise InputError(f"--chat-template-kwargs: {advice}; got {shown(text)}")
+    return value
 
 
 def whole_numbers(text: str) -> list[int]:

@@ -12,6 +12,7 @@ import typer
 from specdistill import limits
 from specdistill.cli import console, parsing, tables
 from specdistill.cli.options import (
+    ChatTemplateKwargs,
     Column,
     Device,
     Draft,
@@ -72,6 +73,7 @@ def score(
     ] = "specdistill",
     engine_python: EnginePython = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing scorecard.")] = False,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     split: Split = None,
     column: Column = None,
     dtype: Dtype = "auto",
@@ -87,6 +89,7 @@ def score(
         parsing.temperatures(temperature),
     )
     rule = None if lenience is None else parsing.lenience(lenience)
+    told = parsing.chat_template_kwargs(chat_template_kwargs)
     _check_engine(engine, engine_python, device, verification, lenience, least_reach, keep_text)
     keep_apart([out], [target, draft, prompts, engine_python])
     console.must_be_free(out, overwrite)
@@ -95,13 +98,16 @@ def score(
     from specdistill.data.prompts import load_prompts
     from specdistill.scoring import measure
     from specdistill.scoring.measure import trained_line
+    from specdistill.scoring.template_settings import as_trained
 
     measure.check_lenience(verification, rule, temperatures)
-    asked = load_prompts(prompts, split=split, column=column, limit=limit)
+    asked = load_prompts(
+        prompts, split=split, column=column, limit=limit, chat_template_kwargs=told
+    )
     if engine == "vllm":  # loads its own, and needs the device; of ours it needs facts alone
         dtype, device = console.dtype_of_device(dtype), "cpu"
     big, small = _load_pair(target, draft, dtype, device)
-    encoded = chat.encoded(big.tokenizer, asked)
+    encoded = chat.encoded(big.tokenizer, as_trained(asked, small, console.note))
     if copies := len(asked) - len(encoded):
         console.note(
             f"{copies} of {len(asked)} prompts are copies of others, and are left out: "

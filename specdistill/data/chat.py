@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from specdistill.data.messages import BESIDE_TEXT
 from specdistill.data.prompts import Prompt
 from specdistill.data.rows import REASONING, VARIABLES
+from specdistill.data.settings import settings_of
 from specdistill.data.templates import rendered, template_of, variables_read
 from specdistill.errors import InputError
 
@@ -299,6 +300,7 @@ class EncodedPrompt:
     id: str
     tokens: list[int]
     category: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> list[EncodedPrompt]:
@@ -308,5 +310,5 @@ def encoded(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> li
     distinct: dict[tuple[int, ...], EncodedPrompt] = {}
     for p in prompts:
         tokens = encode_prompt(tokenizer, p)
-        distinct.setdefault(tuple(tokens), EncodedPrompt(p.id, tokens, p.category))
+        distinct.setdefault(tuple(tokens), EncodedPrompt(p.id, tokens, p.category, settings_of(p)))
     return list(distinct.values())

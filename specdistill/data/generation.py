@@ -18,6 +18,7 @@ from specdistill.data.rereading import Rereading
 from specdistill.data.rewriting import rewriting
 from specdistill.data.scorers import BestOf, Candidate, matched_number
 from specdistill.data.selection import Selection
+from specdistill.data.settings import distinct, settings_of
 from specdistill.data.signal import (
     NONE,
     STATES,
@@ -396,4 +397,5 @@ def _manifest(
         prompts_sha256=prompts_sha256(prompts),
         settings=settings,
         signal=signal,
+        chat_template_kwargs=distinct(map(settings_of, prompts)),
     )

@@ -84,9 +84,11 @@ def load_prompts(
     response_column: str | None = None,
     limit: int | None = None,
     turns: Turns = "last",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[Prompt]:
     """Read the prompts of `source`, or of the first `limit` of its lines. Of a conversation each
-    assistant turn is one with `turns` "all", see `turns_of`, and else its end alone.
+    assistant turn is one with `turns` "all", see `turns_of`, and else its end alone. All of them
+    give the chat template `chat_template_kwargs`, where a line has no other value of its own.
 
     `source` is `demo:train` or `demo:heldout`; a `.jsonl` file with {"prompt": ...} or a
     conversation a line, as in `messages.py`; a `.json` file with a list of them, or a `.parquet`
@@ -117,6 +119,8 @@ def load_prompts(
                 "files of one kind each"
             )
         whole = _prompt(replace(row, fields=fields))
+        if chat_template_kwargs:
+            whole = replace(whole, variables={**chat_template_kwargs, **whole.variables})
         for prompt in turns_of(whole) if turns == "all" else [whole]:
             if prompt.id in first_use:
                 raise InputError(

@@ -4,12 +4,14 @@ response that each prompt has of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from specdistill.data.prompts import Turns, load_prompts
+from specdistill.data.settings import with_settings
 from specdistill.data.text_store import ANSWERS, TextAnswer, holds_text, read_answers
 from specdistill.data.token_store import MANIFEST, Example, Manifest, read_examples, read_manifest
 from specdistill.errors import InputError
@@ -58,13 +60,18 @@ class TextAnswers:
         files = Path(self.source), Path(self.source) / ANSWERS, Path(self.source) / MANIFEST
         return next((file_sha256(file) for file in files if file.is_file()), None)
 
-    def answers(self, turns: Turns = "last") -> list[TextAnswer]:
-        """Prompts whose response is the answer, if they have one; `turns` of conversations, see
-        `load_prompts`. What the last turn of one asks may be left unanswered, and is left out.
+    def answers(
+        self, turns: Turns = "last", settings: Mapping[str, Any] | None = None
+    ) -> list[TextAnswer]:
+        """Prompts whose response is the answer, if they have one; `turns` of conversations and
+        `settings` of the chat template as in `load_prompts`. What the last turn of a conversation
+        asks may be left unanswered, and is left out.
         """
         if self.generated:
-            return read_answers(Path(self.source))
-        prompts = load_prompts(self.source, turns=turns)
+            read = read_answers(Path(self.source))
+            put = with_settings([answer.prompt for answer in read], settings or {})
+            return [replace(a, prompt=p) for a, p in zip(read, put, strict=True)]
+        prompts = load_prompts(self.source, turns=turns, chat_template_kwargs=settings)
         asked = [p for p in prompts if p.conversation is None or p.one_response() is not None]
         return [TextAnswer(prompt, ended=True) for prompt in asked]
 

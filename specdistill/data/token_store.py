@@ -78,6 +78,8 @@ class Manifest:
     # choice among several answers to one.
     removed: list[Pair] = field(default_factory=list)
     passed_over: dict[str, int] = field(default_factory=dict)
+    # What the chat template was told: each different set of it once; none where nobody knows.
+    chat_template_kwargs: list[dict[str, Any]] = field(default_factory=list)
     # Of who wrote in the target's place.
     writer_parameters: Annotated[int, Field(ge=0)] | None = None
     # Of an engine that answered in our engine's place: its version, how it ran, and how far what

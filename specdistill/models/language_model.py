@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -256,15 +256,24 @@ def wide_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def set_origin(
-    draft: LanguageModel, config_sha256: str, step: int, target: LanguageModel | None = None
+    draft: LanguageModel,
+    config_sha256: str,
+    step: int,
+    target: LanguageModel | None = None,
+    chat_template_kwargs: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Say in the draft's config.json which run's weights it has, of which step, and how many rows
-    for tokens its target has. What it was trained to propose in parallel stays.
+    """Say in the draft's config.json which run's weights it has, of which step, how many rows for
+    tokens its target has, and what the chat template was told of the texts it has learnt. What it
+    was trained to propose in parallel stays.
     """
-    size = {} if target is None else {"target_vocab_size": target.full_vocab_size}
-    block = trained_draft_tokens(draft)
-    size |= {} if block is None else {NUM_DRAFT_TOKENS: block}
-    setattr(draft.model.config, ORIGIN, {"config_sha256": config_sha256, "step": step, **size})
+    facts: dict[str, Any] = {"config_sha256": config_sha256, "step": step}
+    if target is not None:
+        facts["target_vocab_size"] = target.full_vocab_size
+    if (block := trained_draft_tokens(draft)) is not None:
+        facts[NUM_DRAFT_TOKENS] = block
+    if chat_template_kwargs:
+        facts["chat_template_kwargs"] = list(chat_template_kwargs)
+    setattr(draft.model.config, ORIGIN, facts)
 
 
 def origin(draft: LanguageModel) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ import torch
 from specdistill.data.chat import EncodedPrompt, encoded
 from specdistill.data.likeness import fingerprint, read_trained
 from specdistill.data.prompts import Prompt
+from specdistill.data.settings import distinct
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.decoding.records import CacheSize
 from specdistill.errors import InputError
@@ -31,6 +32,7 @@ from specdistill.scoring.choice import Setting
 from specdistill.scoring.rows import Runs, Timed
 from specdistill.scoring.scorecard import OWN_ENGINE, Scorecard, Verification
 from specdistill.scoring.slices import by_category, by_prompt_length
+from specdistill.scoring.template_settings import as_trained, settings_line
 from specdistill.scoring.trust import doubts
 from specdistill.scoring.turns import measured
 from specdistill.scoring.verdict import verdict
@@ -66,7 +68,7 @@ def score(
     again, once. `keep_text` keeps the first prompt's answer in the fastest setting in the card,
     token by token.
     """
-    prompts = _encoded(target, prompts)
+    prompts = _encoded(target, draft, prompts)
     temperatures = [*dict.fromkeys(map(float, _several(temperature)))]
     num_draft_tokens = _several(num_draft_tokens)
     if not prompts:
@@ -170,11 +172,13 @@ def score(
 
 
 def _encoded(
-    target: LanguageModel, prompts: Sequence[Prompt] | Sequence[EncodedPrompt]
+    target: LanguageModel,
+    draft: LanguageModel,
+    prompts: Sequence[Prompt] | Sequence[EncodedPrompt],
 ) -> list[EncodedPrompt]:
     ready = [p for p in prompts if isinstance(p, EncodedPrompt)]
     asked = [p for p in prompts if isinstance(p, Prompt)]
-    return [*ready, *encoded(target.tokenizer, asked)]
+    return [*ready, *encoded(target.tokenizer, as_trained(asked, draft))]
 
 
 def _several(values: T | Sequence[T]) -> Sequence[T]:
@@ -275,6 +279,7 @@ def provenance(
         "prompts_sha256": hashlib.sha256(
             json.dumps([[p.id, p.tokens] for p in prompts]).encode()
         ).hexdigest(),
+        "chat_template_kwargs": distinct(p.settings for p in prompts),
         "draft_origin": origin(draft),
         "trained_prompts": _trained_prompts(draft, prompts),
     }
@@ -298,11 +303,14 @@ def _trained_prompts(
 
 
 def trained_line(card: Scorecard) -> str:
-    """What to say of a score on prompts of training; empty where there is nothing."""
+    """What to say of a score on prompts of training, or on prompts that are put otherwise; empty
+    where there is nothing.
+    """
     trained = card.provenance.get("trained_prompts") or {}
-    if not trained.get("scored"):
-        return ""
-    return (
-        f"{trained['scored']} of {card.rows[0].prompts} prompts were trained on: on new ones the "
-        "draft accepts less; score it on others"
-    )
+    lines = [settings_line(card)]
+    if trained.get("scored"):
+        lines.append(
+            f"{trained['scored']} of {card.rows[0].prompts} prompts were trained on: on new ones "
+            "the draft accepts less; score it on others"
+        )
+    return "; ".join(filter(None, lines))

@@ -8,11 +8,13 @@ from collections.abc import Hashable, Sequence
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from specdistill.config import DistillConfig
 from specdistill.data.chat import encode_example
 from specdistill.data.prompts import load_prompts
 from specdistill.data.rewriting import LOOKED_AT, rewriting
+from specdistill.data.settings import distinct, settings_of
 from specdistill.data.signal import NONE, States, TopK, kept_tokens
 from specdistill.data.sources import TokenAnswers, open_answers
 from specdistill.data.token_store import Example, tokenizer_sha256
@@ -107,6 +109,11 @@ def read_given(config: DistillConfig, reader: LanguageModel) -> list[Example]:
             f"turns: {config.turns} has no effect on {config.data}, whose answers were generated; "
             "leave it out, and have each turn answered by `specdistill generate --turns all`"
         )
+    if config.chat_template_kwargs and isinstance(answers, TokenAnswers):
+        raise InputError(
+            f"chat_template_kwargs has no effect on {config.data}, whose prompts are tokens "
+            "already; leave it out, and give `specdistill generate` --chat-template-kwargs"
+        )
     if isinstance(answers, TokenAnswers):
         made_by = answers.manifest
         if made_by.tokenizer_sha256 != tokenizer_sha256(reader):
@@ -132,7 +139,7 @@ def read_given(config: DistillConfig, reader: LanguageModel) -> list[Example]:
             "signal: none to learn from the text (loss: ce), or live"
         )
     examples = []
-    for text in answers.answers(config.turns):
+    for text in answers.answers(config.turns, config.chat_template_kwargs):
         prompt = text.prompt
         response = prompt.one_response()
         if response is None:
@@ -222,11 +229,27 @@ def _check_signal(
                 )
 
 
+def template_settings(config: DistillConfig) -> list[dict[str, Any]]:
+    """What the chat template was told for the data's prompts, each different set of it once; none
+    where nobody knows.
+    """
+    answers = open_answers(config.data)
+    if isinstance(answers, TokenAnswers):
+        return answers.manifest.chat_template_kwargs
+    known = answers.answers(config.turns, config.chat_template_kwargs)
+    return distinct(settings_of(answer.prompt) for answer in known)
+
+
 def rewritten_turns(config: DistillConfig, reader: LanguageModel) -> str:
     """What to say where the chat template shows earlier turns in another way."""
     if config.turns == "last":
         return ""
-    prompts = load_prompts(config.data, turns=config.turns, limit=LOOKED_AT)
+    prompts = load_prompts(
+        config.data,
+        turns=config.turns,
+        limit=LOOKED_AT,
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
     words = rewriting(reader.tokenizer, prompts)
     return f"; {words}" if words else ""
 

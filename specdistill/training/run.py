@@ -39,6 +39,7 @@ from specdistill.training.answers import (
     heldout_and_training,
     rewritten_turns,
     smaller_writer,
+    template_settings,
 )
 from specdistill.training.batches import check_processes, dealt, schedule
 from specdistill.training.checkpoints import (
@@ -188,6 +189,7 @@ class Run:
         self.folder = RunFolder(Path(config.run_dir))
         self.show, self.progress = show, progress
         self.heldout, self.training = heldout_and_training(config, target, draft)
+        self.template_settings = template_settings(config)
         self.sample_states: dict[str, States] = {}  # of the samples, by their id
         self.distiller = Distiller(target, draft, config)
         self.accelerator = self.distiller.accelerator
@@ -348,7 +350,8 @@ class Run:
         state, accelerator, draft = self.state, self.accelerator, self.draft
         copy_weights(self.best, self.distiller.parameters)
         self.distiller.finish()
-        set_origin(draft, config_sha256(self.config), state.best["kept_step"], self.target)
+        told = self.template_settings
+        set_origin(draft, config_sha256(self.config), state.best["kept_step"], self.target, told)
         if accelerator.is_main_process:
             save_draft(draft, self.folder.draft)
             write_trained(self.folder.draft, self.prompts(self.training))
