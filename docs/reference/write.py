@@ -87,6 +87,8 @@ def _allowed(field: dict[str, Any]) -> str:
             return "`true`, `false`"
         case "array":
             return f"list of: {_allowed(field['items'])}"
+        case "object" if field["additionalProperties"] is True:
+            return "mapping"
         case "object":
             return f"mapping, of: {_allowed(field['additionalProperties'])}"
         case "integer" | "number" as kind:
