@@ -3,8 +3,9 @@ them with its real caches and masks, since they read their two last tokens throu
 attention would. With the statistics that compare long streams with those distributions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from specdistill.decoding import (
     Generation,
     ModelDrafter,
     NgramDrafter,
+    ParallelDrafter,
     Sampling,
     SpeculativeDecoder,
 )
@@ -99,15 +101,35 @@ DRAFT_TABLES = {
     "opposite": -TABLE,
 }
 TRIMMED = torch.tensor([0, 2, 3, 7, 8, 11, 15])
+MASKS = {"parallel": V, "parallel inside": V - 1, "parallel trimmed": V - 1}
 
 
 def draft_chain(kind: str) -> LanguageModel:
-    """One of DRAFT_TABLES, or "trimmed": the near one with seven of the sixteen tokens."""
+    """One of DRAFT_TABLES, or "trimmed": the near one with seven of the sixteen tokens. One of
+    MASKS drafts in parallel, by the near table too where it reads no mask: its mask lies beyond
+    the target's tokens, or is one of them.
+    """
+    if kind in MASKS:
+        return _parallel_chain(kind)
     draft = chain(DRAFT_TABLES["near" if kind == "trimmed" else kind])
     if kind == "trimmed":
         draft.model.head = nn.Linear(V, len(TRIMMED), bias=False)
         draft.model.head.weight = nn.Parameter(torch.eye(V)[TRIMMED], False)
         draft = LanguageModel("trimmed", Path(), draft.model, draft.tokenizer, TRIMMED)
+    return draft
+
+
+def _parallel_chain(kind: str) -> LanguageModel:
+    mask, size = MASKS[kind], max(V, MASKS[kind] + 1)
+    table = 0.7 * seeded(size, size, size, seed=3)
+    table[:V, :V, :V] += TABLE
+    table[:, mask] = 0.7 * seeded(size, size, seed=4)
+    draft = chain(table)
+    draft.model.config.pard_token = mask
+    if kind == "parallel trimmed":
+        draft.model.head = nn.Linear(V, len(TRIMMED), bias=False)
+        draft.model.head.weight = nn.Parameter(torch.eye(V)[TRIMMED], False)
+        draft = LanguageModel(kind, Path(), draft.model, draft.tokenizer, TRIMMED)
     return draft
 
 
@@ -234,6 +256,8 @@ class Setting:
 def drafter_of(setting: Setting, size: int) -> Drafter:
     if setting.draft == "look-up":
         return NgramDrafter(longest=3, shortest=1)
+    if setting.draft in MASKS:
+        return ParallelDrafter(draft_chain(setting.draft), size)
     _, least_reach = unpacked(setting.lengths)
     if setting.draft == "both":
         return CombinedDrafter(
@@ -262,19 +286,37 @@ def texts_of(generation: Generation, prompt: Sequence[int] = (3, 5)) -> np.ndarr
     return np.array([[*prompt, *output.tokens] for output in generation.outputs])
 
 
-def expected_overlap(setting: Setting) -> np.ndarray:
-    """Σ min(f(p), q) after each two tokens, [V, V]; f is the lenience, if any."""
+Overlap = Callable[[Sequence[int], int, int], float]  # of a text, a round's start, a place in it
+
+
+def expected_overlap(setting: Setting) -> Overlap:
+    """Σ min(f(p), q) of what is proposed at a place of a round; f is the lenience, if any. A
+    parallel draft reads masks in the places of the round before it.
+    """
     p, draft = warped(TABLE, setting.sampling), draft_chain(setting.draft)
     columns = slice(None) if draft.vocab is None else draft.vocab.numpy()
-    table = draft.model.table.weight.reshape(V, V, V)[..., columns]
-    q = warped(table, setting.sampling)
+    mask = MASKS.get(setting.draft)
+    table = draft.model.table.weight.reshape(draft.model.size, draft.model.size, -1).clone()
+    if mask is not None:
+        table[..., mask] = -torch.inf
+    q = warped(table[..., :V][..., columns], setting.sampling)
     if (lenience := setting.lenience) is not None:
         epsilon = lenience.epsilon
         p = p**epsilon if lenience.kind == "exp" else p / epsilon ** (1 + (lenience.kind == "sq"))
-    return np.minimum(p[..., columns], q).sum(-1)
+
+    @cache
+    def of(text: tuple[int, int], read: tuple[int, int]) -> float:
+        return float(np.minimum(p[text][columns], q[read]).sum())
+
+    def overlap(text: Sequence[int], start: int, place: int) -> float:
+        after = [int(token) for token in text[start : start + place + 2]]
+        read = after if mask is None else [*after[:2], *[mask] * place]
+        return of((after[-2], after[-1]), (read[-2], read[-1]))
+
+    return overlap
 
 
-def acceptance_errors(generation: Generation, overlap: np.ndarray) -> tuple[float, float]:
+def acceptance_errors(generation: Generation, overlap: Overlap) -> tuple[float, float]:
     """Accepted minus expected proposals, and the correlation of the first coins of rounds that
     follow each other, both in standard deviations."""
     accepted, chances, correlation, pairs = 0, [], 0.0, 0
@@ -282,7 +324,7 @@ def acceptance_errors(generation: Generation, overlap: np.ndarray) -> tuple[floa
         start, before = 0, 0.0
         for round_ in output.rounds:
             accepted += round_.accepted
-            own = [overlap[text[i], text[i + 1]] for i in range(start, start + round_.tested)]
+            own = [overlap(text, start, place) for place in range(round_.tested)]
             chances += own
             start += len(round_.tokens)
             if own and 0.05 < own[0] < 0.95:

@@ -41,6 +41,7 @@ from specdistill.decoding import (
     Generation,
     ModelDrafter,
     NgramDrafter,
+    ParallelDrafter,
     Request,
     Sampling,
     SpeculativeDecoder,
@@ -50,6 +51,7 @@ from specdistill.decoding.sampling import row_seed
 from specdistill.drafts.making import make_draft
 from specdistill.limits import MAX_DRAFT_TOKENS
 from specdistill.models import LanguageModel
+from specdistill.models.parallel import set_parallel
 from specdistill_kernels import (
     Lenience,
     Mode,
@@ -91,8 +93,16 @@ def opposite(target: LanguageModel) -> LanguageModel:
     return LanguageModel("opposite", target.path, model, target.tokenizer)
 
 
+MASKS = {"parallel": 63, "parallel trimmed": 33, "parallel inside": 32}  # 32 is among the kept ones
+
+
 def drafter_for(target: LanguageModel, kind: str, least_reach: float = 0.0) -> Drafter | None:
     """For a transformer: none, or a good, bad or adversarial one."""
+    if kind in MASKS:
+        kept = None if kind == "parallel" else torch.arange(0, 64, 2)
+        draft = make_draft(target, [0, 1], kept)
+        set_parallel(draft, MASKS[kind], 4)
+        return ParallelDrafter(draft, target.vocab_size)
     if kind == "look-up":
         return NgramDrafter(shortest=1)
     if kind == "none":
@@ -253,14 +263,20 @@ def check_draft_cache(kind: str) -> None:
     sampling = GREEDY if kind == "both" else WARM
     decoder.generate(PROMPTS, max_new_tokens=24, sampling=sampling, seed=2)
     model: LanguageModel = getattr(drafter, "model", drafter).draft
+    mask = getattr(drafter, "mask_token", None)
     compared = 0
     for texts, draft in recorder.notes:
         for row, text in enumerate(texts):
             certain = draft.point_mass is not None and bool(draft.point_mass[row])
             if draft.logits is None or certain or text == [0]:
                 continue
-            whole = torch.tensor([text + draft.tokens[row, :-1].tolist()])
-            fresh = model.logits(model.hidden(whole))[0, len(text) - 1 :]
+            read = draft.tokens[row, :-1].tolist()
+            if mask is not None:
+                read = [mask] * len(read)
+            fresh = model.logits(model.hidden(torch.tensor([text + read])))[0, len(text) - 1 :]
+            if mask is not None:
+                ids = torch.arange(64) if model.vocab is None else model.vocab
+                fresh[:, ids == mask] = -torch.inf
             assert torch.allclose(draft.logits[row], fresh, atol=1e-5), "the draft's cache is stale"
             compared += 1
     assert compared > 10, f"{compared} rows were drawn by the model"

@@ -113,7 +113,9 @@ def test_look_up_proposes_with_certainty_and_runs_no_model() -> None:
 # --- A model, alone and beside a look-up --------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["half", "trimmed", "both"])
+@pytest.mark.parametrize(
+    "kind", ["half", "trimmed", "both", "parallel", "parallel trimmed", "parallel inside"]
+)
 def test_the_drafts_cache_holds_what_a_fresh_pass_would(kind: str) -> None:
     check_draft_cache(kind)
 

@@ -51,6 +51,10 @@ FILTERS = Sampling(0.0, top_k=3, top_p=0.5, min_p=0.4)
         ("opposite", "block", 1, 5, FILTERS, torch.float64),
         ("look-up", "token", 4, 1, GREEDY, torch.float64),
         ("look-up", "block", ADAPTIVE, 5, FILTERS, torch.float32),
+        ("parallel", "token", 5, 3, GREEDY, torch.float32),
+        ("parallel", "block", 2, 1, FILTERS, torch.float64),
+        ("parallel trimmed", "block", 4, 5, GREEDY, torch.float32),
+        ("parallel inside", "token", 1, 5, FILTERS, torch.float64),
         ("both", "token", 4, 3, FILTERS, torch.float32),
         ("both", "block", ADAPTIVE, 5, GREEDY, torch.float64),
     ],
@@ -102,6 +106,9 @@ STREAMS = [
     Setting(Sampling(1.2, top_k=9, top_p=0.9, min_p=0.02), "trimmed"),
     Setting(WARM, "both", "token", ADAPTIVE),
     Setting(Sampling(0.6), "look-up", "block", 2),
+    Setting(WARM, "parallel", lengths=4),
+    Setting(Sampling(1.4, top_p=0.95), "parallel inside", "block"),
+    Setting(Sampling(0.8, top_k=6), "parallel trimmed", lengths=5),
 ]
 MORE_STREAMS = [
     Setting(WARM, "itself", lengths=4),
@@ -113,6 +120,9 @@ MORE_STREAMS = [
     Setting(WARM, "opposite", "token", ADAPTIVE),
     Setting(WARM, "look-up", "token", 4),
     Setting(Sampling(0.9, top_p=0.95), "both", "block"),
+    Setting(WARM, "parallel", "block", 5),
+    Setting(Sampling(0.7, min_p=0.05), "parallel", lengths=2),
+    Setting(WARM, "parallel trimmed", "block", 4),
 ]
 
 
@@ -206,7 +216,7 @@ def test_lenience_is_refused_where_it_does_nothing() -> None:
 # --- The caches and the batch -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["itself", "opposite", "look-up"])
+@pytest.mark.parametrize("kind", ["itself", "opposite", "look-up", "parallel"])
 def test_the_targets_cache_holds_what_a_fresh_pass_would(kind: str) -> None:
     check_target_cache(kind)
 
@@ -221,6 +231,8 @@ def test_the_targets_cache_holds_what_a_fresh_pass_would(kind: str) -> None:
         ("look-up", "block", 3),
         ("both", "token", ADAPTIVE),
         ("both", "block", 3),
+        ("parallel", "token", 4),
+        ("parallel inside", "block", 3),
     ],
     ids=str,
 )

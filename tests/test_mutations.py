@@ -39,6 +39,7 @@ from score_checks import check_choice, check_interval, check_row
 from specdistill.decoding.cache import CachedModel, attention_mask
 from specdistill.decoding.drafters import CombinedStream, ModelStream, _NgramIndex
 from specdistill.decoding.engine import _Stream
+from specdistill.decoding.parallel import ParallelDrafter, ParallelStream
 from specdistill.decoding.sampling import row_seed
 from specdistill.scoring import card_evidence, contradictions, rows, scorecard
 from specdistill.scoring.choice import choose
@@ -53,6 +54,8 @@ STREAMS = {
     "trimmed": Setting(WARM, "trimmed"),
     "adaptive": Setting(WARM, "near", "token", ADAPTIVE),
     "both": Setting(WARM, "both", "token", 4),
+    "parallel": Setting(WARM, "parallel", lengths=4),
+    "parallel block": Setting(WARM, "parallel inside", "block", 4),
 }
 
 # In the order of their cost: a mutation is tried on all of them until one fails.
@@ -83,6 +86,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "greedy, both": partial(check_greedy, "both", "token", ADAPTIVE, 2),
     "draft's cache": partial(check_draft_cache, "half"),
     "draft's cache, both": partial(check_draft_cache, "both"),
+    "draft's cache, parallel": partial(check_draft_cache, "parallel"),
+    "draft's cache, mask in a trimmed vocabulary": partial(check_draft_cache, "parallel inside"),
     "target's cache": partial(check_target_cache, "half"),
     "invariance": partial(check_invariance, "half", batches=1),
     "paper's example": check_toy_example,
@@ -399,6 +404,74 @@ MUTATIONS = [
         "rows leave the batch, and the draft's cache keeps the wrong ones",
         "identity",
         [(ModelStream.keep, "self.cached.keep(rows)", "self.cached.keep(rows[::-1])")],
+    ),
+    Mutation(
+        "masks' slots are kept, and later text sees masks in the place of accepted tokens",
+        "draft's cache, parallel",
+        [
+            (
+                ParallelStream.run,
+                "[len(row) for row in context.tokens]",
+                "[len(row) + num_tokens - 1 for row in context.tokens]",
+            )
+        ],
+    ),
+    Mutation(
+        "masks stand one position too far",
+        "draft's cache, parallel",
+        [(ParallelStream.run, "torch.arange(1, num_tokens,", "1 + torch.arange(1, num_tokens,")],
+    ),
+    Mutation(
+        "masks stand one position too early, over the last token",
+        "draft's cache, parallel",
+        [(ParallelStream.run, "torch.arange(1, num_tokens,", "torch.arange(num_tokens - 1,")],
+    ),
+    Mutation(
+        "every row's masks stand where the longest row ends",
+        "draft's cache, parallel",
+        [
+            (
+                ParallelStream.run,
+                "ahead = context.lengths[:, None] +",
+                "ahead = context.lengths.clamp(min=context.longest)[:, None] +",
+            )
+        ],
+    ),
+    Mutation(
+        "a place's token by the states of the place before",
+        "draft's cache, parallel",
+        [(ParallelStream.run, "hidden[:, width - 1 :]", "hidden[:, width - 2 : -1]")],
+    ),
+    Mutation(
+        "another place's logits for the q of a parallel draft",
+        "stream, parallel",
+        [(ParallelStream.propose, "    logits,\n", "    logits.roll(1, 1),\n")],
+    ),
+    Mutation(
+        "another place's logsumexp for the q of a parallel draft",
+        "stream, parallel",
+        [
+            (
+                ParallelStream.propose,
+                "torch.stack([each.logsumexp for each in drawn], 1)",
+                "torch.stack([each.logsumexp for each in drawn], 1).roll(1, 1)",
+            )
+        ],
+    ),
+    Mutation(
+        "one noise for all places of a parallel round",
+        "stream, parallel",
+        [(ParallelStream.propose, "position=i", "position=0")],
+    ),
+    Mutation(
+        "the mask token is proposed",
+        "draft's cache, parallel",
+        [(ParallelDrafter.columns, "logits[..., at] = -math.inf", "pass")],
+    ),
+    Mutation(
+        "the mask token of a trimmed vocabulary is looked for by its id",
+        "draft's cache, mask in a trimmed vocabulary",
+        [(ParallelDrafter.columns, "if self.vocab is not None:", "if False:")],
     ),
     Mutation(
         "a place's noise is the next step's from place 16 on",

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypedDict, Unpack, cast, overload
 from specdistill import limits
 from specdistill.data.chat import encode_prompt
 from specdistill.data.prompts import as_prompt
-from specdistill.decoding import Detokenizer, ModelDrafter, Request, Sampling, SpeculativeDecoder
+from specdistill.decoding import Detokenizer, Request, Sampling, SpeculativeDecoder, drafter_for
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, check_pair
 
@@ -68,7 +68,7 @@ class Decoder:
         drafter = None
         if draft is not None:
             check_pair(target, draft)
-            drafter = ModelDrafter(draft, target.vocab_size)
+            drafter = drafter_for(draft, target.vocab_size)
             num_draft_tokens = NUM_DRAFT_TOKENS if num_draft_tokens is None else num_draft_tokens
         self.target = target
         self.engine = SpeculativeDecoder(

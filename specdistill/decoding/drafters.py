@@ -124,6 +124,10 @@ class ModelDrafter:
         """
         return tokens.clamp(max=self.draft.full_vocab_size - 1)
 
+    def columns(self, logits: Tensor) -> Tensor:
+        """Of the draft's logits [..., Vd] those of tokens that the target has."""
+        return logits[..., : self.width]
+
     def cache_bytes(self, batch: int, capacity: int) -> int:
         return cache_bytes(self.draft, batch, capacity)
 
@@ -174,7 +178,7 @@ class ModelStream:
             counts = [count + goes_on for count, goes_on in zip(counts, going, strict=True)]
             readable = drafter.readable(inputs)
             hidden = self.cached.run(readable, positions, context.longest + i + 1)[:, -1]
-            logits = self.cached.logits(hidden)[:, : drafter.width]
+            logits = drafter.columns(self.cached.logits(hidden))
             drawn = sample(logits, context.settings, position=i)
             tokens.append(drawn.tokens if drafter.vocab is None else drafter.vocab[drawn.tokens])
             all_logits.append(logits)

@@ -15,7 +15,7 @@ from torch import Tensor
 from specdistill.config import DistillConfig
 from specdistill.data.signal import States, TopK
 from specdistill.data.token_store import Example
-from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
+from specdistill.decoding import Drafting, Request, Sampling, SpeculativeDecoder, drafter_for
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
 from specdistill.models.packing import pack
@@ -140,7 +140,8 @@ def decoded(
         Request(e.id, e.prompt_tokens, settings.max_new_tokens, sampling, config.seed)
         for e in islice(asked.values(), settings.prompts)
     ]
-    drafter = ModelDrafter(draft, target.vocab_size, least_reach=settings.least_reach)
+    drafting = Drafting(least_reach=settings.least_reach)
+    drafter = drafter_for(draft, target.vocab_size, drafting)
     decoder = SpeculativeDecoder(target, drafter, num_draft_tokens=num, batch_size=len(requests))
     rounds = [r for output in decoder.run(requests).outputs for r in output.rounds]
     tested = sum(r.tested for r in rounds)

@@ -1,0 +1,178 @@
+"""Drafts that propose a whole round in one pass (PARD, 2504.18583): ordinary language models that
+were trained to guess ahead, each place's token from the text and mask tokens in the places between.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from specdistill.decoding.drafters import Context, Draft, ModelDrafter, ModelStream
+from specdistill.errors import InputError
+from specdistill.models import LanguageModel
+from specdistill.models.packing import pack
+from specdistill.models.parallel import trained_draft_tokens
+from specdistill_kernels import sample
+
+Way = Literal["auto", "parallel", "autoregressive"]
+
+
+class ParallelDrafter:
+    """A draft with a mask token. A round is one pass over what its cache lacks of a text, the last
+    token of it, and γ - 1 masks at the positions that follow: the states there give the γ tokens,
+    each drawn from its own q, which no other draw of the round changes. The mask token itself is
+    never proposed. Raises `InputError` for a draft without one.
+    """
+
+    def __init__(
+        self, draft: LanguageModel, target_vocab_size: int, *, cuda_graphs: bool = False
+    ) -> None:
+        self.draft, self.mask_token = draft, mask_token(draft)
+        self.model = ModelDrafter(draft, target_vocab_size, cuda_graphs=cuda_graphs)
+        self.width, self.vocab = self.model.width, self.model.vocab
+
+    def cache_bytes(self, batch: int, capacity: int) -> int:
+        return self.model.cache_bytes(batch, capacity)
+
+    def open(self, batch: int, capacity: int) -> ParallelStream:
+        return ParallelStream(self, self.model.open(batch, capacity))
+
+    def columns(self, logits: Tensor) -> Tensor:
+        """`ModelDrafter.columns`, with the mask token out of reach."""
+        logits = self.model.columns(logits)
+        at = self.mask_token
+        if self.vocab is not None:
+            at = int(torch.searchsorted(self.vocab, at))
+            if at < len(self.vocab) and self.vocab[at] != self.mask_token:
+                return logits
+        if at < logits.shape[-1]:
+            logits[..., at] = -math.inf
+        return logits
+
+
+class ParallelStream:
+    """The cache of a parallel draft's model. Masks are not text: the next round writes over their
+    slots before it reads them.
+    """
+
+    def __init__(self, drafter: ParallelDrafter, model: ModelStream) -> None:
+        self.drafter = drafter
+        self.model = model
+        self.most = 0  # tokens of a round, that weights are packed for
+
+    def prefill(self, rows: Tensor, prompts: list[list[int]]) -> None:
+        self.model.prefill(rows, prompts)
+
+    def keep(self, rows: list[int]) -> None:
+        self.model.keep(rows)
+
+    def propose(self, context: Context, num_tokens: int) -> Draft:
+        """Rows that lack less than others read some of their text again, which writes the same
+        values; with graphs all read as much as after full acceptance, so that rounds have the same
+        shape.
+        """
+        hidden = self.run(context, num_tokens)
+        logits = self.drafter.columns(self.model.cached.logits(hidden))
+        drawn = [sample(logits[:, i], context.settings, position=i) for i in range(num_tokens)]
+        tokens = torch.stack([each.tokens for each in drawn], 1)
+        vocab = self.drafter.vocab
+        return Draft(
+            tokens if vocab is None else vocab[tokens],
+            [num_tokens] * len(tokens),
+            logits,
+            torch.stack([each.logsumexp for each in drawn], 1),
+            vocab,
+            steps=1,
+        )
+
+    def run(self, context: Context, num_tokens: int) -> Tensor:
+        """The states [B, G, d] that predict each row's next `num_tokens` tokens."""
+        drafter, model = self.drafter.model, self.model
+        model.rewind(context)
+        lacking = [len(row) - known for row, known in zip(context.tokens, model.known, strict=True)]
+        width = max(*lacking, num_tokens + 1 if drafter.cuda_graphs else 1)
+        if num_tokens > self.most:
+            self.most = num_tokens
+            pack(drafter.draft, 2 * num_tokens * len(lacking))
+        text, places = context.tail(width)
+        masks = text.new_full((len(text), num_tokens - 1), self.drafter.mask_token)
+        ahead = context.lengths[:, None] + torch.arange(1, num_tokens, device=text.device)
+        hidden = model.cached.run(
+            torch.cat([drafter.readable(text), masks], 1),
+            torch.cat([places, ahead], 1),
+            context.longest + num_tokens,
+        )
+        model.known = [len(row) for row in context.tokens]
+        return hidden[:, width - 1 :]
+
+
+def mask_token(draft: LanguageModel) -> int:
+    """Raises `InputError` for a draft without one."""
+    if draft.mask_token is None:
+        raise InputError(
+            f"{draft.name} has no mask token (pard_token in its config.json), so it cannot draft "
+            "in parallel; train it with a section `parallel` in the run's configuration, or let it "
+            "draft autoregressively"
+        )
+    return draft.mask_token
+
+
+def untrained_places(draft: LanguageModel, num_draft_tokens: Sequence[int]) -> str:
+    """What to say of a γ above the one that a parallel draft was trained for; empty for none."""
+    trained, most = trained_draft_tokens(draft), max(num_draft_tokens)
+    if trained is None or most <= trained:
+        return ""
+    return (
+        f"{draft.name} was trained to propose {trained} tokens a round, and γ goes up to {most}: "
+        f"what it proposes beyond token {trained} it never learnt, while every token more makes "
+        "its pass and the verification wider; acceptance by position in the card shows what it is "
+        "worth"
+    )
+
+
+TextDrafter: TypeAlias = ModelDrafter | ParallelDrafter
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """How a draft model proposes: `way` "auto" is in parallel where it has a mask token.
+    `least_reach` is `ModelDrafter`'s.
+    """
+
+    way: Way = "auto"
+    least_reach: float = 0.0
+
+    def in_parallel(self, draft: LanguageModel) -> bool:
+        """Raises `InputError` for a draft that cannot, or a `least_reach` that would do nothing."""
+        if self.way == "parallel":
+            mask_token(draft)
+        parallel = self.way != "autoregressive" and draft.mask_token is not None
+        if parallel and self.least_reach:
+            raise InputError(
+                f"least_reach {self.least_reach:g} ends a proposal early to save draft steps, and "
+                f"{draft.name} drafts in parallel: one pass gives all of a round's tokens, and "
+                "none is saved; leave it out, or let the draft propose autoregressively"
+            )
+        return parallel
+
+
+AUTO = Drafting()
+
+
+def drafter_for(
+    draft: LanguageModel,
+    target_vocab_size: int,
+    drafting: Drafting = AUTO,
+    *,
+    cuda_graphs: bool = False,
+) -> TextDrafter:
+    """The drafter that a draft model gets. Raises `InputError` where it cannot draft so."""
+    if drafting.in_parallel(draft):
+        return ParallelDrafter(draft, target_vocab_size, cuda_graphs=cuda_graphs)
+    reach = drafting.least_reach
+    return ModelDrafter(draft, target_vocab_size, least_reach=reach, cuda_graphs=cuda_graphs)
