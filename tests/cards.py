@@ -8,7 +8,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from specdistill.scoring.card_evidence import Lossless
-from specdistill.scoring.card_rows import Baseline, ModelCard, PromptRow, Row
+from specdistill.scoring.card_rows import (
+    Baseline,
+    DraftingWay,
+    ModelCard,
+    PromptRow,
+    Row,
+    draft_steps,
+)
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.slices import by_category
 from specdistill.scoring.statistics import planned_speedup, speedup_interval
@@ -29,6 +36,7 @@ def simulate(
     noise: float = 0.03,
     slowed: float = 1.0,
     intervals: bool = True,
+    drafting: DraftingWay = "autoregressive",
 ) -> Scorecard:
     """A card with a row for every (temperature, γ) of `alphas`, its acceptance rate.
 
@@ -69,9 +77,10 @@ def simulate(
             accepted = emitted - rounds
             tested = np.maximum(accepted, np.round(accepted / mine)).astype(int)
             jitter = drift * rng.normal(1, noise, prompts)
-            drafting = rounds * gamma * DRAFT_STEP * STEP * jitter
+            steps = rounds * (1 if drafting == "parallel" else gamma)
+            proposing = steps * DRAFT_STEP * STEP * jitter
             verifying = rounds * VERIFY * STEP * jitter
-            seconds = drafting + verifying
+            seconds = proposing + verifying
             per_prompt += [
                 PromptRow(
                     prompt_id=f"p{i}",
@@ -95,10 +104,11 @@ def simulate(
                     t,
                     gamma,
                     per_prompt[-prompts:],
-                    float(drafting.sum()),
+                    float(proposing.sum()),
                     float(verifying.sum()),
                     float(plain.sum() / lengths.sum()),
                     intervals,
+                    drafting,
                 )
             )
     greedy = sum(row.temperature == 0 for row in per_prompt)
@@ -130,10 +140,11 @@ def _row(
     temperature: float,
     gamma: int,
     prompts: list[PromptRow],
-    drafting: float,
+    proposing: float,
     verifying: float,
     step: float,
     intervals: bool,
+    drafting: DraftingWay,
 ) -> Row:
     emitted, rounds = (sum(getattr(p, name) for p in prompts) for name in ("emitted", "rounds"))
     tested, accepted = (sum(getattr(p, n) or 0 for p in prompts) for n in ("tested", "accepted"))
@@ -144,6 +155,7 @@ def _row(
     if intervals:
         interval = speedup_interval(*([getattr(p, c) for p in prompts] for c in columns), 0)
     rate = accepted / tested
+    steps = draft_steps(gamma, gamma, 0.0, drafting)
     survival = [rate ** (i + 1) for i in range(gamma)]
     return Row(
         temperature=temperature,
@@ -165,8 +177,9 @@ def _row(
         speedup_ci95=interval,
         cost_ratio=DRAFT_STEP,
         verify_ratio=verifying / rounds / step,
-        predicted_speedup=emitted * step / (drafting + verifying),
-        planned_speedup=planned_speedup(rate, gamma, DRAFT_STEP),
-        mbsu=emitted / rounds / (gamma * 0.1 + 1),
-        seconds={"prefill": 0.0, "draft": drafting, "target": verifying},
+        predicted_speedup=emitted * step / (proposing + verifying),
+        planned_speedup=planned_speedup(rate, gamma, DRAFT_STEP, steps),
+        mbsu=emitted / rounds / (steps * 0.1 + 1),
+        seconds={"prefill": 0.0, "draft": proposing, "target": verifying},
+        drafting=drafting,
     )

@@ -1,5 +1,7 @@
 """What leaves for other programs: whole, checked, with a model card of its own figures."""
 
+import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,22 +19,24 @@ from specdistill.drafts.export import check_written, export
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError, ModelError
 from specdistill.models.checkpoint_files import VOCAB_FILE
-from specdistill.scoring.card_rows import ModelCard
+from specdistill.models.parallel import set_parallel, trained_draft_tokens
+from specdistill.scoring.card_rows import DraftingWay, ModelCard
 from specdistill.scoring.scorecard import Scorecard
 
 IDS = torch.arange(0, 64, 3)
 
 
-def leaning(seed: int = 2) -> models.LanguageModel:
+def leaning(seed: int = 2, **config: object) -> models.LanguageModel:
     """A target whose states share a direction, as real ones do."""
-    target = tiny_model(seed, layers=3)
+    target = tiny_model(seed, layers=3, **config)
     with torch.no_grad():
         target.model.get_input_embeddings().weight.add_(torch.linspace(-2, 2, 32))
     return target
 
 
-def scored(folder: Path, file: Path) -> None:
-    card = simulate({(0.0, 2): 0.8, (0.0, 5): 0.7, (1.0, 2): 0.6}, prompts=6)
+def scored(folder: Path, file: Path, drafting: DraftingWay = "autoregressive") -> None:
+    rates = {(0.0, 2): 0.8, (0.0, 5): 0.7, (1.0, 2): 0.6}
+    card = simulate(rates, prompts=6, drafting=drafting)
     sha256 = models.load(str(folder)).sha256()
     mine = ModelCard(str(folder), 1, 400_000, "float32", len(IDS), sha256)
     replace(card, draft=mine).write(file)
@@ -168,3 +172,89 @@ def test_a_draft_that_is_not_trimmed_goes_with_its_figures(tmp_path: Path) -> No
     assert (done.leaked, done.notes) == (0, [])
     assert (tmp_path / "out.part" / "thesis.tex").exists()
     assert {file.name for file in tmp_path.iterdir()} == {"run", "out", "out.part"}
+
+
+# Parallel drafts
+
+MASK = 62  # not among IDS
+
+
+def parallel_run(folder: Path, vocabulary: torch.Tensor | None, tied: bool = False) -> Path:
+    """A run whose parallel draft was scored in parallel."""
+    draft = make_draft(leaning(tie_word_embeddings=tied), [0, 1], vocabulary)
+    set_parallel(draft, MASK, 6)
+    draft.model.config.mask_token_id = 3  # of the target's config, say
+    save_draft(draft, folder / "draft")
+    scored(folder / "draft", folder / "scorecard.json", "parallel")
+    return folder / "draft"
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "tied"),
+    [(None, False), (None, True), (IDS, False)],
+    ids=["whole", "tied", "trimmed"],
+)
+def test_a_parallel_draft_is_written_as_engines_look_for_it(
+    tmp_path: Path, vocabulary: torch.Tensor | None, tied: bool
+) -> None:
+    draft = parallel_run(tmp_path, vocabulary, tied)
+    done = export(str(draft), tmp_path / "out", "vllm")
+    assert not done.notes
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["pard_token"], config["spd_type"]) == (MASK, "pard")
+    assert "mask_token_id" not in config
+    assert config["vocab_size"] == done.vocab_size == 64
+    before, after = (models.load(str(folder)) for folder in (draft, tmp_path / "out"))
+    rows = [m.model.get_input_embeddings().weight[MASK] for m in (before, after)]
+    assert torch.equal(*rows)
+    tokens = making.random_texts(after, rows=4)
+    logits = after.logits(after.hidden(tokens))
+    assert (logits.softmax(-1)[..., MASK] < 1e-9).all(), "the mask token is out of reach"
+    assert done.leaked < 1e-9
+    assert trained_draft_tokens(after) == 6
+
+
+def test_a_parallel_drafts_card_says_both_ways_of_serving(tmp_path: Path) -> None:
+    draft = parallel_run(tmp_path, None)
+    done = export(str(draft), tmp_path / "out", "vllm")
+    speculative = json.loads(shlex.split(done.serve)[-1])
+    assert speculative == {
+        "method": "draft_model",
+        "model": str(tmp_path / "out"),
+        "num_speculative_tokens": 5,
+        "parallel_drafting": True,
+    }
+    text = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert "one pass gives a whole round, from mask tokens (id 62, `pard_token`" in text
+    assert "One token a pass, with Transformers:" in text
+    assert "num_assistant_tokens = 4" in text, "the card's γ is that of the other way"
+    assert "## Measured (parallel draft)" in text
+
+    done = export(str(draft), tmp_path / "sglang", "sglang")
+    assert "STANDALONE" in done.serve
+    text = (tmp_path / "sglang" / "README.md").read_text("utf-8")
+    assert "In parallel, with vLLM:" in text
+    assert '"parallel_drafting": true' in text
+
+
+def test_tensorrt_llm_is_given_the_mask_or_drafts_token_by_token(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    draft = parallel_run(tmp_path / "parallel", None)
+    serve = export(str(draft), tmp_path / "out", "tensorrt-llm").serve
+    place = json.dumps(str(tmp_path / "out"))
+    arguments = f"max_draft_len=5, speculative_model={place}, mask_token_id=62"
+    assert f"PARDDecodingConfig({arguments})" in serve
+    compile(serve, "serve", "exec")
+    serve = export(str(run_dir / "draft"), tmp_path / "other", "tensorrt-llm").serve
+    assert "DraftTargetDecodingConfig(max_draft_len=" in serve
+    assert "mask_token_id" not in serve
+    compile(serve, "serve", "exec")
+
+
+def test_an_unscored_parallel_draft_is_served_at_the_block_it_was_trained_for(
+    tmp_path: Path,
+) -> None:
+    draft = parallel_run(tmp_path, None)
+    (tmp_path / "scorecard.json").unlink()
+    assert '"num_speculative_tokens": 6' in export(str(draft), tmp_path / "out", "vllm").serve

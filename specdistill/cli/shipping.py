@@ -16,7 +16,7 @@ def export(
     draft: Annotated[str, typer.Option(help="Draft folder.")],
     out: Annotated[Path, typer.Option(help="New folder.")],
     engine: Annotated[
-        Literal["transformers", "vllm", "sglang"],
+        Literal["transformers", "vllm", "sglang", "tensorrt-llm"],
         typer.Option("--for", help="Whose serve command to write."),
     ],
     scorecard: Annotated[

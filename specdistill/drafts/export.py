@@ -15,10 +15,18 @@ from specdistill import models
 from specdistill.data.likeness import TRAINED
 from specdistill.documents import read_yaml_mapping
 from specdistill.drafts import making
-from specdistill.drafts.serve_commands import Engine, command, fenced, name_elsewhere
+from specdistill.drafts.serve_commands import (
+    IN_PARALLEL,
+    NAMES,
+    Engine,
+    command,
+    fenced,
+    name_elsewhere,
+)
 from specdistill.errors import InputError, ModelError, StorageError
 from specdistill.files import holding, keep_apart, must_be_new, replacing
 from specdistill.models import LanguageModel, gguf_files
+from specdistill.models.parallel import trained_draft_tokens
 from specdistill.models.support import read_config
 from specdistill.quoting import prose
 from specdistill.run_folder import RunFolder
@@ -77,15 +85,17 @@ def export(
     size = _target_size(model, target_name)
     card, notes = _card(model, scorecard)
     target = card.target.name if card else _named_target(model.path)
-    num_draft_tokens = card.fixed_gamma if card else DEFAULT_NUM_DRAFT_TOKENS
-    serve = command(engine, name_elsewhere(target), str(out), num_draft_tokens)
+    serve = _serve(engine, target, str(out), model, card)
     try:
         with replacing(out) as new:
-            making.save_draft(making.at_full_vocabulary(model, size), new)
+            written = making.at_full_vocabulary(model, size)
+            if model.mask_token is not None:  # or vLLM would take this one
+                vars(written.model.config).pop("mask_token_id", None)
+            making.save_draft(written, new)
             if (known := model.path / TRAINED).is_file():  # a score there asks for it, too
                 shutil.copyfile(known, new / TRAINED)
             difference, leaked = check_written(model, new)
-            text = model_card(model, target, card, engine, serve, leaked)
+            text = model_card(model, target, card, engine, str(out), leaked)
             (new / "README.md").write_text(text, encoding="utf-8")
     except OSError as error:
         raise StorageError(
@@ -115,8 +125,10 @@ def check_written(draft: LanguageModel, folder: Path) -> tuple[float, float]:
     ours = draft.logits(draft.hidden(tokens))
     theirs = theirs.to(ours.dtype)
     kept = torch.arange(draft.vocab_size) if draft.vocab is None else draft.vocab
-    kept = kept[kept < size]
-    ours = ours[..., : len(kept)]
+    columns = kept < size
+    if draft.mask_token is not None:  # out of reach there, and the draft never proposes it
+        columns &= kept != draft.mask_token
+    kept, ours = kept[columns], ours[..., columns]
     difference = (theirs[..., kept] - ours).abs().max().item()
     largest = ours.abs().max().item()
     # Stock logits of a model in half precision are rounded to it, ours are not.
@@ -136,6 +148,36 @@ def check_written(draft: LanguageModel, folder: Path) -> tuple[float, float]:
         )
     share = theirs.double().softmax(-1)[..., kept].sum(-1)
     return difference, max(0.0, 1 - share.mean().item()) if len(kept) < size else 0.0
+
+
+def _serve(
+    engine: Engine, target: str, folder: str, draft: LanguageModel, card: Scorecard | None
+) -> str:
+    """The command, at the γ that was the fastest where the card's draft proposed in the same way;
+    else at the one that a parallel draft was trained for.
+    """
+    mask = draft.mask_token if engine in IN_PARALLEL else None
+    if card and (card.drafting == "parallel") == (mask is not None):
+        gamma = card.fixed_gamma
+    else:
+        trained = None if mask is None else trained_draft_tokens(draft)
+        gamma = trained or DEFAULT_NUM_DRAFT_TOKENS
+    return command(engine, name_elsewhere(target), folder, gamma, mask_token=mask)
+
+
+def _both_ways(
+    engine: Engine, target: str, folder: str, draft: LanguageModel, card: Scorecard | None
+) -> str:
+    """How a parallel draft is served in the way that `engine` does not."""
+    other: Engine = "transformers" if engine in IN_PARALLEL else "vllm"
+    way = "One token a pass" if engine in IN_PARALLEL else "In parallel"
+    return (
+        "This draft proposes in two ways, and the text is the target's in both. vLLM and "
+        "TensorRT-LLM draft in parallel: one pass gives a whole round, from mask tokens (id "
+        f"{draft.mask_token}, `pard_token` in config.json). Transformers, SGLang and llama.cpp "
+        f"take a pass for every token, as of any draft. {way}, with {NAMES[other]}:\n\n"
+        + fenced(other, _serve(other, target, folder, draft, card))
+    )
 
 
 def _target_size(draft: LanguageModel, name: str | None) -> int:
@@ -195,7 +237,7 @@ def model_card(
     target: str,
     card: Scorecard | None,
     engine: Engine,
-    serve: str,
+    folder: str,
     leaked: float,
 ) -> str:
     """README.md of the exported folder, in the form that model hubs read."""
@@ -225,7 +267,8 @@ def model_card(
         f"- Parameters: {draft.model.num_parameters():,} as trained, {draft.num_layers} layers\n"
         f"- Vocabulary: {vocabulary}\n"
         f"- Licence: {licensed}",
-        f"## Serve it\n\n{fenced(engine, serve)}",
+        f"## Serve it\n\n{fenced(engine, _serve(engine, target, folder, draft, card))}",
+        *([] if draft.mask_token is None else [_both_ways(engine, target, folder, draft, card)]),
         _figures(card) if card else "It has not been scored.",
     ]
     return "\n\n".join(parts) + "\n"

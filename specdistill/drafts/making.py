@@ -222,27 +222,32 @@ def at_full_vocabulary(draft: LanguageModel, size: int | None = None) -> Languag
 
     Tokens it lacks must be out of reach in a checkpoint that has no place for a bias: a zero row
     has logit 0, and tens of thousands of those take a large part of the probability at temperature
-    1. Their row is therefore `_far_row`'s. A head that has a bias says it exactly.
+    1. Their row is therefore `_far_row`'s. A head that has a bias says it exactly. The mask token
+    of a parallel draft is only read: it gets such a row, in a head of its own.
     """
     size = size or draft.full_vocab_size
-    if draft.vocab is None and size == draft.full_vocab_size:
+    mask = draft.mask_token
+    if draft.vocab is None and size == draft.full_vocab_size and mask is None:
         return draft
-    ids = torch.arange(draft.vocab_size) if draft.vocab is None else draft.vocab
-    ids = ids[ids < size].to(draft.device)
+    ids = torch.arange(draft.vocab_size) if draft.vocab is None else draft.vocab.cpu()
+    columns = ((ids < size) & (ids != (-1 if mask is None else mask))).nonzero()[:, 0]
+    ids, columns = ids[columns].to(draft.device), columns.to(draft.device)
     wide = copy.deepcopy(draft.model)
     if size != draft.full_vocab_size:
         wide.resize_token_embeddings(size, mean_resizing=False)
     head = cast("nn.Linear", wide.get_output_embeddings())
-    if draft.vocab is not None:
+    if draft.vocab is not None or mask is not None:
         shape = (draft.head.in_features, size, draft.head.bias is not None)
         head = skip_init(nn.Linear, *shape, device=draft.device, dtype=draft.dtype)
+        wide.config.get_text_config().tie_word_embeddings = False
+        wide.config.tie_word_embeddings = False
     lacking = torch.ones(size, dtype=torch.bool, device=draft.device).index_fill(0, ids, False)
     with torch.no_grad():
         head.weight[lacking] = 0 if head.bias is not None else _far_row(draft)
-        head.weight[ids] = draft.head.weight[: len(ids)]
+        head.weight[ids] = draft.head.weight[columns]
         if head.bias is not None:
             head.bias[lacking] = -FAR / draft.logit_scale
-            head.bias[ids] = draft.head.bias[: len(ids)]
+            head.bias[ids] = draft.head.bias[columns]
     wide.set_output_embeddings(head)
     return LanguageModel(draft.name, draft.path, wide, draft.tokenizer)
 

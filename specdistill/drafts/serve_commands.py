@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import shlex
-from typing import Literal
+from typing import Any, Literal
 
 from specdistill.models.gguf_files import DEMO
 from specdistill.quoting import block
 
-Engine = Literal["transformers", "vllm", "sglang"]
+Engine = Literal["transformers", "vllm", "sglang", "tensorrt-llm"]
+NAMES: dict[Engine, str] = {
+    "transformers": "Transformers",
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "tensorrt-llm": "TensorRT-LLM",
+}
+IN_PARALLEL: tuple[Engine, ...] = ("vllm", "tensorrt-llm")  # that serve a draft with a mask token
 # A name that only SpecDistill understands, and the model it was quantised from.
 KNOWN_ELSEWHERE = {DEMO: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
@@ -20,15 +27,24 @@ def name_elsewhere(target: str) -> str:
 
 
 def command(
-    engine: Engine, target: str, draft: str, num_draft_tokens: int, dtype: str = "auto"
+    engine: Engine,
+    target: str,
+    draft: str,
+    num_draft_tokens: int,
+    dtype: str = "auto",
+    mask_token: int | None = None,
 ) -> str:
-    """What to run, or for Transformers to write, to decode `target` with the exported draft."""
+    """What to run, or in Python to write, to decode `target` with the exported draft: in parallel
+    where it has a mask token and the engine is one of `IN_PARALLEL`.
+    """
     if engine == "vllm":
-        speculative = {
+        speculative: dict[str, Any] = {
             "method": "draft_model",
             "model": draft,
             "num_speculative_tokens": num_draft_tokens,
         }
+        if mask_token is not None:
+            speculative["parallel_drafting"] = True
         return shlex.join(
             ["vllm", "serve", target, "--speculative-config", json.dumps(speculative)]
         )
@@ -45,6 +61,20 @@ def command(
         words = [word for option in options.items() for word in option]
         return shlex.join(["python", "-m", "sglang.launch_server", *words])
     target, draft = json.dumps(target), json.dumps(draft)  # also how Python quotes them
+    if engine == "tensorrt-llm":
+        kind, options = "DraftTarget", {}
+        if mask_token is not None:
+            kind, options = "PARD", {"mask_token_id": str(mask_token)}
+        options = {"max_draft_len": str(num_draft_tokens), "speculative_model": draft} | options
+        arguments = ", ".join(f"{name}={value}" for name, value in options.items())
+        alone = "" if mask_token is not None else ", disable_overlap_scheduler=True"
+        return f"""\
+from tensorrt_llm import LLM
+from tensorrt_llm.llmapi import {kind}DecodingConfig
+
+drafting = {kind}DecodingConfig({arguments})
+llm = LLM({target}, speculative_config=drafting{alone})
+print(llm.generate("Your prompt").outputs[0].text)"""
     return f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,4 +89,4 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))"""
 
 def fenced(engine: Engine, text: str) -> str:
     """`command` as a block of Markdown."""
-    return block(text, "python" if engine == "transformers" else "sh")
+    return block(text, "sh" if engine in ("vllm", "sglang") else "python")

@@ -5,12 +5,19 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from specdistill.drafts.serve_commands import Engine, command, fenced, name_elsewhere
+from specdistill.drafts.serve_commands import (
+    IN_PARALLEL,
+    NAMES,
+    Engine,
+    command,
+    fenced,
+    name_elsewhere,
+)
 from specdistill.quoting import block, code
 from specdistill.scoring.card_rows import Row
 from specdistill.scoring.scorecard import Scorecard
 
-PROGRAMS: dict[Engine, str] = {"transformers": "Transformers", "vllm": "vLLM"}
+PROGRAMS: tuple[Engine, ...] = ("transformers", "vllm")
 
 
 def serving(card: Scorecard, best: Row, target: str, folder: Path) -> str:
@@ -25,6 +32,8 @@ def serving(card: Scorecard, best: Row, target: str, folder: Path) -> str:
     if card.verification.lenience:
         score += ["--temperature", f"{best.temperature:g}"]
         score += ["--lenience", card.verification.lenience]
+    if card.provenance.get("mask_token") is not None:
+        score += ["--drafting", card.drafting]
     if best.least_reach:
         score += ["--least-reach", f"{best.least_reach:g}"]
     parts = ["## How to serve the draft", "Score it on prompts of your own:", _shell(*score)]
@@ -46,13 +55,27 @@ def serving(card: Scorecard, best: Row, target: str, folder: Path) -> str:
             f"{card.target.vocab_size:,} tokens. Other engines need it at full vocabulary: write "
             "it so with `specdistill export` first."
         )
-    for engine, name in PROGRAMS.items():
-        parts.append(f"With {name}:")
-        exported = f"{draft}-{engine}" if trimmed else draft
-        if trimmed:
+    mask = card.provenance.get("mask_token")
+    if mask is not None:
+        parts.append(
+            "vLLM and TensorRT-LLM draft in parallel with it, one pass a round. Transformers and "
+            "SGLang take a pass for every proposed token. `specdistill export` writes the "
+            "checkpoint that they load, in which its mask token is never proposed."
+        )
+    for engine in PROGRAMS:
+        parts.append(f"With {NAMES[engine]}:")
+        exported = f"{draft}-{engine}" if trimmed or mask is not None else draft
+        if exported != draft:
             export = ["specdistill", "export", "--draft", draft, "--out", exported]
             parts.append(_shell(*export, "--for", engine))
-        text = command(engine, outside, exported, card.fixed_gamma, card.target.dtype)
+        text = command(
+            engine,
+            outside,
+            exported,
+            card.fixed_gamma,
+            card.target.dtype,
+            mask if engine in IN_PARALLEL else None,
+        )
         parts.append(fenced(engine, text))
     return "\n\n".join(parts)
 
