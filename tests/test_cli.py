@@ -484,7 +484,7 @@ def test_plot_draws_scorecards_and_several_runs_into_a_folder(world: World, tmp_
     at = world.places
     done = run("plot", at["run"], at["card"], "--out", tmp_path / "two", "--json")
     names = [Path(file).name for file in done.document["files"]]
-    assert names == ["survival.png", "runs.png"]
+    assert names == ["survival.png", "places.png", "runs.png"]
     assert f"{at['card']} is no run with a metrics.jsonl" in done.err
     assert f"{at['run']} is no run" not in done.err
     done = run("plot", at["run"], "--out", tmp_path / "one", "--json")

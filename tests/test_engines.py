@@ -1,5 +1,6 @@
 """Outside engines: what they counted is what they did, and nothing is invented."""
 
+import copy
 import json
 import math
 import os
@@ -31,10 +32,12 @@ from specdistill.drafts.making import make_draft, save_draft
 from specdistill.engines import base, transformers, vllm
 from specdistill.errors import DecodingError, InputError, StorageError
 from specdistill.models import LanguageModel
+from specdistill.models.parallel import set_parallel
 from specdistill.scoring.card_rows import ModelCard
 from specdistill.scoring.comparable import obstacles
 from specdistill.scoring.rows import Counts
 from specdistill.scoring.scorecard import Scorecard
+from specdistill.scoring.trust import contradictions
 from specdistill_kernels.verification.reference import probabilities
 
 Tiny = Callable[..., LanguageModel]
@@ -354,6 +357,9 @@ class LLM:
         if "BREAK" in given["model"]:
             raise RuntimeError("no such model")
         self.gamma = given.get("speculative_config", {}).get("num_speculative_tokens", 0)
+        assert given.get("speculative_config", {}).get("parallel_drafting") == (
+            PARALLEL if self.gamma else None
+        )
         self.rounds = self.requests = 0
         assert given["max_model_len"] == 3 + 10 + self.gamma + 1, given
     def generate(self, prompts, params, use_tqdm):
@@ -383,9 +389,12 @@ class LLM:
 """
 
 
-def stand_in(folder: Path, die_at: int = 0, lacking: int = 0, differs: int = 0) -> Path:
+def stand_in(
+    folder: Path, die_at: int = 0, lacking: int = 0, differs: int = 0, parallel: bool | None = None
+) -> Path:
     """An interpreter whose `vllm` is `STAND_IN`."""
     text = STAND_IN.replace("DIE_AT", str(die_at)).replace("LACKING", str(lacking))
+    text = text.replace("PARALLEL", str(parallel))
     text = text.replace("DIFFERS", str(differs or None))
     package = folder / "vllm"
     package.mkdir(exist_ok=True)
@@ -424,6 +433,39 @@ def test_vllm_is_asked_in_turns_and_its_counters_taken(
         assert row.tested == 6 * rounds * gamma, "all but the last were accepted"
         assert row.survival_by_position == [1.0] * (gamma - 1) + [0.0]
     assert [row.rounds for row in found.per_prompt] == [6] * 6 + [4] * 6
+
+
+def test_vllm_is_told_to_draft_in_parallel(
+    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
+) -> None:
+    target, draft = pair[0], copy.deepcopy(pair[1])
+    set_parallel(draft, 63, 4)
+    card = run_vllm(stand_in(tmp_path, parallel=True), (target, draft))
+    assert card.drafting == "parallel"
+    assert card.provenance["mask_token"] == 63
+    assert {row.draft_steps for row in card.rows} == {1}
+    assert not contradictions(card)
+    asked = vllm.Pair.of(target, draft, PROMPTS, 10, 0, "autoregressive")
+    again = vllm.score(
+        stand_in(tmp_path),
+        asked,
+        PROMPTS,
+        num_draft_tokens=[2],
+        temperature=[0.0],
+        max_new_tokens=10,
+    )
+    assert again.drafting == "autoregressive"
+    with pytest.raises(InputError, match="has no mask token"):
+        vllm.Pair.of(*pair, PROMPTS, 10, 0, "parallel")
+
+
+def test_transformers_drafts_token_by_token(pair: tuple[LanguageModel, LanguageModel]) -> None:
+    target, draft = pair[0], copy.deepcopy(pair[1])
+    set_parallel(draft, 63, 4)
+    card = transformers.score(
+        target, draft, PROMPTS[:2], num_draft_tokens=[2], temperature=[0.0], max_new_tokens=6
+    )
+    assert card.drafting == "autoregressive"
 
 
 @pytest.mark.parametrize("rounding", [False, True])

@@ -500,13 +500,16 @@ def test_several_drafts_are_drawn_together(tmp_path: Path) -> None:
     AFTER.write(tmp_path / "c.json")
     sources = [tmp_path / "a", tmp_path / "b", tmp_path / "c.json"]
     paths = plot_together(sources, tmp_path / "out")
-    assert [path.name for path in paths] == ["survival.png", "runs.png"]
+    assert [path.name for path in paths] == ["survival.png", "places.png", "runs.png"]
     assert all(map(is_picture, paths))
-    assert [p.name for p in plot_together(sources[2:], tmp_path / "two")] == ["survival.png"]
+    assert [p.name for p in plot_together(sources[2:], tmp_path / "two")] == [
+        "survival.png",
+        "places.png",
+    ]
     (tmp_path / "a" / "scorecard.json").unlink()
     said: list[str] = []
     names = [p.name for p in plot_together(sources[:2], tmp_path / "three", said.append)]
-    assert names == ["survival.png", "runs.png"]
+    assert names == ["survival.png", "places.png", "runs.png"]
     assert said == [f"{tmp_path / 'a'} has no scorecard.json yet: its training alone is drawn"]
     (tmp_path / "b" / "scorecard.json").unlink()
     assert [p.name for p in plot_together(sources[:2], tmp_path / "four")] == ["runs.png"]

@@ -34,6 +34,7 @@ from specdistill.files import keep_apart
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from specdistill.decoding.parallel import Way
     from specdistill.models import LanguageModel
     from specdistill.scoring.scorecard import Scorecard
 
@@ -64,6 +65,10 @@ def score(
             "is then the most. 0 never stops early.",
         ),
     ] = 0.0,
+    drafting: Annotated[
+        Literal["auto", "parallel", "autoregressive"],
+        typer.Option(help="auto: in parallel where the draft was trained for it."),
+    ] = "auto",
     keep_text: Annotated[
         bool, typer.Option(help="Keep one answer in the card, for the picture of its tokens.")
     ] = False,
@@ -91,6 +96,11 @@ def score(
     rule = None if lenience is None else parsing.lenience(lenience)
     told = parsing.chat_template_kwargs(chat_template_kwargs)
     _check_engine(engine, engine_python, device, verification, lenience, least_reach, keep_text)
+    if engine == "transformers" and drafting == "parallel":
+        raise InputError(
+            "--drafting parallel: Transformers has no parallel drafting; leave it out, or score "
+            "with --engine specdistill or vllm"
+        )
     keep_apart([out], [target, draft, prompts, engine_python])
     console.must_be_free(out, overwrite)
     console.setup(threads)
@@ -107,6 +117,7 @@ def score(
     if engine == "vllm":  # loads its own, and needs the device; of ours it needs facts alone
         dtype, device = console.dtype_of_device(dtype), "cpu"
     big, small = _load_pair(target, draft, dtype, device)
+    _note_drafting(small, engine, drafting, least_reach, gammas)
     encoded = chat.encoded(big.tokenizer, as_trained(asked, small, console.note))
     if copies := len(asked) - len(encoded):
         console.note(
@@ -123,6 +134,7 @@ def score(
             mode=verification,
             lenience=rule,
             least_reach=least_reach,
+            drafting=drafting,
             keep_text=keep_text,
         )
     elif engine == "transformers":
@@ -133,7 +145,7 @@ def score(
         from specdistill.engines import vllm
 
         assert engine_python is not None
-        pair = vllm.Pair.of(big, small, encoded, max_new_tokens, seed)
+        pair = vllm.Pair.of(big, small, encoded, max_new_tokens, seed, drafting)
         del big, small  # vLLM loads its own
         score_pair = partial(vllm.score, engine_python, pair, threads=threads)
     with console.progress() as progress:
@@ -229,9 +241,10 @@ def compare(
         console.print_lines(screen, lines)
         console.finish(as_json, comparison.refusal(error.reasons))
         raise typer.Exit(1) from None
-    for table in tables.leaderboard(found):
+    for table in (*tables.leaderboard(found), *tables.by_cost_tables(found)):
         screen.print(table)
     sentences = [*found.remarks, *(difference.sentence for difference in found.differences)]
+    sentences += [pair.sentence for pair in found.by_cost]
     console.print_lines(screen, [f"{sentence}." for sentence in sentences])
     if out is not None:
         write_json(found.document(), out)
@@ -256,7 +269,7 @@ def plot(
     if not alone and out is None:
         raise InputError("pictures of scorecards or of several runs need --out, a folder for them")
     if out is not None:
-        names = ("acceptance", "survival", "speedup", "time", "text", "training", "runs")
+        names = ("acceptance", "survival", "places", "speedup", "time", "text", "training", "runs")
         keep_apart([out / f"{name}.png" for name in names], sources if not alone else [])
         keep_apart([out], [source for source in sources if source.is_file()])
     note = console.note
@@ -309,6 +322,23 @@ def _check_engine(
             "--engine vllm and --engine-python go together: name the python of an environment that "
             "has vLLM"
         )
+
+
+def _note_drafting(
+    draft: LanguageModel, engine: str, way: Way, least_reach: float, num_draft_tokens: list[int]
+) -> None:
+    """What a parallel draft's user should know. Raises `InputError` where it cannot draft so."""
+    from specdistill.decoding.parallel import Drafting, untrained_places
+
+    if engine == "transformers":
+        if draft.mask_token is not None:
+            console.note(
+                "Transformers has no parallel drafting: this draft takes a pass for every token"
+            )
+    elif Drafting(way, least_reach).in_parallel(draft) and (
+        words := untrained_places(draft, num_draft_tokens)
+    ):
+        console.note(words)
 
 
 def _load_pair(

@@ -194,6 +194,30 @@ def leaderboard(comparison: Comparison) -> list[Table]:
     return tables
 
 
+def by_cost_tables(comparison: Comparison) -> list[Table]:
+    """What two drafts of the same weights are worth by the cost of a draft step."""
+    shown = []
+    for pair in comparison.by_cost:
+        table = Table(
+            "c",
+            Column(f"{pair.autoregressive}: τ / (1 + γc)", overflow="fold"),
+            Column(f"{pair.parallel} (parallel): τ / (1 + c)", overflow="fold"),
+            "ratio",
+            **NARROW,
+            title=f"by the cost c of a draft step, T = {pair.temperature:g}, verifying free",
+        )
+        for at in pair.costs:
+            (one, gamma_one), (other, gamma_other) = at.autoregressive, at.parallel
+            table.add_row(
+                f"{at.cost_ratio:g}",
+                f"{one:.2f} at γ = {gamma_one}",
+                f"{other:.2f} at γ = {gamma_other}",
+                f"{other / one:.2f}",
+            )
+        shown.append(table)
+    return shown
+
+
 def evidence_line(card: Scorecard) -> str:
     """The proof of losslessness in one line, or that there is none to be had."""
     proof = card.lossless

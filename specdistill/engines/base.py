@@ -18,7 +18,7 @@ from specdistill.models import LanguageModel
 from specdistill.progress import Progress
 from specdistill.scoring import turns
 from specdistill.scoring.card_evidence import Lossless
-from specdistill.scoring.card_rows import LEAST_VERIFY_RATIO, ModelCard
+from specdistill.scoring.card_rows import LEAST_VERIFY_RATIO, DraftingWay, ModelCard
 from specdistill.scoring.choice import Setting
 from specdistill.scoring.lossless import GreedyPair, explain_difference
 from specdistill.scoring.rows import STALL, Counts, baseline, by_prompt, row, speedup
@@ -125,6 +125,7 @@ def scorecard(
     measured: Measured,
     ties: Sequence[dict[str, Any]],
     seed: int,
+    drafting: DraftingWay = "autoregressive",
 ) -> Scorecard:
     """The card of what was measured. Greedy texts are compared with the engine's own plain ones;
     `ties` explains differences, where that can be done.
@@ -132,7 +133,7 @@ def scorecard(
     runs = measured.runs
     weight_ratio = draft.weight_bytes / target.weight_bytes
     drafted = [setting for setting in runs if setting[1]]
-    rows = [row(s, runs[s], runs[s[0], 0], weight_ratio, seed) for s in drafted]
+    rows = [row(s, runs[s], runs[s[0], 0], weight_ratio, seed, 0.0, drafting) for s in drafted]
     plainly = [baseline(t, runs[t, 0]) for t in dict.fromkeys(t for t, _ in runs)]
     per_prompt = [p for s in drafted for p in by_prompt(s, prompts, runs[s], runs[s[0], 0])]
     greedy = [

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 
 from specdistill.data.chat import EncodedPrompt
+from specdistill.decoding.parallel import Drafting, Way
 from specdistill.decoding.sampling import row_seed
 from specdistill.engines import vllm_worker
 from specdistill.engines.base import explained_differences, scorecard, take_turns
@@ -26,7 +27,7 @@ from specdistill.errors import DecodingError, InputError
 from specdistill.limits import Dtype
 from specdistill.models import LanguageModel, check_positions, check_sizes, load
 from specdistill.progress import Progress, silent
-from specdistill.scoring.card_rows import ModelCard
+from specdistill.scoring.card_rows import DraftingWay, ModelCard
 from specdistill.scoring.choice import Setting
 from specdistill.scoring.measure import model_card, provenance
 from specdistill.scoring.rows import Counts
@@ -46,6 +47,7 @@ class Pair:
     draft_path: Path
     eos_ids: list[int]
     facts: dict[str, Any]  # the provenance
+    drafting: DraftingWay = "autoregressive"
 
     @classmethod
     def of(
@@ -55,8 +57,11 @@ class Pair:
         prompts: Sequence[EncodedPrompt],
         max_new_tokens: int,
         seed: int,
+        drafting: Way = "auto",
     ) -> Pair:
-        """Raises `InputError` for a draft with a trimmed vocabulary."""
+        """Raises `InputError` for a draft with a trimmed vocabulary, or one that cannot draft in
+        parallel and is asked to.
+        """
         if draft.vocab is not None:
             raise InputError(
                 f"{draft.name} has a trimmed vocabulary, which vLLM cannot read; write it at full "
@@ -71,6 +76,7 @@ class Pair:
             draft.path,
             sorted(target.eos_ids),
             provenance(target, draft, seed, max_new_tokens, prompts),
+            "parallel" if Drafting(drafting).in_parallel(draft) else "autoregressive",
         )
 
     def load_target(self) -> LanguageModel:
@@ -117,8 +123,8 @@ def score(
     progress: Progress = silent,
 ) -> Scorecard:
     """Decode every prompt with vLLM, plainly and with the draft as its `draft_model`, by the
-    interpreter `python`, which must have vLLM. Its own defaults decide how the draft proposes:
-    greedily, at any temperature.
+    interpreter `python`, which must have vLLM. A parallel draft gets `parallel_drafting`. Its own
+    defaults decide how the draft proposes: greedily, at any temperature.
 
     All engines are there at a time, so that they can take turns, and share the device's memory.
     Raises `InputError` where `python` cannot be run or that memory is too small, `DecodingError`
@@ -150,7 +156,7 @@ def score(
     told["device"] = facts["device"] or told["device"]
     told["compiled"] = facts["compiled"]
     ties = explained_differences(pair.load_target, prompts, measured)  # its memory is free again
-    return scorecard(pair.target, pair.draft, told, prompts, measured, ties, seed)
+    return scorecard(pair.target, pair.draft, told, prompts, measured, ties, seed, pair.drafting)
 
 
 def _check_memory(pair: Pair, memory_bytes: int | None, engines: int) -> None:
@@ -189,6 +195,7 @@ def _engine_settings(pair: Pair, num: int, longest: int, engines: int) -> dict[s
             "method": "draft_model",
             "model": str(pair.draft_path),
             "num_speculative_tokens": num,
+            **({"parallel_drafting": True} if pair.drafting == "parallel" else {}),
         }
     return settings
 

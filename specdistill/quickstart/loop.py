@@ -148,8 +148,11 @@ def quickstart(
 def early_stop(before: Scorecard, plan: Plan) -> dict[int, float]:
     """The least reach by γ of a proposal that stops early: one and a half times what a draft step
     costs, in plain steps, which was the best of a replay (bench/LOG.md). The draft has the shape of
-    the undistilled one, whose steps were timed. Empty where a step costs as much as it can gain.
+    the undistilled one, whose steps were timed. Empty where a step costs as much as it can gain,
+    and for a parallel draft, whose one pass gives all.
     """
+    if before.drafting == "parallel":
+        return {}
     costs = [row.cost_ratio for row in before.rows if row.cost_ratio > 0]
     reach = float(f"{1.5 * median(costs):.1e}") if costs else 1.0
     return {plan.early_num_draft_tokens: reach} if reach < 1 else {}

@@ -215,6 +215,12 @@ def _all_settings(card: Scorecard) -> str:
             )
     if any(row.slowed for row in card.rows):
         words += f"\n- **Plain slowed**: {PLAIN_SLOWED}."
+    if card.drafting == "parallel":
+        words += (
+            "\n- **Parallel draft**: one pass proposes all γ tokens of a round, so a round takes "
+            "one draft step: predicted is τ / (c + v), and planned and MBSU count one step, too. "
+            "What it proposes later in a round is guessed without the tokens before it."
+        )
     if card.verification.lossy:
         words += (
             f"\n- **{label}**: a draft token is kept with probability "

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdistill.decoding import ModelDrafter
+from specdistill.decoding import Drafting, ModelDrafter, ParallelDrafter, TextDrafter, drafter_for
 from specdistill.decoding.cache import CachedModel
+from specdistill.decoding.drafters import Context
+from specdistill.decoding.parallel import AUTO
 from specdistill.decoding.records import Output
+from specdistill.decoding.sampling import GREEDY, row_settings
 from specdistill.models import LanguageModel
 from specdistill_kernels import Lenience, probabilities
 
@@ -19,9 +22,10 @@ def expected_acceptance(
     output: Output,
     temperature: float,
     lenience: Lenience | None = None,
+    drafting: Drafting = AUTO,
 ) -> tuple[float, int]:
     """Σ over the tested positions of `acceptance_chances`, and their number."""
-    chances = acceptance_chances(target, draft, prompt, output, temperature, lenience)
+    chances = acceptance_chances(target, draft, prompt, output, temperature, lenience, drafting)
     return chances.sum().item(), len(chances)
 
 
@@ -33,33 +37,34 @@ def acceptance_chances(
     output: Output,
     temperature: float,
     lenience: Lenience | None = None,
+    drafting: Drafting = AUTO,
 ) -> Tensor:
     """Σ_x min(p(x), q(x)) at each tested position of an answer [n], float64: the chance, before the
     draft's token was drawn, that it would be accepted; with lenience Σ_x min(f(p(x)), q(x)).
 
     A tested position's context is a prefix of the emitted text, so one pass over the whole text
-    gives every p and q. At temperature 0 both are one-hot, and the overlap is 1 exactly where the
-    proposal was accepted.
+    gives every p, and `draft_states` every q. At temperature 0 both are one-hot, and the overlap is
+    1 exactly where the proposal was accepted.
     """
     if temperature == 0:
         kept = [float(i < r.accepted) for r in output.rounds for i in range(r.tested)]
         return torch.tensor(kept, dtype=torch.float64)
     tested: list[int] = []
-    start = len(prompt) - 1
+    start = 0
     for r in output.rounds:
         tested += range(start, start + r.tested)
         start += len(r.tokens)
     if not tested:
         return torch.zeros(0, dtype=torch.float64)
     tokens = torch.tensor([prompt + output.tokens], device=target.device)
-    drafter = ModelDrafter(draft, target.vocab_size)
-    hidden_p = target.hidden(tokens)[0, tested]
-    hidden_q = draft_states(drafter, tokens)[tested]
+    drafter = drafter_for(draft, target.vocab_size, drafting)
+    hidden_p = target.hidden(tokens)[0, len(prompt) - 1 :][tested]
+    hidden_q = draft_states(drafter, prompt, output)[tested]
     chances = []
     for p_rows, q_rows in zip(hidden_p.split(256), hidden_q.split(256), strict=True):
         warm = torch.full((len(p_rows),), temperature, device=target.device)
         p = probabilities(target.logits(p_rows), warm)
-        q = probabilities(draft.logits(q_rows)[:, : drafter.width], warm)
+        q = probabilities(drafter.columns(draft.logits(q_rows)), warm)
         bar = p if drafter.vocab is None else p[:, drafter.vocab]
         bar = bar if lenience is None else lenience(bar)
         overlap = torch.minimum(bar, q).sum(-1, dtype=torch.float64)
@@ -67,7 +72,33 @@ def acceptance_chances(
     return torch.cat(chances)
 
 
-def draft_states(drafter: ModelDrafter, tokens: Tensor, chunk: int = 512) -> Tensor:
+def draft_states(drafter: TextDrafter, prompt: list[int], output: Output) -> Tensor:
+    """The draft's hidden states [n, d] from which it proposes, or would, each token of an answer:
+    for a parallel draft after the round's first token behind masks, round by round.
+    """
+    if isinstance(drafter, ParallelDrafter):
+        return _parallel_states(drafter, prompt, output)
+    tokens = torch.tensor([prompt + output.tokens[:-1]], device=drafter.draft.device)
+    return _text_states(drafter, tokens)[len(prompt) - 1 :]
+
+
+def _parallel_states(drafter: ParallelDrafter, prompt: list[int], output: Output) -> Tensor:
+    """By passes of the drafter's own, which draw nothing."""
+    device, text = drafter.draft.device, list(prompt)
+    widest = max(len(r.tokens) for r in output.rounds)
+    stream = drafter.open(1, len(prompt) + len(output.tokens) + widest)
+    stream.prefill(torch.tensor([0], device=device), [prompt[:-1]])
+    settings = row_settings([GREEDY], [0], device)
+    states = []
+    for r in output.rounds:
+        last = len(text) - 1
+        context = Context([text], torch.tensor([last], device=device), last, settings)
+        states.append(stream.run(context, len(r.tokens))[0])
+        text = text + r.tokens
+    return torch.cat(states)
+
+
+def _text_states(drafter: ModelDrafter, tokens: Tensor, chunk: int = 512) -> Tensor:
     """Hidden states [n, d] of the draft over a text [1, n], positions beyond its last read as the
     engine reads them.
     """

@@ -47,6 +47,7 @@ MeasuredPositive = Annotated[Positive, WrapValidator(_null_is_nan)]
 MeasuredShare = Annotated[Share, WrapValidator(_null_is_nan)]
 Interval = tuple[MeasuredPositive, MeasuredPositive]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+DraftingWay = Literal["autoregressive", "parallel"]
 Strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -79,6 +80,8 @@ class Provenance(TypedDict, total=False):
     turns: str
     trained_prompts: TrainedPrompts | None
     measured_again: Temperature | None
+    trained_draft_tokens: Natural | None
+    mask_token: Count | None
     steal: Share | None
     stalls: Share
 
@@ -136,7 +139,7 @@ class Row:
     With a `least_reach` above 0 (see `ModelDrafter`) γ is the most that is proposed. What follows
     from γ alone is then absent (`planned_speedup`) or by the mean number of proposals (`mbsu`), and
     survival is the share of all rounds: a row stops where it doubts, so what it did not propose
-    is not like what it did.
+    is not like what it did. With `drafting` "parallel" a round takes one draft step, whatever γ.
     """
 
     temperature: Temperature
@@ -163,11 +166,13 @@ class Row:
     mbsu: Positive
     seconds: dict[str, Number] = field(default_factory=dict)
     least_reach: Share = 0.0
+    drafting: DraftingWay = "autoregressive"
 
     @property
     def draft_steps(self) -> float:
-        """Of a round: γ, or fewer where drafting stops early."""
-        return self.proposed / self.rounds if self.least_reach else self.num_draft_tokens
+        """Of a round, see `draft_steps`."""
+        mean = self.proposed / self.rounds
+        return draft_steps(self.num_draft_tokens, mean, self.least_reach, self.drafting)
 
     @property
     def slowed(self) -> bool:
@@ -250,6 +255,15 @@ def of_setting(
 def with_fixed_gamma(rows: Sequence[Row]) -> list[Row]:
     """Those that do not stop early; all, where every row does."""
     return [row for row in rows if not row.least_reach] or list(rows)
+
+
+def draft_steps(
+    num_draft_tokens: int, mean_proposed: float, least_reach: float, drafting: DraftingWay
+) -> float:
+    """Of a round: γ, as many as were proposed where drafting stops early, one in parallel."""
+    if drafting == "parallel":
+        return 1
+    return mean_proposed if least_reach else num_draft_tokens
 
 
 def setting_of(row: Row | CategoryRow) -> str:

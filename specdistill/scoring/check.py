@@ -12,7 +12,13 @@ import torch
 
 from specdistill.data.chat import EncodedPrompt, encoded
 from specdistill.data.prompts import Prompt
-from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
+from specdistill.decoding import (
+    ModelDrafter,
+    Request,
+    Sampling,
+    SpeculativeDecoder,
+    drafter_for,
+)
 from specdistill.decoding.records import CacheSize, Output
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, check_positions
@@ -97,7 +103,7 @@ class Pair:
     ) -> SpeculativeDecoder:
         return SpeculativeDecoder(
             self.target,
-            None if draft is None else ModelDrafter(draft, self.target.vocab_size),
+            None if draft is None else drafter_for(draft, self.target.vocab_size),
             num_draft_tokens=0 if draft is None else NUM_DRAFT_TOKENS,
             batch_size=batch_size,
             mode=mode,

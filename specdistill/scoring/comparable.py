@@ -121,6 +121,7 @@ def _circumstances(card: Scorecard) -> dict[str, str]:
         "verification": card.verification.label or "token verification",
         "least reach": ", ".join(f"{x:g}" for x in sorted({row.least_reach for row in card.rows})),
         "the program's commit": str(card.provenance.get("git") or "unknown"),
+        "drafting": card.drafting,
         "γ": ", ".join(grid[num] for num in sorted(grid)),
     }
 

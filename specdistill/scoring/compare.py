@@ -11,6 +11,7 @@ from itertools import combinations
 from typing import Any
 
 from specdistill.errors import InputError
+from specdistill.scoring.by_cost import ByCost, by_cost
 from specdistill.scoring.card_rows import PromptRow, Row
 from specdistill.scoring.choice import choose
 from specdistill.scoring.comparable import Cards, common_temperatures, obstacles, remarks
@@ -83,12 +84,13 @@ class Difference:
 @dataclass(frozen=True)
 class Comparison:
     """`standings` by temperature, and within each the fastest first. `remarks` are what else the
-    cards differ in.
+    cards differ in. `by_cost` sets parallel drafts against autoregressive ones of the same weights.
     """
 
     standings: list[Standing]
     differences: list[Difference]
     remarks: list[str] = field(default_factory=list)
+    by_cost: list[ByCost] = field(default_factory=list)
 
     def from_best(self) -> list[Difference]:
         """Those that the fastest card of a temperature is part of."""
@@ -107,6 +109,7 @@ class Comparison:
                 "standings": [asdict(standing) for standing in self.standings],
                 "differences": differences,
                 "remarks": self.remarks,
+                "by_cost": [pair.document() for pair in self.by_cost],
             }
         )
 
@@ -145,7 +148,7 @@ def compare(cards: Cards, seed: int = 0) -> Comparison:
             _difference(faster, slower, cards, best, seed)
             for faster, slower in combinations(ranked, 2)
         ]
-    return Comparison(standings, differences, remarks(cards))
+    return Comparison(standings, differences, remarks(cards), by_cost(cards))
 
 
 def _standing(name: str, card: Scorecard, row: Row) -> Standing:

@@ -67,7 +67,7 @@ def _derived(row: Row, base: Baseline, prompts: Sequence[PromptRow], weights: fl
         ratios.append((f"survival at position {i}", told, before * rate, 1.0))
         before = told
     if math.isfinite(row.planned_speedup):
-        planned = planned_speedup(row.acceptance_rate, gamma, row.cost_ratio)
+        planned = planned_speedup(row.acceptance_rate, gamma, row.cost_ratio, row.draft_steps)
         ratios.append(("a planned speedup", row.planned_speedup, planned, 1.0))
     if {"draft", "target"} <= row.seconds.keys() and base.seconds.get("target"):
         step, spent = base.seconds["target"] / base.tokens, row.seconds

@@ -11,8 +11,16 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
+from specdistill.decoding import (
+    Drafting,
+    ModelDrafter,
+    Request,
+    Sampling,
+    SpeculativeDecoder,
+    drafter_for,
+)
 from specdistill.decoding.cache import CachedModel
+from specdistill.decoding.parallel import AUTO
 from specdistill.decoding.records import Output
 from specdistill.models import LanguageModel
 from specdistill.models.memory import free_bytes
@@ -44,30 +52,29 @@ def evidence(
     draft: LanguageModel,
     prompts: Sequence[tuple[str, list[int]]],
     greedy: Sequence[GreedyPair],
-    reaches: Mapping[int, float],
+    draftings: Mapping[int, Drafting],
     seed: int,
     mode: Mode = "token",
     lossy: bool = False,
 ) -> Lossless:
     """Greedy texts against plain decoding, in float32 too where the pair decodes in half precision;
     the target as its own draft; and tests of the distribution of sampled tokens, which a lossy rule
-    does not get: it must fail. `prompts` are ids and tokens, `reaches` the least reach by γ.
+    does not get: it must fail. `prompts` are ids and tokens, `draftings` by γ.
     """
     same = sum(pair.identical for pair in greedy)
     ties = [explain_difference(target, pair) for pair in greedy if not pair.identical]
     half = target.dtype.itemsize < 4 and not lossy
-    prompt, most = prompts[0][1], max(reaches)
+    prompt, most = prompts[0][1], max(draftings)
     identity, least = identity_acceptance(target, prompt, seed, mode)
+    ways = list(dict.fromkeys(draftings.values()))
     return Lossless(
         (same, len(greedy)),
         ties,
         identity,
-        math.nan
-        if lossy
-        else emitted_p_value(target, draft, prompt, seed, mode, sorted(set(reaches.values()))),
+        math.nan if lossy else emitted_p_value(target, draft, prompt, seed, mode, ways),
         str(target.dtype).removeprefix("torch."),
         least,
-        greedy_in_float32(target, draft, prompts[:SHARE], most, seed, reaches[most])
+        greedy_in_float32(target, draft, prompts[:SHARE], most, seed, draftings[most])
         if half
         else None,
     )
@@ -79,7 +86,7 @@ def greedy_in_float32(
     prompts: Sequence[tuple[str, list[int]]],
     num_draft_tokens: int,
     seed: int,
-    least_reach: float = 0.0,
+    drafting: Drafting = AUTO,
 ) -> Float32:
     """Greedy texts of the pair in float32, where next to nothing is left for rounding to decide,
     all in one batch, which reads the weights for all of them at once. Where memory does not suffice
@@ -102,7 +109,7 @@ def greedy_in_float32(
             num_draft_tokens,
             SHARE_TOKENS,
             batch_size=len(prompts),
-            least_reach=least_reach,
+            drafting=drafting,
         )
         return Float32(
             (sum(pair.identical for pair in pairs), len(pairs)),
@@ -120,14 +127,14 @@ def greedy_pairs(
     num_draft_tokens: int,
     max_new_tokens: int,
     batch_size: int = 1,
-    least_reach: float = 0.0,
+    drafting: Drafting = AUTO,
 ) -> list[GreedyPair]:
     """Every prompt's greedy answers, plain and with the draft."""
     requests = [
         Request(id_, prompt, min(max_new_tokens, target.max_length - len(prompt)))
         for id_, prompt in prompts
     ]
-    drafter = ModelDrafter(draft, target.vocab_size, least_reach=least_reach)
+    drafter = drafter_for(draft, target.vocab_size, drafting)
     plain, speculative = (
         decoder.run(requests).outputs
         for decoder in (

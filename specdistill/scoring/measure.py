@@ -18,16 +18,18 @@ from specdistill.data.chat import EncodedPrompt, encoded
 from specdistill.data.likeness import fingerprint, read_trained
 from specdistill.data.prompts import Prompt
 from specdistill.data.settings import distinct
-from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
+from specdistill.decoding import Drafting, Request, Sampling, SpeculativeDecoder, drafter_for
+from specdistill.decoding.parallel import AUTO, Way
 from specdistill.decoding.records import CacheSize
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, check_positions, origin
+from specdistill.models.parallel import trained_draft_tokens
 from specdistill.progress import Progress, silent
 from specdistill.provenance import device_name, git_commit, versions
 from specdistill.scoring import lossless
 from specdistill.scoring import rows as rows_of
 from specdistill.scoring.acceptance import expected_acceptance
-from specdistill.scoring.card_rows import LEAST_VERIFY_RATIO, ModelCard, Row
+from specdistill.scoring.card_rows import LEAST_VERIFY_RATIO, DraftingWay, ModelCard, Row
 from specdistill.scoring.choice import Setting
 from specdistill.scoring.rows import Runs, Timed
 from specdistill.scoring.scorecard import OWN_ENGINE, Scorecard, Verification
@@ -53,6 +55,7 @@ def score(
     mode: Mode = "token",
     lenience: Lenience | None = None,
     least_reach: float | Mapping[int, float] = 0.0,
+    drafting: Way = "auto",
     max_seconds: float | None = None,
     keep_text: bool = False,
     progress: Progress = silent,
@@ -60,7 +63,8 @@ def score(
     """Decode every prompt plainly and with every γ at every temperature, and measure. `mode` and
     `lenience` are `SpeculativeDecoder`'s: a card with lenience is LOSSY and says so. With
     `least_reach`, `ModelDrafter`'s, γ is the most that a round proposes; a mapping has it by γ, and
-    the others do not stop early.
+    the others do not stop early. A draft with a mask token proposes in parallel, or as `drafting`
+    says.
 
     The settings take turns on each prompt, see `turns.measured`, after a short untimed run of each.
     After `max_seconds` no further prompt is begun, once there are four. Where a verify pass of the
@@ -80,8 +84,10 @@ def score(
         least_reach = dict.fromkeys(num_draft_tokens, least_reach)
     if unused := least_reach.keys() - set(num_draft_tokens):
         raise InputError(f"least_reach is given for γ = {min(unused)}, which is not to be scored")
-    reaches = {g: least_reach.get(g, 0.0) for g in num_draft_tokens}
-    decoders = _decoders(target, draft, reaches, mode, lenience)
+    draftings = {g: Drafting(drafting, least_reach.get(g, 0.0)) for g in num_draft_tokens}
+    parallel = any(each.in_parallel(draft) for each in draftings.values())
+    way: DraftingWay = "parallel" if parallel else "autoregressive"
+    decoders = _decoders(target, draft, draftings, mode, lenience)
     settings = [(t, g) for t in temperatures for g in decoders]
     requests = [Request(p.id, p.tokens, max_new_tokens, seed=seed) for p in prompts]
     decoders[0].check(requests)  # before any work; with a draft the same
@@ -119,11 +125,12 @@ def score(
         progress("evidence", len(rows), len(settings), "expected acceptance")
         if g:
             expected = [
-                expected_acceptance(target, draft, p.tokens, o, t, lenience)
+                expected_acceptance(target, draft, p.tokens, o, t, lenience, draftings[g])
                 for p, o in zip(prompts, runs[t, g].outputs, strict=True)
                 if mode == "token"  # a block's acceptance is not that of its tokens
             ]
-            row = rows_of.row((t, g), counts[t, g], counts[t, 0], weight_ratio, seed, reaches[g])
+            reach = draftings[g].least_reach
+            row = rows_of.row((t, g), counts[t, g], counts[t, 0], weight_ratio, seed, reach, way)
             rows.append(rows_of.with_costs(row, runs[t, g], runs[t, 0], expected))
     progress("evidence", len(rows), len(settings), "losslessness")
     baseline = [rows_of.baseline(t, counts[t, 0]) for t in temperatures]
@@ -154,7 +161,7 @@ def score(
                 if t == 0 and g
                 for p, base, out in zip(prompts, runs[0, 0].outputs, r.outputs, strict=True)
             ],
-            reaches,
+            draftings,
             seed,
             mode,
             lossy=verification.lossy,
@@ -199,22 +206,22 @@ def _slowed(runs: Mapping[Setting, Runs]) -> float | None:
 def _decoders(
     target: LanguageModel,
     draft: LanguageModel,
-    reaches: Mapping[int, float],
+    draftings: Mapping[int, Drafting],
     mode: Mode = "token",
     lenience: Lenience | None = None,
 ) -> dict[int, SpeculativeDecoder]:
-    """By γ, each with its least reach, and with 0 for plain decoding; each keeps a cache of one
-    row.
+    """By γ, each with its way of drafting, and with 0 for plain decoding; each keeps a cache of
+    one row.
     """
     return {0: SpeculativeDecoder(target)} | {
         g: SpeculativeDecoder(
             target,
-            ModelDrafter(draft, target.vocab_size, least_reach=reaches[g]),
+            drafter_for(draft, target.vocab_size, draftings[g]),
             num_draft_tokens=g,
             mode=mode,
             lenience=lenience,
         )
-        for g in sorted(reaches)
+        for g in sorted(draftings)
     }
 
 
@@ -227,7 +234,7 @@ def cache_size(
 ) -> CacheSize:
     """What the caches of `score` will take: a row for plain decoding and one for each γ."""
     requests = [Request(p.id, p.tokens, max_new_tokens) for p in prompts]
-    decoders = _decoders(target, draft, dict.fromkeys(num_draft_tokens, 0.0)).values()
+    decoders = _decoders(target, draft, dict.fromkeys(num_draft_tokens, AUTO)).values()
     sizes = [decoder.cache_size(requests) for decoder in decoders]
     return CacheSize(sum(s.bytes for s in sizes), len(sizes), max(s.slots for s in sizes))
 
@@ -281,6 +288,8 @@ def provenance(
         ).hexdigest(),
         "chat_template_kwargs": distinct(p.settings for p in prompts),
         "draft_origin": origin(draft),
+        "mask_token": draft.mask_token,
+        "trained_draft_tokens": trained_draft_tokens(draft),
         "trained_prompts": _trained_prompts(draft, prompts),
     }
 

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding import Detokenizer, Generation
 from specdistill.decoding.records import Output
-from specdistill.scoring.card_rows import Baseline, DecodedText, Kind, PromptRow, Row
+from specdistill.scoring.card_rows import (
+    Baseline,
+    DecodedText,
+    DraftingWay,
+    Kind,
+    PromptRow,
+    Row,
+    draft_steps,
+)
 from specdistill.scoring.choice import Setting
 from specdistill.scoring.statistics import planned_speedup, speedup_interval
 
@@ -285,6 +293,7 @@ def row(
     weight_ratio: float,
     seed: int,
     least_reach: float = 0.0,
+    way: DraftingWay = "autoregressive",
 ) -> Row:
     """The totals of one setting, from what any engine counts. What only ours knows is NaN, see
     `with_costs`.
@@ -299,7 +308,7 @@ def row(
     rounds = sum(c.rounds for c in counts)
     block_efficiency = sum(emitted) / rounds
     conditional = shares(accepted, tested)
-    steps = sum(offered) / rounds if least_reach else num
+    steps = draft_steps(num, sum(offered) / rounds, least_reach, way)
     return Row(
         temperature=temperature,
         num_draft_tokens=num,
@@ -327,6 +336,7 @@ def row(
         mbsu=block_efficiency / (weight_ratio * steps + 1),
         seconds=_by_part(counts),
         least_reach=least_reach,
+        drafting=way,
     )
 
 
@@ -348,7 +358,9 @@ def with_costs(found: Row, runs: Runs, plain: Runs, expected: Sequence[tuple[flo
         predicted_speedup=ratio(found.block_efficiency * step, drafting + verify_pass),
         planned_speedup=math.nan
         if found.least_reach
-        else planned_speedup(found.acceptance_rate, found.num_draft_tokens, cost_ratio),
+        else planned_speedup(
+            found.acceptance_rate, found.num_draft_tokens, cost_ratio, found.draft_steps
+        ),
     )
 
 

@@ -9,7 +9,16 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
+from specdistill.decoding import (
+    Drafting,
+    ModelDrafter,
+    Request,
+    Sampling,
+    SpeculativeDecoder,
+    TextDrafter,
+    drafter_for,
+)
+from specdistill.decoding.parallel import AUTO
 from specdistill.decoding.records import Output
 from specdistill.models import LanguageModel
 from specdistill.scoring.acceptance import draft_states
@@ -26,7 +35,7 @@ def emitted_p_value(
     prompt: list[int],
     seed: int,
     mode: Mode,
-    reaches: Sequence[float] = (0.0,),
+    draftings: Sequence[Drafting] = (AUTO,),
 ) -> float:
     """p-value of "the emitted tokens follow the target", by `distribution_p_value` and by texts
     that the pair's own engine samples with each least reach (Bonferroni).
@@ -36,16 +45,16 @@ def emitted_p_value(
         Request(str(i), prompt, min(ROW_TOKENS, room), Sampling(1.0), seed) for i in range(ROWS)
     ]
     p_values = [distribution_p_value(target, draft, prompt, seed, mode=mode)]
-    for least_reach in reaches:
+    for drafting in draftings:
         decoder = SpeculativeDecoder(
             target,
-            ModelDrafter(draft, target.vocab_size, least_reach=least_reach),
+            drafter_for(draft, target.vocab_size, drafting),
             num_draft_tokens=NUM_DRAFT_TOKENS,
             batch_size=ROWS,
             mode=mode,
         )
         texts = [(prompt, output) for output in decoder.run(requests).outputs]
-        p_values.append(sampled_p_value(target, draft, texts, seed))
+        p_values.append(sampled_p_value(target, draft, texts, seed, drafting))
     return min(1.0, len(p_values) * min(p_values))
 
 
@@ -55,6 +64,7 @@ def sampled_p_value(
     draft: LanguageModel,
     texts: Sequence[tuple[list[int], Output]],
     seed: int,
+    drafting: Drafting = AUTO,
 ) -> float:
     """p-value of "texts sampled at temperature 1 follow the target": prompts and answers of any
     engine against the target's stock pass, at full width and with the draft's own columns.
@@ -63,7 +73,7 @@ def sampled_p_value(
     the order of q / p, a rule that leans to the draft has low places. Beside that (Kolmogorov and
     Smirnov), no token may come more or less often than its probabilities add up to (Freedman).
     """
-    drafter = ModelDrafter(draft, target.vocab_size)
+    drafter = drafter_for(draft, target.vocab_size, drafting)
     coins = torch.Generator().manual_seed(seed)
     places: list[float] = []
     expected, variance, count = (
@@ -76,7 +86,7 @@ def sampled_p_value(
         rows = slice(len(prompt) - 1, -1)
         warm = torch.ones(len(output.tokens), device=target.device)
         p = probabilities(target.logits(target.hidden(tokens)[0, rows]), warm).double()
-        q_logits = draft.logits(draft_states(drafter, tokens)[rows])[:, : drafter.width]
+        q_logits = drafter.columns(draft.logits(draft_states(drafter, prompt, output)))
         q = torch.zeros_like(p)
         q.index_add_(1, _columns(drafter), probabilities(q_logits, warm).double())
         drawn = tokens[0, len(prompt) :, None]
@@ -155,7 +165,7 @@ def distribution_p_value(
     return combined_p_value([_p_value(tokens, p[i]) for i, tokens in enumerate(emitted)])
 
 
-def _columns(drafter: ModelDrafter) -> Tensor:
+def _columns(drafter: TextDrafter) -> Tensor:
     """The target id of each column of the draft's logits [Vd]."""
     if drafter.vocab is not None:
         return drafter.vocab

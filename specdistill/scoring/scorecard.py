@@ -31,6 +31,7 @@ from specdistill.scoring.card_rows import (
     CategoryRow,
     Count,
     DecodedText,
+    DraftingWay,
     Gamma,
     Interval,
     Measured,
@@ -164,13 +165,22 @@ class Scorecard:
         return ", ".join(filter(None, [proof, engine, self.settings_label]))
 
     @property
+    def drafting(self) -> DraftingWay:
+        """How the draft proposed."""
+        return self.rows[0].drafting if self.rows else "autoregressive"
+
+    @property
     def settings_label(self) -> str:
         """What is unusual about verification and drafting; empty for the usual."""
         reaches = sorted({row.least_reach for row in self.rows})
         early = ""
         if reaches and reaches[0]:  # else some rows are as usual, and each says what it is
             early = f"γ at most, stops early (least reach {', '.join(f'{x:g}' for x in reaches)})"
-        return ", ".join(filter(None, [self.verification.label, early]))
+        parallel = "parallel draft" if self.drafting == "parallel" else ""
+        trained = self.provenance.get("trained_draft_tokens")
+        if parallel and trained and any(row.num_draft_tokens > trained for row in self.rows):
+            parallel += f" trained for γ up to {trained}"
+        return ", ".join(filter(None, [self.verification.label, early, parallel]))
 
     def verdict_row(self) -> Row:
         """The row that the verdict names, at the speedup that it tells."""
@@ -193,7 +203,8 @@ class Scorecard:
         """
         rows = [row for row in self.rows if row.temperature == self.verdict.best.temperature]
         fastest = max(with_fixed_gamma(rows), key=lambda row: row.speedup)
-        return max(1, round(fastest.draft_steps))
+        proposed = fastest.draft_steps if fastest.least_reach else fastest.num_draft_tokens
+        return max(1, round(proposed))
 
     def best_row(self, temperature: float) -> Row:
         """The fastest row measured at `temperature`, with what it is worth on prompts that had no
@@ -297,6 +308,8 @@ def _check_lists(card: Scorecard) -> None:
             if key in seen:
                 raise ValueError(f"{name} has {key} twice")
             seen.add(key)
+    if len({row.drafting for row in card.rows}) > 1:
+        raise ValueError("some of its rows drafted in parallel, and some did not")
     for row in card.rows:
         sizes = len(row.acceptance_by_position), len(row.survival_by_position)
         if sizes[0] != sizes[1] or sizes[0] > row.num_draft_tokens:

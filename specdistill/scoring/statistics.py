@@ -103,11 +103,14 @@ def martingale_p_value(deviation: float, variance: float) -> float:
     return min(1.0, 2 * math.exp(-(deviation**2) / (2 * (variance + deviation / 3))))
 
 
-def planned_speedup(alpha: float, num_draft_tokens: int, cost_ratio: float) -> float:
+def planned_speedup(
+    alpha: float, num_draft_tokens: int, cost_ratio: float, draft_steps: float | None = None
+) -> float:
     """(1 − α^{γ+1}) / ((1 − α)(γc + 1)), Theorem 3.8 of 2211.17192: independent acceptance and a
-    free verify pass.
+    free verify pass. A round takes γ draft steps, or `draft_steps`.
     """
-    return planned_tokens(alpha, num_draft_tokens) / (num_draft_tokens * cost_ratio + 1)
+    steps = num_draft_tokens if draft_steps is None else draft_steps
+    return planned_tokens(alpha, num_draft_tokens) / (steps * cost_ratio + 1)
 
 
 def planned_tokens(alpha: float, num_draft_tokens: int) -> float:

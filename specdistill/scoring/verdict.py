@@ -57,8 +57,9 @@ def verdict(
     why = f"acceptance rate {best.acceptance_rate:.2f}"
     why += "" if math.isnan(needed) else f" against a break-even of {needed:.2f}"
     if math.isfinite(best.cost_ratio):  # outside engines do not tell
+        alone = ", one a round," if best.drafting == "parallel" else ""
         why += (
-            f", a draft step costs {best.cost_ratio:.2f} and a verify pass "
+            f", a draft step{alone} costs {best.cost_ratio:.2f} and a verify pass "
             f"{best.verify_ratio:.2f} of a plain step"
         )
     judged = judgement(best, pays)

@@ -15,7 +15,12 @@ from matplotlib.figure import Figure
 
 from specdistill.errors import SpecDistillError
 from specdistill.progress import Note, unsaid
-from specdistill.report.plots.acceptance import figure_acceptance, figure_survival, figure_text
+from specdistill.report.plots.acceptance import (
+    figure_acceptance,
+    figure_places,
+    figure_survival,
+    figure_text,
+)
 from specdistill.report.plots.speed import figure_speedup, figure_time
 from specdistill.report.plots.style import save
 from specdistill.report.plots.training import figure_runs, figure_sweep, figure_training
@@ -26,6 +31,7 @@ from specdistill.scoring.trust import sound_card
 
 __all__ = [
     "figure_acceptance",
+    "figure_places",
     "figure_runs",
     "figure_speedup",
     "figure_survival",
@@ -67,10 +73,10 @@ def plot_all(run_dir: Path, out: Path | None = None, note: Note = unsaid) -> lis
 
 
 def plot_together(sources: Sequence[Path], out: Path, note: Note = unsaid) -> list[Path]:
-    """Several drafts in one picture, into `out`: their survival curves, and what training bought
-    where run folders tell. Sources are scorecards or run folders, of which one that is not scored
-    yet has its training drawn alone. `note` is told of that, and why the cards could not be
-    compared. Raises as `plot_all`.
+    """Several drafts in one picture, into `out`: their survival curves and acceptance by position,
+    and what training bought where run folders tell. Sources are scorecards or run folders, of which
+    one that is not scored yet has its training drawn alone. `note` is told of that, and why the
+    cards could not be compared. Raises as `plot_all`.
     """
     cards: dict[str, Scorecard] = {}
     runs: dict[str, list[dict[str, Any]]] = {}
@@ -85,6 +91,7 @@ def plot_together(sources: Sequence[Path], out: Path, note: Note = unsaid) -> li
     figures: dict[str, Callable[[], Figure]] = {}
     if cards:
         figures["survival.png"] = partial(figure_survival, cards)
+        figures["places.png"] = partial(figure_places, cards)
     if runs:
         figures["runs.png"] = partial(figure_runs, runs)
     for why in obstacles(cards) if len(cards) > 1 else ():

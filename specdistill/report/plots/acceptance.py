@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
@@ -95,6 +96,49 @@ def figure_survival(cards: Mapping[str, Scorecard]) -> Figure:
     panel per temperature and a line per draft, at the largest fixed γ of each. Dotted: αⁱ, what the
     draft's α would give if acceptance did not depend on the position or on the round.
     """
+
+    def draw(axes: Axes, row: Row, name: str, colour: str, marker: str) -> list[float]:
+        survival = [1.0, *row.survival_by_position]
+        places = range(len(survival))
+        independent = [row.acceptance_rate**i for i in places]
+        axes.plot(places, independent, ":", color=colour, lw=1.2, label=f"αⁱ, {name}")
+        axes.plot(places, survival, **style.mark(colour, marker, name))
+        return row.survival_by_position
+
+    key = style.key("αⁱ, if acceptance were independent", style.BLACK, ":", lw=1.2)
+    labels = ("draft tokens accepted, at least", "share of rounds")
+    return _figure_of_drafts(cards, draw, labels, range(1), [key])
+
+
+def figure_places(cards: Mapping[str, Scorecard]) -> Figure:
+    """Acceptance by position if all earlier ones were accepted, with 95% intervals, a panel per
+    temperature and a line per draft, at the largest fixed γ of each. A draft that knows the tokens
+    before a place keeps its rate; a parallel one guesses them, and loses by every place.
+    """
+
+    def draw(axes: Axes, row: Row, name: str, colour: str, marker: str) -> list[float]:
+        _draw_uncertainty(axes, row, colour)
+        places = range(1, len(row.acceptance_by_position) + 1)
+        axes.plot(places, row.acceptance_by_position, **style.mark(colour, marker, name))
+        return row.acceptance_by_position
+
+    labels = ("position in the round", "accepted, if all earlier ones were")
+    return _figure_of_drafts(cards, draw, labels, range(1, 1), [])
+
+
+Draw = Callable[[Axes, Row, str, str, str], list[float]]  # name, colour, marker; what it has drawn
+
+
+def _figure_of_drafts(
+    cards: Mapping[str, Scorecard],
+    draw: Draw,
+    labels: tuple[str, str],
+    before: range,
+    keys: list[Artist],
+) -> Figure:
+    """A panel per temperature, with each draft's largest fixed γ. The axis has the positions of a
+    round, and `before` them.
+    """
     temperatures = sorted({row.temperature for card in cards.values() for row in card.rows})
     figure, panels = style.panels(len(temperatures), style.PANEL_HEIGHT, share_y=True)
     looks = dict(zip(cards, style.styles(), strict=False))
@@ -104,32 +148,24 @@ def figure_survival(cards: Mapping[str, Scorecard]) -> Figure:
     for index, temperature in enumerate(temperatures):
         axes = panels[index]
         for name, card in cards.items():
-            rows = style.by_temperature(card.rows).get(temperature)
-            if not rows:
-                continue
-            row, (colour, marker) = with_fixed_gamma(rows)[-1], looks[name]
-            survival = [1.0, *row.survival_by_position]
-            places = range(len(survival))
-            independent = [row.acceptance_rate**i for i in places]
-            axes.plot(places, independent, ":", color=colour, lw=1.2, label=f"αⁱ, {name}")
-            axes.plot(places, survival, **style.mark(colour, marker, name))
-            shown[index] += row.survival_by_position
+            if rows := style.by_temperature(card.rows).get(temperature):
+                shown[index] += draw(axes, with_fixed_gamma(rows)[-1], name, *looks[name])
         axes.set_title(
             style.t_is(temperature), fontsize=style.POINTS, fontweight="bold", loc="left"
         )
-        axes.set_xlabel("draft tokens accepted, at least")
+        axes.set_xlabel(labels[0])
     for index, axes in enumerate(panels):
-        style.integer_ticks(axes, range(longest + 1))
+        style.integer_ticks(axes, [*before, *range(1, longest + 1)])
         axes.set_ylim(-0.03, 1.03)
         style.finish(axes, shown[index])
-    panels[0].set_ylabel("share of rounds")
-    keys = []
+    panels[0].set_ylabel(labels[1])
+    names = []
     for name, (colour, marker) in looks.items():
         gammas = [row.num_draft_tokens for row in fixed[name]]
         words = f"{name}, γ = {max(gammas)}" if gammas else name
-        keys.append(style.key(words, colour, "-", marker))
-    keys.append(style.key("αⁱ, if acceptance were independent", style.BLACK, ":", lw=1.2))
-    style.legend(figure, keys, title=style.label(*cards.values()))
+        words += ", parallel" if cards[name].drafting == "parallel" else ""
+        names.append(style.key(words, colour, "-", marker))
+    style.legend(figure, [*names, *keys], title=style.label(*cards.values()))
     return figure
 
 
