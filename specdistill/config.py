@@ -210,13 +210,13 @@ class Policy(_Section):
         if not isinstance(raw, dict):
             return raw
         name = raw.get("name", "target")
-        own = POLICY_SETTINGS.get(name, {}) if isinstance(name, str) else {}
+        defaults = POLICY_SETTINGS.get(name, {}) if isinstance(name, str) else {}
         if name == "fresh_target":  # runs of earlier versions have it in their config.yaml
             raw = {key: value for key, value in raw.items() if key != "block"}
         for key in cls.model_fields:
-            if key != "name" and key not in own and raw.get(key) is not None:
-                raise ValueError(f"the policy {name!r} has no {key}; it has {', '.join(own)}")
-        return {**own, **{key: value for key, value in raw.items() if value is not None}}
+            if key != "name" and key not in defaults and raw.get(key) is not None:
+                raise ValueError(f"the policy {name!r} has no {key}; it has {', '.join(defaults)}")
+        return {**defaults, **{key: value for key, value in raw.items() if value is not None}}
 
     def own(self) -> dict[str, Any]:
         """The settings that this policy has."""
@@ -338,9 +338,9 @@ def parse_config(raw: dict[str, Any]) -> DistillConfig:
         return DistillConfig.model_validate(raw)
     except ValidationError as error:
         problems = error.errors()
-        told = [_explain(problem) for problem in problems[:8]]
-        told += [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
-        raise InputError("the configuration: " + "; ".join(told)) from None
+        sentences = [_explain(problem) for problem in problems[:8]]
+        sentences += [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
+        raise InputError("the configuration: " + "; ".join(sentences)) from None
     except RecursionError:
         raise InputError("the configuration is nested too deeply; write it flat") from None
 

@@ -24,7 +24,7 @@ OPTIONAL = (
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    by_package = {"python": platform.python_version()}
     for name in (
         "specdistill",
         "torch",
@@ -35,8 +35,8 @@ def versions() -> dict[str, str]:
         "triton",
     ):
         if has := installed(name):
-            found[name] = has
-    return found
+            by_package[name] = has
+    return by_package
 
 
 def installed(package: str) -> str | None:
@@ -59,7 +59,7 @@ def git_commit() -> str | None:
     """The commit of the checkout this package runs from; None for an installed wheel."""
     folder = Path(__file__).parent
     try:
-        found = subprocess.run(
+        revision = subprocess.run(
             ["git", "rev-parse", "HEAD"],
             cwd=folder,
             capture_output=True,
@@ -75,7 +75,7 @@ def git_commit() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip() if tracked.returncode == 0 else None
+    return revision.stdout.strip() if tracked.returncode == 0 else None
 
 
 @dataclass(frozen=True)

@@ -81,13 +81,13 @@ def given_config(file: Path, config: DistillConfig, resume: bool) -> None:
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested values by dotted keys."""
-    found: dict[str, Any] = {}
+    by_key: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
+            by_key |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            by_key[f"{prefix}{key}"] = value
+    return by_key
 
 
 def config_sha256(config: DistillConfig) -> str:
@@ -135,10 +135,10 @@ def keep_metrics(run: RunFolder, step: int) -> None:
     """
     file = run.metrics
     rows = read_metrics(file) if step and file.exists() else []
-    kept = [row for row in rows if row.get("step", 0) <= step and "kept_step" not in row]
+    remaining = [row for row in rows if row.get("step", 0) <= step and "kept_step" not in row]
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        write_whole(file, "".join(f"{json.dumps(row)}\n" for row in kept))
+        write_whole(file, "".join(f"{json.dumps(row)}\n" for row in remaining))
     except OSError as error:
         raise StorageError(
             f"cannot write to {file.parent}: {error.strerror}; choose another run_dir"

@@ -141,7 +141,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
             )
         called.add(name.casefold())
         _check_name(name, path)
-        own = copy.deepcopy(raw) | {"run_dir": str(folder / name)}
+        merged = copy.deepcopy(raw) | {"run_dir": str(folder / name)}
         given: set[str] = {"run_dir"}
         for key, value in point.items():
             several = isinstance(value, dict) and key in value
@@ -149,9 +149,9 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
                 if name_ in given:
                     raise InputError(f"{path}, run {name}: {name_!r} is given twice by the grid")
                 given.add(name_)
-                assign(own, str(name_), copy.deepcopy(own_value))
+                assign(merged, str(name_), copy.deepcopy(own_value))
         try:
-            configs[name] = parse_config(own)
+            configs[name] = parse_config(merged)
             configured_objective(configs[name])
         except InputError as error:
             raise InputError(f"{path}, run {name}: {error}") from None
@@ -305,7 +305,7 @@ def _check_data(sweep: Sweep) -> None:
 
 def document(sweep: Sweep, result: Result) -> dict[str, Any]:
     """sweep.json: every run with its settings and rows, or why it failed, and the comparison."""
-    found = result.comparison
+    comparison = result.comparison
     runs = {
         name: {
             "settings": dict(point),
@@ -317,7 +317,7 @@ def document(sweep: Sweep, result: Result) -> dict[str, Any]:
         }
         for name, point in sweep.points.items()
     }
-    compared = found.document() if isinstance(found, Comparison) else refusal(found)
+    compared = comparison.document() if isinstance(comparison, Comparison) else refusal(comparison)
     return nullable({"schema": SCHEMA, "runs": runs, "comparison": compared})
 
 

@@ -137,15 +137,15 @@ def _last_words(error: Exception) -> tuple[str, int]:
     """The line and the exit code that an error ends with: 2 where the user can put it right."""
     if isinstance(error, SpecDistillError):
         return str(error), 2
-    said = " ".join(str(error).split()) or type(error).__name__
+    reason = " ".join(str(error).split()) or type(error).__name__
     # By name, as importing torch for its error would take seconds.
     if (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or any(words in said for words in _OUT_OF_MEMORY)
+        or any(words in reason for words in _OUT_OF_MEMORY)
     ):
         return (
-            f"the memory does not suffice ({said[:200]}); take fewer rows at once (--batch-size, "
+            f"the memory does not suffice ({reason[:200]}); take fewer rows at once (--batch-size, "
             "training.batch_tokens), shorter texts, a lower dtype or a smaller model",
             2,
         )
@@ -154,10 +154,10 @@ def _last_words(error: Exception) -> tuple[str, int]:
             f"{error.filename or 'a file'}: {error.strerror}; make room, or name another place",
             2,
         )
-    if any(words in said for words in _FULL):
-        return f"a file cannot be written ({said[:200]}); make room, or name another place", 2
+    if any(words in reason for words in _FULL):
+        return f"a file cannot be written ({reason[:200]}); make room, or name another place", 2
     return (
-        f"{type(error).__name__}: {said[:500]}; this is a fault of SpecDistill itself: run with "
+        f"{type(error).__name__}: {reason[:500]}; this is a fault of SpecDistill itself: run with "
         "--debug to see where, and report it",
         70,
     )

@@ -75,14 +75,14 @@ def _finish(
     settled: Settled, refused: dict[str, str], out: Path, *, removing: bool, as_json: bool
 ) -> None:
     """What came of asking a server."""
-    said = [answer for answer in settled.kept if (answer.prompt.response or "").strip()]
+    answered = [answer for answer in settled.kept if (answer.prompt.response or "").strip()]
     counts = {
-        "answers": len(said),
-        "empty": len(settled.kept) - len(said),
-        "cut": sum(not answer.ended for answer in said),
+        "answers": len(answered),
+        "empty": len(settled.kept) - len(answered),
+        "cut": sum(not answer.ended for answer in answered),
         "refused": len(refused),
     }
-    lines = [f"{len(said)} answers in {out}, as text", *_server_lines(counts, refused)]
+    lines = [f"{len(answered)} answers in {out}, as text", *_server_lines(counts, refused)]
     if removing:
         lines.append(answers.removed_line(settled.counts))
     if settled.unvaried > 1:
@@ -90,14 +90,14 @@ def _finish(
             f"the server gave {settled.unvaried} prompts the same reply each time: it does "
             "not sample (some do if the checkpoint's generation_config.json has do_sample: true)"
         )
-    if apart := sum(answer.reasoning is not None for answer in said):
+    if apart := sum(answer.reasoning is not None for answer in answered):
         line = f"{apart} answers came with reasoning apart from the text, which a draft learns "
         line += "where its chat template writes 'reasoning_content'"
         lines.append(f"{line}; else serve without a reasoning parser to have it")
     console.print_lines(console.screen_for(as_json), lines)
-    answers.refuse_none(said, out, settled.removed)
-    told = {"out": str(out), **counts, "reasoning_apart": apart, **settled.counts}
-    console.finish(as_json, told)
+    answers.refuse_none(answered, out, settled.removed)
+    document = {"out": str(out), **counts, "reasoning_apart": apart, **settled.counts}
+    console.finish(as_json, document)
 
 
 def _server_lines(counts: dict[str, int], refused: dict[str, str]) -> list[str]:

@@ -52,7 +52,7 @@ def env(as_json: Json = False) -> None:
     """Versions, devices, threads and what is missing for each optional part, for bug reports."""
     from specdistill.provenance import environment
 
-    found = environment()
+    facts = environment()
     screen = console.screen_for(as_json)
-    screen.print(tables.environment_table(found))
-    console.finish(as_json, asdict(found))
+    screen.print(tables.environment_table(facts))
+    console.finish(as_json, asdict(facts))

@@ -37,16 +37,18 @@ def sweep(
     console.print_lines(screen, [f"{name} failed: {why}" for name, why in result.failed.items()])
     if "--debug" in sys.argv:
         console.print_lines(screen, [f"{n}: {text}" for n, text in result.tracebacks.items()])
-    found = result.comparison
-    if isinstance(found, Comparison):
-        for table in tables.leaderboard(found):
+    comparison = result.comparison
+    if isinstance(comparison, Comparison):
+        for table in tables.leaderboard(comparison):
             screen.print(table)
-        sentences = [difference.sentence for difference in found.from_best()]
-        console.print_lines(screen, [f"{sentence}." for sentence in [*found.remarks, *sentences]])
+        sentences = [difference.sentence for difference in comparison.from_best()]
+        console.print_lines(
+            screen, [f"{sentence}." for sentence in [*comparison.remarks, *sentences]]
+        )
         console.print_lines(screen, [f"Every pair is in {plan.folder / sweeping.DOCUMENT}."])
     elif len(result.cards) > 1:
         again = "to score a run again, delete its scorecard.json and give the same command"
-        console.print_lines(screen, ["no comparison:", *(f"- {why}" for why in found), again])
+        console.print_lines(screen, ["no comparison:", *(f"- {why}" for why in comparison), again])
     console.finish(as_json, sweeping.document(plan, result))
     if result.failed:
         raise typer.Exit(1)

@@ -78,23 +78,23 @@ def slices_tables(card: Scorecard) -> list[Table]:
     return tables
 
 
-def environment_table(found: Environment) -> Table:
+def environment_table(facts: Environment) -> Table:
     """What `env` shows."""
     table = Table(show_header=False, title="environment")
     table.add_column()
     table.add_column(overflow="fold")
-    for name, version in found.versions.items():
+    for name, version in facts.versions.items():
         table.add_row(name, version)
-    if found.git:
-        table.add_row("git commit", found.git)
-    table.add_row("system", found.system)
-    for device, what in found.devices.items():
+    if facts.git:
+        table.add_row("git commit", facts.git)
+    table.add_row("system", facts.system)
+    for device, what in facts.devices.items():
         table.add_row(device, what)
-    table.add_row("cores, threads", f"{found.cores}, {found.threads}")
-    table.add_row("memory", f"{found.memory_bytes / 1e9:.1f} GB")
-    for part in found.optional:
-        said = part.version or f"missing: {part.remedy}"
-        table.add_row(part.purpose, f"{part.package} {said}")
+    table.add_row("cores, threads", f"{facts.cores}, {facts.threads}")
+    table.add_row("memory", f"{facts.memory_bytes / 1e9:.1f} GB")
+    for part in facts.optional:
+        status = part.version or f"missing: {part.remedy}"
+        table.add_row(part.purpose, f"{part.package} {status}")
     return table
 
 
@@ -135,8 +135,8 @@ def heldout_line(metrics: Mapping[str, float]) -> str:
     if "block_efficiency" in metrics:
         num = f"{metrics['num_draft_tokens']:g}"
         parts.append(f"measured τ {metrics['block_efficiency']:.2f} at γ = {num}")
-    kept, last = metrics["kept_step"], metrics["step"]
-    return f"held-out {', '.join(parts)} with the weights of step {kept:,} of {last:,}"
+    best, last = metrics["kept_step"], metrics["step"]
+    return f"held-out {', '.join(parts)} with the weights of step {best:,} of {last:,}"
 
 
 def sweep_table(cards: Mapping[str, Scorecard]) -> Table:

@@ -50,7 +50,7 @@ def init(
     wanted = making.parse_layers(layers)  # before a model is read
     keep_apart([out], [target, vocab_from])
     console.setup(None)
-    model, draft, kept, vocabulary = making.write_draft(
+    model, draft, numbers, vocabulary = making.write_draft(
         target,
         out,
         wanted,
@@ -62,7 +62,7 @@ def init(
     ratio = draft.weight_bytes() / model.weight_bytes()
     table = Table("", "target", "draft", title=f"{out}")
     table.add_row("parameters", f"{model.parameters():,}", f"{draft.parameters():,}")
-    table.add_row("layers", str(model.num_layers), ", ".join(map(str, kept)))
+    table.add_row("layers", str(model.num_layers), ", ".join(map(str, numbers)))
     table.add_row("output tokens", f"{model.vocab_size:,}", f"{draft.vocab_size:,}")
     table.add_row("bytes read per token", f"{model.weight_bytes():,}", f"{draft.weight_bytes():,}")
     screen = console.screen_for(as_json)
@@ -75,7 +75,7 @@ def init(
         as_json,
         {
             "out": str(out),
-            "layers": kept,
+            "layers": numbers,
             "parameters": draft.parameters(),
             "bytes_per_token": draft.weight_bytes(),
             "cost_ratio_bytes": ratio,

@@ -143,12 +143,12 @@ _READERS: Mapping[str, Callable[[Path, str | None], Iterator[Row]]] = {
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Raises `ValueError` for a key that stands twice: one of them would be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    unique = dict(pairs)
+    if len(unique) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {twice!r} stands twice in one object")
-    return found
+    return unique
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, str]]:

@@ -106,9 +106,9 @@ def final_answer(text: str) -> str:
     count.
     """
     marks = [m[m.lastgroup] for m in _MARKED.finditer(text) if m.lastgroup]
-    said = " ".join((marks[-1] if marks else text).split()).casefold()
-    said = re.sub(r"(?<=\d),(?=\d{3}\b)", "", said)
-    return said.strip("*$€£ .")
+    answer = " ".join((marks[-1] if marks else text).split()).casefold()
+    answer = re.sub(r"(?<=\d),(?=\d{3}\b)", "", answer)
+    return answer.strip("*$€£ .")
 
 
 def find_scorer(name: str) -> Scorer:
@@ -140,7 +140,7 @@ def find_scorer(name: str) -> Scorer:
     if not callable(function):
         raise InputError(f"the scorer {name!r} is no function but {type(function).__name__}")
 
-    def own(prompt: Prompt, candidates: Sequence[Candidate]) -> list[float]:
+    def scored(prompt: Prompt, candidates: Sequence[Candidate]) -> list[float]:
         try:
             given = function(prompt, [candidate.text for candidate in candidates])
             scores = [float(score) for score in given]
@@ -150,7 +150,7 @@ def find_scorer(name: str) -> Scorer:
             ) from error
         return scores
 
-    return own
+    return scored
 
 
 def best(prompt: Prompt, candidates: Sequence[Candidate], scorer: Scorer) -> int | None:

@@ -91,8 +91,8 @@ class Selection:
         """
         objections = [objection(self.filters, answer) for answer in answers]
         left = [place for place, why in enumerate(objections) if why is None]
-        kept = left[0] if left else None
+        chosen = left[0] if left else None
         if left and self.scorer is not None:
             place = best(prompt, [candidate(place) for place in left], self.scorer)
-            kept = None if place is None else left[place]
-        return kept, [why or SCORER for why in objections if why or kept is None]
+            chosen = None if place is None else left[place]
+        return chosen, [why or SCORER for why in objections if why or chosen is None]

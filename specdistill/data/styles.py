@@ -28,8 +28,8 @@ def in_context(prompt: Prompt, examples: Sequence[Prompt]) -> Prompt:
     shown: list[Mapping[str, Any]] = []
     for example in examples:
         shown += [turn for turn in example.messages if turn["role"] != "system"]
-        said = {"role": "assistant", "content": example.one_response() or "", **example.answer}
-        shown.append(said)
+        answer = {"role": "assistant", "content": example.one_response() or "", **example.answer}
+        shown.append(answer)
     return replace(prompt, messages=(*system, *shown, *prompt.messages[len(system) :]))
 
 

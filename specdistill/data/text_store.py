@@ -105,16 +105,16 @@ class Choices:
         selection = self.selection
         if not selection.filters.remove and selection.best_of is None:
             return replies[0], []
-        said = [reply for reply in replies if reply.text.strip()]
+        answers = [reply for reply in replies if reply.text.strip()]
 
         def candidate(place: int) -> Candidate:
-            value = said[place].log_probability
-            return Candidate(said[place].text, nan if value is None else value)
+            value = answers[place].log_probability
+            return Candidate(answers[place].text, nan if value is None else value)
 
-        seen = [Judged(words(reply.text), reply.ended) for reply in said]
+        seen = [Judged(words(reply.text), reply.ended) for reply in answers]
         place, gone = selection.choose(prompt, seen, candidate)
-        kept = None if place is None else said[place]
-        return kept, [*gone, *[EMPTY] * (len(replies) - len(said))]
+        chosen = None if place is None else answers[place]
+        return chosen, [*gone, *[EMPTY] * (len(replies) - len(answers))]
 
 
 def settle(
@@ -130,59 +130,63 @@ def settle(
     """
     selection = choices.selection
     duplicates = selection.filters.duplicates
-    kept: dict[str, Reply] = {}
+    chosen: dict[str, Reply] = {}
     missing: list[tuple[Prompt, int]] = []
     removed: Counter[str] = Counter()
     failed: Counter[str] = Counter()  # rounds, by prompt
 
     def remove_duplicate(id_: str) -> None:
-        del kept[id_]
+        del chosen[id_]
         removed[DUPLICATE] += 1
         failed[id_] += 1
 
     def absent(prompt: Prompt, round_: int) -> list[tuple[Prompt, int]]:
-        own = replies.get(prompt.id, {})
-        left = [a for a in selection.attempts(round_) if a not in own]
+        by_attempt = replies.get(prompt.id, {})
+        left = [a for a in selection.attempts(round_) if a not in by_attempt]
         return [(prompt, a) for a in left if (prompt.id, a) not in refused]
 
     for prompt in prompts:
-        own = replies.get(prompt.id, {})
+        by_attempt = replies.get(prompt.id, {})
         for round_ in range(retries(prompt) + 1):
             attempts = selection.attempts(round_)
-            if prompt.id in kept:
-                if not duplicates or max(own) < attempts[0]:
+            if prompt.id in chosen:
+                if not duplicates or max(by_attempt) < attempts[0]:
                     break
                 remove_duplicate(prompt.id)  # else it would not have been asked again
             following = absent(prompt, round_)
             missing += following
-            said = [own[attempt] for attempt in attempts if attempt in own]
-            if following or not said:
+            asked = [by_attempt[attempt] for attempt in attempts if attempt in by_attempt]
+            if following or not asked:
                 break
-            reply, gone = choices.among(prompt, said)
+            reply, gone = choices.among(prompt, asked)
             removed.update(gone)
             if reply is None:
                 failed[prompt.id] += 1
             else:
-                kept[prompt.id] = reply
+                chosen[prompt.id] = reply
     if duplicates:
-        order = sorted(kept, key=lambda id_: (failed[id_], id_))
+        order = sorted(chosen, key=lambda id_: (failed[id_], id_))
         by_id = {prompt.id: prompt for prompt in prompts}
-        for id_ in repeated((id_, kept[id_].text) for id_ in order):
+        for id_ in repeated((id_, chosen[id_].text) for id_ in order):
             remove_duplicate(id_)
             if failed[id_] <= retries(by_id[id_]):
                 missing += absent(by_id[id_], failed[id_])
     return Settled(
-        [_answer(prompt, kept[prompt.id]) for prompt in prompts if prompt.id in kept],
+        [_answer(prompt, chosen[prompt.id]) for prompt in prompts if prompt.id in chosen],
         missing,
         removed,
-        regenerated=len(failed.keys() & kept.keys()),
-        dropped=len(failed.keys() - kept.keys()),
+        regenerated=len(failed.keys() & chosen.keys()),
+        dropped=len(failed.keys() - chosen.keys()),
         unvaried=_unvaried(replies),
     )
 
 
 def _unvaried(replies: Replies) -> int:
-    again = [{reply.text for reply in own.values()} for own in replies.values() if len(own) > 1]
+    again = [
+        {reply.text for reply in by_attempt.values()}
+        for by_attempt in replies.values()
+        if len(by_attempt) > 1
+    ]
     return len(again) if all(len(texts) == 1 for texts in again) else 0
 
 
@@ -255,11 +259,13 @@ class AnswerStore:
     def _check(self) -> None:
         """A folder without a reply may begin anew, but not one of another kind."""
         facts = self.facts
-        found = read_json(self.folder / MANIFEST, dict[str, Any], "remove the folder and ask again")
-        differing = [n for n in facts if n not in _MAY_DIFFER and found.get(n) != facts[n]]
+        before = read_json(
+            self.folder / MANIFEST, dict[str, Any], "remove the folder and ask again"
+        )
+        differing = [n for n in facts if n not in _MAY_DIFFER and before.get(n) != facts[n]]
         if differing and (self.replies or "schema" in differing):
             name = differing[0]
-            raise of_others(self.folder, name, found.get(name), facts[name])
+            raise of_others(self.folder, name, before.get(name), facts[name])
 
     def _drop_half_a_line(self) -> None:
         """What a crash or a full disk left at the end."""

@@ -106,7 +106,7 @@ def _write(
     batch_size: int,
     progress: Progress,
 ) -> Widened:
-    kept = _Progress(
+    store = _Progress(
         file,
         {
             "schema": SCHEMA,
@@ -115,25 +115,25 @@ def _write(
             "settings": asdict(plan) | {"batch_size": batch_size},
         },
     )
-    found, start = kept.read()
-    known = [_instruction(prompt) for prompt in [*prompts, *found.prompts]]
+    widened, start = store.read()
+    known = [_instruction(prompt) for prompt in [*prompts, *widened.prompts]]
     decoder = SpeculativeDecoder(target, batch_size=batch_size)
     for first in range(start, TRIES * plan.count, batch_size):
-        if len(found.prompts) >= plan.count:
+        if len(widened.prompts) >= plan.count:
             break
         numbers = range(first, min(first + batch_size, TRIES * plan.count))
         for number, (text, whole) in zip(
             numbers, _drafted(decoder, target, known, numbers, plan), strict=True
         ):
             reason = _fault(text, whole, known, plan.max_similarity)
-            if reason is None and len(found.prompts) < plan.count:
+            if reason is None and len(widened.prompts) < plan.count:
                 known.append(text)
-                found.prompts.append(Prompt(f"{WRITTEN}{number}", (_user(text),)))
+                widened.prompts.append(Prompt(f"{WRITTEN}{number}", (_user(text),)))
             elif reason is not None:
-                found.removed[reason] += 1
-        kept.write(found, numbers.stop)
-        progress("widen", len(found.prompts), plan.count, f"{found.removed.total()} removed")
-    return found
+                widened.removed[reason] += 1
+        store.write(widened, numbers.stop)
+        progress("widen", len(widened.prompts), plan.count, f"{widened.removed.total()} removed")
+    return widened
 
 
 class _State(BaseModel):
@@ -184,9 +184,9 @@ class _Progress:
                 )
         return Widened(prompts, Counter(state.removed)), state.next
 
-    def write(self, found: Widened, following: int) -> None:
-        rows = [{"id": p.id, "prompt": _instruction(p)} for p in found.prompts]
-        state = self.facts | {"next": following, "removed": dict(found.removed)}
+    def write(self, widened: Widened, following: int) -> None:
+        rows = [{"id": p.id, "prompt": _instruction(p)} for p in widened.prompts]
+        state = self.facts | {"next": following, "removed": dict(widened.removed)}
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             if following:

@@ -65,14 +65,14 @@ def read_reply(reply: Any, id_: str, attempt: int, scored: bool) -> Reply:
 def _log_probability(choice: Any) -> float:
     """The mean of the answer's tokens'."""
     try:
-        found = fmean(token.logprob for token in choice.logprobs.content)
+        mean = fmean(token.logprob for token in choice.logprobs.content)
     except (AttributeError, TypeError, ValueError, OverflowError, StatisticsError):
-        found = nan
-    if not isfinite(found):
+        mean = nan
+    if not isfinite(mean):
         raise NoAnswer(
             "no log-probabilities, which the scorer 'log-probability' needs; choose another scorer"
         )
-    return found
+    return mean
 
 
 def said_by(error: BaseException) -> str:

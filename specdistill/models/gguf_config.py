@@ -75,8 +75,8 @@ _WINDOWED = {"gemma2", "gemma3_text", "gpt_oss"}  # families of which every seco
 
 def settle(config: Any, contents: Contents) -> None:
     """Make the configuration say what the file does, or refuse by the key's name."""
-    said = contents.settings
-    for key, value in said.items():
+    settings = contents.settings
+    for key, value in settings.items():
         harmless = key in _REMARKS or key in _ELSEWHERE or _WITHOUT_EFFECT.get(key) == value
         if key == "expert_gating_func" and hasattr(config, "scoring_func"):
             continue
@@ -126,12 +126,12 @@ def _scalar(contents: Contents, key: str, value: Any) -> Any:
 
 
 def _head_width(contents: Contents) -> int:
-    said = contents.settings
-    head = said.get("attention.key_length")
+    settings = contents.settings
+    head = settings.get("attention.key_length")
     if head is None:
-        heads = _scalar(contents, "attention.head_count", said["attention.head_count"])
-        head = said["embedding_length"] // heads
-    if (values := said.get("attention.value_length", head)) != head:
+        heads = _scalar(contents, "attention.head_count", settings["attention.head_count"])
+        head = settings["embedding_length"] // heads
+    if (values := settings.get("attention.value_length", head)) != head:
         raise _unknown(contents, "attention.value_length", values)
     return int(head)
 
@@ -150,16 +150,19 @@ def _settle_window(config: Any, contents: Contents) -> None:
 
 
 def _settle_rope(config: Any, contents: Contents) -> None:
-    said = contents.settings
+    settings = contents.settings
     ropes = getattr(config, "rope_parameters", None)
     if not ropes:
-        if contents.factors is not None or any(key.startswith("rope.") for key in said):
+        if contents.factors is not None or any(key.startswith("rope.") for key in settings):
             raise contents.refusal("has rotary positions, and its family has none in Transformers")
         return
     config.rope_parameters = ropes = json.loads(json.dumps(ropes))
     rope = ropes.get("full_attention", ropes)  # what windows see is not scaled
-    rope["rope_theta"] = float(said.get("rope.freq_base", 10_000.0))
-    dims, head = int(said.get("rope.dimension_count", _head_width(contents))), _head_width(contents)
+    rope["rope_theta"] = float(settings.get("rope.freq_base", 10_000.0))
+    dims, head = (
+        int(settings.get("rope.dimension_count", _head_width(contents))),
+        _head_width(contents),
+    )
     if dims != head or "partial_rotary_factor" in rope:
         rope["partial_rotary_factor"] = dims / head
     kind, factor, original = _scaling(contents)
@@ -168,8 +171,8 @@ def _settle_rope(config: Any, contents: Contents) -> None:
             "rope_type": "yarn",
             "factor": factor,
             "original_max_position_embeddings": original,
-            "beta_fast": float(said.get("rope.scaling.yarn_beta_fast", 32.0)),
-            "beta_slow": float(said.get("rope.scaling.yarn_beta_slow", 1.0)),
+            "beta_fast": float(settings.get("rope.scaling.yarn_beta_fast", 32.0)),
+            "beta_slow": float(settings.get("rope.scaling.yarn_beta_slow", 1.0)),
         }
     elif kind == "linear" and factor != 1:
         rope |= {"rope_type": "linear", "factor": factor}
@@ -184,15 +187,19 @@ def _settle_rope(config: Any, contents: Contents) -> None:
 
 def _scaling(contents: Contents) -> tuple[str, float, int]:
     """Kind, factor and positions before the scaling, by llama.cpp's rules for what is not said."""
-    said = contents.settings
-    kind = said.get("rope.scaling.type", "linear")
-    factor = float(said.get("rope.scaling.factor", said.get("rope.scale_linear", 0.0)) or 1.0)
-    original = int(said.get("rope.scaling.original_context_length") or said["context_length"])
+    settings = contents.settings
+    kind = settings.get("rope.scaling.type", "linear")
+    factor = float(
+        settings.get("rope.scaling.factor", settings.get("rope.scale_linear", 0.0)) or 1.0
+    )
+    original = int(
+        settings.get("rope.scaling.original_context_length") or settings["context_length"]
+    )
     if kind not in ("none", "linear", "yarn"):
         raise _unknown(contents, "rope.scaling.type", kind)
     if not math.isfinite(factor) or factor <= 0 or (kind == "yarn" and factor < 1):
         raise _unknown(contents, "rope.scaling.factor", factor)
-    if (scale := said.get("rope.scaling.attn_factor", 1.0)) != 1:
+    if (scale := settings.get("rope.scaling.attn_factor", 1.0)) != 1:
         raise _unknown(contents, "rope.scaling.attn_factor", scale)
     return kind, factor, original
 
@@ -224,7 +231,7 @@ def _scaled_by(factors: Tensor, theta: float, positions: int) -> dict[str, Any]:
 
 def check_frequencies(model: Any, contents: Contents) -> None:
     """Compare the model's rotary frequencies with llama.cpp's from the file's keys."""
-    said = contents.settings
+    settings = contents.settings
     wide = [
         buffer.double()
         for name, buffer in model.named_buffers()
@@ -232,8 +239,8 @@ def check_frequencies(model: Any, contents: Contents) -> None:
     ]
     if not wide:
         return
-    dims = int(said.get("rope.dimension_count", _head_width(contents)))
-    theta = float(said.get("rope.freq_base", 10_000.0))
+    dims = int(settings.get("rope.dimension_count", _head_width(contents)))
+    theta = float(settings.get("rope.freq_base", 10_000.0))
     kind, factor, _ = _scaling(contents)
     expected = 1.0 / theta ** (torch.arange(0, dims, 2, dtype=torch.float64) / dims)
     if contents.factors is not None:

@@ -67,13 +67,13 @@ def _read(files: list[Path], model: nn.Module, part: Tensor) -> Tensor | None:
     """
     names = _names(model, part)
     stored = {key: file for file in files for key in _keys(file)}  # of equals the last file's
-    own = names[0].rsplit(".", 2)[-2:]
+    ending = names[0].rsplit(".", 2)[-2:]
     for name in names:
         if name in stored:
             with safe_open(stored[name], framework="pt") as tensors:
                 tensor = tensors.get_tensor(name)
             return tensor if tensor.shape == part.shape else None
-        if any(key.split(".")[-2:] == own for key in stored):
+        if any(key.split(".")[-2:] == ending for key in stored):
             return None
     return None
 

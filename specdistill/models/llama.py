@@ -123,9 +123,9 @@ class LlamaBody:
         by_kind = {kind: by_kind[kind].repeat(1, 1, self.sharing, 1) for kind in self.kinds}
         if more:
             by_kind = {kind: F.pad(mask, (0, 0, 0, more)) for kind, mask in by_kind.items()}
-        for layer, kept in zip(self.layers, slots, strict=True):
+        for layer, layer_slots in zip(self.layers, slots, strict=True):
             x = x + layer.out(
-                _attend(layer, layer.qkv(layer.before(x)), turn, by_kind[layer.kind], kept)
+                _attend(layer, layer.qkv(layer.before(x)), turn, by_kind[layer.kind], layer_slots)
             )
             gate, up = layer.gate_up(layer.after(x)).chunk(2, -1)
             x = x + layer.down(layer.activation(gate) * up)
@@ -140,7 +140,7 @@ def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _attend(
-    layer: _Layer, qkv: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor, kept: Slots
+    layer: _Layer, qkv: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor, slots: Slots
 ) -> Tensor:
     """[B, n, (heads + 2 kv heads) * D] to [B, n, heads * D]. The mask is repeated for heads that
     share keys: [B, 1, heads / kv heads * n, L]; what it has more, queries are filled up to.
@@ -154,7 +154,7 @@ def _attend(
         turned = torch.cat((q_norm(turned[:, :, :heads]), k_norm(turned[:, :, heads:])), 2)
     cos, sin = turn
     turned = torch.addcmul(turned * cos, turned.roll(cos.shape[-1] // 2, -1), sin)
-    keys, values = kept.write(turned[:, :, heads:], qkv[:, :, heads + kv_heads :])
+    keys, values = slots.write(turned[:, :, heads:], qkv[:, :, heads + kv_heads :])
     # Heads that share keys are further queries of one head, so that the slots are read once.
     queries = turned[:, :, :heads].transpose(1, 2).reshape(batch, kv_heads, -1, keys.shape[-1])
     count = queries.shape[2]

@@ -43,7 +43,7 @@ STAGES = ("data", "undistilled", "draft")  # folders in it
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _Begun:
     task: Task
     plan: Plan
 
@@ -66,21 +66,21 @@ def quickstart(
     began, run = time.perf_counter(), RunFolder(run_dir)
     keep_apart([run_dir], [task.target])
     keep_apart([run_dir / name for name in STAGES], [task.prompts, task.heldout])
-    kept = check_run(run_dir, task)
+    begun = check_run(run_dir, task)
     train, heldout = read_prompts(task, note)
     progress("load", 0, 1, task.target)
     target = models.load(task.target)
     progress("load", 1, 1, task.target)
     questions = encoded(target.tokenizer, heldout)
     _enough(len(train), len(questions), "different ")
-    if kept is not None:
-        plan = kept.plan
+    if begun is not None:
+        plan = begun.plan
     elif plan is None and task == Task():
         plan = Plan()
     elif plan is None:
         asked = encoded(target.tokenizer, train)
         plan = choose(task, target, asked, questions, began, progress)
-    _write_plan(run_dir, _Kept(task, plan))
+    _write_plan(run_dir, _Begun(task, plan))
     for line in announcement(target, plan):
         note(line)
 
@@ -158,7 +158,7 @@ def early_stop(before: Scorecard, plan: Plan) -> dict[int, float]:
     return {plan.early_num_draft_tokens: reach} if reach < 1 else {}
 
 
-def check_run(run_dir: Path, task: Task) -> _Kept | None:
+def check_run(run_dir: Path, task: Task) -> _Begun | None:
     """The plan that an interrupted run goes on with. Raises `InputError` for a folder whose run is
     finished, or is not this task.
     """
@@ -173,19 +173,19 @@ def check_run(run_dir: Path, task: Task) -> _Kept | None:
                     f"{run_dir} holds {name} of something else; give another --run-dir"
                 )
         return None
-    kept = read_json(run_dir / PLAN, _Kept, "remove the run folder, or give another --run-dir")
+    begun = read_json(run_dir / PLAN, _Begun, "remove the run folder, or give another --run-dir")
     for name, now in asdict(task).items():
-        if (first := getattr(kept.task, name)) != now:
+        if (first := getattr(begun.task, name)) != now:
             raise InputError(
                 f"{run_dir} holds a run with {name}: {first}, and now it is {now}; go on with the "
                 "first command, or give another --run-dir"
             )
-    return kept
+    return begun
 
 
-def _write_plan(run_dir: Path, kept: _Kept) -> None:
+def _write_plan(run_dir: Path, run: _Begun) -> None:
     try:
-        write_whole(run_dir / PLAN, json.dumps(asdict(kept), indent=1) + "\n")
+        write_whole(run_dir / PLAN, json.dumps(asdict(run), indent=1) + "\n")
     except OSError as error:
         raise StorageError(
             f"cannot write {run_dir / PLAN}: {error.strerror}; free space or give another --run-dir"

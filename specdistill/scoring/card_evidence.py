@@ -45,10 +45,10 @@ class Float32:
     @property
     def failures(self) -> list[str]:
         """What speaks against losslessness, a clause each."""
-        found = _unexplained(self.greedy_identical, self.ties, " in float32")
+        reasons = _unexplained(self.greedy_identical, self.ties, " in float32")
         if self.identity_acceptance <= LEAST_IDENTITY:
-            found.append(_rejected(self.identity_acceptance, " in float32"))
-        return found
+            reasons.append(_rejected(self.identity_acceptance, " in float32"))
+        return reasons
 
 
 @with_config(Strict)
@@ -72,17 +72,17 @@ class Lossless:
     @property
     def failures(self) -> list[str]:
         """What speaks against it, a clause each."""
-        found = _unexplained(self.greedy_identical, self.ties, "")
+        reasons = _unexplained(self.greedy_identical, self.ties, "")
         if self.identity_acceptance <= self.least_identity_acceptance:
-            found.append(_rejected(self.identity_acceptance, ""))
+            reasons.append(_rejected(self.identity_acceptance, ""))
         if self.float32 is not None:
-            found += self.float32.failures
+            reasons += self.float32.failures
         if self.distribution_p_value <= LEAST_P_VALUE:
-            found.append(
+            reasons.append(
                 "sampled tokens do not follow the target's distribution "
                 f"(p = {self.distribution_p_value:.2g})"
             )
-        return found
+        return reasons
 
     @property
     def holds(self) -> bool:

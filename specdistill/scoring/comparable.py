@@ -44,29 +44,29 @@ def obstacles(cards: Cards) -> list[str]:
     """
     if len(cards) < 2:
         return [f"a comparison takes at least two scorecards; got {len(cards)}"]
-    found = []
+    reasons = []
     for name, card in cards.items():
-        found += [f"{name}: {objection}" for objection in objections(card)]
+        reasons += [f"{name}: {objection}" for objection in objections(card)]
         file = card_file(Path(name))
         run = RunFolder(file.parent)
         if file == run.scorecard and run.draft.is_dir():
-            found += [f"{name}: {doubt}" for doubt in swapped_draft(card.draft, run.draft)]
-    found = found or _slowed(cards)
-    if found:
-        return found
+            reasons += [f"{name}: {doubt}" for doubt in swapped_draft(card.draft, run.draft)]
+    reasons = reasons or _slowed(cards)
+    if reasons:
+        return reasons
     (first, one), *others = cards.items()
     for name, other in others:
-        found += [
+        reasons += [
             f"{field} differs: {mine} in {first}, {its} in {name}"
             for field, (mine, its) in _different(one, other).items()
         ]
-    found += _no_temperature(cards)
-    return found or _baselines(cards)
+    reasons += _no_temperature(cards)
+    return reasons or _baselines(cards)
 
 
 def _slowed(cards: Cards) -> list[str]:
     """Cards that tell no speedup, as their plain decoding was slowed down."""
-    found = []
+    reasons = []
     for name, card in cards.items():
         for temperature in common_temperatures(cards):
             rows = [row for row in card.rows if row.temperature == temperature]
@@ -74,8 +74,8 @@ def _slowed(cards: Cards) -> list[str]:
             if best.slowed:
                 setting = (temperature, best.num_draft_tokens)
                 why = slow_verifying("a verify pass", setting, best.verify_ratio)
-                found.append(f"{name}: {why}; score it again")
-    return found
+                reasons.append(f"{name}: {why}; score it again")
+    return reasons
 
 
 def _different(one: Scorecard, other: Scorecard) -> dict[str, tuple[str, str]]:
@@ -88,18 +88,18 @@ def _different(one: Scorecard, other: Scorecard) -> dict[str, tuple[str, str]]:
 
 def _conditions(card: Scorecard) -> dict[str, str]:
     """What must be the same for two speeds to be comparable."""
-    told = card.provenance
-    versions = told.get("versions", {})
-    engine = " ".join(filter(None, [told.get("engine"), versions.get(told.get("engine"))]))
+    facts = card.provenance
+    versions = facts.get("versions", {})
+    engine = " ".join(filter(None, [facts.get("engine"), versions.get(facts.get("engine"))]))
     libraries = [f"{name} {versions.get(name)}" for name in ("torch", "transformers")]
     return {
         "target": f"{card.target.name} (sha256 {card.target.sha256[:12]})",
         "target dtype": card.target.dtype,
-        "prompts": f"{card.rows[0].prompts} (sha256 {str(told.get('prompts_sha256'))[:12]})",
-        "longest answer": f"{told.get('max_new_tokens')} tokens",
+        "prompts": f"{card.rows[0].prompts} (sha256 {str(facts.get('prompts_sha256'))[:12]})",
+        "longest answer": f"{facts.get('max_new_tokens')} tokens",
         "sampling": card.verification.label if card.verification.lossy else "exact",
         "engine": ", ".join([engine, *libraries]),
-        "machine": f"{told.get('device')}, {told.get('threads')} threads",
+        "machine": f"{facts.get('device')}, {facts.get('threads')} threads",
     }
 
 
@@ -150,7 +150,7 @@ def _baselines(cards: Cards) -> list[str]:
     """A verify pass of the target is the same work in every card, whatever the draft: where it
     costs a different number of plain steps, the plain steps were slowed down in one.
     """
-    found = []
+    reasons = []
     for (one, ours), (other, theirs) in combinations(cards.items(), 2):
         for temperature, num, _ in sorted(_settings(ours) & _settings(theirs)):
             mine = round_cost(of_setting(ours.per_prompt, temperature, num))
@@ -160,13 +160,13 @@ def _baselines(cards: Cards) -> list[str]:
             ratio = ratio_of_sums([*mine[0], *its[1]], [*mine[1], *its[0]], seed=0)
             if ratio.high < 1 - NOISE or ratio.low > 1 / (1 - NOISE):
                 slowed = one if ratio.value < 1 else other
-                found.append(
+                reasons.append(
                     f"plain decoding differs: at T = {temperature:g}, γ = {num} a round without "
                     f"its draft steps costs {ratio.value:.2f} times as many plain steps in {one} "
                     f"as in {other}, though both are the same target's; probably the plain steps "
                     f"of {slowed} were slowed down, score it again"
                 )
-    return found
+    return reasons
 
 
 def _settings(card: Scorecard) -> set[tuple[float, int, float]]:

@@ -25,7 +25,7 @@ def changed_figures(card: Scorecard) -> list[str]:
     """Figures in sum that are not those of the rows by prompt, beside the speeds; none where the
     rows' sums themselves are wrong, which `trust.doubts` tells.
     """
-    found = _evidence(card)
+    faults = _evidence(card)
     seed = card.provenance.get("seed", 0)
     plain = {base.temperature: base for base in card.baseline}
     weights = card.draft.weight_bytes / card.target.weight_bytes
@@ -34,24 +34,26 @@ def changed_figures(card: Scorecard) -> list[str]:
         base = plain.get(row.temperature)
         if base is None or not prompts:
             continue
-        found += _differing(setting_of(row), _derived(row, base, prompts, weights))
-        found += _interval(row, prompts, seed)
-        found += _plain_steps(row, base, prompts)
-    return found or _slices(card, seed)
+        faults += _differing(setting_of(row), _derived(row, base, prompts, weights))
+        faults += _interval(row, prompts, seed)
+        faults += _plain_steps(row, base, prompts)
+    return faults or _slices(card, seed)
 
 
-Told = tuple[str, float, float]  # what it is, as the card tells it, as it is
+Figure = tuple[str, float, float]  # what it is, as the card tells it, as it is
 
 
-def _derived(row: Row, base: Baseline, prompts: Sequence[PromptRow], weights: float) -> list[Told]:
+def _derived(
+    row: Row, base: Baseline, prompts: Sequence[PromptRow], weights: float
+) -> list[Figure]:
     """What follows from counts and times; of what a card does not tell (NaN, older ones) nothing
     is said.
     """
-    found: list[Told] = []
+    figures: list[Figure] = []
     for name in ("tested", "accepted"):
         counts = [getattr(prompt, name) for prompt in prompts]
         if None not in counts:
-            found.append((f"{name} tokens", getattr(row, name), sum(counts)))
+            figures.append((f"{name} tokens", getattr(row, name), sum(counts)))
     gamma, tau = row.num_draft_tokens, row.emitted / row.rounds
     ratios: list[tuple[str, float, float, float]] = [
         ("an acceptance rate", row.acceptance_rate, row.accepted, row.tested),
@@ -61,11 +63,11 @@ def _derived(row: Row, base: Baseline, prompts: Sequence[PromptRow], weights: fl
     ]
     by_position = zip(row.survival_by_position, row.acceptance_by_position, strict=True)
     before = 1.0
-    for i, (told, rate) in enumerate(by_position, 1):
+    for i, (survival, rate) in enumerate(by_position, 1):
         if row.least_reach:  # of all rounds, which no other figure tells
             break
-        ratios.append((f"survival at position {i}", told, before * rate, 1.0))
-        before = told
+        ratios.append((f"survival at position {i}", survival, before * rate, 1.0))
+        before = survival
     if math.isfinite(row.planned_speedup):
         planned = planned_speedup(row.acceptance_rate, gamma, row.cost_ratio, row.draft_steps)
         ratios.append(("a planned speedup", row.planned_speedup, planned, 1.0))
@@ -79,9 +81,9 @@ def _derived(row: Row, base: Baseline, prompts: Sequence[PromptRow], weights: fl
             ("a predicted speedup", row.predicted_speedup, row.emitted * step, passes),
         ]
         if step and math.isnan(row.verify_ratio):  # without it nobody sees a slowed baseline
-            found.append(("a verify ratio", math.nan, spent["target"] / row.rounds / step))
-    found += [(name, told, a / b) for name, told, a, b in ratios if b and math.isfinite(told)]
-    return found
+            figures.append(("a verify ratio", math.nan, spent["target"] / row.rounds / step))
+    figures += [(name, value, a / b) for name, value, a, b in ratios if b and math.isfinite(value)]
+    return figures
 
 
 def _plain_steps(row: Row, base: Baseline, prompts: Sequence[PromptRow]) -> list[str]:
@@ -91,36 +93,36 @@ def _plain_steps(row: Row, base: Baseline, prompts: Sequence[PromptRow]) -> list
     figures = [("seconds of all steps", base.seconds_per_step * base.tokens, seconds)]
     if base.seconds:
         figures.append(("seconds by part", sum(base.seconds.values()), seconds))
-    found = _differing(where, figures)
+    faults = _differing(where, figures)
     if not row.tested <= row.proposed <= row.rounds * row.num_draft_tokens:
-        found.append(
+        faults.append(
             f"{setting_of(row)}: {row.proposed} tokens were proposed and {row.tested} tested in "
             f"{row.rounds} rounds, which cannot be"
         )
     if bool(base.seconds) != bool(row.seconds):
-        found.append(f"{setting_of(row)}: only one of draft and plain decoding tells its parts")
+        faults.append(f"{setting_of(row)}: only one of draft and plain decoding tells its parts")
     parts = [*base.seconds.values(), *row.seconds.values()]
     parts += [p.verifying_seconds for p in prompts if p.verifying_seconds is not None]
     parts += [p.stepping_seconds for p in prompts if p.stepping_seconds is not None]
     if any(part < 0 for part in parts):
-        found.append(f"{setting_of(row)}: a part took less than no time, which cannot be")
-    return found + _counts(row, prompts)
+        faults.append(f"{setting_of(row)}: a part took less than no time, which cannot be")
+    return faults + _counts(row, prompts)
 
 
 def _counts(row: Row, prompts: Sequence[PromptRow]) -> list[str]:
     """Counts and times by prompt that cannot be."""
-    found = []
+    faults = []
     for name in ("tested", "accepted", "verifying_seconds", "stepping_seconds", "prompt_tokens"):
         silent = sum(getattr(prompt, name) is None for prompt in prompts)
         if 0 < silent < len(prompts):
-            found.append(f"{setting_of(row)}: {silent} prompts do not tell their {name}")
+            faults.append(f"{setting_of(row)}: {silent} prompts do not tell their {name}")
     for prompt in prompts:
         for name, part, whole in (
             ("verifying", prompt.verifying_seconds, prompt.seconds),
             ("stepping", prompt.stepping_seconds, prompt.baseline_seconds),
         ):
             if part is not None and part > whole * (1 + 1e-6):
-                found.append(
+                faults.append(
                     f"{setting_of(row)}: prompt {prompt.prompt_id} spent {part:.4g} s of "
                     f"{whole:.4g} s {name}, which cannot be"
                 )
@@ -128,24 +130,24 @@ def _counts(row: Row, prompts: Sequence[PromptRow]) -> list[str]:
         if accepted is None or prompt.tested is None:
             continue
         if not accepted <= prompt.tested <= prompt.rounds * row.num_draft_tokens:
-            told = f"{accepted} of {prompt.tested} tested tokens accepted"
+            counts = f"{accepted} of {prompt.tested} tested tokens accepted"
         elif not prompt.emitted <= accepted + prompt.rounds:
-            told = f"{prompt.emitted} tokens of {accepted} accepted ones"
+            counts = f"{prompt.emitted} tokens of {accepted} accepted ones"
         else:
             continue
-        found.append(
-            f"{setting_of(row)}: prompt {prompt.prompt_id} has {told} in {prompt.rounds} rounds, "
+        faults.append(
+            f"{setting_of(row)}: prompt {prompt.prompt_id} has {counts} in {prompt.rounds} rounds, "
             "which cannot be"
         )
-    return found
+    return faults
 
 
-def _differing(where: str, figures: Sequence[Told]) -> list[str]:
+def _differing(where: str, figures: Sequence[Figure]) -> list[str]:
     return [
-        f"{where}: the card tells {name} of {told:.4g}, its rows by prompt give {is_:.4g}; it was "
-        "changed after the measurement"
-        for name, told, is_ in figures
-        if not math.isclose(told, is_, rel_tol=1e-6, abs_tol=1e-9)
+        f"{where}: the card tells {name} of {claimed:.4g}, its rows by prompt give "
+        f"{computed:.4g}; it was changed after the measurement"
+        for name, claimed, computed in figures
+        if not math.isclose(claimed, computed, rel_tol=1e-6, abs_tol=1e-9)
     ]
 
 
@@ -156,48 +158,49 @@ def _interval(row: Row, prompts: Sequence[PromptRow], seed: int) -> list[str]:
         [getattr(prompt, name) for prompt in prompts]
         for name in ("emitted", "seconds", "baseline_emitted", "baseline_seconds")
     )
-    is_ = ratio_of_sums([emitted, plain_seconds], [plain_emitted, seconds], seed)
-    return _differing_interval(setting_of(row), row.speedup_ci95, is_)
+    computed = ratio_of_sums([emitted, plain_seconds], [plain_emitted, seconds], seed)
+    return _differing_interval(setting_of(row), row.speedup_ci95, computed)
 
 
-def _differing_interval(where: str, told: tuple[float, float], is_: Ratio) -> list[str]:
+def _differing_interval(where: str, claimed: tuple[float, float], computed: Ratio) -> list[str]:
     """Resampling may have been another version's: the ends agree but for a twentieth of their
     distance.
     """
-    if math.isnan(told[0]) and math.isnan(told[1]):
+    if math.isnan(claimed[0]) and math.isnan(claimed[1]):
         return []
-    if not any(map(math.isnan, (*told, is_.low))):
-        allowed = 0.1 * math.log(is_.high / is_.low) / 2 + 1e-9
-        pairs = zip(told, is_[1:], strict=True)
+    if not any(map(math.isnan, (*claimed, computed.low))):
+        allowed = 0.1 * math.log(computed.high / computed.low) / 2 + 1e-9
+        pairs = zip(claimed, computed[1:], strict=True)
         if all(abs(math.log(one / other)) <= allowed for one, other in pairs):
             return []
     return [
-        f"{where}: the card tells an interval of [{told[0]:.4g}, {told[1]:.4g}], its rows by "
-        f"prompt give [{is_.low:.4g}, {is_.high:.4g}]; it was changed after the measurement"
+        f"{where}: the card tells an interval of [{claimed[0]:.4g}, {claimed[1]:.4g}], its rows by "
+        f"prompt give [{computed.low:.4g}, {computed.high:.4g}]; it was changed after the "
+        "measurement"
     ]
 
 
 def _slices(card: Scorecard, seed: int) -> list[str]:
     """The scores by category and by length; older cards have none of the latter."""
-    found = []
+    faults = []
     for name, slice_ in (("by_category", by_category), ("by_prompt_length", by_prompt_length)):
-        told: list[CategoryRow] = getattr(card, name)
-        if not told:
+        claimed: list[CategoryRow] = getattr(card, name)
+        if not claimed:
             continue
         rows = {_key(row): row for row in slice_(card.per_prompt, seed)}
-        if rows.keys() != {_key(row) for row in told}:
-            found.append(f"{name} does not have the categories and settings of its rows by prompt")
+        if rows.keys() != {_key(row) for row in claimed}:
+            faults.append(f"{name} does not have the categories and settings of its rows by prompt")
             continue
-        for row in told:
-            is_, where = rows[_key(row)], f"{name}, {row.category}, {setting_of(row)}"
+        for row in claimed:
+            computed, where = rows[_key(row)], f"{name}, {row.category}, {setting_of(row)}"
             counts = ("prompts", "tested", "accepted")
             figures = (*counts, "acceptance_rate", "block_efficiency", "speedup")
-            pairs = [(f, getattr(row, f), getattr(is_, f)) for f in figures]
-            told_of = [(f.replace("_", " "), a, b) for f, a, b in pairs if not math.isnan(a)]
-            found += _differing(where, told_of)
-            ratio = Ratio(is_.speedup, *is_.speedup_ci95)
-            found += _differing_interval(where, row.speedup_ci95, ratio)
-    return found
+            pairs = [(f, getattr(row, f), getattr(computed, f)) for f in figures]
+            shown = [(f.replace("_", " "), a, b) for f, a, b in pairs if not math.isnan(a)]
+            faults += _differing(where, shown)
+            ratio = Ratio(computed.speedup, *computed.speedup_ci95)
+            faults += _differing_interval(where, row.speedup_ci95, ratio)
+    return faults
 
 
 def _key(row: CategoryRow) -> tuple[str, float, int]:
@@ -253,34 +256,35 @@ def changed_verdict(card: Scorecard, distrusted: bool) -> list[str]:
     """Where the verdict is not that of the same figures, which may be `distrusted`; by the halves
     of the prompts or, in older cards, without.
     """
-    told = card.verdict
+    claimed = card.verdict
     if card.failures:
         return []
-    where = f"the verdict at T = {told.best.temperature:g}, γ = {told.best.num_draft_tokens}"
-    if distrusted or math.isnan(told.best.speedup):
-        if not told.pays:
+    t, num = claimed.best.temperature, claimed.best.num_draft_tokens
+    where = f"the verdict at T = {t:g}, γ = {num}"
+    if distrusted or math.isnan(claimed.best.speedup):
+        if not claimed.pays:
             return []
         return [f"{where} is that the draft pays, and its figures cannot be trusted"]
     again = verdict_again(card)
     halves = by_halves(card)
     best = (again.best.temperature, again.best.num_draft_tokens)
-    if (told.pays, (told.best.temperature, told.best.num_draft_tokens)) != (again.pays, best):
+    if (claimed.pays, (t, num)) != (again.pays, best):
         verb = {True: "pays", False: "does not pay"}
         return [
-            f"{where} is that the draft {verb[told.pays]}, its rows by prompt say that it "
+            f"{where} is that the draft {verb[claimed.pays]}, its rows by prompt say that it "
             f"{verb[again.pays]} at T = {best[0]:g}, γ = {best[1]}; it was changed after the "
             "measurement"
         ]
     figures = [
-        ("a speedup", told.best.speedup, again.best.speedup),
-        ("a break-even", told.break_even_acceptance, again.break_even_acceptance),
-        ("a break-even cost", told.break_even_cost_ratio, again.break_even_cost_ratio),
+        ("a speedup", claimed.best.speedup, again.best.speedup),
+        ("a break-even", claimed.break_even_acceptance, again.break_even_acceptance),
+        ("a break-even cost", claimed.break_even_cost_ratio, again.break_even_cost_ratio),
     ]
     if halves:
         figures += [
-            ("a choice by prompts", told.chosen_on, again.chosen_on),
-            ("a judgement by prompts", told.judged_on, again.judged_on),
+            ("a choice by prompts", claimed.chosen_on, again.chosen_on),
+            ("a judgement by prompts", claimed.judged_on, again.judged_on),
         ]
-    found = _differing(where, [f for f in figures if not math.isnan(f[1])])
+    faults = _differing(where, [f for f in figures if not math.isnan(f[1])])
     ratio = Ratio(again.best.speedup, *again.speedup_ci95)
-    return found or (_differing_interval(where, told.speedup_ci95, ratio) if halves else [])
+    return faults or (_differing_interval(where, claimed.speedup_ci95, ratio) if halves else [])

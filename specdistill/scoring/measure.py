@@ -103,7 +103,7 @@ def score(
         return Timed(generation, time.perf_counter() - start)
 
     gammas = [g for g in decoders if g]
-    found = measured(
+    measurement = measured(
         ask,
         temperatures,
         gammas,
@@ -113,9 +113,9 @@ def score(
         progress,
         max_seconds,
     )
-    runs, counts = found.runs, rows_of.counted(found.runs)
+    runs, counts = measurement.runs, rows_of.counted(measurement.runs)
     prompts = prompts[: len(counts[settings[0]])]
-    told = provenance(target, draft, seed, max_new_tokens, prompts) | found.facts
+    facts = provenance(target, draft, seed, max_new_tokens, prompts) | measurement.facts
 
     target_card, draft_card = model_card(target), model_card(draft)
     weight_ratio = draft_card.weight_bytes / target_card.weight_bytes
@@ -141,13 +141,13 @@ def score(
         for row in rows_of.by_prompt((t, g), prompts, counts[t, g], counts[t, 0])
     ]
     judged = verdict(
-        rows, verification, doubts(baseline, rows, per_prompt), per_prompt, found.again
+        rows, verification, doubts(baseline, rows, per_prompt), per_prompt, measurement.again
     )
     fastest = (judged.best.temperature, judged.best.num_draft_tokens)
     card = Scorecard(
         target=target_card,
         draft=draft_card,
-        provenance=told,
+        provenance=facts,
         baseline=baseline,
         rows=rows,
         per_prompt=per_prompt,

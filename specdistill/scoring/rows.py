@@ -119,7 +119,7 @@ class Runs:
 
 def counted(runs: Mapping[Setting, Runs]) -> dict[Setting, list[Counts]]:
     """The counts of every setting, by prompt."""
-    return {setting: found.counts(setting[1]) for setting, found in runs.items()}
+    return {setting: run.counts(setting[1]) for setting, run in runs.items()}
 
 
 def without_stalls(
@@ -135,10 +135,10 @@ def without_stalls(
     gains by it.
     """
     usual = _usual_of_prompts(timed)
-    found: dict[Setting, Runs] = {}
+    by_setting: dict[Setting, Runs] = {}
     wall = 0.0
     for setting, prompts in timed.items():
-        runs = found[setting] = Runs()
+        runs = by_setting[setting] = Runs()
         every = [step for repeats in prompts for run in repeats for step in _steps(run)]
         for i, repeats in enumerate(prompts):
             steps = [step for run in repeats for step in _steps(run)]
@@ -154,8 +154,8 @@ def without_stalls(
             runs.draft_passes.append(first.draft_steps)
             runs.parts.append({name: parts[name] / len(repeats) for name in PARTS})
             wall += sum(run.seconds for run in repeats) / len(repeats)
-    counted = sum(sum(parts.values()) for runs in found.values() for parts in runs.parts)
-    return found, max(0.0, 1 - counted / wall) if wall > 0 else 0.0
+    counted = sum(sum(parts.values()) for runs in by_setting.values() for parts in runs.parts)
+    return by_setting, max(0.0, 1 - counted / wall) if wall > 0 else 0.0
 
 
 def _steps(run: Timed) -> list[dict[str, float]]:
@@ -246,10 +246,10 @@ def example(
         kinds += ["accepted"] * r.accepted
         kinds += ["residual" if r.accepted < r.tested else "bonus"] * rest
     text = Detokenizer(tokenizer)
-    told = [text.add([token]) for token, _ in zip(output.tokens, kinds, strict=False)]
-    if told:
-        told[-1] += text.end()
-    pieces = list(zip(told, kinds, strict=False))
+    texts = [text.add([token]) for token, _ in zip(output.tokens, kinds, strict=False)]
+    if texts:
+        texts[-1] += text.end()
+    pieces = list(zip(texts, kinds, strict=False))
     temperature, num = setting
     return DecodedText(prompt_id, temperature, num, pieces)
 
@@ -340,26 +340,26 @@ def row(
     )
 
 
-def with_costs(found: Row, runs: Runs, plain: Runs, expected: Sequence[tuple[float, int]]) -> Row:
+def with_costs(row: Row, runs: Runs, plain: Runs, expected: Sequence[tuple[float, int]]) -> Row:
     """A row with what our engine knows beside the counts: the time of its passes, and the
     `expected_acceptance` of each prompt.
     """
     positions = sum(n for _, n in expected)
-    spent, step = found.seconds, plain.step
+    spent, step = row.seconds, plain.step
     draft_step = spent["draft"] / runs.draft_steps if runs.draft_steps else math.nan
     verify_pass = spent["target"] / runs.rounds
     drafting = spent["draft"] / runs.rounds  # fewer than γ steps where an answer needs fewer
     cost_ratio = ratio(draft_step, step)
     return replace(
-        found,
+        row,
         acceptance_rate_expected=sum(s for s, _ in expected) / positions if positions else math.nan,
         cost_ratio=cost_ratio,
         verify_ratio=verify_ratio(runs, plain),
-        predicted_speedup=ratio(found.block_efficiency * step, drafting + verify_pass),
+        predicted_speedup=ratio(row.block_efficiency * step, drafting + verify_pass),
         planned_speedup=math.nan
-        if found.least_reach
+        if row.least_reach
         else planned_speedup(
-            found.acceptance_rate, found.num_draft_tokens, cost_ratio, found.draft_steps
+            row.acceptance_rate, row.num_draft_tokens, cost_ratio, row.draft_steps
         ),
     )
 

@@ -139,11 +139,11 @@ def distribution_p_value(
     ids = _columns(drafter)
     half = min(width // 2, drafter.width)
     likely = [ids[q_logits.mean(0).topk(half).indices], p_logits.mean(0).topk(half).indices]
-    kept = torch.cat(likely).unique()
-    columns = torch.isin(ids, kept).nonzero()[:, 0]
-    p_rows = p_logits[:, kept].repeat(3, 1)[:3]  # a prompt of one token has one place
+    likely_ids = torch.cat(likely).unique()
+    columns = torch.isin(ids, likely_ids).nonzero()[:, 0]
+    p_rows = p_logits[:, likely_ids].repeat(3, 1)[:3]  # a prompt of one token has one place
     q_rows = q_logits[:, columns].repeat(2, 1)[:2]
-    draft_ids = torch.searchsorted(kept, ids[columns])  # as the draft's own columns stand
+    draft_ids = torch.searchsorted(likely_ids, ids[columns])  # as the draft's own columns stand
 
     batch = torch.arange(draws, device=target.device)
     warm = torch.ones(draws, device=target.device)

@@ -227,8 +227,8 @@ class Scorecard:
             return []
         best = (self.verdict.best.temperature, self.verdict.best.num_draft_tokens)
         rows: list[CategoryRow] = getattr(self, name)
-        found = [row for row in rows if (row.temperature, row.num_draft_tokens) == best]
-        return found if len(found) > 1 else []
+        chosen = [row for row in rows if (row.temperature, row.num_draft_tokens) == best]
+        return chosen if len(chosen) > 1 else []
 
     def document(self) -> dict[str, Any]:
         """As JSON can hold it: what could not be measured (NaN) is null."""

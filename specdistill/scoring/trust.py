@@ -124,20 +124,20 @@ def _totals(
     baseline: Sequence[Baseline], rows: Sequence[Row], per_prompt: Sequence[PromptRow]
 ) -> list[str]:
     plain = {base.temperature: base for base in baseline}
-    found = []
+    faults = []
     for row in rows:
         prompts = of_setting(per_prompt, row.temperature, row.num_draft_tokens)
         base = plain.get(row.temperature)
         if base is None:
-            found.append(f"{setting_of(row)}: there is no plain decoding at this temperature")
+            faults.append(f"{setting_of(row)}: there is no plain decoding at this temperature")
         else:
-            found += _sums(row, base, prompts)
-    return found
+            faults += _sums(row, base, prompts)
+    return faults
 
 
 def _sums(row: Row, base: Baseline, prompts: Sequence[PromptRow]) -> list[str]:
     """The rows by prompt must add up to the totals, and the totals to the speeds."""
-    found = []
+    faults = []
     for name, total, summed in (
         ("prompts", row.prompts, len({prompt.prompt_id for prompt in prompts})),
         ("prompts decoded plainly", base.prompts, len(prompts)),
@@ -146,7 +146,7 @@ def _sums(row: Row, base: Baseline, prompts: Sequence[PromptRow]) -> list[str]:
         ("plain tokens", base.tokens, sum(prompt.baseline_emitted for prompt in prompts)),
     ):
         if total != summed:
-            found.append(
+            faults.append(
                 f"{setting_of(row)}: the card counts {total} {name}, its rows by prompt {summed}; "
                 "some were left out, score the pair again"
             )
@@ -154,20 +154,20 @@ def _sums(row: Row, base: Baseline, prompts: Sequence[PromptRow]) -> list[str]:
         sum(getattr(prompt, name) for prompt in prompts) for name in ("seconds", "baseline_seconds")
     )
     if prompts and not (seconds > 0 and plain_seconds > 0):
-        found.append(f"{setting_of(row)}: no time passed, so that there is no speed to tell")
-    if not found and prompts:
+        faults.append(f"{setting_of(row)}: no time passed, so that there is no speed to tell")
+    if not faults and prompts:
         speed, plain = row.emitted / seconds, base.tokens / plain_seconds
-        for name, told, is_ in (
+        for name, claimed, computed in (
             ("tokens per second", row.tokens_per_second, speed),
             ("plain tokens per second", base.tokens_per_second, plain),
             ("speedup", row.speedup, speed / plain),
         ):
-            if not math.isclose(told, is_, rel_tol=1e-6):
-                found.append(
-                    f"{setting_of(row)}: the card tells {name} of {told:.4g}, its rows by prompt "
-                    f"give {is_:.4g}; it was changed after the measurement"
+            if not math.isclose(claimed, computed, rel_tol=1e-6):
+                faults.append(
+                    f"{setting_of(row)}: the card tells {name} of {claimed:.4g}, its rows by "
+                    f"prompt give {computed:.4g}; it was changed after the measurement"
                 )
-    return found
+    return faults
 
 
 def _slowed(row: Row, prompts: Sequence[PromptRow]) -> list[str]:

@@ -78,7 +78,7 @@ def find_checkpoint(folder: Path) -> Path | None:
     """The checkpoint in `folder`, or the one before it where `save_checkpoint` was killed just as
     it exchanged the two."""
     candidates = (folder, folder.with_name(folder.name + ".old"))
-    return next((found for found in candidates if (found / STATE).exists()), None)
+    return next((candidate for candidate in candidates if (candidate / STATE).exists()), None)
 
 
 def copy_weights(source: Weights, into: Weights) -> None:

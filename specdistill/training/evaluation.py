@@ -60,10 +60,10 @@ class Evaluation:
         target, draft = self.distiller.target, self.distiller.draft
         if target is None:
             return on_text(self.distiller, self.batches)
-        found = overlap(self.distiller, self.batches)
+        measures = overlap(self.distiller, self.batches)
         if self.config.decode is not None:
-            found |= decoded(target, draft, self.examples, self.config)
-        return found
+            measures |= decoded(target, draft, self.examples, self.config)
+        return measures
 
 
 @torch.no_grad()

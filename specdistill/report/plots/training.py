@@ -32,7 +32,7 @@ def figure_training(metrics: list[dict[str, Any]]) -> Figure:
     )
     measured = {key for key, *_ in shares}
     held_out = [row for row in metrics if measured & row.keys() and "kept_step" not in row]
-    kept = next((row["kept_step"] for row in metrics if "kept_step" in row), None)
+    kept_step = next((row["kept_step"] for row in metrics if "kept_step" in row), None)
     decoded = any("block_efficiency" in row for row in held_out)
     figure, (left, right, *third) = style.panels(3 if decoded else 2, style.PANEL_HEIGHT)
     losses = [row["loss"] for row in logged]
@@ -44,16 +44,18 @@ def figure_training(metrics: list[dict[str, Any]]) -> Figure:
     )
     left.set_ylabel("training loss per token")
     drawn = [(left, losses)]
-    shown = [_held_out(right, held_out, kept, *share) for share in shares]
+    shown = [_held_out(right, held_out, kept_step, *share) for share in shares]
     drawn.append((right, [value for values in shown for value in values]))
     right.set_ylabel("share of held-out tokens")
     right.set_ylim(-0.03, 1.03)
     if named := [line for line in right.get_lines() if line.get_label() != "kept"]:
-        ring = [style.key("kept", style.BLACK, "", "o", mfc="none")] if kept is not None else []
+        ring = (
+            [style.key("kept", style.BLACK, "", "o", mfc="none")] if kept_step is not None else []
+        )
         style.legend(right, [*named, *ring])
     for axes in third:
         tau = ("block_efficiency", "τ", style.GREEN, "D")
-        drawn.append((axes, _held_out(axes, held_out, kept, *tau)))
+        drawn.append((axes, _held_out(axes, held_out, kept_step, *tau)))
         num = next(row["num_draft_tokens"] for row in held_out if "num_draft_tokens" in row)
         axes.set_ylabel(f"tokens per target call τ, γ = {num}")
     for axes, values in drawn:
@@ -67,7 +69,7 @@ def figure_training(metrics: list[dict[str, Any]]) -> Figure:
 def _held_out(
     axes: Axes,
     rows: Sequence[Mapping[str, Any]],
-    kept: int | None,
+    kept_step: int | None,
     key: str,
     name: str,
     colour: str,
@@ -80,7 +82,7 @@ def _held_out(
     tokens, values = ([row[each] for row in having] for each in ("tokens", key))
     axes.plot(tokens, values, **style.mark(colour, marker, name))
     for row in having:
-        if kept is not None and row.get("step") == kept:
+        if kept_step is not None and row.get("step") == kept_step:
             ring = style.mark("none", "o", "kept") | {"ms": style.RING, "mec": style.BLACK}
             axes.plot(row["tokens"], row[key], **ring)
     return values
