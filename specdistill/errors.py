@@ -1,6 +1,4 @@
-"""The exceptions users meet. `cli` turns each into one line and an exit code; nothing else
-catches them.
-"""
+"""The exceptions users meet. `cli` turns one that reaches it into one line and an exit code."""
 
 from __future__ import annotations
 

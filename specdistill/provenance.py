@@ -24,6 +24,7 @@ OPTIONAL = (
 
 
 def versions() -> dict[str, str]:
+    """Of Python, of this package and of the libraries that decide a result."""
     by_package = {"python": platform.python_version()}
     for name in (
         "specdistill",
@@ -105,6 +106,7 @@ class Environment:
 
 
 def environment() -> Environment:
+    """What `env` shows of this machine."""
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     return Environment(

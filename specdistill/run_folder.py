@@ -120,6 +120,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def append_metrics(run: RunFolder, row: dict[str, Any]) -> None:
+    """Raises `StorageError`."""
     try:
         with run.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

@@ -147,8 +147,8 @@ def _no_temperature(cards: Cards) -> list[str]:
 
 
 def _baselines(cards: Cards) -> list[str]:
-    """A verify pass of the target is the same work in every card, whatever the draft: where it
-    costs a different number of plain steps, the plain steps were slowed down in one.
+    """A verify pass of the target over as many proposals is the same work in every card, whatever
+    the draft: where it costs a different number of plain steps, those were slowed down in one.
     """
     reasons = []
     for (one, ours), (other, theirs) in combinations(cards.items(), 2):

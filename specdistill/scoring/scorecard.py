@@ -2,7 +2,7 @@
 
 The fields are the contract other programs read (schema `specdistill.scorecard/1`). A card is made
 by `measure.score` and `engines.base.scorecard`; `contradictions` computes again from `per_prompt`
-what it says in sum. Two cards cannot be added.
+what it says in sum.
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ class Verification:
 @with_config(Strict)
 @dataclass(frozen=True)
 class Best:
+    """The fastest setting, and what it is worth, see `Verdict`."""
+
     temperature: Temperature
     num_draft_tokens: Gamma
     speedup: MeasuredPositive
@@ -113,6 +115,10 @@ class Verdict:
 @with_config(Strict)
 @dataclass(frozen=True)
 class Scorecard:
+    """`baseline` is plain decoding by temperature, `rows` the settings in sum, `per_prompt` what
+    all of that is computed from. `example` is one answer token by token, where it was asked for.
+    """
+
     target: ModelCard
     draft: ModelCard
     provenance: Annotated[dict[str, Any], AfterValidator(known_facts)]
