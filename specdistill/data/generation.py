@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 from specdistill.data.chat import encode_prompt
 from specdistill.data.filters import DUPLICATE, NO_FILTER, Filters, Judged, repeated
 from specdistill.data.prompts import Prompt, prompts_sha256
-from specdistill.data.questions import Decoder, Question, round_seed, rounds
+from specdistill.data.questions import AnyDecoder, Question, round_seed, rounds
 from specdistill.data.rereading import Rereading
 from specdistill.data.rewriting import rewriting
 from specdistill.data.scorers import BestOf, Candidate, matched_number
@@ -42,7 +42,7 @@ PART = 64  # answers a part
 Loader = Callable[[], LanguageModel]
 
 
-class OutsideDecoder(Decoder, Protocol):
+class OutsideDecoder(AnyDecoder, Protocol):
     """An engine in place of ours, and what it runs: name, version, dtype and the like."""
 
     @property
@@ -132,7 +132,7 @@ def generate(
     }
     manifest = _manifest(target, prompts, settings, signal)
     manifest.writer_parameters = None if writer is None else author.parameters()
-    decoder: Decoder
+    decoder: AnyDecoder
     other = rereading = None
     if outside is not None:
         decoder = other = outside.decoder(author, batch_size)
@@ -182,7 +182,7 @@ class _Asking:
 
     target: LanguageModel
     author: LanguageModel
-    decoder: Decoder
+    decoder: AnyDecoder
     store: Store
     questions: Mapping[str, Question]
     seed: int
@@ -284,24 +284,24 @@ class _Asking:
     def settle(self, question: Question, answers: list[Example]) -> None:
         """Keep the best of a prompt's answers, with its signal, or ask again."""
         id_ = question.prompt.id
-        kept, gone = self.choose(question.prompt, answers)
-        if kept is None:
+        best, gone = self.choose(question.prompt, answers)
+        if best is None:
             self.removed.append((id_, gone[0]))
             self.passed_over.update(gone[1:])
             self.removals[id_] += 1
             self.answered += not self.retried(id_)
             return
-        found, kept.signal = kept.signal, None
+        known, best.signal = best.signal, None
         if (signal := self.store.manifest.signal) != NONE:
-            if isinstance(found, TopK):
-                kept.signal = found
+            if isinstance(known, TopK):
+                best.signal = known
             else:
-                if not isinstance(found, States) or self.author is not self.target:
-                    found = read_states(self.target, kept.prompt_tokens, kept.response_tokens)
-                kept.signal, kept.alpha_cost = keep(self.target, found, signal)
+                if not isinstance(known, States) or self.author is not self.target:
+                    known = read_states(self.target, best.prompt_tokens, best.response_tokens)
+                best.signal, best.alpha_cost = keep(self.target, known, signal)
             if self.rereading is not None:
-                self.rereading.see(kept)
-        self.finished.append(kept)
+                self.rereading.see(best)
+        self.finished.append(best)
         self.passed_over.update(gone)
         self.answered += 1
 
@@ -330,9 +330,9 @@ class _Asking:
         """
         if not self.selection.filters.duplicates or not self.store.manifest.parts:
             return 0
-        kept = read_examples(self.store.folder, signal=False)
-        kept.sort(key=lambda answer: (self.removals[answer.id], answer.id))
-        again = repeated((answer.id, answer.response_tokens) for answer in kept)
+        answers = read_examples(self.store.folder, signal=False)
+        answers.sort(key=lambda answer: (self.removals[answer.id], answer.id))
+        again = repeated((answer.id, answer.response_tokens) for answer in answers)
         self.store.withdraw(again, DUPLICATE)
         self.removals.update(again)
         return sum(map(self.retried, again))

@@ -25,7 +25,7 @@ def round_seed(seed: int, round_: int) -> int:
     return row_seed(seed, f"retry {round_}") if round_ else seed
 
 
-class Decoder(Protocol):
+class AnyDecoder(Protocol):
     """What answers requests round by round: `SpeculativeDecoder`, or what stands in for it."""
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Round]: ...
@@ -46,7 +46,7 @@ class Question:
 
 
 def rounds(
-    decoder: Decoder, questions: Sequence[Question], number: int, max_new_tokens: int
+    decoder: AnyDecoder, questions: Sequence[Question], number: int, max_new_tokens: int
 ) -> Iterator[tuple[list[tuple[Question, list[Example]]], Round]]:
     """For each round the questions whose last answer it ended, with their answers in order and all
     states that were kept, and the round itself.
@@ -69,8 +69,8 @@ def rounds(
             if row.hidden is not None and row.logsumexp is not None:
                 pieces[row.request_id].append((row.hidden, row.logsumexp))
             if row.finished:
-                if own := pieces.pop(row.request_id):
-                    hidden, logsumexp = map(torch.cat, zip(*own, strict=True))
+                if states := pieces.pop(row.request_id):
+                    hidden, logsumexp = map(torch.cat, zip(*states, strict=True))
                     example.signal = States(hidden, logsumexp)
                 if (top := row.top) is not None:
                     example.signal = TopK.of(top)

@@ -109,7 +109,7 @@ class Store:
         """
         self.folder, self.manifest = folder, manifest
         if (folder / MANIFEST).exists() and (
-            (found := read_manifest(folder)).parts or found.removed
+            (before := read_manifest(folder)).parts or before.removed
         ):
             for name in (
                 "target_sha256",
@@ -118,10 +118,10 @@ class Store:
                 "settings",
                 "signal",
             ):
-                ours, theirs = getattr(manifest, name), getattr(found, name)
+                ours, theirs = getattr(manifest, name), getattr(before, name)
                 if ours != theirs:
                     raise of_others(folder, name, theirs, ours)
-            self.manifest = found
+            self.manifest = before
             return
         must_be_ours(folder)
         try:
@@ -244,13 +244,13 @@ def must_be_ours(folder: Path) -> None:
 def of_others(folder: Path, name: str, theirs: Any, ours: Any) -> StorageError:
     """For a folder whose answers were made with another value of what its manifest calls `name`."""
     theirs, ours = _apart(theirs, ours)
-    told = {
+    words = {
         "settings": "other settings",
         "prompts_sha256": "other prompts, by their hash",
         "target_sha256": "another target, by the hash of its weights and its config",
     }.get(name, f"another {name}")
     return StorageError(
-        f"{folder} holds answers with {told} ({theirs}, now {ours}); choose another folder or "
+        f"{folder} holds answers with {words} ({theirs}, now {ours}); choose another folder or "
         "remove it"
     )
 
@@ -317,14 +317,14 @@ def _read_part(stem: Path, part: Part, signal: bool) -> Iterable[Example]:
             state = "is truncated, changed or from other data" if file.exists() else "is missing"
             raise StorageError(f"{file} {state}; remove the folder and generate again")
     rows = read_rows(parquet_file, part)
-    kept = read_signal(signal_file, part["tokens"]) if signal else None
+    signals = read_signal(signal_file, part["tokens"]) if signal else None
     start = 0
     gone = withdrawn(part)
     for row in rows:
         example = Example(**row)
-        if kept is not None:
+        if signals is not None:
             stop = start + len(example.response_tokens)
-            example.signal = positions_of(kept, slice(start, stop))
+            example.signal = positions_of(signals, slice(start, stop))
             start = stop
         if example.id not in gone:
             yield example

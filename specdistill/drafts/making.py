@@ -96,11 +96,12 @@ def make_draft(
             setattr(text, name, [value[i] for i in layers])
     text.num_hidden_layers = len(layers)
     if shared := getattr(text, "num_kv_shared_layers", None):
-        own = target.num_layers - shared
-        if max(layers) >= own:
+        unshared = target.num_layers - shared
+        if max(layers) >= unshared:
             raise ModelError(
-                f"layers {own} to {target.num_layers - 1} of {target.name} have no keys and values "
-                f"of their own, but take those of earlier layers; take layers of 0 to {own - 1}"
+                f"layers {unshared} to {target.num_layers - 1} of {target.name} have no keys and "
+                "values of their own, but take those of earlier layers; take layers of 0 to "
+                f"{unshared - 1}"
             )
         text.num_kv_shared_layers = 0
     for key in (ORIGIN, PARD_TOKEN, KIND):  # not this draft's

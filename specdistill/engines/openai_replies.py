@@ -51,14 +51,14 @@ def read_reply(reply: Any, id_: str, attempt: int, scored: bool) -> Reply:
         raise NoAnswer(f"reasoning that is no text but {type(apart).__name__}")
     if apart is not None:
         apart.encode()
-    found = _log_probability(choice) if scored and text.strip() else None
+    mean = _log_probability(choice) if scored and text.strip() else None
     return Reply(
         id_,
         attempt,
         redacted(text),
         reason == "stop",
         None if apart is None else redacted(apart),
-        found,
+        mean,
     )
 
 
@@ -77,10 +77,10 @@ def _log_probability(choice: Any) -> float:
 
 def said_by(error: BaseException) -> str:
     """What the server or the connection said, on one line, without the key it may have quoted."""
-    said = str(error)
-    if " - " not in said and hasattr(error, "response"):  # not where the client looks for it
-        said += f" - {error.response.text}"
-    return one_line(said)[:300] or type(error).__name__
+    text = str(error)
+    if " - " not in text and hasattr(error, "response"):  # not where the client looks for it
+        text += f" - {error.response.text}"
+    return one_line(text)[:300] or type(error).__name__
 
 
 def one_line(text: str) -> str:

@@ -97,9 +97,9 @@ def score(
 
     measured = take_turns(ask, prompts, temperature, num_draft_tokens, max_new_tokens, progress)
     ties = explained_differences(lambda: target, prompts, measured)
-    told = provenance(target, draft, seed, max_new_tokens, prompts)
-    told |= {"engine": "transformers", "turns": "prompt by prompt, in one process"}
-    return scorecard(model_card(target), model_card(draft), told, prompts, measured, ties, seed)
+    facts = provenance(target, draft, seed, max_new_tokens, prompts)
+    facts |= {"engine": "transformers", "turns": "prompt by prompt, in one process"}
+    return scorecard(model_card(target), model_card(draft), facts, prompts, measured, ties, seed)
 
 
 class _Checked(LogitsProcessor):

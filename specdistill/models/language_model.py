@@ -90,11 +90,11 @@ class LanguageModel:
     @property
     def eos_ids(self) -> frozenset[int]:
         """Every id that ends an answer, by the generation config, the config and the tokenizer."""
-        found: set[int] = set()
+        ends: set[int] = set()
         for source in (self.model.generation_config, self.config, self.tokenizer):
             ids = getattr(source, "eos_token_id", None)
-            found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
-        return frozenset(found)
+            ends.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        return frozenset(ends)
 
     @property
     def mask_token(self) -> int | None:

@@ -175,8 +175,8 @@ def choose_device(device: str) -> str:
     machine (`accelerate launch`) each takes its own.
     """
     if device == "auto":
-        own = f":{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else ""
-        return f"cuda{own}" if torch.cuda.is_available() else "cpu"
+        index = f":{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else ""
+        return f"cuda{index}" if torch.cuda.is_available() else "cpu"
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
     if match is None:
         raise ModelError(f"device must be auto, cpu, cuda or cuda:N; got {device!r}")

@@ -207,23 +207,23 @@ def _check_signal(
             f"the signal in {config.data} was kept from {manifest.target}, another model than "
             f"{target.name} is now, by its weights or its config.json; generate anew"
         )
-    kept = manifest.signal
-    if kept == NONE:
+    signal = manifest.signal
+    if signal == NONE:
         return  # reading it says so
-    top_k = kept_tokens(kept) is not None
+    top_k = kept_tokens(signal) is not None
     if config.hints is not None:
         inner = {layer for _, layer in map_layers(config.hints.layers, draft, target)}
         if top_k or inner != {target.num_layers}:
             raise InputError(
                 f"hints ask for the target's layers {sorted(inner)}, and {config.data} keeps "
-                f"{kept!r}: {'no layer' if top_k else f'the last alone, {target.num_layers}'}; "
+                f"{signal!r}: {'no layer' if top_k else f'the last alone, {target.num_layers}'}; "
                 "distil with signal: live, or map to a layer that is kept"
             )
     if top_k:
         for name in ("temperature", "decoding_temperature"):
             if getattr(config, name) != 1:
                 raise InputError(
-                    f"{name} is {getattr(config, name)}, and {config.data} keeps {kept!r} of the "
+                    f"{name} is {getattr(config, name)}, and {config.data} keeps {signal!r} of the "
                     "target at temperature 1, which gives no other; keep 'states', or distil with "
                     "signal: live"
                 )
