@@ -999,11 +999,11 @@ def test_a_full_disk_ends_a_distillation_with_a_message(
 
 def test_our_own_errors_are_told_and_others_are_called_faults_of_ours() -> None:
     with mock.patch(
-        "specdistill.cli.training.must_be_new", side_effect=InputError("[no] markup: /x")
+        "specdistill.drafts.making.must_be_new", side_effect=InputError("[no] markup: /x")
     ):
         done = run("init", "--target", "t", "--out", "o")
     assert (done.code, done.err) == (2, "error: [no] markup: /x\n")
-    with mock.patch("specdistill.cli.training.must_be_new", side_effect=ZeroDivisionError):
+    with mock.patch("specdistill.drafts.making.must_be_new", side_effect=ZeroDivisionError):
         done = run("init", "--target", "t", "--out", "o")
         assert done.code == 70
         assert done.err.startswith("error: ZeroDivisionError")
