@@ -67,9 +67,12 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Signal:
     raise ValueError(f"it holds {', '.join(sorted(tensors)) or 'nothing'}")
 
 
-def positions_of(signal: Signal, positions: slice) -> Signal:
-    """The kept signal of some of the n positions."""
-    return from_tensors({name: tensor[positions] for name, tensor in signal.tensors().items()})
+def positions_of(signal: Signal, positions: slice | Tensor) -> Signal:
+    """The signal of some of the n positions, without that of inner layers."""
+    parts = {name: tensor[positions] for name, tensor in signal.tensors().items()}
+    if isinstance(signal, TopK):
+        return TopK(**parts)
+    return States(parts["hidden"], parts.get("logsumexp"))
 
 
 def joined(signals: Sequence[Signal], device: torch.device | None = None) -> Signal:
@@ -112,12 +115,12 @@ def keep(target: LanguageModel, states: States, signal: str) -> tuple[Signal, fl
     return TopK.of(top), alpha_cost(logits, top.tokens).sum().item()
 
 
-def token_log_probs(model: LanguageModel, states: States, tokens: list[int]) -> Tensor:
+def token_log_probs(model: LanguageModel, states: States, tokens: Sequence[int] | Tensor) -> Tensor:
     """log p of n tokens, [n], from the states of the positions that predict them: only these rows
     of the head are multiplied.
     """
     hidden = states.hidden
-    ids = torch.tensor(tokens, device=hidden.device)
+    ids = torch.as_tensor(tokens, device=hidden.device)
     kind = torch.promote_types(model.dtype, torch.float32)
     logits = (hidden.to(kind) * model.head.weight[ids].to(kind)).sum(-1)
     if model.head.bias is not None:

@@ -5,9 +5,9 @@ caller keeps: nothing is copied, and what a stale slot holds is masked until it 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from specdistill.errors import DecodingError
 from specdistill.models import LanguageModel
 from specdistill.models.memory import free_bytes
 
+Mask = TypeVar("Mask")
 BUCKET = 64  # attention sees a multiple of this many slots, so that shapes repeat
 PREFILL_WIDTH, PREFILL_TOKENS = 512, 8192  # of a pass over prompts: positions, and of all rows
 SLACK = 256  # tokens that a further pass costs about as much as
@@ -237,24 +238,35 @@ def attention_mask(
     model: LanguageModel, slots: Tensor, positions: Tensor
 ) -> Tensor | dict[str, Tensor]:
     """Mask [b, 1, n, slots]: slot j is seen from position i if j <= i, and i - j < window in a
-    sliding layer. Models that mix kinds of layers get a dict by kind, as they expect. Boolean, or
-    to be added to the scores for models without fused attention.
+    sliding layer, see `by_kind_of_layer`. Boolean, or to be added to the scores for models without
+    fused attention.
     """
-    config = model.config
+    here = positions[:, None, :, None]
 
-    def finish(seen: Tensor) -> Tensor:
-        if config._attn_implementation != "eager":
+    def mask(window: int | None) -> Tensor:
+        seen = slots <= here
+        seen = seen if window is None else seen & (slots > here - window)
+        if model.config._attn_implementation != "eager":
             return seen
         unseen = torch.finfo(model.dtype).min
         return torch.zeros_like(seen, dtype=model.dtype).masked_fill_(~seen, unseen)
 
-    full = slots <= positions[:, None, :, None]
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
+    return by_kind_of_layer(model, mask)
+
+
+def by_kind_of_layer(
+    model: LanguageModel, mask: Callable[[int | None], Mask]
+) -> Mask | dict[str, Mask]:
+    """What a model takes as attention mask: `mask(window)` of its layers' window, None where they
+    have none. Models that mix kinds of layers get a dict by kind, as they expect.
+    """
+    window = getattr(model.config, "sliding_window", None)
+    kinds = set(getattr(model.config, "layer_types", None) or ())
     if not window or kinds == {"full_attention"}:
-        return finish(full)
-    sliding = finish(full & (slots > positions[:, None, :, None] - window))
-    return {"full_attention": finish(full), "sliding_attention": sliding} if kinds else sliding
+        return mask(None)
+    if not kinds:
+        return mask(window)
+    return {"full_attention": mask(None), "sliding_attention": mask(window)}
 
 
 def cache_bytes(model: LanguageModel, batch: int, capacity: int) -> int:
