@@ -21,15 +21,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from specdistill import limits, models
-from specdistill.config import (
+from specdistill.config import DistillConfig, parse_config
+from specdistill.config.sections import (
     Count,
-    DistillConfig,
     DraftTokens,
     LocalPath,
     NewTokens,
     Seed,
     Temperature,
-    parse_config,
 )
 from specdistill.data.prompts import load_prompts
 from specdistill.data.sources import open_answers
@@ -44,7 +43,7 @@ from specdistill.run_folder import RunFolder, check_run, flat
 from specdistill.scoring.compare import Comparison, Incomparable, compare, refusal
 from specdistill.scoring.measure import score
 from specdistill.scoring.scorecard import Scorecard, nullable, write_json
-from specdistill.training.distiller import configured_objective
+from specdistill.training.losses import configured_objective
 from specdistill.training.run import train
 
 SCHEMA = "specdistill.sweep/1"

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from conftest import tiny_model
 
 from specdistill import models
 from specdistill.config import DistillConfig, parse_config
@@ -19,6 +20,21 @@ def ask(count: int) -> list[Prompt]:
         Prompt(str(i), ({"role": "user", "content": f"w{5 + i % 50} w{7 + i % 31}"},))
         for i in range(count)
     ]
+
+
+def padded_target(folder: Path) -> Path:
+    """A tiny target of 64 tokens with 8 rows of padding, which its own texts never hold: one value
+    of its states is above 0 whatever it reads, and the padding's rows weigh it by -100.
+    """
+    target = tiny_model(layers=4, vocab=72)
+    embedding, head = target.model.get_input_embeddings().weight, target.head.weight
+    embedding[:, 0], head[:, 0] = 3.0, 0.0
+    for layer in target.model.model.layers:
+        layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+    head[64:] = 0.0
+    head[64:, 0] = -100.0
+    save_draft(target, folder)
+    return folder
 
 
 def make_world(folder: Path, target_folder: Path) -> dict[str, str]:

@@ -340,6 +340,10 @@ SWEEPS = [
     grid("scoring with a seed below 0", "-1", score={"prompts": "p", "seed": -1}),
     grid("an empty folder", "run_dir", run_dir=""),
     grid("a folder that is a file", "prompts.jsonl", run_dir="prompts.jsonl"),
+    Bad("distill: no unused token", f"{DISTILL} parallel={{}}", "no unused token"),
+    Bad("distill: a mask that is read", f"{DISTILL} parallel.mask_token=5", "holds the token 5"),
+    Bad("distill: a mask beyond", f"{DISTILL} parallel.mask_token=64", "the ids 0 to 63"),
+    Bad("distill: blocks of one", f"{DISTILL} parallel.num_draft_tokens=1", "equal to 2"),
     Bad("distill of a sweep's file", "distill sweep.yaml", "sweep", None),
     *(
         Bad(

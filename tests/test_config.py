@@ -9,6 +9,7 @@ from specdistill.config import (
     DistillConfig,
     Hints,
     Lora,
+    Parallel,
     Policy,
     Training,
     from_keywords,
@@ -177,6 +178,16 @@ def test_one_budget_is_given(tmp_path: Path, budgets: list[str]) -> None:
         ("policy={name: [a]}", ("policy.name",)),
         ("policy=3", ("policy", "3")),
         ("hints={kind: l1}", ("hints.kind", "'smooth_l1'", "'l1'")),
+        ("parallel.num_draft_tokens=1", ("parallel.num_draft_tokens", "or equal to 2")),
+        ("parallel.num_draft_tokens=65", ("parallel.num_draft_tokens", "or equal to 64")),
+        ("parallel.keep=0", ("parallel.keep", "greater than 0")),
+        ("parallel.keep=1.5", ("parallel.keep", "or equal to 1")),
+        ("parallel.least=-1", ("parallel.least", "or equal to 0")),
+        ("parallel.mask_token=any", ("parallel.mask_token", "auto, or the id", "'any'")),
+        ("parallel.mask_token=-1", ("parallel.mask_token", "auto, or the id", "-1")),
+        ("parallel.mask_token=true", ("parallel.mask_token", "auto, or the id", "True")),
+        ("parallel.weighting=decay", ("parallel.weighting", "'cat' or 'uniform'", "'decay'")),
+        ("parallel=8", ("parallel", "8")),
         ("num_draft_tokens=0", ("num_draft_tokens", "greater than or equal to 1")),
         ("loss.fkl=much", ("loss.fkl", "number", "'much'")),
         ("signal=guessed", ("signal", "'kept', 'live' or 'none'", "'guessed'")),
@@ -271,3 +282,33 @@ def test_keywords_say_what_a_file_says() -> None:
 def test_keywords_that_say_nothing_or_too_much(options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         from_keywords(**PLACES, **options)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["signal=none", "loss=ce"], "signal: none does not go with parallel"),
+        (["policy=skd"], "policy 'skd' does not go with parallel"),
+        (["policy=induced"], "policy 'induced' does not go with parallel"),
+        (["hints={}"], "hints does not go with parallel"),
+        (["decode.least_reach=0.2"], "decode.least_reach does not go with parallel"),
+        (["loss=e2e_tv", "num_draft_tokens=4"], "num_draft_tokens: 4 does not go with parallel"),
+        (["loss=e2e_tv", "parallel.weighting=cat"], "parallel.weighting: cat does not go with"),
+    ],
+)
+def test_what_does_not_go_with_parallel(tmp_path: Path, overrides: list[str], says: str) -> None:
+    assert says in refusal(tmp_path, GOOD, "parallel={}", *overrides)
+
+
+def test_what_follows_from_parallel(tmp_path: Path) -> None:
+    bare = GOOD.replace("loss: {fkl: 0.9, ce: 0.1}\n", "")
+    config = read(tmp_path, bare, "parallel={num_draft_tokens: 6}")
+    assert config.loss == {"fkl": 1.0, "ce": 0.1}
+    assert config.parallel == Parallel(num_draft_tokens=6)
+    assert config.decode == Decode(num_draft_tokens=6)
+    assert read(tmp_path, GOOD, "parallel={}").loss == {"fkl": 0.9, "ce": 0.1}
+    e2e = read(tmp_path, bare, "parallel={}", "loss=e2e_tv", "decode.num_draft_tokens=3")
+    assert e2e.parallel == Parallel(weighting="uniform")
+    assert e2e.decode == Decode(num_draft_tokens=3)
+    assert read(tmp_path, GOOD, "parallel={}", "decode=null").decode is None
+    assert read(tmp_path, GOOD).parallel is None

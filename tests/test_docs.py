@@ -24,7 +24,7 @@ import specdistill
 from specdistill.cli import app
 from specdistill.config import DistillConfig, Training, load_config
 from specdistill.sweep import load_sweep
-from specdistill.training.distiller import configured_objective
+from specdistill.training.losses import configured_objective
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

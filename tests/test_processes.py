@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from small_runs import ask, make_world, settings
+from small_runs import ask, make_world, padded_target, settings
 
 from specdistill import models
 from specdistill.data.text_store import AnswerStore, Settled, TextAnswer
@@ -61,7 +61,7 @@ def run_alone(*command: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True], ids=["whole", "cut"])
-@pytest.mark.parametrize("kind", ["kept", "on-policy"])
+@pytest.mark.parametrize("kind", ["kept", "on-policy", "parallel"])
 def test_two_processes_train_as_one_does(
     world: dict[str, str], tmp_path: Path, kind: str, shard: bool
 ) -> None:
@@ -76,6 +76,9 @@ def test_two_processes_train_as_one_does(
     if kind == "on-policy":
         policy = {"name": "draft", "refresh_every": 4, "prompts": 12, "max_new_tokens": 10}
         more = {"signal": "live", "policy": policy}
+    if kind == "parallel":  # masks of padded rows, and a batch of them without answers
+        world = make_world(tmp_path / "world", padded_target(tmp_path / "target"))
+        more = {"parallel": {"num_draft_tokens": 3, "keep": 0.5}}
     training = {
         "accumulate": 4,
         "batch_tokens": 90,

@@ -21,7 +21,7 @@ is an error. Any key can be overridden on the command line, for instance
 `specdistill distill config.yaml training.max_steps=500`.
 [Training](../guide/training.md) explains losses, policies and larger runs.
 
-`make reference` writes this page from `specdistill/config.py`."""
+`make reference` writes this page from `specdistill/config/`."""
 UNBOUNDED = 10**9  # a larger maximum only stops slips of the pen
 
 
@@ -37,7 +37,7 @@ def configuration() -> str:
     """Every key of every section: what it may be, its default, what it means."""
     schema = DistillConfig.model_json_schema()
     sections = [("A run", schema)]
-    for name in ("training", "lora", "policy", "decode", "hints"):
+    for name in ("training", "lora", "parallel", "policy", "decode", "hints"):
         model = schema["$defs"][name.title()]
         sections.append((f"training.{name}" if name == "lora" else name, model))
     sections.append(("score (of a sweep)", Score.model_json_schema()))

@@ -102,11 +102,12 @@ def distill(
     from specdistill.run_folder import RunFolder, given_config, read_metrics
     from specdistill.training import run
     from specdistill.training.distiller import leave_processes
+    from specdistill.training.pair import read_models
 
     given_config(config, settings, resume)
     last: dict[str, Any] = {}
     with run.begun(settings, resume):
-        target, draft = run.read_models(settings)
+        target, draft = read_models(settings)
         if run.first_process():
             console.note_models(*filter(None, (target, draft)), decoding=False)
             show = partial(console.note_example, draft.tokenizer)

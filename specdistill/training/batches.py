@@ -12,17 +12,20 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from specdistill.config import DistillConfig
+from specdistill.config import DistillConfig, Parallel
 from specdistill.data.signal import Signal, joined, positions_of
 from specdistill.data.token_store import Example
 from specdistill.errors import InputError
+from specdistill.training.parallel import Blocks, Depths, lay_out, pass_rows
 
 
 @dataclass
 class Batch:
     """Examples padded to one length. tokens, mask: [B, L]; `response` [B, L] marks the positions
     whose next token belongs to the answer, N of them; labels [N] is that token; signal: what was
-    kept of the target there; best [N]: its most probable token there, where it was worked out.
+    kept of the target there; best [N]: its most probable token there, where it was worked out. For
+    a parallel draft `blocks` says which rows [R] are learnt from, weights [R] how much each counts,
+    where they differ.
     """
 
     tokens: Tensor
@@ -31,10 +34,16 @@ class Batch:
     labels: Tensor
     signal: Signal | None
     best: Tensor | None = None
+    blocks: Blocks | None = None
+    weights: Tensor | None = None
 
 
-def make_batch(examples: list[Example], pad: int, device: torch.device) -> Batch:
-    """Right-padded, with the target's signal where every example carries it."""
+def make_batch(
+    examples: list[Example], pad: int, device: torch.device, depths: Depths | None = None
+) -> Batch:
+    """Right-padded, with the target's signal where every example carries it, and with the blocks
+    of a parallel draft as deep as `depths` says.
+    """
     rows = [e.prompt_tokens + e.response_tokens for e in examples]
     longest = max(map(len, rows))
     response = torch.zeros(len(rows), longest, dtype=torch.bool)
@@ -47,6 +56,7 @@ def make_batch(examples: list[Example], pad: int, device: torch.device) -> Batch
         response.to(device),
         torch.tensor([token for e in examples for token in e.response_tokens], device=device),
         joined(signals, device) if len(signals) == len(examples) else None,
+        blocks=None if depths is None else lay_out(examples, longest, depths, device),
     )
 
 
@@ -59,19 +69,24 @@ def idle(batch: Batch) -> Batch:
         response=torch.zeros_like(batch.response),
         labels=batch.labels[:0],
         signal=None if batch.signal is None else positions_of(batch.signal, slice(0)),
+        blocks=None if batch.blocks is None else batch.blocks.cut(),
     )
 
 
 def dealt(
-    groups: list[list[Example]], process: int, processes: int, device: torch.device
+    groups: list[list[Example]],
+    process: int,
+    processes: int,
+    device: torch.device,
+    depths: Depths | None = None,
 ) -> list[Batch]:
     """The micro-batches of an update that one of several processes passes over, dealt in turn. All
     make the same number of passes, as a pass over a draft that is cut needs them all: where the
     groups run out, the last one adds nothing.
     """
-    batches = [make_batch(group, 0, device) for group in groups[process::processes]]
+    batches = [make_batch(group, 0, device, depths) for group in groups[process::processes]]
     if len(batches) * processes < len(groups):
-        batches.append(idle(make_batch(groups[0], 0, device)))
+        batches.append(idle(make_batch(groups[0], 0, device, depths)))
     return batches
 
 
@@ -93,14 +108,18 @@ def check_processes(config: DistillConfig, processes: int) -> None:
 
 
 def length_buckets(
-    examples: list[Example], batch_tokens: int, seed: int, epoch: int
+    examples: list[Example],
+    batch_tokens: int,
+    seed: int,
+    epoch: int,
+    parallel: Parallel | None = None,
 ) -> list[list[Example]]:
-    """One epoch: groups of similar length of at most `batch_tokens` padded tokens, in an order that
-    depends on nothing but seed and epoch, so that a resumed run sees what an uninterrupted one
-    would.
+    """One epoch: groups of similar length of at most `batch_tokens` padded tokens, masks of a
+    parallel draft included, in an order that depends on nothing but seed and epoch, so that a
+    resumed run sees what an uninterrupted one would.
     """
     rng = random.Random(f"{seed}-{epoch}")
-    size = {e.id: len(e.prompt_tokens) + len(e.response_tokens) for e in examples}
+    size = {e.id: pass_rows(parallel, e) for e in examples}
     order = sorted(examples, key=lambda e: (size[e.id] // 16, rng.random()))
     groups: list[list[Example]] = [[]]
     longest = 0
@@ -115,14 +134,19 @@ def length_buckets(
 
 
 def updates(
-    examples: list[Example], batch_tokens: int, accumulate: int, seed: int, skip: int = 0
+    examples: list[Example],
+    batch_tokens: int,
+    accumulate: int,
+    seed: int,
+    skip: int = 0,
+    parallel: Parallel | None = None,
 ) -> Iterator[list[list[Example]]]:
     """Groups of `accumulate` micro-batches, one group an update, without end; the first `skip`
     updates are left out.
     """
     epoch = 0
     while True:
-        groups = length_buckets(examples, batch_tokens, seed, epoch)
+        groups = length_buckets(examples, batch_tokens, seed, epoch, parallel)
         for start in range(0, len(groups), accumulate):
             if skip:
                 skip -= 1
@@ -145,7 +169,8 @@ def schedule(
             training.batch_tokens,
             training.accumulate,
             config.seed + first,
-            skip=step - first,
+            step - first,
+            config.parallel,
         )
         for groups in islice(stream, None if period is None else first + period - step):
             yield groups

@@ -6,31 +6,37 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from specdistill.config import DistillConfig
-from specdistill.data.signal import Signal, States, TopK
+from specdistill.data.signal import Signal, States, TopK, positions_of
 from specdistill.drafts.making import decoder_layers
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
-from specdistill.models.packing import is_packed, unpacked
 from specdistill.models.randomness import seeded
 from specdistill.training.batches import Batch
 from specdistill.training.fsdp import cut, shard, whole
 from specdistill.training.hints import HintLoss
 from specdistill.training.lora import adapt, merge
-from specdistill.training.losses import Objective, Positions, Target, objective, total_loss
+from specdistill.training.losses import Positions, Target, configured_objective, total_loss
+from specdistill.training.pair import check_trainable
+from specdistill.training.parallel import (
+    MaskEmbedding,
+    begin,
+    hidden_token_weights,
+    states_of_blocks,
+    write_mask_row,
+)
+from specdistill.training.passes import after, recomputed, states_of
 from specdistill_kernels import (
     Head,
     TargetStates,
@@ -39,7 +45,7 @@ from specdistill_kernels import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 TRACKERS = "trackers"  # in the run folder
 
@@ -47,8 +53,8 @@ TRACKERS = "trackers"  # in the run folder
 @dataclass
 class StepMetrics:
     """One update: loss is the mean over `response_tokens` positions, of which the draft lacks the
-    token in `missing`; grad_norm is that of its gradient before clipping; `tokens` counts padding
-    and prompts too.
+    token in `missing`, or of a parallel draft over the rows of its blocks by weight; grad_norm is
+    that of its gradient before clipping; `tokens` counts padding, prompts and masks too.
     """
 
     loss: float
@@ -65,45 +71,6 @@ def leave_processes() -> None:
     PartialState().destroy_process_group()
 
 
-def configured_objective(config: DistillConfig) -> Objective:
-    """The loss a configuration asks for. Raises `InputError`."""
-    return objective(
-        config.loss,
-        temperature=config.temperature,
-        decoding_temperature=config.decoding_temperature,
-        num_draft_tokens=config.num_draft_tokens,
-        beta=config.beta,
-        skew=config.skew,
-        eta=config.eta,
-    )
-
-
-def trainable(draft: LanguageModel) -> LanguageModel:
-    """A copy to train, which leaves the draft as it is: in float32 at least, with linear layers
-    that have no packed weights.
-    """
-    model: nn.Module = unpacked(copy.deepcopy(draft.model))
-    kind = torch.promote_types(draft.dtype, torch.float32)
-    return replace(draft, model=cast("PreTrainedModel", model.to(kind)))
-
-
-def _check_trainable(draft: LanguageModel) -> None:
-    """Raises `InputError` for weights in which small updates would be lost or that are not what the
-    draft computes with.
-    """
-    half = {p.dtype for p in draft.model.parameters()} & {torch.bfloat16, torch.float16}
-    if half:
-        raise InputError(
-            f"the draft {draft.name} has weights in {', '.join(sorted(map(str, half)))}, in which "
-            "updates would round to nothing; load it with dtype='float32'"
-        )
-    if is_packed(draft):
-        raise InputError(
-            f"the draft {draft.name} is packed for decoding, and packed weights do not follow an "
-            "update; load it again"
-        )
-
-
 class Distiller:
     """Trains `draft` in place towards `target`, which is only read: its body too where the signal
     is taken live. Without a target, towards the text of the batches. Raises `InputError` for a
@@ -116,7 +83,7 @@ class Distiller:
         self.target, self.draft, self.config = target, draft, config
         self.objective = configured_objective(config)
         training, hints = config.training, config.hints
-        _check_trainable(draft)
+        check_trainable(draft)
         _check_launch(config)
         self.accelerator = Accelerator(
             mixed_precision="no",  # `loss_of` decides
@@ -125,13 +92,20 @@ class Distiller:
             project_dir=Path(config.run_dir) / TRACKERS,
         )
         self.adapted = None
+        if config.parallel is not None:
+            assert target is not None
+            begin(draft, target, config.parallel)
         draft.model.requires_grad_(True)
+        embedding = draft.model.get_input_embeddings().weight
         if training.lora is not None:
             self.adapted = adapt(draft, training.lora, config.seed)
         elif not training.train_embeddings:
-            embedding = draft.model.get_input_embeddings().weight
             embedding.requires_grad_(embedding is draft.head.weight)
         self.parameters: dict[str, Tensor] = dict(self._trainable())
+        self.mask: MaskEmbedding | None = None
+        if config.parallel is not None and not embedding.requires_grad:
+            self.mask = MaskEmbedding(draft)
+            self.parameters |= {f"mask.{n}": p for n, p in self.mask.named_parameters()}
         self.hints: HintLoss | None = None
         if hints is not None:
             assert target is not None
@@ -155,8 +129,8 @@ class Distiller:
         if training.shard and accelerator.num_processes > 1:
             trained = copy.copy(self)
             trained.draft = replace(self.draft, model=copy.deepcopy(self.draft.model))
-            hints = {n: p for n, p in self.parameters.items() if n.startswith("hints.")}
-            self.parameters |= {n: p.detach().clone() for n, p in hints.items()}
+            beside = {n: p for n, p in self.parameters.items() if n.startswith(("hints.", "mask."))}
+            self.parameters |= {n: p.detach().clone() for n, p in beside.items()}
         loss = _Loss(trained)
         if trained is not self:
             shard(loss, decoder_layers(trained.draft), self.draft.device)
@@ -180,6 +154,13 @@ class Distiller:
         for name, value in self.trained.items():
             if value is not self.parameters[name]:
                 self.parameters[name].data.copy_(whole(value))
+        self.write_mask()
+
+    def write_mask(self) -> None:
+        """Put the mask's row, where it is trained by itself, into the draft's embedding."""
+        if self.mask is not None:
+            (row,) = (p for name, p in self.parameters.items() if name.startswith("mask."))
+            write_mask_row(self.draft, row)
 
     def moments(self) -> dict[str, Tensor]:
         """What the optimiser keeps, by the number of a parameter and its own name for it; called in
@@ -214,15 +195,17 @@ class Distiller:
             entries.setdefault(int(index), {})[name] = cut(moment, trained[int(index)])
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        self.write_mask()
 
     def step(self, batches: list[Batch], learning_rate: float) -> StepMetrics:
         """One update from one or more micro-batches of each process: the loss is a mean over the
-        response tokens of them all.
+        response tokens of them all, or over the rows of their blocks by their weights.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        batches = [self.weighted(batch) for batch in batches]
         counts = zip(*(self.counts(batch) for batch in batches), strict=True)
-        total, missing, tokens = (int(n) for n in self.over_processes(*map(sum, counts)))
+        total, *numbers = self.over_processes(*map(sum, counts))
         loss_sum = 0.0
         for number, batch in enumerate(batches, 1):
             signal = self.signal(batch)
@@ -239,7 +222,7 @@ class Distiller:
         self.optimizer.step()
         self.optimizer.zero_grad()
         (loss_sum,) = self.over_processes(loss_sum)
-        return StepMetrics(loss_sum / total, norm.item(), total, missing, tokens)
+        return StepMetrics(loss_sum / total, norm.item(), *map(int, numbers))
 
     def loss_of(self, batch: Batch, signal: Signal | None) -> Tensor:
         """The sum over a batch's response tokens, differentiable in all that is trained. Only the
@@ -250,6 +233,7 @@ class Distiller:
         with (
             recomputed(decoder_layers(self.draft)) if checkpointing else nullcontext(),
             torch.autocast(device, torch.bfloat16, enabled=training.precision == "bf16"),
+            nullcontext() if self.mask is None else self.mask.read_by(self.draft),
         ):
             states = self.states(batch)
         loss = total_loss(self.positions(batch, states.hidden, signal), self.objective)
@@ -258,13 +242,34 @@ class Distiller:
             loss = loss + self.hints(*self.hinted(states, signal))
         return loss
 
-    def counts(self, batch: Batch) -> tuple[int, int, int]:
-        """Response tokens, those of them that the draft lacks, and all tokens with padding."""
+    @torch.no_grad()
+    def weighted(self, batch: Batch) -> Batch:
+        """With the weights of its rows, where they differ: they are of the target's signal, and a
+        mean wants their sum before any pass.
+        """
+        parallel = self.config.parallel
+        if batch.blocks is None or parallel is None or parallel.weighting == "uniform":
+            return batch
+        signal = self.signal(batch)
+        assert signal is not None
+        assert self.target is not None
+        chunk = self.config.training.chunk
+        weights = hidden_token_weights(self.target, signal, batch.labels, batch.blocks, chunk)
+        return replace(batch, signal=signal, weights=weights)
+
+    def counts(self, batch: Batch) -> tuple[float, int, int, int]:
+        """What the rows weigh, response tokens, those of them that the draft lacks, and all tokens
+        with padding.
+        """
         columns = draft_columns(batch.labels, len(self.vocab), self.draft_vocab)
-        return len(batch.labels), int((columns < 0).sum()), batch.tokens.numel()
+        rows = len(batch.labels) if batch.blocks is None else len(batch.blocks.rows)
+        weight = rows if batch.weights is None else batch.weights.double().sum().item()
+        passed = batch.tokens if batch.blocks is None else batch.blocks.places
+        return weight, len(batch.labels), int((columns < 0).sum()), passed.numel()
 
     def finish(self) -> None:
         """Make the draft an ordinary model that nobody trains."""
+        self.write_mask()
         if self.adapted is not None:
             merge(self.draft, self.adapted)
         self.draft.model.requires_grad_(False)
@@ -275,12 +280,15 @@ class Distiller:
         return self.accelerator.reduce(mine).tolist()
 
     def states(self, batch: Batch) -> States:
-        """The draft's states [N, d] at the response positions, with those the hints need. An id
-        that only pads the target's embedding is read as the draft's last one.
+        """The draft's states [N, d] at the response positions, with those the hints need, or [R, d]
+        at the rows of blocks. An id that only pads the target's embedding is read as the draft's
+        last one.
         """
         tokens = batch.tokens.clamp(max=self.draft.full_vocab_size - 1)
+        if batch.blocks is not None:
+            return States(states_of_blocks(self.draft, tokens, batch.blocks))
         wanted = [] if self.hints is None else self.hints.draft_layers
-        return _states(self.draft, tokens, batch, wanted)
+        return states_of(self.draft, tokens, batch, wanted)
 
     @torch.no_grad()
     def signal(self, batch: Batch) -> Signal | None:
@@ -288,10 +296,16 @@ class Distiller:
         if batch.signal is not None or self.target is None:
             return batch.signal
         wanted = [] if self.hints is None else self.hints.target_layers
-        return _states(self.target, batch.tokens, batch, wanted)
+        return states_of(self.target, batch.tokens, batch, wanted)
 
     def positions(self, batch: Batch, states: Tensor, signal: Signal | None) -> Positions:
-        """The response positions as the losses take them."""
+        """The response positions as the losses take them; of a parallel draft the rows of its
+        blocks, block after block.
+        """
+        labels, lengths, blocks = batch.labels, batch.response.sum(1), batch.blocks
+        if blocks is not None:
+            labels, lengths = labels[blocks.answer], blocks.lengths
+            signal = None if signal is None else positions_of(signal, blocks.answer)
 
         def target(temperature: float) -> Target | None:
             if self.target_head is None or signal is None:
@@ -308,10 +322,11 @@ class Distiller:
             states.to(torch.promote_types(states.dtype, torch.float32)),
             self.draft_head(),
             target,
-            batch.labels,
-            batch.response.sum(1),
+            labels,
+            lengths,
             self.draft_vocab,
             self.config.training.chunk,
+            batch.weights,
         )
 
     @cached_property
@@ -328,24 +343,9 @@ class Distiller:
         """The mapped layers of draft and target."""
         assert self.hints is not None
         assert self.target is not None
-        ours = [_after(layer, self.draft, states) for layer in self.hints.draft_layers]
-        theirs = [_after(layer, self.target, signal) for layer in self.hints.target_layers]
+        ours = [after(layer, self.draft, states) for layer in self.hints.draft_layers]
+        theirs = [after(layer, self.target, signal) for layer in self.hints.target_layers]
         return ours, [states.to(ours[0].dtype) for states in theirs]  # kept ones may be narrower
-
-
-@contextmanager
-def recomputed(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Within it the layers keep no activations for the backward pass, but are run again there
-    (1604.06174).
-    """
-    layers = list(layers)
-    for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward  # the class's own again
 
 
 def _check_launch(config: DistillConfig) -> None:
@@ -374,24 +374,8 @@ class _Loss(nn.Module):
 
     def __init__(self, distiller: Distiller) -> None:
         super().__init__()
-        self.draft, self.hints = distiller.draft.model, distiller.hints
+        self.draft, self.hints, self.mask = distiller.draft.model, distiller.hints, distiller.mask
         self.compute = distiller.loss_of
 
     def forward(self, batch: Batch, signal: Signal | None) -> Tensor:
         return self.compute(batch, signal)
-
-
-def _states(model: LanguageModel, tokens: Tensor, batch: Batch, layers: list[int]) -> States:
-    """[N, d], final and of `layers`. Without a cache, to which a layer that is run again would add
-    its keys again.
-    """
-    how = {"attention_mask": batch.mask, "use_cache": False}
-    if not layers:
-        return States(model.hidden(tokens, **how)[batch.response])
-    wanted = [*layers, model.num_layers]
-    found = [states[batch.response] for states in model.hidden_after(tokens, wanted, **how)]
-    return States(found[-1], inner=dict(zip(layers, found[:-1], strict=True)))
-
-
-def _after(layer: int, model: LanguageModel, states: States) -> Tensor:
-    return states.hidden if layer == model.num_layers else states.inner[layer]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -21,7 +22,8 @@ from specdistill.models import LanguageModel
 from specdistill.models.packing import pack
 from specdistill.training.batches import Batch, length_buckets, make_batch
 from specdistill.training.distiller import Distiller
-from specdistill.training.losses import Positions, Target
+from specdistill.training.losses import Positions, Target, survival
+from specdistill.training.parallel import undropped
 from specdistill.training.policies import decoded_rows
 from specdistill_kernels import divergence, draft_columns
 
@@ -45,22 +47,28 @@ class Evaluation:
             # with the same ones as a run that never stopped.
             pack(target, rows)
         self.distiller, self.examples, self.config = distiller, examples, config
-        groups = length_buckets(examples, config.training.batch_tokens, 0, 0)
+        parallel, depths = config.parallel, None
+        if parallel is not None:
+            parallel = parallel.model_copy(update={"keep": 1.0})
+            depths = partial(undropped, parallel)
+        groups = length_buckets(examples, config.training.batch_tokens, 0, 0, parallel)
         device = distiller.draft.device
-        self.batches = [make_batch(group, 0, device) for group in groups]
+        self.batches = [make_batch(group, 0, device, depths) for group in groups]
         self.criterion = "token_match"
         if target is not None:
             self.batches = [with_answers(distiller, target, batch) for batch in self.batches]
-            self.criterion = "block_efficiency" if config.decode else "expected_alpha"
+            self.criterion = "expected_alpha" if parallel is None else "expected_block_efficiency"
+            self.criterion = "block_efficiency" if config.decode else self.criterion
 
-    def measure(self) -> dict[str, float]:
+    def measure(self) -> dict[str, Any]:
         """`overlap` and, where the configuration has `decode`, `decoded`; `on_text` where there is
         no target.
         """
         target, draft = self.distiller.target, self.distiller.draft
         if target is None:
             return on_text(self.distiller, self.batches)
-        measures = overlap(self.distiller, self.batches)
+        measure = overlap if self.config.parallel is None else overlap_by_place
+        measures = measure(self.distiller, self.batches)
         if self.config.decode is not None:
             measures |= decoded(target, draft, self.examples, self.config)
         return measures
@@ -81,7 +89,7 @@ def with_answers(distiller: Distiller, target: LanguageModel, batch: Batch) -> B
 
 
 @torch.no_grad()
-def overlap(distiller: Distiller, batches: list[Batch]) -> dict[str, float]:
+def overlap(distiller: Distiller, batches: list[Batch]) -> dict[str, Any]:
     """On batches `with_answers`: expected α = mean Σ min(p, q) at temperature 1 over the full
     vocabulary (a token the draft lacks has q = 0), and the share of positions where both models'
     most probable tokens agree. From the k most probable tokens alone, expected α is too high by at
@@ -89,21 +97,65 @@ def overlap(distiller: Distiller, batches: list[Batch]) -> dict[str, float]:
     """
     sums, count = {"expected_alpha": 0.0, "greedy_match": 0.0}, 0
     for batch in batches:
-        signal = distiller.signal(batch)
-        assert batch.best is not None
-        at = distiller.positions(batch, distiller.states(batch).hidden, signal)
-        for rows, logits in _logits(at):
-            target = at.target(1.0)
-            assert target is not None
-            lost = divergence(logits, _rows(target, rows), loss="tvd", draft_vocab=at.draft_vocab)
-            agree = distiller.vocab[logits.argmax(-1)] == batch.best[rows]
-            sums["expected_alpha"] += (1 - lost).sum().item()
-            sums["greedy_match"] += agree.sum().item()
-        if isinstance(signal, TopK):
-            tail = signal.log_tail.exp().sum().item()
-            sums["tail_mass"] = sums.get("tail_mass", 0.0) + tail
+        alpha, agree = overlap_of_rows(distiller, batch)
+        sums["expected_alpha"] += alpha.sum().item()
+        sums["greedy_match"] += agree.sum().item()
+        _add_tail(sums, batch)
         count += len(batch.labels)
     return {name: value / count for name, value in sums.items()}
+
+
+@torch.no_grad()
+def overlap_by_place(distiller: Distiller, batches: list[Batch]) -> dict[str, Any]:
+    """`overlap` of a parallel draft, whose places are those of a block: of the first, and a list by
+    place. expected_block_efficiency: mean of 1 + Σ_b Π α along a block that begins anywhere, which
+    is τ at temperature 1 where texts are the target's.
+    """
+    assert distiller.config.parallel is not None
+    num = distiller.config.parallel.num_draft_tokens
+    sums, reached, blocks = {"tail_mass": 0.0}, 0.0, 0
+    alphas, agreements, counts = torch.zeros(3, num, dtype=torch.float64)
+    for batch in batches:
+        assert batch.blocks is not None
+        alpha, agree = overlap_of_rows(distiller, batch)
+        place = batch.blocks.places.flatten()[batch.blocks.rows].cpu()
+        alphas.index_add_(0, place, alpha.double().cpu())
+        agreements.index_add_(0, place, agree.double().cpu())
+        counts += place.bincount(minlength=num)
+        reached += survival(alpha, batch.blocks.lengths, num).sum().item()
+        blocks += len(batch.blocks.lengths)
+        _add_tail(sums, batch)
+    by_place = (alphas / counts)[counts > 0].tolist(), (agreements / counts)[counts > 0].tolist()
+    tail = {"tail_mass": sums["tail_mass"] / blocks} if sums["tail_mass"] else {}
+    return {
+        "expected_alpha": by_place[0][0],
+        "greedy_match": by_place[1][0],
+        **tail,
+        "expected_block_efficiency": 1 + reached / blocks,
+        "expected_alpha_by_place": by_place[0],
+        "greedy_match_by_place": by_place[1],
+    }
+
+
+def overlap_of_rows(distiller: Distiller, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Σ min(p, q) and whether the most probable tokens agree, of every row that is learnt from."""
+    assert batch.best is not None
+    at = distiller.positions(batch, distiller.states(batch).hidden, distiller.signal(batch))
+    best = batch.best if batch.blocks is None else batch.best[batch.blocks.answer]
+    alphas, agreements = [], []
+    target = at.target(1.0)
+    assert target is not None
+    for rows, logits in _logits(at):
+        part = _rows(target, rows)
+        alphas.append(1 - divergence(logits, part, loss="tvd", draft_vocab=at.draft_vocab))
+        agreements.append(distiller.vocab[logits.argmax(-1)] == best[rows])
+    return torch.cat(alphas), torch.cat(agreements)
+
+
+def _add_tail(sums: dict[str, float], batch: Batch) -> None:
+    if isinstance(batch.signal, TopK):
+        tail = batch.signal.log_tail.exp().sum().item()
+        sums["tail_mass"] = sums.get("tail_mass", 0.0) + tail
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specdistill.config import DistillConfig
 from specdistill.errors import InputError
 from specdistill_kernels import Head, TargetStates, TargetTopK, divergence_rows, fused_divergence
 from specdistill_kernels.divergences.reference import LOSSES as POSITION_LOSSES
@@ -98,11 +99,28 @@ def objective(
     return Objective(dict(loss), temperature, decoding_temperature, num_draft_tokens, given)
 
 
+def configured_objective(config: DistillConfig) -> Objective:
+    """The loss a configuration asks for. Raises `InputError`."""
+    num_draft_tokens = config.num_draft_tokens
+    if config.parallel is not None and "e2e_tv" in config.loss:
+        num_draft_tokens = config.parallel.num_draft_tokens
+    return objective(
+        config.loss,
+        temperature=config.temperature,
+        decoding_temperature=config.decoding_temperature,
+        num_draft_tokens=num_draft_tokens,
+        beta=config.beta,
+        skew=config.skew,
+        eta=config.eta,
+    )
+
+
 @dataclass(frozen=True)
 class Positions:
     """N response positions, answer after answer: the draft's final hidden states [N, d] with its
     head, the target at a temperature or None for ce alone, the token that follows [N], and how many
-    of the positions belong to each answer. draft_vocab [Vd] as in `fused_divergence`.
+    of the positions belong to each answer, or to each block of a parallel draft. draft_vocab [Vd]
+    and weights [N] as in `fused_divergence`; no loss of whole blocks has weights.
     """
 
     states: Tensor
@@ -112,6 +130,7 @@ class Positions:
     lengths: Tensor
     draft_vocab: Tensor | None = None
     chunk: int = 1024
+    weights: Tensor | None = None
 
     def arguments(self, temperature: float) -> dict[str, Any]:
         """As `fused_divergence` and `divergence_rows` take them."""
@@ -133,7 +152,7 @@ def total_loss(at: Positions, objective: Objective) -> Tensor:
         belongs = {"beta": {"jsd"}, "skew": {"skew_kl", "skew_rkl"}, "eta": {"lk_hybrid"}}
         arguments = at.arguments(temperature) | {"loss": weights}
         arguments |= {n: v for n, v in objective.options.items() if belongs[n] & weights.keys()}
-        total = total + fused_divergence(**arguments)
+        total = total + fused_divergence(**arguments, weights=at.weights)
     for name, weight in objective.weights.items():
         if name in BLOCK_LOSSES:
             total = total + weight * BLOCK_LOSSES[name](at, objective)
@@ -143,7 +162,8 @@ def total_loss(at: Positions, objective: Objective) -> Tensor:
 def e2e_tv(at: Positions, objective: Objective) -> Tensor:
     """Σ over blocks of γ positions of m − Σ_j Π_{i≤j} α_i, m ≤ γ the block's length: m times one
     minus the expected accepted share of the block (2606.12370), so that the mean over tokens weighs
-    blocks by their length. Answers are cut into blocks from their start.
+    blocks by their length. Answers are cut into blocks from their start; a block of a parallel
+    draft is one.
 
     α_i = Σ min(p_i, q_i) along the given text: exact where its tokens follow min(p, q)/α, an
     estimate on other text. No gradient flows through the choice of the text. With γ = 1 it is tvd.

@@ -201,7 +201,8 @@ def forget_samples(folder: Path, step: int) -> None:
 
 def standalone(draft: LanguageModel, target: LanguageModel) -> LanguageModel:
     """The draft as a model over the target's ids, which decodes without it: tokens it lacks have
-    the logit −inf. Shares the draft's body; the head is a copy of now.
+    the logit −inf, and so has the mask of a parallel draft. Shares the draft's body; the head is a
+    copy of now.
     """
     whole = torch.arange(draft.vocab_size, device=draft.device)
     ids = whole if draft.vocab is None else draft.vocab
@@ -212,6 +213,8 @@ def standalone(draft: LanguageModel, target: LanguageModel) -> LanguageModel:
     with torch.no_grad():
         weight[ids] = old.weight[: len(ids)]
         bias[ids] = 0.0 if old.bias is None else old.bias[: len(ids)]
+        if draft.mask_token is not None:
+            bias[draft.mask_token] = -torch.inf
     head.weight, head.bias = (nn.Parameter(part, requires_grad=False) for part in (weight, bias))
     alone = LanguageModel(draft.name, draft.path, draft.model, draft.tokenizer)
     alone.head = head

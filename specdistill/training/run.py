@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from specdistill import models
 from specdistill.config import DistillConfig, from_keywords
 from specdistill.data.likeness import nearly_among, write_trained
 from specdistill.data.signal import States, read_states
@@ -23,7 +22,6 @@ from specdistill.drafts.making import save_draft
 from specdistill.errors import DecodingError, InputError, StorageError, TrainingError
 from specdistill.files import held
 from specdistill.models import LanguageModel, set_origin
-from specdistill.models.head_only import load_head
 from specdistill.progress import Progress, silent
 from specdistill.run_folder import (
     RunFolder,
@@ -49,8 +47,11 @@ from specdistill.training.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from specdistill.training.distiller import Distiller, configured_objective, trainable
+from specdistill.training.distiller import Distiller
 from specdistill.training.evaluation import Evaluation
+from specdistill.training.losses import configured_objective
+from specdistill.training.pair import read_models
+from specdistill.training.parallel import depths_by_lot, refuse_mask
 from specdistill.training.policies import Source, examples_at, forget_samples
 
 
@@ -94,31 +95,6 @@ def distill(
     dtype = (draft if isinstance(draft, LanguageModel) else teacher or student).dtype
     nn.Module.to(student.model, dtype)
     return replace(student, name=str(folder), path=folder)
-
-
-def read_models(
-    config: DistillConfig,
-    target: LanguageModel | str | Path | None = None,
-    draft: LanguageModel | str | Path | None = None,
-) -> tuple[LanguageModel | None, LanguageModel]:
-    """The pair a configuration names, or what is given of it: no target where its text alone is
-    learnt from, and its head alone where nothing needs more; the draft in float32.
-    """
-    teacher = None
-    if config.signal != "none":
-        whole = config.signal == "live" or config.decode is not None
-        read = models.load if whole else load_head
-        if isinstance(target, LanguageModel):
-            teacher = target
-        else:
-            teacher = read(config.target, dtype=config.dtype, device=config.device)
-    if isinstance(draft, LanguageModel):
-        student = trainable(draft)
-    else:
-        student = models.load(config.draft, dtype="float32", device=config.device)
-    if teacher is not None:
-        models.check_pair(teacher, student)
-    return teacher, student
 
 
 def train(
@@ -192,6 +168,8 @@ class Run:
         self.template_settings = template_settings(config)
         self.sample_states: dict[str, States] = {}  # of the samples, by their id
         self.distiller = Distiller(target, draft, config)
+        if config.parallel is not None:
+            refuse_mask([*self.heldout, *self.training], draft, config.data)
         self.accelerator = self.distiller.accelerator
         check_processes(config, self.accelerator.num_processes)
         self.evaluation = Evaluation(self.distiller, self.heldout, config)
@@ -234,7 +212,11 @@ class Run:
             if self.show is not None and state.step == 0:
                 self.show(groups[0][0])
             batches = dealt(
-                groups, accelerator.process_index, accelerator.num_processes, self.draft.device
+                groups,
+                accelerator.process_index,
+                accelerator.num_processes,
+                self.draft.device,
+                depths_by_lot(config.parallel, f"{config.seed}-{state.step}"),
             )
             metrics = self.distiller.step(batches, learning_rate)
             state.seconds += time.perf_counter() - start
@@ -271,6 +253,8 @@ class Run:
                     f"policy {config.policy.name!r} cannot sample after update {step}: {error}. "
                     f"Where the draft has diverged, {_begin_again(config)}"
                 ) from error
+        if config.parallel is not None:
+            refuse_mask(examples, self.draft, str(self.folder.samples))
         self.sample_states.clear()
         return examples
 

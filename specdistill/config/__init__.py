@@ -9,221 +9,47 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from specdistill import limits
+from specdistill.config.sections import (
+    POLICY_SETTINGS,
+    Count,
+    Decode,
+    Divisor,
+    DraftTokens,
+    Hints,
+    LocalPath,
+    Lora,
+    Name,
+    Parallel,
+    Policy,
+    Positive,
+    Section,
+    Seed,
+    Share,
+    Tracker,
+    Training,
+)
 from specdistill.documents import assign, read_yaml_mapping
 from specdistill.errors import InputError
-from specdistill.files import at_home
 from specdistill.limits import Dtype, shown
 
-Tracker = Literal[
-    "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"
+__all__ = [
+    "POLICY_SETTINGS",
+    "Decode",
+    "DistillConfig",
+    "Hints",
+    "Lora",
+    "Parallel",
+    "Policy",
+    "Training",
+    "from_keywords",
+    "load_config",
+    "parse_config",
 ]
 
 
-def _no_switch(value: Any) -> Any:
-    """`yes` is no number, though Python counts it as 1."""
-    if isinstance(value, bool):
-        raise ValueError("a number is wanted")
-    return value
-
-
-def _text(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError("it holds half of a surrogate pair") from None
-    if "\0" in value:
-        raise ValueError("no name holds the character NUL")
-    return value
-
-
-def _greedy_or(value: float) -> float:
-    if value and not limits.inside(value, limits.TEMPERATURE):
-        raise ValueError(f"it must be 0, or {limits.words(limits.TEMPERATURE)}")
-    return value
-
-
-_Number = BeforeValidator(_no_switch)
-Count = Annotated[int, limits.COUNT, _Number]
-NewTokens = Annotated[int, limits.NEW_TOKENS, _Number]
-DraftTokens = Annotated[int, limits.DRAFT_TOKENS, _Number]
-Layer = Annotated[int, limits.COUNT]  # from 1
-Seed = Annotated[int, limits.SEED, _Number]
-Vocabulary = Annotated[int, limits.VOCABULARY, _Number]
-Share = Annotated[float, limits.SHARE, _Number]
-Positive = Annotated[float, limits.POSITIVE, _Number]
-Divisor = Annotated[float, limits.TEMPERATURE, _Number]
-Temperature = Annotated[float, AfterValidator(_greedy_or), _Number]  # 0 is greedy
-Name = Annotated[str, StringConstraints(min_length=1, max_length=4096), AfterValidator(_text)]
-LocalPath = Annotated[Name, AfterValidator(at_home)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Lora(_Section):
-    """What is trained of the layers' linear maps W: the factors of W + (alpha / rank) B A."""
-
-    rank: Count = Field(16, description="rank of the factors B and A")
-    alpha: Count = Field(32, description="scale of their product: alpha / rank")
-
-
-class Training(_Section):
-    """The optimiser and its budget. Give one of max_steps and max_seconds; with seconds, the
-    learning rate follows the training time instead of the step.
-    """
-
-    max_steps: Count | None = Field(None, description="updates to make")
-    max_seconds: Positive | None = Field(
-        None, description="seconds to train, sampling included; evaluations do not count"
-    )
-    batch_tokens: Count = Field(2048, description="tokens in one forward pass, padding included")
-    accumulate: Count = Field(
-        1, description="forward passes in one update, over all processes together"
-    )
-    learning_rate: Positive = Field(
-        2e-3, description="AdamW's highest learning rate; a cosine lowers it to a tenth"
-    )
-    warmup: Share = Field(
-        0.05, lt=1, description="share of the budget in which the learning rate rises"
-    )
-    weight_decay: Share = Field(0.0, description="AdamW's weight decay")
-    clip_norm: Positive = Field(1.0, description="longest gradient; longer ones are scaled to it")
-    train_embeddings: bool = Field(False, description="train the input embeddings too")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="what the draft's layers compute in; weights stay float32"
-    )
-    chunk: Count = Field(128, description="rows of logits held at a time; fewer take less memory")
-    activation_checkpointing: bool = Field(
-        False,
-        description="compute activations again in the backward pass: slower, with less memory",
-    )
-    shard: bool = Field(
-        False, description="cut weights, gradients and optimiser state over the processes (FSDP)"
-    )
-    lora: Lora | None = Field(
-        None, description="train low-rank factors (LoRA) instead of the weights"
-    )
-
-    @model_validator(mode="after")
-    def _one_thing_to_train_and_one_budget(self) -> Training:
-        if self.lora is not None and self.train_embeddings:
-            raise ValueError("lora trains its factors alone; leave train_embeddings out")
-        if (self.max_steps is None) == (self.max_seconds is None):
-            raise ValueError("give exactly one of max_steps and max_seconds")
-        return self
-
-
-class Decode(_Section):
-    """The short speculative decode of held-out prompts at each evaluation. It needs the whole
-    target, kept signal or not; null leaves it out.
-    """
-
-    prompts: Count = Field(8, description="held-out prompts to decode, at most")
-    max_new_tokens: Annotated[int, Interval(ge=2, le=limits.NEW_TOKENS.le), _Number] = Field(
-        32, description="tokens of each answer, at most"
-    )
-    num_draft_tokens: DraftTokens = Field(4, description="tokens the draft proposes a round (γ)")
-    temperature: Temperature = Field(0.0, description="sampling temperature; 0 is greedy")
-    least_reach: Annotated[float, limits.LEAST_REACH, _Number] = Field(
-        0.0,
-        description="end a proposal early once the chance that all of it is accepted falls below "
-        "this; 0 never does",
-    )
-
-
-class Hints(_Section):
-    """Hidden-state hints: the draft's layers are drawn towards the target's, beside the loss."""
-
-    layers: dict[Layer, Layer] | None = Field(
-        None,
-        description="target layer by draft layer, from 1; by default each draft layer goes to the "
-        "one at the same relative depth",
-    )
-    kind: Literal["mse", "smooth_l1", "cosine"] = Field(
-        "mse", description="distance between two states"
-    )
-    weight: Positive = Field(1.0, description="weight of the hints beside the loss")
-
-
-_SAMPLED = {
-    "refresh_every": 100,
-    "prompts": 64,
-    "max_new_tokens": 64,
-    "sample_temperature": 1.0,
-}
-# The settings each policy has, and their defaults.
-POLICY_SETTINGS: dict[str, dict[str, Any]] = {
-    "target": {},
-    "fixed": {},
-    "draft": _SAMPLED,
-    "mixed": _SAMPLED | {"share": 0.5},
-    "skd": _SAMPLED | {"top_k": 25, "block": 4},
-    "induced": _SAMPLED | {"block": 4},
-    "fresh_target": _SAMPLED,
-}
-
-
-class Policy(_Section):
-    """Where the training tokens come from, see `policies.py`. A plain name takes its defaults."""
-
-    name: Literal["target", "fixed", "draft", "mixed", "skd", "induced", "fresh_target"] = Field(
-        "target", description="who writes the text that is trained on"
-    )
-    refresh_every: Count | None = Field(
-        None, description="steps between new samples; 100 for a policy that samples"
-    )
-    prompts: Count | None = Field(
-        None, description="prompts of the data that are sampled at each refresh; 64"
-    )
-    max_new_tokens: NewTokens | None = Field(None, description="tokens of each sample, at most; 64")
-    sample_temperature: Temperature | None = Field(
-        None, description="temperature of the samples, 0 is greedy; 1"
-    )
-    share: Share | None = Field(
-        None, description="of mixed: share of the draft's samples, GKD's λ; 0.5"
-    )
-    top_k: Vocabulary | None = Field(
-        None, description="of skd: a proposal stays if it is among the target's top k; 25"
-    )
-    block: DraftTokens | None = Field(
-        None, description="of skd, induced: tokens proposed a round; 4"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _settings_of_its_own(cls, raw: object) -> object:
-        raw = {"name": raw} if isinstance(raw, str) else raw
-        if not isinstance(raw, dict):
-            return raw
-        name = raw.get("name", "target")
-        defaults = POLICY_SETTINGS.get(name, {}) if isinstance(name, str) else {}
-        if name == "fresh_target":  # runs of earlier versions have it in their config.yaml
-            raw = {key: value for key, value in raw.items() if key != "block"}
-        for key in cls.model_fields:
-            if key != "name" and key not in defaults and raw.get(key) is not None:
-                raise ValueError(f"the policy {name!r} has no {key}; it has {', '.join(defaults)}")
-        return {**defaults, **{key: value for key, value in raw.items() if value is not None}}
-
-    def own(self) -> dict[str, Any]:
-        """The settings that this policy has."""
-        return {key: getattr(self, key) for key in POLICY_SETTINGS[self.name]}
-
-
-class DistillConfig(_Section):
+class DistillConfig(Section):
     """`specdistill distill`. draft is a checkpoint folder (see `specdistill init`), data a folder
     of `specdistill generate`. signal: what of the target is learnt from, as kept with the data, of
     a live pass, or none: its text alone, in the draft's own tokens; target is then but a name. Left
@@ -266,6 +92,11 @@ class DistillConfig(_Section):
     hints: Hints | None = Field(
         None, description="hidden-state hints beside the loss; {} takes the defaults"
     )
+    parallel: Parallel | None = Field(
+        None,
+        description="train a draft that proposes its block in one pass; {} takes the defaults. The "
+        "loss is then fkl and a tenth of ce, unless one is given",
+    )
     policy: Policy = Field(
         Policy(), description="where the training text comes from: a name, or a section"
     )
@@ -296,13 +127,52 @@ class DistillConfig(_Section):
     @model_validator(mode="before")
     @classmethod
     def _what_follows_from_the_rest(cls, raw: object) -> object:
-        """No decode without a target; a live signal for tokens of which none is kept."""
+        """No decode without a target; a live signal for tokens of which none is kept; what a
+        parallel draft is trained by, and its block in the decode.
+        """
         if not isinstance(raw, dict):
             return raw
+        if isinstance(parallel := raw.get("parallel"), dict):
+            raw = _parallel_defaults(raw, parallel)
         policy = raw.get("policy", "target")
         name = policy.get("name", "target") if isinstance(policy, dict) else policy
         raw = {"signal": "kept" if name == "target" else "live", **raw}
         return {"decode": None, **raw} if raw["signal"] == "none" else raw
+
+    @model_validator(mode="after")
+    def _what_a_parallel_draft_can_be_trained_by(self) -> DistillConfig:
+        if self.parallel is None:
+            return self
+        weighting = self.parallel.weighting
+        refused = {
+            "signal: none": (
+                self.signal == "none",
+                "each place learns from the target's distribution; keep a signal, or set "
+                "signal: live",
+            ),
+            f"policy {self.policy.name!r}": (
+                self.policy.name in ("skd", "induced"),
+                "it trains on what a draft proposes token by token; take another policy",
+            ),
+            "hints": (self.hints is not None, "masks have no states of the target; leave them out"),
+            "decode.least_reach": (
+                self.decode is not None and self.decode.least_reach > 0,
+                "a whole block costs one pass, so there is nothing to end early; leave it out",
+            ),
+            f"num_draft_tokens: {self.num_draft_tokens}": (
+                self.num_draft_tokens is not None,
+                "the block of e2e_tv is parallel.num_draft_tokens; leave it out",
+            ),
+            f"parallel.weighting: {weighting}": (
+                weighting != "uniform" and "e2e_tv" in self.loss,
+                "e2e_tv weighs the places of a block by how often they are reached; leave the "
+                "weighting out",
+            ),
+        }
+        for setting, (applies, reason) in refused.items():
+            if applies:
+                raise ValueError(f"{setting} does not go with parallel: {reason}")
+        return self
 
     @model_validator(mode="after")
     def _a_signal_for_its_tokens(self) -> DistillConfig:
@@ -323,6 +193,18 @@ class DistillConfig(_Section):
                     "leaves only that, which is for loss: ce; keep a signal, or set signal: live"
                 )
         return self
+
+
+def _parallel_defaults(raw: dict[str, Any], parallel: dict[str, Any]) -> dict[str, Any]:
+    raw = {"loss": {"fkl": 1.0, "ce": 0.1}, **raw}
+    loss = raw["loss"]
+    weighting = "uniform" if isinstance(loss, str | dict) and "e2e_tv" in loss else "cat"
+    parallel = {**Parallel().model_dump(), "weighting": weighting, **parallel}
+    raw["parallel"] = parallel
+    num, decode = parallel["num_draft_tokens"], raw.get("decode", {})
+    if isinstance(num, int) and isinstance(decode, dict) and raw.get("signal") != "none":
+        raw["decode"] = {"num_draft_tokens": num, **decode}
+    return raw
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> DistillConfig:
@@ -371,6 +253,7 @@ def _places() -> dict[str, list[str]]:
         "training.lora": Lora,
         "decode": Decode,
         "hints": Hints,
+        "parallel": Parallel,
         "policy": Policy,
     }
     places: dict[str, list[str]] = {}
