@@ -27,7 +27,8 @@ from specdistill.data.prompts import Prompt
 from specdistill.data.scorers import BestOf
 from specdistill.data.signal import token_log_probs
 from specdistill.data.token_store import Example, read_examples, read_manifest
-from specdistill.decoding import ModelDrafter, Request, Round, Sampling, SpeculativeDecoder
+from specdistill.decoding import Request, Round, Sampling, SpeculativeDecoder, drafter_for
+from specdistill.drafts.export import export
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.engines import base, transformers, vllm
 from specdistill.errors import DecodingError, InputError, StorageError
@@ -77,7 +78,7 @@ def test_transformers_counts_what_our_engine_counts(
         assert row.temperature == 0
         gamma = row.num_draft_tokens
         decoder = SpeculativeDecoder(
-            target, ModelDrafter(draft, target.vocab_size), num_draft_tokens=gamma
+            target, drafter_for(draft, target.vocab_size), num_draft_tokens=gamma
         )
         outputs = [decoder.run([Request(p.id, p.tokens, 16)]).outputs[0] for p in PROMPTS]
         rounds = [r for o in outputs for r in o.rounds]
@@ -634,10 +635,15 @@ VLLM_PYTHON = os.environ.get("SPECDISTILL_VLLM_PYTHON", "")
 
 
 @pytest.mark.skipif(not VLLM_PYTHON, reason="SPECDISTILL_VLLM_PYTHON names no python with vLLM")
-def test_vllm_accepts_what_our_engine_accepts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", [False, True], ids=["autoregressive", "parallel"])
+def test_vllm_accepts_what_our_engine_accepts(tmp_path: Path, parallel: bool) -> None:
     target = tiny_model(1, layers=3, vocab=64, hidden_size=128, head_dim=32)
+    draft = make_draft(target, [0, 1])
+    if parallel:
+        set_parallel(draft, 63, 3)
     save_draft(target, tmp_path / "target")
-    save_draft(make_draft(target, [0, 1]), tmp_path / "draft")
+    save_draft(draft, tmp_path / "made")
+    export(str(tmp_path / "made"), tmp_path / "draft", "vllm")
     both = tuple(models.load(str(tmp_path / n), dtype="float32") for n in ("target", "draft"))
     asked = vllm.Pair.of(*both, PROMPTS, 24, 0)
     found = vllm.score(
@@ -652,7 +658,8 @@ def test_vllm_accepts_what_our_engine_accepts(tmp_path: Path) -> None:
     (row,) = found.rows
     same, compared = found.lossless.greedy_identical
     assert same == compared == len(PROMPTS)
-    drafter = ModelDrafter(both[1], both[0].vocab_size)
+    assert found.drafting == ("parallel" if parallel else "autoregressive")
+    drafter = drafter_for(both[1], both[0].vocab_size)
     decoder = SpeculativeDecoder(both[0], drafter, num_draft_tokens=3)
     outputs = [
         decoder.run([Request(p.id, p.tokens, 24, Sampling(0.0))]).outputs[0] for p in PROMPTS

@@ -37,7 +37,7 @@ from specdistill.scoring import check, sampled_texts
 from specdistill.scoring.acceptance import acceptance_chances
 from specdistill.scoring.by_cost import by_cost
 from specdistill.scoring.card_rows import draft_steps
-from specdistill.scoring.compare import compare
+from specdistill.scoring.comparable import remarks
 from specdistill.scoring.measure import score
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.statistics import planned_speedup
@@ -226,9 +226,9 @@ def test_one_checkpoint_is_scored_both_ways(card: Scorecard) -> None:
     assert other.label == ""
     assert [row.draft_steps for row in other.rows] == [2, 5, 2, 5]
     assert other.draft.sha256 == card.draft.sha256
-    found = compare({"ar": other, "pard": card})
-    assert "drafting differs: autoregressive in ar, parallel in pard" in found.remarks
-    assert [(each.autoregressive, each.parallel) for each in found.by_cost] == [("ar", "pard")] * 2
+    cards = {"ar": other, "pard": card}
+    assert "drafting differs: autoregressive in ar, parallel in pard" in remarks(cards)
+    assert [(each.autoregressive, each.parallel) for each in by_cost(cards)] == [("ar", "pard")] * 2
 
 
 def test_a_card_reads_back_and_an_older_one_is_autoregressive(
