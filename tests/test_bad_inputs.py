@@ -105,6 +105,8 @@ NUMBERS = [
     *option(INIT, "--dtype", "float8", "Float32"),
     *option(SCORE, "--least-reach", "-1", "1", "nan", "1e300", "x"),
     *option(SCORE + " --engine transformers", "--least-reach", "0.2"),
+    *option(SCORE, "--drafting", "both", "", "PARALLEL"),
+    *option(SCORE + " --engine transformers", "--drafting", "parallel"),
     *option(SCORE, "--num-draft-tokens", "0", "65", "8-1", "1-99999999999", "1,,2", "-4", "x"),
     *option(SCORE, "--num-draft-tokens", DIGITS, f"1-{DIGITS}"),
     *option(SCORE, "--temperature", "-1", "nan", "1e300", "0;1"),
@@ -738,6 +740,22 @@ MODELS = [
             }.items()
         ),
         ("is no tensors", put("draft/draft_vocab.safetensors", "x")),
+    ),
+    *ours(
+        "the draft's mask token",
+        CHECK,
+        "pard_token",
+        *(
+            (f"is {value}", changed("draft/config.json", pard_token=value))
+            for value in (-1, 64, "63", True, [63], 1.5)
+        ),
+    ),
+    Bad("a draft without a mask token", f"{SCORE} --drafting parallel", "pard_token"),
+    Bad(
+        "a parallel draft that stops early",
+        f"{SCORE} --least-reach 0.2",
+        "drafts in parallel",
+        changed("draft/config.json", pard_token=63),
     ),
     Bad("init: no such target", "init --target none --out new", "none"),
     Bad("init: a file for a target", "init --target prompts.jsonl --out new", "prompts.jsonl"),
