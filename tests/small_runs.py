@@ -12,6 +12,7 @@ from specdistill.data.generation import generate
 from specdistill.data.prompts import Prompt
 from specdistill.decoding import Sampling
 from specdistill.drafts.making import make_draft, save_draft
+from specdistill.models import LanguageModel
 from specdistill.training.run import train
 
 
@@ -22,18 +23,22 @@ def ask(count: int) -> list[Prompt]:
     ]
 
 
-def padded_target(folder: Path) -> Path:
-    """A tiny target of 64 tokens with 8 rows of padding, which its own texts never hold: one value
-    of its states is above 0 whatever it reads, and the padding's rows weigh it by -100.
+def never_writes(model: LanguageModel, first: int) -> LanguageModel:
+    """The model, whose texts hold no id from `first` on: one value of its states is above 0
+    whatever it reads, and the rows of these tokens weigh it by -100.
     """
-    target = tiny_model(layers=4, vocab=72)
-    embedding, head = target.model.get_input_embeddings().weight, target.head.weight
+    embedding, head = model.model.get_input_embeddings().weight, model.head.weight
     embedding[:, 0], head[:, 0] = 3.0, 0.0
-    for layer in target.model.model.layers:
+    for layer in model.model.model.layers:
         layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
-    head[64:] = 0.0
-    head[64:, 0] = -100.0
-    save_draft(target, folder)
+    head[first:] = 0.0
+    head[first:, 0] = -100.0
+    return model
+
+
+def padded_target(folder: Path) -> Path:
+    """A tiny target of 64 tokens with 8 rows of padding, which its own texts never hold."""
+    save_draft(never_writes(tiny_model(layers=4, vocab=72), 64), folder)
     return folder
 
 

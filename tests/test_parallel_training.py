@@ -14,13 +14,16 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from small_runs import make_world, padded_target, run, settings
+from small_runs import ask, make_world, never_writes, padded_target, run, settings
 from torch import Tensor
 
 from specdistill import models
-from specdistill.config import Parallel
+from specdistill.config import Parallel, load_config
+from specdistill.data.generation import generate
 from specdistill.data.signal import States, TopK
 from specdistill.data.token_store import Example, read_examples
+from specdistill.decoding import Sampling
+from specdistill.drafts.export import export
 from specdistill.drafts.making import save_draft
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, origin, trained_draft_tokens
@@ -599,3 +602,73 @@ def test_a_pass_takes_no_more_rows_than_it_may(world: dict[str, str]) -> None:
         assert batch.blocks is not None
         assert len(group) == 1 or batch.blocks.places.numel() <= 150
     assert max(map(len, length_buckets(examples, 150, 0, 0, BLOCK))) > 1
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_the_examples_train_models_of_their_shapes(family: str, tmp_path: Path) -> None:
+    """As they are but for sizes and folders: a target with a head of its own, a draft that ties its
+    head to its embedding, and unused tokens as these families have them. The export stands.
+    """
+    from transformers import AddedToken, AutoModelForCausalLM
+
+    folders = {name: tmp_path / name for name in ("target", "draft", "data", "run")}
+    for name, layers in (("target", 4), ("draft", 2)):
+        model = never_writes(tiny_model(layers, layers=layers, vocab=72), 64)
+        if family == "qwen3":
+            model = qwen3(layers)
+        else:
+            reserved = [f"<|reserved_special_token_{i}|>" for i in range(8)]
+            model.tokenizer.add_tokens([AddedToken(text, special=True) for text in reserved])
+        if name == "draft":
+            model.model.config.tie_word_embeddings = True
+            model.model.tie_weights()
+            model = LanguageModel(model.name, model.path, model.model, model.tokenizer)
+            assert model.head.weight is model.model.get_input_embeddings().weight
+        save_draft(model, folders[name])
+    target = models.load(str(folders["target"]), dtype="float32")
+    generate(target, ask(12), folders["data"], max_new_tokens=8, samplings=[Sampling(1.0)])
+    changes = {**{k: str(v) for k, v in folders.items() if k != "run"}, "heldout": 4}
+    changes |= {"run_dir": str(folders["run"]), "training.max_steps": 2}
+    changes |= {"training.batch_tokens": 300, "training.accumulate": 1}
+    changes |= {"decode": "{prompts: 2, max_new_tokens: 8, num_draft_tokens: 8}"}
+    config = load_config(
+        EXAMPLES / f"{family}_parallel.yaml", [f"{k}={v}" for k, v in changes.items()]
+    )
+    last = run(config)[-1]
+    assert last["num_draft_tokens"] == 8
+    draft = models.load(str(folders["run"] / "draft"), dtype="float32")
+    mask = 64 if family == "qwen3" else 71
+    assert (draft.mask_token, trained_draft_tokens(draft)) == (mask, 8)
+    export(str(folders["run"] / "draft"), tmp_path / "out", "vllm")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert stock.config.pard_token == mask
+    assert stock.get_input_embeddings().weight.shape[0] == 72
+    read = torch.equal(
+        stock.get_input_embeddings().weight[mask], draft.model.get_input_embeddings().weight[mask]
+    )
+    assert read, "the mask is read as it was trained"
+
+
+def qwen3(layers: int) -> LanguageModel:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(layers)
+    config = Qwen3Config(
+        vocab_size=72,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        initializer_range=0.3,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    model = Qwen3ForCausalLM(config).eval().requires_grad_(False)
+    model.generation_config.eos_token_id = 0
+    named = LanguageModel("qwen3", Path(), model, tiny_model().tokenizer)
+    return never_writes(named, 64)
