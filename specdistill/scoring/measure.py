@@ -36,10 +36,11 @@ from specdistill.scoring.scorecard import OWN_ENGINE, Scorecard, Verification
 from specdistill.scoring.slices import by_category, by_prompt_length
 from specdistill.scoring.template_settings import as_trained, settings_line
 from specdistill.scoring.trust import doubts
-from specdistill.scoring.turns import measured
+from specdistill.scoring.turns import Measured, measured
 from specdistill.scoring.verdict import verdict
 from specdistill_kernels import Lenience, Mode
 
+WARM_UP_TOKENS = 8
 T = TypeVar("T")
 
 
@@ -80,64 +81,37 @@ def score(
     if not num_draft_tokens or not temperatures:
         raise InputError("score needs at least one num_draft_tokens and one temperature")
     check_lenience(mode, lenience, temperatures)
-    if not isinstance(least_reach, Mapping):
-        least_reach = dict.fromkeys(num_draft_tokens, least_reach)
-    if unused := least_reach.keys() - set(num_draft_tokens):
-        raise InputError(f"least_reach is given for γ = {min(unused)}, which is not to be scored")
-    draftings = {g: Drafting(drafting, least_reach.get(g, 0.0)) for g in num_draft_tokens}
+    draftings = _draftings(num_draft_tokens, drafting, least_reach)
     parallel = any(each.in_parallel(draft) for each in draftings.values())
     way: DraftingWay = "parallel" if parallel else "autoregressive"
     decoders = _decoders(target, draft, draftings, mode, lenience)
-    settings = [(t, g) for t in temperatures for g in decoders]
     requests = [Request(p.id, p.tokens, max_new_tokens, seed=seed) for p in prompts]
     decoders[0].check(requests)  # before any work; with a draft the same
     check_positions([draft], ((p.id, len(p.tokens) + max_new_tokens) for p in prompts))
-    progress("score", 0, len(prompts), "a short run of each setting first")
-    for t, g in settings:
-        decoders[g].generate([prompts[0].tokens], max_new_tokens=8, sampling=Sampling(t), seed=seed)
-
-    def ask(setting: Setting, number: int) -> Timed:
-        request = replace(requests[number], sampling=Sampling(setting[0]))
-        start = time.perf_counter()
-        generation = decoders[setting[1]].run([request])
-        return Timed(generation, time.perf_counter() - start)
-
-    gammas = [g for g in decoders if g]
-    measurement = measured(
-        ask,
-        temperatures,
-        gammas,
-        len(prompts),
-        rows_of.without_stalls,
-        _slowed,
-        progress,
-        max_seconds,
-    )
+    measurement = _measured(decoders, requests, temperatures, max_seconds, progress)
     runs, counts = measurement.runs, rows_of.counted(measurement.runs)
-    prompts = prompts[: len(counts[settings[0]])]
-    facts = provenance(target, draft, seed, max_new_tokens, prompts) | measurement.facts
+    prompts = prompts[: len(counts[temperatures[0], 0])]
 
     target_card, draft_card = model_card(target), model_card(draft)
     weight_ratio = draft_card.weight_bytes / target_card.weight_bytes
     verification = Verification.of(mode, lenience)
+    settings = [(t, g) for t in temperatures for g in decoders if g]
     rows: list[Row] = []
     for t, g in settings:
         progress("evidence", len(rows), len(settings), "expected acceptance")
-        if g:
-            expected = [
-                expected_acceptance(target, draft, p.tokens, o, t, lenience, draftings[g])
-                for p, o in zip(prompts, runs[t, g].outputs, strict=True)
-                if mode == "token"  # a block's acceptance is not that of its tokens
-            ]
-            reach = draftings[g].least_reach
-            row = rows_of.row((t, g), counts[t, g], counts[t, 0], weight_ratio, seed, reach, way)
-            rows.append(rows_of.with_costs(row, runs[t, g], runs[t, 0], expected))
+        reach = draftings[g].least_reach
+        row = rows_of.row((t, g), counts[t, g], counts[t, 0], weight_ratio, seed, reach, way)
+        expected = [
+            expected_acceptance(target, draft, p.tokens, o, t, lenience, draftings[g])
+            for p, o in zip(prompts, runs[t, g].outputs, strict=True)
+            if mode == "token"  # a block's acceptance is not that of its tokens
+        ]
+        rows.append(rows_of.with_costs(row, runs[t, g], runs[t, 0], expected))
     progress("evidence", len(rows), len(settings), "losslessness")
     baseline = [rows_of.baseline(t, counts[t, 0]) for t in temperatures]
     per_prompt = [
         row
         for t, g in settings
-        if g
         for row in rows_of.by_prompt((t, g), prompts, counts[t, g], counts[t, 0])
     ]
     judged = verdict(
@@ -147,7 +121,7 @@ def score(
     card = Scorecard(
         target=target_card,
         draft=draft_card,
-        provenance=facts,
+        provenance=provenance(target, draft, seed, max_new_tokens, prompts) | measurement.facts,
         baseline=baseline,
         rows=rows,
         per_prompt=per_prompt,
@@ -155,12 +129,7 @@ def score(
             target,
             draft,
             [(p.id, p.tokens) for p in prompts],
-            [
-                lossless.GreedyPair(p.id, p.tokens, base, out)
-                for (t, g), r in runs.items()
-                if t == 0 and g
-                for p, base, out in zip(prompts, runs[0, 0].outputs, r.outputs, strict=True)
-            ],
+            _greedy_pairs(prompts, runs),
             draftings,
             seed,
             mode,
@@ -190,6 +159,59 @@ def _encoded(
 
 def _several(values: T | Sequence[T]) -> Sequence[T]:
     return values if isinstance(values, Sequence) else [values]
+
+
+def _draftings(
+    num_draft_tokens: Sequence[int], way: Way, least_reach: float | Mapping[int, float]
+) -> dict[int, Drafting]:
+    """By γ. Raises `InputError` for a least reach that no γ has."""
+    if not isinstance(least_reach, Mapping):
+        least_reach = dict.fromkeys(num_draft_tokens, least_reach)
+    if unused := least_reach.keys() - set(num_draft_tokens):
+        raise InputError(f"least_reach is given for γ = {min(unused)}, which is not to be scored")
+    return {g: Drafting(way, least_reach.get(g, 0.0)) for g in num_draft_tokens}
+
+
+def _measured(
+    decoders: Mapping[int, SpeculativeDecoder],
+    requests: Sequence[Request],
+    temperatures: Sequence[float],
+    max_seconds: float | None,
+    progress: Progress,
+) -> Measured[Runs]:
+    """Every request at every temperature by every decoder, after a short untimed run of each."""
+    progress("score", 0, len(requests), "a short run of each setting first")
+    first = replace(requests[0], max_new_tokens=min(WARM_UP_TOKENS, requests[0].max_new_tokens))
+
+    def ask(setting: Setting, request: Request) -> Timed:
+        start = time.perf_counter()
+        generation = decoders[setting[1]].run([replace(request, sampling=Sampling(setting[0]))])
+        return Timed(generation, time.perf_counter() - start)
+
+    for setting in ((t, g) for t in temperatures for g in decoders):
+        ask(setting, first)
+    return measured(
+        lambda setting, number: ask(setting, requests[number]),
+        temperatures,
+        [g for g in decoders if g],
+        len(requests),
+        rows_of.without_stalls,
+        _slowed,
+        progress,
+        max_seconds,
+    )
+
+
+def _greedy_pairs(
+    prompts: Sequence[EncodedPrompt], runs: Mapping[Setting, Runs]
+) -> list[lossless.GreedyPair]:
+    """The greedy answers of every γ beside the plain ones."""
+    return [
+        lossless.GreedyPair(p.id, p.tokens, plain, output)
+        for (t, g), run in runs.items()
+        if t == 0 and g
+        for p, plain, output in zip(prompts, runs[0, 0].outputs, run.outputs, strict=True)
+    ]
 
 
 def _slowed(runs: Mapping[Setting, Runs]) -> float | None:
