@@ -235,20 +235,20 @@ def compare(
     named = read_cards(cards)
     screen = console.screen_for(as_json)
     try:
-        found = comparison.compare(named)
+        ranking = comparison.compare(named)
     except comparison.Incomparable as error:
         lines = ["these scorecards cannot be compared:", *(f"- {why}" for why in error.reasons)]
         console.print_lines(screen, lines)
         console.finish(as_json, comparison.refusal(error.reasons))
         raise typer.Exit(1) from None
-    for table in (*tables.leaderboard(found), *tables.by_cost_tables(found)):
+    for table in (*tables.leaderboard(ranking), *tables.by_cost_tables(ranking)):
         screen.print(table)
-    sentences = [*found.remarks, *(difference.sentence for difference in found.differences)]
-    sentences += [pair.sentence for pair in found.by_cost]
+    sentences = [*ranking.remarks, *(difference.sentence for difference in ranking.differences)]
+    sentences += [pair.sentence for pair in ranking.by_cost]
     console.print_lines(screen, [f"{sentence}." for sentence in sentences])
     if out is not None:
-        write_json(found.document(), out)
-    console.finish(as_json, found.document())
+        write_json(ranking.document(), out)
+    console.finish(as_json, ranking.document())
 
 
 def plot(

@@ -107,8 +107,8 @@ def export(
             f"tokens that the trimmed draft lacks take {leaked:.0%} of its probability at "
             "temperature 1, so that other engines accept less than SpecDistill does"
         )
-    found = None if card is None else str(scorecard or _beside(model.path))
-    return Exported(str(out), size, serve, difference, leaked, found, notes)
+    figures = None if card is None else str(scorecard or _beside(model.path))
+    return Exported(str(out), size, serve, difference, leaked, figures, notes)
 
 
 @torch.inference_mode()
@@ -124,12 +124,12 @@ def check_written(draft: LanguageModel, folder: Path) -> tuple[float, float]:
     theirs = stock(input_ids=tokens).logits
     ours = draft.logits(draft.hidden(tokens))
     theirs = theirs.to(ours.dtype)
-    kept = torch.arange(draft.vocab_size) if draft.vocab is None else draft.vocab
-    columns = kept < size
+    ids = torch.arange(draft.vocab_size) if draft.vocab is None else draft.vocab
+    columns = ids < size
     if draft.mask_token is not None:  # out of reach there, and the draft never proposes it
-        columns &= kept != draft.mask_token
-    kept, ours = kept[columns], ours[..., columns]
-    difference = (theirs[..., kept] - ours).abs().max().item()
+        columns &= ids != draft.mask_token
+    ids, ours = ids[columns], ours[..., columns]
+    difference = (theirs[..., ids] - ours).abs().max().item()
     largest = ours.abs().max().item()
     # Stock logits of a model in half precision are rounded to it, ours are not.
     rounding = 1e-3 if draft.dtype in (torch.float32, torch.float64) else 0.03
@@ -146,8 +146,8 @@ def check_written(draft: LanguageModel, folder: Path) -> tuple[float, float]:
         raise ModelError(
             f"a checkpoint's tokenizer would not be that of {draft.name}; nothing was exported"
         )
-    share = theirs.double().softmax(-1)[..., kept].sum(-1)
-    return difference, max(0.0, 1 - share.mean().item()) if len(kept) < size else 0.0
+    share = theirs.double().softmax(-1)[..., ids].sum(-1)
+    return difference, max(0.0, 1 - share.mean().item()) if len(ids) < size else 0.0
 
 
 def _serve(
@@ -182,8 +182,8 @@ def _both_ways(
 
 def _target_size(draft: LanguageModel, name: str | None) -> int:
     """How many rows for tokens the target has; the draft's own where nobody says."""
-    said = (models.origin(draft) or {}).get("target_vocab_size")
-    size = said if isinstance(said, int) and not isinstance(said, bool) else draft.full_vocab_size
+    rows = (models.origin(draft) or {}).get("target_vocab_size")
+    size = rows if isinstance(rows, int) and not isinstance(rows, bool) else draft.full_vocab_size
     if name is not None:
         size = read_config(name, models.locate(name)).get_text_config().vocab_size
     if size < (tokens := len(draft.tokenizer)):
@@ -210,13 +210,13 @@ def _card(draft: LanguageModel, named: Path | None) -> tuple[Scorecard | None, l
                 "again, or leave --scorecard out"
             )
         return card, []
-    found = _beside(draft.path)
-    if not found.exists():
+    beside = _beside(draft.path)
+    if not beside.exists():
         return None, [
-            f"the model card has no figures: score the draft first ({found} is found by itself), "
+            f"the model card has no figures: score the draft first ({beside} is found by itself), "
             "or name a scorecard with --scorecard"
         ]
-    card = Scorecard.read(found)
+    card = Scorecard.read(beside)
     if doubts := swapped_draft(card.draft, draft.path) or objections(card):
         return None, [f"the model card has no figures: {'; '.join(doubts)}"]
     return card, []
@@ -281,13 +281,13 @@ def _figures(card: Scorecard) -> str:
     lines = [head, "|---|---|---|---|---|", *(_line(card.best_row(t)) for t in temperatures)]
     facts = {"device": "unknown", "threads": "unknown", "date": "date unknown"} | card.provenance
     device, threads, date = (prose(str(facts[name])) for name in ("device", "threads", "date"))
-    own = f"SpecDistill {card.provenance.get('versions', {}).get('specdistill', '')}".strip()
+    ours = f"SpecDistill {card.provenance.get('versions', {}).get('specdistill', '')}".strip()
     same, compared = card.lossless.greedy_identical
     label = f" ({prose(card.settings_label)})" if card.settings_label else ""
     hashes = prose(card.target.sha256), prose(card.draft.sha256)
     return (
         f"## Measured{label}\n\n" + "\n".join(lines) + "\n\n"
-        f"By {prose(card.outside_engine or own)} with {card.rows[0].prompts} prompts on {device}, "
+        f"By {prose(card.outside_engine or ours)} with {card.rows[0].prompts} prompts on {device}, "
         f"{threads} threads, {prose(card.target.dtype)}, {date}; {same} of {compared} greedy texts "
         "were identical to plain decoding. Other engines and machines have other speeds, and on "
         "another kind of prompts a draft accepts less.\n\n"

@@ -234,11 +234,11 @@ class _Asking:
             return
         self.refused_in_a_row.clear()
         self.store.append(reply)
-        own, selection = self.store.replies[prompt.id], self.choices.selection
+        replies, selection = self.store.replies[prompt.id], self.choices.selection
         attempts = selection.attempts(attempt // selection.number)
-        if all(a in own for a in attempts):  # a scorer that fails should not do so after hours
-            kept, _ = self.choices.among(prompt, [own[a] for a in attempts])
-            if kept is not None:
+        if all(a in replies for a in attempts):  # a scorer that fails should not do so after hours
+            chosen, _ = self.choices.among(prompt, [replies[a] for a in attempts])
+            if chosen is not None:
                 self.open.discard(prompt.id)
         self._tell()
 

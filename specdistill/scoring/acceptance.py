@@ -47,8 +47,8 @@ def acceptance_chances(
     1 exactly where the proposal was accepted.
     """
     if temperature == 0:
-        kept = [float(i < r.accepted) for r in output.rounds for i in range(r.tested)]
-        return torch.tensor(kept, dtype=torch.float64)
+        accepted = [float(i < r.accepted) for r in output.rounds for i in range(r.tested)]
+        return torch.tensor(accepted, dtype=torch.float64)
     tested: list[int] = []
     start = 0
     for r in output.rounds:
