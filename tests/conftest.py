@@ -10,7 +10,8 @@ import torch  # noqa: E402
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from contextlib import contextmanager  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
@@ -98,3 +99,28 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     from specdistill.data import generation
 
     monkeypatch.setattr(generation, "PART", 4)
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """No file may grow beyond `limit` bytes: what a full disk does to a program."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def stop_at(call: int) -> Callable[..., None]:
+    """A progress that interrupts at its `call`th report."""
+    calls = 0
+
+    def progress(stage: str, done: float, total: float, detail: str = "") -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KeyboardInterrupt
+
+    return progress

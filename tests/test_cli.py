@@ -10,15 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import full_disk, tiny_model
 from transformers import AutoModelForCausalLM
 
 import specdistill
@@ -954,18 +953,6 @@ def test_resume_ends_a_run_with_the_same_draft(world: World, tmp_path: Path) -> 
 
 
 # A disk that is full
-
-
-@contextmanager
-def full_disk(limit: int) -> Iterator[None]:
-    """No file may grow beyond `limit` bytes: what a full disk does to a program."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_is_told_and_leaves_no_half_draft(world: World, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from conftest import stop_at
 
 from specdistill.data.filters import (
     FILTERS,
@@ -187,16 +188,8 @@ def test_an_interrupted_filtered_run_goes_on_and_ends_the_same(
 ) -> None:
     whole, texts = answer(target, tmp_path / "whole", filters, **changes)
     assert whole.manifest.removed
-    calls = 0
-
-    def progress(stage: str, done: float, total: float, detail: str = "") -> None:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        answer(target, tmp_path / "data", filters, progress=progress, **changes)
+        answer(target, tmp_path / "data", filters, progress=stop_at(call), **changes)
     store, again = answer(target, tmp_path / "data", filters, **changes)
     assert again == texts
     assert store.filtered() == whole.filtered()

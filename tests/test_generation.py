@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import full_disk, stop_at
 from safetensors import SafetensorError
 
 from specdistill import models
@@ -209,18 +209,6 @@ def test_out_of_time_every_task_has_some_answers(target: LanguageModel, tmp_path
     assert {example.category for example in some} == {"a", "b", "c"}
 
 
-def stop_at(call: int) -> Callable[..., None]:
-    calls = 0
-
-    def progress(stage: str, done: float, total: float, detail: str = "") -> None:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise KeyboardInterrupt
-
-    return progress
-
-
 @pytest.mark.parametrize("call", [1, 5, 14, 25, 40])
 def test_an_interrupted_run_goes_on_and_ends_the_same(
     target: LanguageModel, tmp_path: Path, whole: dict[str, Example], call: int
@@ -361,18 +349,6 @@ def test_a_disk_too_small_is_refused_before_any_work(
     assert len(answer(target, tmp_path / "data", signal="none")) == len(PROMPTS)
     free = needed
     assert len(answer(target, tmp_path / "room")) == len(PROMPTS)
-
-
-@contextmanager
-def full_disk(limit: int) -> Iterator[None]:
-    """No file may grow beyond `limit` bytes: what a full disk does to a program."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_disk_full_from_the_start_is_told(target: LanguageModel, tmp_path: Path) -> None:
