@@ -532,7 +532,7 @@ MUTATIONS = [
             (
                 rows.with_costs,
                 'spent["draft"] / runs.rounds',
-                "found.num_draft_tokens * draft_step",
+                "row.num_draft_tokens * draft_step",
             )
         ],
     ),
