@@ -491,6 +491,8 @@ def test_the_text_is_whole_and_every_token_marked() -> None:
     assert "2 of 4 tokens are the draft's" in titles(figure)
     long = replace(EXAMPLE, pieces=[("line\n", "accepted")] * 31)
     assert "(the first 30 lines)" in titles(figure_text(long))
+    assert "γ = 4: " in titles(figure_text(long))
+    assert "γ ≤ 4: " in titles(figure_text(long, early=True))
 
 
 def test_several_drafts_are_drawn_together(tmp_path: Path) -> None:

@@ -139,8 +139,8 @@ def _turn(message: object, where: str, number: int) -> Mapping[str, Any]:
             text_of(turn[key], where, f"{key!r} of message {number}")
     if "tool_calls" in turn:
         turn["tool_calls"] = _calls(turn["tool_calls"], where, number)
-    said = json.dumps(turn, ensure_ascii=False, default=str)  # as of dates in a data set
-    turn = json.loads(text_of(said, where, f"message {number}"))
+    text = json.dumps(turn, ensure_ascii=False, default=str)  # as of dates in a data set
+    turn = json.loads(text_of(text, where, f"message {number}"))
     return turn
 
 

@@ -72,8 +72,8 @@ class Prompt:
     @property
     def beside_text(self) -> list[str]:
         """Names of what it holds that no plain text can say."""
-        said = {key for turn in self.messages for key in turn if key in BESIDE_TEXT}
-        return [*self.variables, *sorted(said)]
+        keys = {key for turn in self.messages for key in turn if key in BESIDE_TEXT}
+        return [*self.variables, *sorted(keys)]
 
 
 def load_prompts(
@@ -282,7 +282,7 @@ def _response(
 
 def _variables(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What the row gives the chat template; JSON may stand in a text, as it does in data sets."""
-    found: dict[str, Any] = {}
+    variables: dict[str, Any] = {}
     for name, kind in (*((n, list) for n in VARIABLES), (TEMPLATE_SETTINGS, dict)):
         value = row.get(name)
         if isinstance(value, str) and value.strip():
@@ -295,8 +295,8 @@ def _variables(row: Mapping[str, Any], where: str) -> dict[str, Any]:
             wanted = "a list of objects" if kind is list else "an object"
             raise InputError(f"{where}: {name!r} must be {wanted}; got {type(value).__name__}")
         text_of(json.dumps(value, ensure_ascii=False, default=str), where, repr(name))
-        found |= {name: value} if kind is list else value
-    return found
+        variables |= {name: value} if kind is list else value
+    return variables
 
 
 def _user(text: str) -> tuple[Mapping[str, Any], ...]:

@@ -40,10 +40,10 @@ class Detokenizer:
         return self._new(whole=False)
 
     def _new(self, whole: bool) -> str:
-        told, text = self._text(self._known), self._text(len(self.tokens))
+        before, text = self._text(self._known), self._text(len(self.tokens))
         if whole and text.endswith(HALF):
             return ""
-        same = len(told) if text.startswith(told) else len(told.rstrip(HALF))
+        same = len(before) if text.startswith(before) else len(before.rstrip(HALF))
         self._start, self._known = self._known, len(self.tokens)
         return text[same:]
 

@@ -81,12 +81,12 @@ def unsupported_settings(config: GenerationConfig) -> list[str]:
     """Each setting of a generation config that is on and that the engine does not have, as
     "name=value".
     """
-    found = []
+    settings = []
     for name, off in (_UNSUPPORTED | (_UNSUPPORTED_SAMPLED if config.do_sample else {})).items():
         value = getattr(config, name, None)
         if value not in (None, off, [], {}):
-            found.append(f"{name}={value.to_dict() if hasattr(value, 'to_dict') else value}")
-    return found
+            settings.append(f"{name}={value.to_dict() if hasattr(value, 'to_dict') else value}")
+    return settings
 
 
 GREEDY = Sampling()

@@ -66,7 +66,8 @@ def plot_all(run_dir: Path, out: Path | None = None, note: Note = unsaid) -> lis
         figures["speedup.png"] = partial(figure_speedup, card)
         figures["time.png"] = partial(figure_time, card)
         if card.example is not None:
-            figures["text.png"] = partial(figure_text, card.example)
+            early = card.verdict_row().least_reach > 0  # whose answer it is
+            figures["text.png"] = partial(figure_text, card.example, early)
     if run.metrics.exists():
         figures["training.png"] = partial(figure_training, read_metrics(run.metrics))
     return save_each(figures, out or run.plots, note)

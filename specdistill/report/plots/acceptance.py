@@ -181,8 +181,10 @@ COLUMNS = 84  # of a fixed-width font at `style.POINTS`, across a page
 LINE_HEIGHT, LEGEND_HEIGHT = 0.21, 0.65  # inches
 
 
-def figure_text(example: DecodedText) -> Figure:
-    """One answer, each token marked as accepted, residual or bonus; its first `MAX_LINES` lines."""
+def figure_text(example: DecodedText, early: bool = False) -> Figure:
+    """One answer, each token marked as accepted, residual or bonus; its first `MAX_LINES` lines.
+    Drafting that stops `early` proposes γ at most.
+    """
     lines = _wrapped(example.pieces)
     shown = lines[:MAX_LINES]
     height = LINE_HEIGHT * len(shown) + LEGEND_HEIGHT
@@ -206,11 +208,12 @@ def figure_text(example: DecodedText) -> Figure:
         Patch(facecolor=face, edgecolor=edge, lw=1, label=name)
         for name, face, edge, _ in TEXT_LOOKS.values()
     ]
-    kept = sum(kind == "accepted" for _, kind in example.pieces)
+    accepted = sum(kind == "accepted" for _, kind in example.pieces)
     more = f" (the first {MAX_LINES} lines)" if len(lines) > MAX_LINES else ""
     title = (
-        f"prompt {drawn(example.prompt_id, 40)}, {style.t_is(example.temperature)}, γ = "
-        f"{example.num_draft_tokens}: {kept} of {len(example.pieces)} tokens are the draft's{more}"
+        f"prompt {drawn(example.prompt_id, 40)}, {style.t_is(example.temperature)}, "
+        f"γ {'≤' if early else '='} {example.num_draft_tokens}: {accepted} of "
+        f"{len(example.pieces)} tokens are the draft's{more}"
     )
     style.legend(figure, keys, title=title)
     return figure
