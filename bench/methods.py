@@ -57,31 +57,29 @@ class Arm:
 
 
 LIVE = ("signal=live",)
+BEST = ("--temperature", "1", "--best-of", "4", "--scorer", "log-probability")
 ARMS = (
     Arm("baseline"),
     Arm("live signal", training=LIVE),
     Arm("hints", "live signal", training=(*LIVE, "hints={kind: mse, weight: 1.0}")),
     Arm("lora", training=("training.lora={rank: 32}",)),
-    Arm("e2e_tv", "live signal", training=(*LIVE, "loss=e2e_tv", f"num_draft_tokens={GAMMA}")),
-    Arm(
-        "fkl + e2e_tv",
-        "live signal",
-        training=(*LIVE, "loss={fkl: 1, e2e_tv: 1}", f"num_draft_tokens={GAMMA}"),
-    ),
+    Arm("e2e_tv", training=("loss=e2e_tv", f"num_draft_tokens={GAMMA}")),
+    Arm("fkl + e2e_tv", training=("loss={fkl: 1, e2e_tv: 1}", f"num_draft_tokens={GAMMA}")),
     Arm("induced", "live signal", training=("policy=induced",)),
     Arm("lenience", score=("--lenience", "lin:0.5")),
     # Of four answers one is kept, so a quarter of the prompts takes as long.
     Arm(
         "best of 4",
         prompts=MANY // 4,
-        answers=("--temperature", "1", "--best-of", "4", "--scorer", "log-probability"),
+        answers=BEST,
     ),
     Arm("sampled once", prompts=MANY, answers=("--temperature", "1")),
     Arm(
-        "written by the draft",
-        prompts=MANY,
+        "best of the draft's at equal compute",
+        "best of 4",
+        prompts=MANY // 4,
         writer="baseline",
-        answers=("--best-of", "1", "--match", "compute", "--scorer", "log-probability"),
+        answers=(*BEST, "--match", "compute"),
     ),
     Arm("few prompts", prompts=FEW),
     Arm("widened prompts", "few prompts", prompts=FEW, widen=True),
