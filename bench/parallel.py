@@ -57,7 +57,7 @@ ARMS = (
     Arm("2 layers, half the time", parallel=False, share=0.5),
     Arm("parallel 2 layers, the other half", start="2 layers, half the time", share=0.5),
     Arm("parallel 2 layers, uniform", training=UNIFORM),
-    Arm("parallel 2 layers, fkl + ce", training=("loss={fkl: 1, ce: 0.1}",)),
+    Arm("parallel 2 layers, fkl alone", training=("loss=fkl",)),
     Arm("parallel 2 layers, lk_hybrid", training=("loss=lk_hybrid",)),
     Arm("parallel 2 layers, e2e_tv", training=("loss=e2e_tv", *UNIFORM)),
     Arm("parallel 6 layers", 6),
