@@ -634,13 +634,35 @@ def test_an_engine_whose_rounds_are_too_fast_is_measured_again() -> None:
 VLLM_PYTHON = os.environ.get("SPECDISTILL_VLLM_PYTHON", "")
 
 
+def guesses_ahead(draft: LanguageModel, texts: list[list[int]], gamma: int, mask: int) -> None:
+    """Teach a draft to guess `gamma` tokens of these very texts from masks."""
+    set_parallel(draft, mask, gamma)
+    rows = [(t[: n + 1], t[n + 1 : n + 1 + gamma]) for t in texts for n in range(len(t) - gamma)]
+    width = max(len(seen) for seen, _ in rows) + gamma - 1
+    read = [seen + [mask] * (width - len(seen)) for seen, _ in rows]
+    places = [list(range(len(seen) - 1, len(seen) - 1 + gamma)) for seen, _ in rows]
+    tokens, at, labels = (torch.tensor(x) for x in (read, places, [after for _, after in rows]))
+    draft.model.requires_grad_(True)
+    optimizer = torch.optim.Adam(draft.model.parameters(), lr=2e-3)
+    for _ in range(60):
+        logits = draft.model(tokens).logits.gather(1, at[..., None].expand(-1, -1, 64))
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    draft.model.requires_grad_(False)
+
+
 @pytest.mark.skipif(not VLLM_PYTHON, reason="SPECDISTILL_VLLM_PYTHON names no python with vLLM")
 @pytest.mark.parametrize("parallel", [False, True], ids=["autoregressive", "parallel"])
 def test_vllm_accepts_what_our_engine_accepts(tmp_path: Path, parallel: bool) -> None:
     target = tiny_model(1, layers=3, vocab=64, hidden_size=128, head_dim=32)
     draft = make_draft(target, [0, 1])
     if parallel:
-        set_parallel(draft, 63, 3)
+        answers = SpeculativeDecoder(target, batch_size=6).run(
+            [Request(p.id, p.tokens, 24) for p in PROMPTS[::2]]
+        )
+        texts = [p.tokens + o.tokens for p, o in zip(PROMPTS[::2], answers.outputs, strict=True)]
+        guesses_ahead(draft, texts, 3, 63)
     save_draft(target, tmp_path / "target")
     save_draft(draft, tmp_path / "made")
     export(str(tmp_path / "made"), tmp_path / "draft", "vllm")
@@ -661,11 +683,15 @@ def test_vllm_accepts_what_our_engine_accepts(tmp_path: Path, parallel: bool) ->
     assert found.drafting == ("parallel" if parallel else "autoregressive")
     drafter = drafter_for(both[1], both[0].vocab_size)
     decoder = SpeculativeDecoder(both[0], drafter, num_draft_tokens=3)
-    outputs = [
-        decoder.run([Request(p.id, p.tokens, 24, Sampling(0.0))]).outputs[0] for p in PROMPTS
-    ]
+    # The first token of vLLM is its prompt's, not a round's: ours begins after it, too.
+    plain = SpeculativeDecoder(both[0])
+    begun = [p.tokens + plain.run([Request("", p.tokens, 1)]).outputs[0].tokens for p in PROMPTS]
+    outputs = [decoder.run([Request("", tokens, 23)]).outputs[0] for tokens in begun]
     rounds = [r for output in outputs for r in output.rounds]
-    assert row.emitted == sum(len(output.tokens) for output in outputs)
-    # The first token of vLLM is its prompt's, not a round's, so rounds begin one token later.
+    assert row.emitted == sum(1 + len(output.tokens) for output in outputs)
     survival = [sum(r.accepted > i for r in rounds) / len(rounds) for i in range(3)]
-    assert row.survival_by_position == pytest.approx(survival, abs=0.12)
+    theirs = [*row.survival_by_position, 0.0, 0.0][:3]
+    # But for the last rounds, which vLLM counts beyond the end of the answer.
+    assert theirs == pytest.approx(survival, abs=0.06)
+    if parallel:
+        assert survival[2] > 0.1, "the last place is tried, too"

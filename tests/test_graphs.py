@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder, graphs
+from specdistill.decoding import Drafting, Sampling, SpeculativeDecoder, drafter_for, graphs
 from specdistill.drafts.making import make_draft
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
+from specdistill.models.parallel import set_parallel
 
 Tiny = Callable[..., LanguageModel]
 PROMPTS = [[7, 8, 9], [5], list(range(5, 45)), [11, 12], [9] * 17]
@@ -41,21 +42,24 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("least_reach", [0.0, 0.2], ids=["fixed", "early"])
+@pytest.mark.parametrize("way", ["fixed", "early", "parallel"])
 def test_captured_passes_change_no_token(
     tiny: Tiny,
     recorder: type[Recorder],
     sampling: Sampling,
     batch_size: int,
-    least_reach: float,
+    way: str,
 ) -> None:
     target = tiny(1, layers=3, dtype=torch.float64)
     draft = make_draft(target, [0, 1])
+    if way == "parallel":
+        set_parallel(draft, 63, 4)
+    drafting = Drafting(least_reach=0.2 if way == "early" else 0.0)
 
     def texts(cuda_graphs: bool) -> list[list[int]]:
         decoder = SpeculativeDecoder(
             target,
-            ModelDrafter(draft, 64, least_reach=least_reach, cuda_graphs=cuda_graphs),
+            drafter_for(draft, 64, drafting, cuda_graphs=cuda_graphs),
             num_draft_tokens=4,
             batch_size=batch_size,
             keep_hidden=True,

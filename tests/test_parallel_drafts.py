@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -16,6 +17,7 @@ from chains import WARM
 from checks import MASKS, PROMPTS, Recorder, endless
 from checks import drafter_for as adversary
 from conftest import tiny_model
+from test_cli import run
 
 from specdistill import Decoder
 from specdistill.data.chat import EncodedPrompt
@@ -29,7 +31,7 @@ from specdistill.decoding import (
     drafter_for,
 )
 from specdistill.decoding.parallel import untrained_places
-from specdistill.drafts.making import make_draft
+from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
 from specdistill.models.parallel import set_parallel
@@ -264,6 +266,57 @@ def test_check_holds_and_sees_an_acceptance_that_is_not_its_own() -> None:
     assert check.identity(checked).passed
     assert check.seeds(checked).passed
     assert isinstance(checked.decoder(draft, 1).drafter, ParallelDrafter)
+
+
+# --- The command line ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pair")
+    target, draft = pair(trained=4)
+    save_draft(target, folder / "target")
+    save_draft(draft, folder / "draft")
+    (folder / "prompts.txt").write_text("w7 w8\nw9\nw5 w6\n")
+    return folder
+
+
+def scored(folder: Path, out: Path, *more: str) -> tuple[str, dict[str, Any]]:
+    words = ["score", "--target", f"{folder}/target", "--draft", f"{folder}/draft", "--json"]
+    words += ["--prompts", f"{folder}/prompts.txt", "--out", str(out), "--temperature", "0"]
+    done = run(*words, "--max-new-tokens", "12", *more)
+    assert done.code == 0, done
+    return done.err, json.loads(done.out.splitlines()[-1])
+
+
+def test_score_says_what_a_larger_block_than_trained_is(folders: Path, tmp_path: Path) -> None:
+    said, card = scored(folders, tmp_path / "card.json", "--num-draft-tokens", "2,6")
+    assert "was trained to propose 4 tokens a round, and γ goes up to 6" in " ".join(said.split())
+    assert {row["drafting"] for row in card["rows"]} == {"parallel"}
+    assert "speculative decoding (parallel draft trained for γ up to 4)" in " ".join(said.split())
+    said, card = scored(
+        folders, tmp_path / "other.json", "--num-draft-tokens", "6", "--drafting", "autoregressive"
+    )
+    assert "was trained to propose" not in said
+    assert {row["drafting"] for row in card["rows"]} == {"autoregressive"}
+
+
+def test_transformers_is_said_to_draft_token_by_token(folders: Path, tmp_path: Path) -> None:
+    more = ("--num-draft-tokens", "2", "--engine", "transformers")
+    said, card = scored(folders, tmp_path / "card.json", *more)
+    assert "Transformers has no parallel drafting" in said
+    assert {row["drafting"] for row in card["rows"]} == {"autoregressive"}
+
+
+def test_compare_prints_what_both_are_worth_by_cost(tmp_path: Path) -> None:
+    rates = {(0.0, 2): 0.8, (0.0, 4): 0.8}
+    simulate(rates, draft="a").write(tmp_path / "ar.json")
+    simulate(rates, draft="b", drafting="parallel").write(tmp_path / "pard.json")
+    done = run("compare", str(tmp_path / "ar.json"), str(tmp_path / "pard.json"))
+    assert done.code == 0, done
+    text = " ".join(done.out.split())
+    assert "by the cost c of a draft step, T = 0, verifying free" in text
+    assert "beats" in text
 
 
 # --- By cost ------------------------------------------------------------------------------------

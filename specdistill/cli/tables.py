@@ -148,7 +148,7 @@ def sweep_table(cards: Mapping[str, Scorecard]) -> Table:
         for i, baseline in enumerate(card.baseline):
             row = card.best_row(baseline.temperature)
             table.add_row(
-                "" if i else name,
+                "" if i else labelled(name, card),
                 f"{row.temperature:g}",
                 gamma(row),
                 number(row.acceptance_rate, 3),
