@@ -143,8 +143,8 @@ def turns_of(prompt: Prompt) -> list[Prompt]:
     a template that shows earlier turns in another way than they were written is followed by
     construction.
     """
-    said = [place for place, turn in enumerate(prompt.messages) if turn["role"] == "assistant"]
-    if not said:
+    answers = [place for place, turn in enumerate(prompt.messages) if turn["role"] == "assistant"]
+    if not answers:
         return [prompt]
     turns = [
         replace(
@@ -154,9 +154,9 @@ def turns_of(prompt: Prompt) -> list[Prompt]:
             answer=said_beside(prompt.messages[place]),
             rivals=(),
         )
-        for place in said
+        for place in answers
     ]
-    learnt = [prompt.messages[place].get("weight") != 0 for place in said]
+    learnt = [prompt.messages[place].get("weight") != 0 for place in answers]
     return [
         replace(
             turn,

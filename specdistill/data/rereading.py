@@ -81,13 +81,13 @@ class Rereading:
             theirs, log_tail = signal.log_probs.float(), signal.log_tail[:, None]
             rest = ours.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
             top = tokens.gather(-1, theirs.argmax(-1, keepdim=True))[:, 0]
-            own = torch.cat([ours.gather(-1, tokens), rest], -1)
+            mine = torch.cat([ours.gather(-1, tokens), rest], -1)
             other = torch.cat([theirs, log_tail], -1)
         else:
             assert self.target is not None
-            other, own = self.target.logits(signal.hidden.cpu()).log_softmax(-1), ours
+            other, mine = self.target.logits(signal.hidden.cpu()).log_softmax(-1), ours
             top = other.argmax(-1)
         self.tokens += len(ours)
         self.agreed += int((top == ours.argmax(-1)).sum())
-        self.apart += (own.exp() - other.exp()).abs().sum().item() / 2
-        self.largest = max(self.largest, (own - other).abs().max().item())
+        self.apart += (mine.exp() - other.exp()).abs().sum().item() / 2
+        self.largest = max(self.largest, (mine - other).abs().max().item())

@@ -34,14 +34,14 @@ class Graphs:
         self.captured: dict[Hashable, _Captured] = {}
 
     def run(self, key: Hashable, step: Step, *inputs: Tensor) -> Tensor:
-        found = self.captured.get(key)
-        if found is None:
+        captured = self.captured.get(key)
+        if captured is None:
             static = [value.clone() for value in inputs]
-            found = self.captured[key] = _Captured(static, *self.capture(step, static))
-        for own, value in zip(found.inputs, inputs, strict=True):
-            own.copy_(value)
-        found.replay()
-        return found.output
+            captured = self.captured[key] = _Captured(static, *self.capture(step, static))
+        for held, value in zip(captured.inputs, inputs, strict=True):
+            held.copy_(value)
+        captured.replay()
+        return captured.output
 
     def clear(self) -> None:
         self.captured.clear()

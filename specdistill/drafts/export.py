@@ -95,7 +95,7 @@ def export(
             if (known := model.path / TRAINED).is_file():  # a score there asks for it, too
                 shutil.copyfile(known, new / TRAINED)
             difference, leaked = check_written(model, new)
-            text = model_card(model, target, card, engine, str(out), leaked)
+            text = readme(model, target, card, engine, str(out), leaked)
             (new / "README.md").write_text(text, encoding="utf-8")
     except OSError as error:
         raise StorageError(
@@ -232,7 +232,7 @@ def _named_target(folder: Path) -> str:
     return target if isinstance(target, str) else "TARGET"
 
 
-def model_card(
+def readme(
     draft: LanguageModel,
     target: str,
     card: Scorecard | None,

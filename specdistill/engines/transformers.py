@@ -67,8 +67,10 @@ class _Rounds(BaseStreamer):
             seconds,
             rounds=len(rounds),
             offered=[sum(proposed > i for proposed, _ in rounds) for i in range(num)],
-            tested=[sum(proposed > i <= kept for proposed, kept in rounds) for i in range(num)],
-            accepted=[sum(kept > i for _, kept in rounds) for i in range(num)],
+            tested=[
+                sum(proposed > i <= accepted for proposed, accepted in rounds) for i in range(num)
+            ],
+            accepted=[sum(accepted > i for _, accepted in rounds) for i in range(num)],
             step_seconds=[b - a for a, b in pairwise(self.times[1:])],
         )
 
@@ -193,18 +195,21 @@ def _settings(model: LanguageModel, sampling: Sampling, count: int) -> Iterator[
     }
     if sampling.temperature:  # off is said, as the defaults would filter
         settings |= {"do_sample": True, **asdict(sampling)}
-    own, model.model.generation_config = model.model.generation_config, GenerationConfig(**settings)
+    before, model.model.generation_config = (
+        model.model.generation_config,
+        GenerationConfig(**settings),
+    )
     try:
         yield
     finally:
-        model.model.generation_config = own
+        model.model.generation_config = before
 
 
 @contextmanager
 def _proposing(draft: LanguageModel, num: int) -> Iterator[None]:
     """`draft` as an assistant that always proposes `num` tokens; afterwards as it was."""
-    own = draft.model.generation_config
-    draft.model.generation_config = copy.deepcopy(own)
+    before = draft.model.generation_config
+    draft.model.generation_config = copy.deepcopy(before)
     draft.model.generation_config.update(
         num_assistant_tokens=num,
         num_assistant_tokens_schedule="constant",
@@ -213,7 +218,7 @@ def _proposing(draft: LanguageModel, num: int) -> Iterator[None]:
     try:
         yield
     finally:
-        draft.model.generation_config = own
+        draft.model.generation_config = before
 
 
 @torch.inference_mode()

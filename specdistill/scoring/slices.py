@@ -9,7 +9,7 @@ from typing import Any
 from specdistill.scoring.card_rows import CategoryRow, PromptRow
 from specdistill.scoring.statistics import ratio_of_sums
 
-MIN_PROMPTS = 3  # the interval of two spans orders of magnitude
+LEAST_FOR_INTERVAL = 3  # the interval of two spans orders of magnitude
 
 
 def by_category(per_prompt: Sequence[PromptRow], seed: int) -> list[CategoryRow]:
@@ -63,5 +63,5 @@ def _category_row(
         acceptance_rate=accepted / tested if tested else nan,
         block_efficiency=sum(row.emitted for row in rows) / sum(row.rounds for row in rows),
         speedup=speedup.value,
-        speedup_ci95=(speedup.low, speedup.high) if len(rows) >= MIN_PROMPTS else (nan, nan),
+        speedup_ci95=(speedup.low, speedup.high) if len(rows) >= LEAST_FOR_INTERVAL else (nan, nan),
     )

@@ -114,8 +114,8 @@ class Distiller:
             self.parameters |= {f"hints.{n}": p for n, p in self.hints.named_parameters()}
         self.target_head = None if target is None else target.readout()
         width = draft.full_vocab_size if target is None else target.vocab_size
-        own = torch.arange(draft.vocab_size, device=draft.device)
-        ids = own if draft.vocab is None else draft.vocab
+        columns = torch.arange(draft.vocab_size, device=draft.device)
+        ids = columns if draft.vocab is None else draft.vocab
         self.vocab = ids[ids < width]  # without rows that pad the draft's embedding
         same = draft.vocab is None and len(ids) >= width
         self.draft_vocab = None if same else self.vocab
@@ -312,11 +312,11 @@ class Distiller:
                 return None
             if isinstance(signal, TopK):
                 return TargetTopK(signal.tokens.long(), signal.log_probs, signal.log_tail)
-            kept = signal.logsumexp if temperature == 1 else None  # it belongs to 1
-            cut = kept is not None and self.draft_vocab is not None
+            logsumexp = signal.logsumexp if temperature == 1 else None  # it belongs to 1
+            cut = logsumexp is not None and self.draft_vocab is not None
             head = self.cut_target_head if cut else self.target_head
             hidden = signal.hidden.to(self.target_head.weight.dtype)
-            return TargetStates(hidden, head, kept, temperature, cut)
+            return TargetStates(hidden, head, logsumexp, temperature, cut)
 
         return Positions(
             states.to(torch.promote_types(states.dtype, torch.float32)),

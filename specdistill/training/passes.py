@@ -22,8 +22,8 @@ def states_of(model: LanguageModel, tokens: Tensor, batch: Batch, layers: list[i
     if not layers:
         return States(model.hidden(tokens, **how)[batch.response])
     wanted = [*layers, model.num_layers]
-    found = [states[batch.response] for states in model.hidden_after(tokens, wanted, **how)]
-    return States(found[-1], inner=dict(zip(layers, found[:-1], strict=True)))
+    by_layer = [states[batch.response] for states in model.hidden_after(tokens, wanted, **how)]
+    return States(by_layer[-1], inner=dict(zip(layers, by_layer[:-1], strict=True)))
 
 
 def after(layer: int, model: LanguageModel, states: States) -> Tensor:

@@ -334,8 +334,10 @@ class Run:
         state, accelerator, draft = self.state, self.accelerator, self.draft
         copy_weights(self.best, self.distiller.parameters)
         self.distiller.finish()
-        told = self.template_settings
-        set_origin(draft, config_sha256(self.config), state.best["kept_step"], self.target, told)
+        settings = self.template_settings
+        set_origin(
+            draft, config_sha256(self.config), state.best["kept_step"], self.target, settings
+        )
         if accelerator.is_main_process:
             save_draft(draft, self.folder.draft)
             write_trained(self.folder.draft, self.prompts(self.training))
