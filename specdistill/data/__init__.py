@@ -1,0 +1,1 @@
+"""Prompts, how they are put to models, and answers with the signal of the target."""
