@@ -342,7 +342,7 @@ MUTATIONS = [
     Mutation(
         "a stale slot is seen",
         "greedy, half",
-        [(attention_mask, "slots <= positions[", "slots <= 1 + positions[")],
+        [(attention_mask, "slots <= here", "slots <= 1 + here")],
     ),
     Mutation(
         "the bonus token is dropped",
