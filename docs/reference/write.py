@@ -37,7 +37,7 @@ def configuration() -> str:
     """Every key of every section: what it may be, its default, what it means."""
     schema = DistillConfig.model_json_schema()
     sections = [("A run", schema)]
-    for name in ("training", "lora", "parallel", "policy", "decode", "hints"):
+    for name in ("training", "lora", "parallel", "policy", "decode", "hints", "reward"):
         model = schema["$defs"][name.title()]
         sections.append((f"training.{name}" if name == "lora" else name, model))
     sections.append(("score (of a sweep)", Score.model_json_schema()))

@@ -24,6 +24,7 @@ from specdistill.config.sections import (
     Parallel,
     Policy,
     Positive,
+    Reward,
     Section,
     Seed,
     Share,
@@ -42,6 +43,7 @@ __all__ = [
     "Lora",
     "Parallel",
     "Policy",
+    "Reward",
     "Training",
     "from_keywords",
     "load_config",
@@ -97,6 +99,7 @@ class DistillConfig(Section):
         description="train a draft that proposes its block in one pass; {} takes the defaults. The "
         "loss is then fkl and a tenth of ce, unless one is given",
     )
+    reward: Reward | None = Field(None, description="a reward beside the loss; null leaves it out")
     policy: Policy = Field(
         Policy(), description="where the training text comes from: a name, or a section"
     )
@@ -154,6 +157,7 @@ class DistillConfig(Section):
                 self.policy.name in ("skd", "induced"),
                 "it trains on what a draft proposes token by token; take another policy",
             ),
+            "reward": (self.reward is not None, "its gradient is of single tokens; leave it out"),
             "hints": (self.hints is not None, "masks have no states of the target; leave them out"),
             "decode.least_reach": (
                 self.decode is not None and self.decode.least_reach > 0,
@@ -172,6 +176,22 @@ class DistillConfig(Section):
         for setting, (applies, reason) in refused.items():
             if applies:
                 raise ValueError(f"{setting} does not go with parallel: {reason}")
+        return self
+
+    @model_validator(mode="after")
+    def _samples_to_reward(self) -> DistillConfig:
+        if self.reward is None:
+            return self
+        if self.policy.name not in ("draft", "mixed"):
+            raise ValueError(
+                f"a reward is for samples of the draft, and policy {self.policy.name!r} has none; "
+                "take policy draft or mixed"
+            )
+        if self.policy.sample_temperature != 1:
+            raise ValueError(
+                "a reward's gradient is that of samples at temperature 1; got "
+                f"policy.sample_temperature {self.policy.sample_temperature}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -255,6 +275,7 @@ def _places() -> dict[str, list[str]]:
         "hints": Hints,
         "parallel": Parallel,
         "policy": Policy,
+        "reward": Reward,
     }
     places: dict[str, list[str]] = {}
     for section, model in sections.items():

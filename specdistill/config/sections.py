@@ -247,3 +247,28 @@ class Policy(Section):
     def own(self) -> dict[str, Any]:
         """The settings that this policy has."""
         return {key: getattr(self, key) for key in POLICY_SETTINGS[self.name]}
+
+
+class Reward(Section):
+    """A reward beside the loss, for policy draft or mixed: each prompt is sampled as a group, and
+    the samples that are worth more than the others become more probable.
+    """
+
+    function: Name = Field(
+        description="accepted-length, the tokens a round would accept, or module:function"
+    )
+    weight: Annotated[float, Interval(ge=0, le=1e30), _Number] = Field(
+        0.1, description="weight of the reward beside the loss; 0 is a run without it"
+    )
+    group: Annotated[int, Interval(ge=1, le=1024), _Number] = Field(
+        4, description="samples of a prompt, among which each has its advantage"
+    )
+
+    @model_validator(mode="after")
+    def _a_group_to_compare_with(self) -> Reward:
+        if self.group < 2:
+            raise ValueError(
+                f"group is {self.group}, and a sample's advantage is over the others of its group; "
+                "take 2 or more"
+            )
+        return self

@@ -112,19 +112,26 @@ def final_answer(text: str) -> str:
 
 
 def find_scorer(name: str) -> Scorer:
-    """The scorer of a name. module:function is called with the prompt, see `Prompt`, and the list
-    of answers' texts, and returns a number for each; the module may lie in the working directory.
-
-    Raises `InputError` for a name that is neither, a module or function that is not there or
-    fails, and for what it returns where that is not a number an answer.
-    """
+    """The scorer of a name, or the user's, see `own_function`. Raises `InputError`."""
     if name in SCORERS:
         return SCORERS[name]
+    function = own_function(name, "scorer", f"choose from {', '.join(SCORERS)}")
+    return lambda prompt, candidates: function(prompt, [c.text for c in candidates])
+
+
+def own_function(
+    name: str, what: str, others: str
+) -> Callable[[Prompt, Sequence[str]], list[float]]:
+    """A function module:function of the user's, called with the prompt, see `Prompt`, and the list
+    of answers' texts, that returns a number for each; the module may lie in the working directory.
+
+    Raises `InputError`, which says `what` it is for, for a name that is none, a module or function
+    that is not there or fails, and for what it returns where that are no numbers.
+    """
     module_name, colon, function_name = name.partition(":")
     if not (colon and module_name and function_name):
         raise InputError(
-            f"unknown scorer {name!r}; choose from {', '.join(SCORERS)}, or name a function of "
-            "your own as module:function"
+            f"unknown {what} {name!r}; {others}, or name a function of your own as module:function"
         )
     here = str(Path.cwd())
     sys.path.insert(0, here)
@@ -132,25 +139,23 @@ def find_scorer(name: str) -> Scorer:
         function = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:  # importing runs the user's code
         raise InputError(
-            f"the scorer {name!r} cannot be had: {type(error).__name__}: {error}; {module_name}.py "
+            f"the {what} {name!r} cannot be had: {type(error).__name__}: {error}; {module_name}.py "
             "must be installed or lie in the working directory"
         ) from error
     finally:
         sys.path.remove(here)
     if not callable(function):
-        raise InputError(f"the scorer {name!r} is no function but {type(function).__name__}")
+        raise InputError(f"the {what} {name!r} is no function but {type(function).__name__}")
 
-    def scored(prompt: Prompt, candidates: Sequence[Candidate]) -> list[float]:
+    def own(prompt: Prompt, texts: Sequence[str]) -> list[float]:
         try:
-            given = function(prompt, [candidate.text for candidate in candidates])
-            scores = [float(score) for score in given]
+            return [float(score) for score in function(prompt, list(texts))]
         except Exception as error:
             raise InputError(
-                f"the scorer {name!r} failed on {prompt.named}: {type(error).__name__}: {error}"
+                f"the {what} {name!r} failed on {prompt.named}: {type(error).__name__}: {error}"
             ) from error
-        return scores
 
-    return scored
+    return own
 
 
 def best(prompt: Prompt, candidates: Sequence[Candidate], scorer: Scorer) -> int | None:

@@ -17,6 +17,7 @@ from specdistill.data.signal import Signal, joined, positions_of
 from specdistill.data.token_store import Example
 from specdistill.errors import InputError
 from specdistill.training.parallel import Blocks, Depths, lay_out, pass_rows
+from specdistill.training.reward import Credit, credit_of, cut
 
 
 @dataclass
@@ -25,7 +26,7 @@ class Batch:
     whose next token belongs to the answer, N of them; labels [N] is that token; signal: what was
     kept of the target there; best [N]: its most probable token there, where it was worked out. For
     a parallel draft `blocks` says which rows [R] are learnt from, weights [R] how much each counts,
-    where they differ.
+    where they differ. credit: what a reward makes of the N tokens.
     """
 
     tokens: Tensor
@@ -36,6 +37,7 @@ class Batch:
     best: Tensor | None = None
     blocks: Blocks | None = None
     weights: Tensor | None = None
+    credit: Credit | None = None
 
 
 def make_batch(
@@ -57,6 +59,7 @@ def make_batch(
         torch.tensor([token for e in examples for token in e.response_tokens], device=device),
         joined(signals, device) if len(signals) == len(examples) else None,
         blocks=None if depths is None else lay_out(examples, longest, depths, device),
+        credit=credit_of(examples, device),
     )
 
 
@@ -70,6 +73,7 @@ def idle(batch: Batch) -> Batch:
         labels=batch.labels[:0],
         signal=None if batch.signal is None else positions_of(batch.signal, slice(0)),
         blocks=None if batch.blocks is None else batch.blocks.cut(),
+        credit=cut(batch.credit),
     )
 
 

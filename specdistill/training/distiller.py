@@ -37,6 +37,7 @@ from specdistill.training.parallel import (
     write_mask_row,
 )
 from specdistill.training.passes import after, recomputed, states_of
+from specdistill.training.reward import policy_loss
 from specdistill_kernels import (
     Head,
     TargetStates,
@@ -236,7 +237,10 @@ class Distiller:
             nullcontext() if self.mask is None else self.mask.read_by(self.draft),
         ):
             states = self.states(batch)
-        loss = total_loss(self.positions(batch, states.hidden, signal), self.objective)
+        at = self.positions(batch, states.hidden, signal)
+        loss = total_loss(at, self.objective)
+        if batch.credit is not None and self.config.reward is not None:
+            loss = loss + self.config.reward.weight * policy_loss(at, batch.credit)
         if self.hints is not None:
             assert isinstance(signal, States)
             loss = loss + self.hints(*self.hinted(states, signal))

@@ -11,24 +11,24 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from specdistill.config import DistillConfig, Policy
-from specdistill.data.token_store import (
-    Example,
-)
+from specdistill.data.questions import answer_id
+from specdistill.data.token_store import Example
 from specdistill.decoding import Generation, ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.documents import read_json_lines
 from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
 from specdistill.models import LanguageModel
 from specdistill.training.answers import check_examples
+from specdistill.training.reward import Reward, Sample
 from specdistill_kernels import Lenience, Mode, RowSettings, Verdict, sample
 
 BATCH = 64  # rows decoded together
@@ -43,6 +43,7 @@ class Source:
     draft: LanguageModel
     policy: Policy
     seed: int
+    reward: Reward | None = None
 
     def chosen(self, step: int) -> list[Example]:
         """The examples whose prompts are sampled at a step."""
@@ -64,15 +65,16 @@ def given(source: Source, step: int) -> list[Example]:
 
 def draft(source: Source, step: int) -> list[Example]:
     """The draft's own samples: on-policy distillation (GKD 2306.13649 with λ = 1)."""
-    return _drafted(source, source.requests(step))
+    samples = _drafted(source, source.requests(step))
+    return [sample for group in samples.values() for sample in group]
 
 
 def mixed(source: Source, step: int) -> list[Example]:
-    """Each prompt with the draft's sample with probability `share` (GKD's λ), else as given."""
+    """Each prompt with the draft's samples with probability `share` (GKD's λ), else as given."""
     coins, share = random.Random(f"{source.seed}/{step}"), source.policy.own()["share"]
     fresh = [request for request in source.requests(step) if coins.random() < share]
-    samples = {e.id: e for e in _drafted(source, fresh)}
-    return [samples.get(e.id, e) for e in source.chosen(step)]
+    samples = _drafted(source, fresh)
+    return [s for e in source.chosen(step) for s in samples.get(e.id, [e])]
 
 
 def skd(source: Source, step: int) -> list[Example]:
@@ -154,6 +156,7 @@ def decoded_rows(config: DistillConfig) -> int:
 
 
 Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Sample(BaseModel):
@@ -163,6 +166,19 @@ class _Sample(BaseModel):
     id: str
     prompt_tokens: Tokens
     response_tokens: Tokens
+    reward: Number | None = None
+    advantage: Number | None = None
+    log_probs: list[Number] | None = None
+
+    @model_validator(mode="after")
+    def _a_log_prob_for_each_token(self) -> _Sample:
+        if self.log_probs is not None and len(self.log_probs) != len(self.response_tokens):
+            raise ValueError(f"{len(self.log_probs)} log_probs of {len(self.response_tokens)}")
+        return self
+
+    def example(self) -> Example:
+        given = self.model_dump(exclude_none=True)
+        return Example(**given) if self.log_probs is None else Sample(**given)
 
 
 def examples_at(source: Source, step: int, folder: Path) -> list[Example]:
@@ -175,7 +191,7 @@ def examples_at(source: Source, step: int, folder: Path) -> list[Example]:
     file = folder / f"step-{step:08d}.jsonl"
     if file.exists():
         advice = "remove it and resume"
-        samples = [Example(**vars(sample)) for sample in read_json_lines(file, _Sample, advice)]
+        samples = [sample.example() for sample in read_json_lines(file, _Sample, advice)]
         if not samples:
             raise StorageError(f"{file} is damaged (it is empty); {advice}")
         check_examples(samples, source.target, file, advice)
@@ -183,8 +199,10 @@ def examples_at(source: Source, step: int, folder: Path) -> list[Example]:
     try:
         examples = policy(source, step)
         folder.mkdir(parents=True, exist_ok=True)
-        names = ("id", "prompt_tokens", "response_tokens")
-        rows = [json.dumps({n: getattr(e, n) for n in names}) for e in examples]
+        rows = [
+            json.dumps({n: vars(e)[n] for n in _Sample.model_fields if n in vars(e)})
+            for e in examples
+        ]
         write_whole(file, "".join(f"{row}\n" for row in rows))
     except OSError as error:
         raise StorageError(f"cannot use {file}: {error.strerror}; free space, resume") from error
@@ -260,10 +278,18 @@ def within_top_k(most: int) -> Callable[..., Verdict]:
     return rule
 
 
-def _drafted(source: Source, requests: list[Request]) -> list[Example]:
-    alone = standalone(source.draft, source.target)
-    generation = SpeculativeDecoder(alone, batch_size=BATCH).run(requests)
-    return _answers(generation, requests, source)
+def _drafted(source: Source, requests: list[Request]) -> dict[str, Sequence[Example]]:
+    """The draft's samples by prompt: one, or a group of them where they are rewarded."""
+    alone, reward = standalone(source.draft, source.target), source.reward
+    number = 1 if reward is None else reward.group
+    asked = [replace(r, id=answer_id(r.id, n)) for r in requests for n in range(number)]
+    generation = SpeculativeDecoder(alone, batch_size=BATCH).run(asked)
+    answers = _answers(generation, [r for r in requests for _ in range(number)], source)
+    samples = [replace(answer, id=r.id) for answer, r in zip(answers, asked, strict=True)]
+    groups = {r.id: samples[i * number :][:number] for i, r in enumerate(requests)}
+    if reward is None:
+        return dict(groups)
+    return {id_: reward.rewarded(group, source.target, alone) for id_, group in groups.items()}
 
 
 def _answers(

@@ -53,6 +53,7 @@ from specdistill.training.losses import configured_objective
 from specdistill.training.pair import read_models
 from specdistill.training.parallel import depths_by_lot, refuse_mask
 from specdistill.training.policies import Source, examples_at, forget_samples
+from specdistill.training.reward import configured_reward, mean_reward
 
 
 def distill(
@@ -166,6 +167,7 @@ class Run:
         self.show, self.progress = show, progress
         self.heldout, self.training = heldout_and_training(config, target, draft)
         self.template_settings = template_settings(config)
+        self.reward = configured_reward(config)
         self.sample_states: dict[str, States] = {}  # of the samples, by their id
         self.distiller = Distiller(target, draft, config)
         if config.parallel is not None:
@@ -227,6 +229,7 @@ class Run:
                 "tokens": state.tokens,
                 "tokens_per_second": state.tokens / state.seconds,
                 "learning_rate": learning_rate,
+                **mean_reward(groups),
             }
             if state.step % config.evaluate_every == 0 or self.spent >= 1:
                 row |= self.evaluate()
@@ -244,7 +247,9 @@ class Run:
             return self.training
         config, accelerator = self.config, self.accelerator
         self.distiller.gather()
-        source = Source(self.training, self.target, self.draft, config.policy, config.seed)
+        source = Source(
+            self.training, self.target, self.draft, config.policy, config.seed, self.reward
+        )
         with accelerator.main_process_first():  # it writes them, and the others read
             try:
                 examples = examples_at(source, step, self.folder.samples)
