@@ -4,7 +4,8 @@ raises AssertionError with what it saw.
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -32,6 +33,7 @@ from chains import (
     warped,
 )
 from conftest import tiny_model
+from dispatch import eager_capture
 from torch import Tensor, nn
 
 from specdistill.decoding import (
@@ -47,6 +49,7 @@ from specdistill.decoding import (
     SpeculativeDecoder,
 )
 from specdistill.decoding.drafters import Context, Draft, DraftStream, NgramStream
+from specdistill.decoding.rounds import RowState
 from specdistill.decoding.sampling import row_seed
 from specdistill.drafts.making import make_draft
 from specdistill.limits import MAX_DRAFT_TOKENS
@@ -65,6 +68,13 @@ from specdistill_kernels.verification.noise import COIN, DRAFT, FINAL
 
 PROMPTS = [[7, 8, 9], [5], list(range(5, 45)), [11, 12], [9, 7] * 8]
 ADAPTIVE: Lengths = (5, 0.2)
+MIXED = [
+    Sampling(1.0),
+    Sampling(0.0),
+    Sampling(0.8, top_k=9),
+    Sampling(1.0, top_p=0.9),
+    Sampling(1.3, min_p=0.02),
+]
 
 
 # --- Models and drafters ------------------------------------------------------------------------
@@ -303,16 +313,9 @@ def check_invariance(
     target = transformer()
     most, least_reach = unpacked(lengths)
     drafter = drafter_for(target, kind, least_reach)
-    samplings = [
-        Sampling(1.0),
-        Sampling(0.0),
-        Sampling(0.8, top_k=9),
-        Sampling(1.0, top_p=0.9),
-        Sampling(1.3, min_p=0.02),
-    ]
     requests = [
         Request(f"r{i}", prompt, 16, sampling, seed=8)
-        for i, (prompt, sampling) in enumerate(zip(PROMPTS, samplings, strict=True))
+        for i, (prompt, sampling) in enumerate(zip(PROMPTS, MIXED, strict=True))
     ]
 
     def texts(order: list[Request], batch_size: int) -> dict[str, list[int]]:
@@ -326,6 +329,82 @@ def check_invariance(
     orders = [(requests, 5), (requests[::-1], 2), (requests[2:] + requests[:2], 3)]
     for order, batch_size in orders[:batches]:
         assert texts(order, batch_size) == alone, f"another text in a batch of {batch_size}"
+
+
+def check_captured(
+    kind: str = "half",
+    num: int = 3,
+    batch_size: int = 3,
+    samplings: Sequence[Sampling] = MIXED,
+    **options: Any,
+) -> None:
+    """Rounds as they are captured give what the eager ones give, token for token and count for
+    count: ragged rows, ends by EOS and by length, requests that wait, rows that leave.
+    """
+    target = transformer()
+    drafter = drafter_for(target, kind)
+    requests = [
+        Request(f"r{i}", prompt, 5 + 4 * i, samplings[i % len(samplings)], seed=8)
+        for i, prompt in enumerate([*PROMPTS, [9, 8] * 56, [7, 8], [31, 30], PROMPTS[0]])
+    ]
+
+    def outputs(cuda_graphs: bool) -> Generation:
+        decoder = SpeculativeDecoder(
+            target,
+            drafter,
+            num_draft_tokens=num,
+            batch_size=batch_size,
+            cuda_graphs=cuda_graphs,
+            **options,
+        )
+        return decoder.run(requests)
+
+    eager = outputs(False)
+    with eager_capture() as capture:
+        captured = outputs(True)
+    for ours, expected in zip(captured.outputs, eager.outputs, strict=True):
+        assert ours.tokens == expected.tokens, f"request {ours.request_id} differs"
+        for one, other in zip(ours.rounds, expected.rounds, strict=True):
+            for name in ("hidden", "logsumexp"):
+                states, others = getattr(one, name), getattr(other, name)
+                if others is not None:
+                    assert torch.allclose(states, others, atol=1e-9), name
+            kept = {"hidden": None, "logsumexp": None}
+            assert replace(one, **kept) == replace(other, **kept)
+    assert captured.captures == capture.captures
+    assert capture.replays >= captured.rounds * (1 if kind == "none" else 2)
+
+
+def check_rows_on_the_device() -> None:
+    """What a round leaves of rows: accepted tokens and one more, an end by one of two tokens inside
+    and at the end of them, an end by length, a row that was done, a target without a distribution.
+    """
+    cpu = torch.device("cpu")
+    texts, left = [[7, 8, 9], [5], [6, 4], [3, 3], [8, 8], [2, 1]], [9, 9, 9, 2, 5, 9]
+    state = RowState.of(texts, left, [GREEDY] * 6, [0] * 6, cpu)
+    state.done[4] = True
+    emitted = [[11, 12, 13, 14], [11, 1, 2, -1], [0, -1, -1, -1], [21, 22, -1, -1]]
+    emitted += [[31, 32, -1, -1], [41, -1, -1, -1]]
+    accepted = torch.tensor([3, 2, 0, 1, 1, 1])
+    after = state.advanced(torch.tensor(emitted), accepted, torch.tensor([0, 1]))
+    assert after.tail.tolist() == [[13, 14], [11, 1], [4, 0], [21, 22], [8, 8], [41, 0]]
+    assert after.lengths.tolist() == [6, 2, 2, 3, 1, 3]
+    assert after.left.tolist() == [5, 7, 8, 0, 5, 7]
+    assert after.done.tolist() == [False, True, True, True, True, True]
+    assert after.step.tolist() == [1, 1, 1, 1, 0, 1]
+
+
+def check_captured_again() -> None:
+    """A second stream in the rows of the first one, with other texts that begin alike."""
+    target = endless()
+    decoder = SpeculativeDecoder(
+        target, drafter_for(target, "half"), num_draft_tokens=3, batch_size=2, cuda_graphs=True
+    )
+    eager = replace(decoder, cuda_graphs=False)
+    with eager_capture():
+        for prompts in (PROMPTS, [[7, 8, 9, 5], [*PROMPTS[2][:20], 6], [7]]):
+            expected = eager.generate(prompts, max_new_tokens=30).outputs
+            assert decoder.generate(prompts, max_new_tokens=30).outputs == expected
 
 
 def check_same_prompt_other_text() -> None:

@@ -1,10 +1,15 @@
 """What torch is asked to do, seen below its Python: modes that watch every operation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from specdistill.decoding import graphs
 
 
 class Draws(TorchDispatchMode):
@@ -23,3 +28,70 @@ class Draws(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags and not idle:
             self.names.append(str(func))
         return out
+
+
+class EagerCapture:
+    """Captures as CUDA does, without CUDA: the step runs on buffers of its own and its output stays
+    in place; nothing is committed before the first replay.
+    """
+
+    captures = 0
+    replays = 0
+    in_replay = False
+
+    def __call__(
+        self, step: graphs.Step, inputs: list[Tensor], commit: graphs.Commit
+    ) -> tuple[graphs.Replay, Any]:
+        EagerCapture.captures += 1
+        output = step(*inputs)
+
+        def replay() -> None:
+            EagerCapture.replays += 1
+            EagerCapture.in_replay = True
+            overwrite(output, step(*inputs))
+            commit(output)
+            EagerCapture.in_replay = False
+
+        return replay, output
+
+
+def overwrite(old: Any, new: Any) -> None:
+    if isinstance(old, Tensor):
+        old.copy_(new)
+    elif old is not None:
+        for mine, its in zip(old, new, strict=True):
+            overwrite(mine, its)
+
+
+@contextmanager
+def eager_capture() -> Iterator[type[EagerCapture]]:
+    EagerCapture.captures = EagerCapture.replays = 0
+    with mock.patch.object(graphs, "CudaCapture", EagerCapture):
+        yield EagerCapture
+
+
+class NoHost(TorchDispatchMode):
+    """Fails where a graph could not be captured: the host reads a tensor or makes one, or a shape
+    depends on values. Between replays nothing may be done but to view tensors and to copy them,
+    and the `copies` are counted.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        tags = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+        indexed = name.startswith(("aten.index.", "aten.index_put"))
+        assert indexed or not tags & set(func.tags), name
+        assert "lift_fresh" not in name, "a tensor made from numbers on the host"
+        if indexed:
+            used = [index for index in args[1] if index is not None]
+            assert all(index.dtype != torch.bool for index in used), f"{name} by a mask"
+        if not EagerCapture.in_replay:
+            if name.startswith("aten.copy_"):
+                self.copies += 1
+            else:
+                assert func.is_view, f"{name} between replays"
+        return func(*args, **(kwargs or {}))

@@ -1,10 +1,10 @@
 """Captured passes on the CPU: buffers, keys and lifetimes as CUDA graphs have them, but no CUDA."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from dispatch import EagerCapture, eager_capture
 
 from specdistill.decoding import Drafting, Sampling, SpeculativeDecoder, drafter_for, graphs
 from specdistill.drafts.making import make_draft
@@ -16,28 +16,10 @@ Tiny = Callable[..., LanguageModel]
 PROMPTS = [[7, 8, 9], [5], list(range(5, 45)), [11, 12], [9] * 17]
 
 
-class Recorder:
-    """Captures as CUDA does: the step runs on buffers of its own and its output stays in place."""
-
-    captures = 0
-    replays = 0
-
-    def __call__(self, step: graphs.Step, inputs: list[Tensor]) -> tuple[graphs.Replay, Tensor]:
-        Recorder.captures += 1
-        output = step(*inputs)
-
-        def replay() -> None:
-            Recorder.replays += 1
-            output.copy_(step(*inputs))
-
-        return replay, output
-
-
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
-    monkeypatch.setattr(graphs, "CudaCapture", Recorder)
-    Recorder.captures = Recorder.replays = 0
-    return Recorder
+def recorder() -> Iterator[type[EagerCapture]]:
+    with eager_capture() as capture:
+        yield capture
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
@@ -45,7 +27,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
 @pytest.mark.parametrize("way", ["fixed", "early", "parallel"])
 def test_captured_passes_change_no_token(
     tiny: Tiny,
-    recorder: type[Recorder],
+    recorder: type[EagerCapture],
     sampling: Sampling,
     batch_size: int,
     way: str,
@@ -79,7 +61,7 @@ def test_captured_passes_change_no_token(
 
 
 def test_a_graph_sees_new_inputs_and_keeps_its_output_in_place() -> None:
-    captured = graphs.Graphs(Recorder())
+    captured = graphs.Graphs(EagerCapture())
     one = captured.run("double", lambda x: 2 * x, torch.tensor([1.0, 2.0]))
     assert one.tolist() == [2, 4]
     two = captured.run("double", lambda x: pytest.fail("captured twice"), torch.tensor([3.0, 4.0]))

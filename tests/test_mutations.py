@@ -15,6 +15,8 @@ import pytest
 from chains import WARM, Setting
 from checks import (
     ADAPTIVE,
+    check_captured,
+    check_captured_again,
     check_certain,
     check_coin_ends,
     check_coins_are_spent,
@@ -26,6 +28,7 @@ from checks import (
     check_look_up,
     check_noise,
     check_rounds,
+    check_rows_on_the_device,
     check_same_prompt_other_text,
     check_stream,
     check_tail,
@@ -37,9 +40,12 @@ from evidence_checks import check_failed, check_figures, check_tie
 from score_checks import check_choice, check_interval, check_row
 
 from specdistill.decoding.cache import CachedModel, attention_mask
+from specdistill.decoding.captured import CapturedStream, Workspace
 from specdistill.decoding.drafters import CombinedStream, ModelStream, _NgramIndex
 from specdistill.decoding.engine import _Stream
 from specdistill.decoding.parallel import ParallelDrafter, ParallelStream
+from specdistill.decoding.rounds import RowState, verify_round
+from specdistill.decoding.row import Row
 from specdistill.decoding.sampling import row_seed
 from specdistill.scoring import card_evidence, contradictions, rows, scorecard
 from specdistill.scoring.choice import choose
@@ -90,6 +96,11 @@ CHECKS: dict[str, Callable[[], None]] = {
     "draft's cache, mask in a trimmed vocabulary": partial(check_draft_cache, "parallel inside"),
     "target's cache": partial(check_target_cache, "half"),
     "invariance": partial(check_invariance, "half", batches=1),
+    "captured": partial(check_captured, "half"),
+    "captured, itself": partial(check_captured, "itself"),
+    "captured, wide": partial(check_captured, "half", 3, 9),
+    "rows on the device": check_rows_on_the_device,
+    "captured twice": check_captured_again,
     "paper's example": check_toy_example,
     "coins, block": check_coins_are_spent,
     **{
@@ -158,7 +169,7 @@ MUTATIONS = [
     Mutation(
         "the step does not advance",
         "stream, near",
-        [(_Stream._advance, "row.steps += 1", "row.steps += 0")],
+        [(Row.advance, "row.steps += 1", "row.steps += 0")],
     ),
     Mutation(
         "block verification's coins belong to places in the text, so that some are seen twice",
@@ -360,7 +371,7 @@ MUTATIONS = [
         "greedy, itself",
         [
             (
-                _Stream._advance,
+                Row.advance,
                 "in enumerate(tokens) if",
                 "in [*enumerate(tokens)][-1:] if",
             )
@@ -371,7 +382,7 @@ MUTATIONS = [
         "stream, near",
         [
             (
-                _Stream._advance,
+                Row.advance,
                 "min(accepted + 1, proposed, len(tokens))",
                 "proposed",
             )
@@ -472,6 +483,105 @@ MUTATIONS = [
         "the mask token of a trimmed vocabulary is looked for by its id",
         "draft's cache, mask in a trimmed vocabulary",
         [(ParallelDrafter.columns, "if self.vocab is not None:", "if False:")],
+    ),
+    Mutation(
+        "captured: EOS inside the accepted prefix is ignored",
+        "rows on the device",
+        [
+            (
+                RowState.advanced,
+                "torch.where(ends, index + 1,",
+                "torch.where(ends & False, index + 1,",
+            )
+        ],
+    ),
+    Mutation(
+        "captured: an end by EOS is not seen",
+        "rows on the device",
+        [(RowState.advanced, "self.done | ends.any(-1) |", "self.done |")],
+    ),
+    Mutation(
+        "captured: a row that is done goes on",
+        "rows on the device",
+        [(RowState.advanced, "torch.where(self.done, 0, count)", "count")],
+    ),
+    Mutation(
+        "captured: the last tokens are one off",
+        "captured",
+        [(RowState.advanced, "after = count[:, None] +", "after = count[:, None] - 1 +")],
+    ),
+    Mutation(
+        "captured: the lengths are one off after full acceptance",
+        "captured, itself",
+        [
+            (
+                RowState.advanced,
+                "lengths=self.lengths + count",
+                "lengths=self.lengths + count.clamp(max=emitted.shape[1] - 1)",
+            )
+        ],
+    ),
+    Mutation(
+        "captured: the same noise in each round",
+        "captured",
+        [(RowState.advanced, "step=self.step + ~self.done", "step=self.step")],
+    ),
+    Mutation(
+        "captured: a proposal more counts than fits",
+        "captured, itself",
+        [(verify_round, "(state.left - 1)", "state.left")],
+    ),
+    Mutation(
+        "captured: the target's positions one off",
+        "captured",
+        [(verify_round, "state.lengths[:, None] +", "state.lengths[:, None] + 1 +")],
+    ),
+    Mutation(
+        "captured: the draft does not catch up",
+        "captured, itself",
+        [
+            (
+                ModelStream.draft_round,
+                "inputs, positions = state.tail,",
+                "inputs, positions = state.tail[:, 1:],",
+            ),
+            (ModelStream.draft_round, "places[:, :2]", "places[:, 1:2]"),
+        ],
+    ),
+    Mutation(
+        "captured: one place's noise for all proposals",
+        "captured",
+        [(ModelStream.draft_round, "position=i", "position=0")],
+    ),
+    Mutation(
+        "captured: rows that go on take others' settings",
+        "captured, wide",
+        [(Workspace.compact, "self.state.at(index)", "self.state.at(index.flip(0))")],
+    ),
+    Mutation(
+        "captured: rows that go on take others' slots",
+        "captured, wide",
+        [(CachedModel.compact, "layer.copy(index,", "layer.copy(index.flip(0),")],
+    ),
+    Mutation(
+        "captured: a report is overwritten before it is read",
+        "captured",
+        [(Workspace.to_host, "self.reports.reverse()", "pass")],
+    ),
+    Mutation(
+        "captured: a new row's round is taken for that of the row before it",
+        "captured",
+        [(CapturedStream._launch, "list(self.rows),", "self.rows,")],
+    ),
+    Mutation(
+        "captured: too few slots are seen",
+        "captured",
+        [(Workspace.visible, "slots < needed", "slots < needed - 8")],
+    ),
+    Mutation(
+        "captured: a later stream meets the rows of the one before it",
+        "captured twice",
+        [(Workspace.reset, "self.cached.reset(batch)", "pass")],
     ),
     Mutation(
         "a place's noise is the next step's from place 16 on",

@@ -141,6 +141,7 @@ def generate(
         decoder = SpeculativeDecoder(
             author,
             batch_size=batch_size,
+            timed=False,
             keep_hidden=selection.reads_log_probability or (signal != NONE and writer is None),
         )
     questions = {

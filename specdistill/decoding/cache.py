@@ -59,7 +59,7 @@ class _RowLayer(CacheLayerMixin):
         out = []
         for slots, new in ((self.keys, keys), (self.values, values)):
             slots.flatten(0, 1).index_copy_(0, owner.places, new.flatten(0, 1))
-            seen = slots[:, : owner.visible]
+            seen = slots[: owner.batch, : owner.visible]
             out.append((seen[owner.rows] if owner.is_subset else seen).transpose(1, 2))
         return out[0], out[1]
 
@@ -214,6 +214,20 @@ class CachedModel:
         self.prompts.keep(rows)
         if self.graphs is not None:  # they know the old slots
             self.graphs.clear()
+
+    def compact(self, rows: list[int]) -> None:
+        """As `keep`, in the same slots: what was captured with so many rows stays right."""
+        index = torch.tensor(rows, device=self.model.device)
+        with memory_errors(self.model, self.batch, self.capacity):
+            for layer in self.layers:
+                layer.copy(index, torch.arange(len(rows), device=index.device), self.capacity)
+        self.batch = len(rows)
+        self.prompts.keep(rows)
+
+    def reset(self, batch: int) -> None:
+        """So many of the rows there were at first, and nothing in them."""
+        self.batch = batch
+        self.prompts = PrefixTree()
 
 
 def length_classes(lengths: Sequence[int]) -> list[list[int]]:

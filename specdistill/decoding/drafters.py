@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn import functional
 from specdistill import limits
 from specdistill.decoding.cache import CachedModel, cache_bytes
 from specdistill.decoding.graphs import Graphs
+from specdistill.decoding.rounds import Filters, Proposals, RowState
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
 from specdistill.models.packing import pack
@@ -87,6 +88,38 @@ class Drafter(Protocol):
         ...
 
 
+class CapturableStream(DraftStream, Protocol):
+    """Proposes from what the device knows of the rows, by a function of tensors that is captured:
+    nothing in it may depend on a tensor's values.
+    """
+
+    def draft_round(
+        self, state: RowState, filters: Filters, num_tokens: int, visible: int
+    ) -> Proposals:
+        """`num_tokens` proposals a row; `visible` slots are above every position."""
+        ...
+
+    def passes(self, num_tokens: int) -> int:
+        """Passes of a draft model that a round takes."""
+        ...
+
+    def compact(self, rows: list[int]) -> None:
+        """As `keep`, in the same memory."""
+
+    def reset(self, batch: int) -> None:
+        """So many rows of those there were at first, for new requests."""
+
+
+@runtime_checkable
+class CapturableDrafter(Drafter, Protocol):
+    @property
+    def hindrance(self) -> str:
+        """Why its rounds cannot be captured; empty if they can."""
+        ...
+
+    def open_captured(self, batch: int, capacity: int) -> CapturableStream: ...
+
+
 class ModelDrafter:
     """A small language model of the target's tokenizer, with a cache of its own.
 
@@ -95,6 +128,7 @@ class ModelDrafter:
     temperature 1), falls below it. A further token costs a draft step and is worth that chance of a
     token: 1.5 times the time of a draft step over that of a plain target step is a good value. The
     rule needs no training and changes no distribution; on a GPU it waits for each token.
+    `cuda_graphs` replays its passes where rounds are not captured as a whole.
     """
 
     def __init__(
@@ -132,16 +166,24 @@ class ModelDrafter:
         return cache_bytes(self.draft, batch, capacity)
 
     def open(self, batch: int, capacity: int) -> ModelStream:
+        return ModelStream(self, batch, capacity, Graphs() if self.cuda_graphs else None)
+
+    @property
+    def hindrance(self) -> str:
+        return "least_reach looks at each token before the next" if self.least_reach else ""
+
+    def open_captured(self, batch: int, capacity: int) -> ModelStream:
         return ModelStream(self, batch, capacity)
 
 
 class ModelStream:
     """A draft model's cache, and how many tokens at the start of each row it holds (`known`)."""
 
-    def __init__(self, drafter: ModelDrafter, batch: int, capacity: int) -> None:
+    def __init__(
+        self, drafter: ModelDrafter, batch: int, capacity: int, graphs: Graphs | None = None
+    ) -> None:
         self.drafter = drafter
         pack(drafter.draft, 2 * batch)  # a round's first pass reads two tokens a row
-        graphs = Graphs() if drafter.cuda_graphs else None
         self.cached = CachedModel(drafter.draft, batch, capacity, graphs)
         self.known = [0] * batch
 
@@ -154,6 +196,38 @@ class ModelStream:
     def keep(self, rows: list[int]) -> None:
         self.cached.keep(rows)
         self.known = [self.known[row] for row in rows]
+
+    def compact(self, rows: list[int]) -> None:
+        self.cached.compact(rows)
+
+    def reset(self, batch: int) -> None:
+        self.cached.reset(batch)
+
+    def passes(self, num_tokens: int) -> int:
+        return num_tokens
+
+    def draft_round(
+        self, state: RowState, filters: Filters, num_tokens: int, visible: int
+    ) -> Proposals:
+        """The first pass takes each row's last two tokens, see `propose`."""
+        drafter, settings = self.drafter, state.settings(filters)
+        places = torch.arange(-1, num_tokens, device=state.tail.device) + state.lengths[:, None]
+        inputs, positions = state.tail, places[:, :2].clamp(min=0)
+        tokens, all_logits, logsumexp = [], [], []
+        for i in range(num_tokens):
+            hidden = self.cached.run(drafter.readable(inputs), positions, visible)[:, -1]
+            logits = drafter.columns(self.cached.logits(hidden))
+            drawn = sample(logits, settings, position=i)
+            tokens.append(drawn.tokens if drafter.vocab is None else drafter.vocab[drawn.tokens])
+            all_logits.append(logits)
+            logsumexp.append(drawn.logsumexp)
+            inputs, positions = tokens[-1][:, None], places[:, i + 2 : i + 3]
+        return Proposals(
+            torch.stack(tokens, 1),
+            torch.stack(all_logits, 1),
+            torch.stack(logsumexp, 1),
+            drafter.vocab,
+        )
 
     def rewind(self, context: Context) -> None:
         """Forget the last proposals but for the accepted ones; a row's last token is none."""

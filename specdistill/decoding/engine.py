@@ -5,32 +5,33 @@ Plain decoding is the same loop with no drafter. `_Stream.round` is the whole al
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import KW_ONLY, dataclass
-from itertools import pairwise
-from typing import Any
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 
 from specdistill.decoding.cache import CachedModel, cache_bytes
-from specdistill.decoding.drafters import Context, Draft, Drafter
-from specdistill.decoding.graphs import Graphs
+from specdistill.decoding.captured import CapturedStream, Workspace
+from specdistill.decoding.drafters import CapturableDrafter, Context, Draft, Drafter
+from specdistill.decoding.graphs import CannotCaptureError, Graphs, warn_of_eager_rounds
 from specdistill.decoding.records import (
     CacheSize,
     Generation,
     Output,
     Request,
     Round,
-    RowRound,
 )
+from specdistill.decoding.row import Row
 from specdistill.decoding.sampling import GREEDY, Sampling, row_seed, row_settings
-from specdistill.errors import DecodingError, InputError
+from specdistill.decoding.watch import Watch
+from specdistill.errors import InputError
 from specdistill.limits import MAX_DRAFT_TOKENS
 from specdistill.models import LanguageModel, check_tokens
 from specdistill.models.packing import pack
 from specdistill_kernels import Lenience, Mode, Verdict, verify
+
+COARSE = 256  # slots: where graphs are kept, longer requests seldom need new ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,10 @@ class SpeculativeDecoder:
 
     `mode` "block" verifies whole blocks (2403.10444): the same distribution, and at temperatures
     above 0 on average at least as many accepted tokens. `lenience` accepts more and is LOSSY.
-    `cuda_graphs` replays the target's passes from captured graphs; a drafter has its own switch.
+    `cuda_graphs` captures rounds whole where that is possible, which is said once where it is not,
+    and the target's passes otherwise; None does so on CUDA devices. What is captured, and the
+    caches it knows, are kept from stream to stream, so the models' weights must stay in their
+    place. `timed` tells where a round's time goes.
     `rule` takes the place of `verify`, for texts that are not meant to be the target's.
     """
 
@@ -54,7 +58,9 @@ class SpeculativeDecoder:
     rule: Callable[..., Verdict] | None = None
     mode: Mode = "token"
     lenience: Lenience | None = None
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = None
+    timed: bool = True
+    _spaces: list[Workspace] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         drafter, num_draft_tokens = self.drafter, self.num_draft_tokens
@@ -102,7 +108,7 @@ class SpeculativeDecoder:
         outputs = {request.id: Output(request.id) for request in requests}
         seconds: dict[str, float] = {}
         by_round: list[dict[str, float]] = []
-        draft_steps = 0
+        draft_steps = captures = 0
         for round_ in self.stream(requests):
             for row in round_.rows:
                 outputs[row.request_id].tokens += row.tokens
@@ -111,8 +117,11 @@ class SpeculativeDecoder:
                 seconds[part] = seconds.get(part, 0.0) + spent
             by_round.append(round_.seconds)
             draft_steps += round_.draft_steps
+            captures += round_.captures
         answers = [outputs[r.id] for r in requests]
-        return Generation(answers, seconds, len(by_round), draft_steps, self.lenience, by_round)
+        return Generation(
+            answers, seconds, len(by_round), draft_steps, self.lenience, by_round, captures
+        )
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Round]:
         """Rounds as they happen. A finished row is replaced by a waiting request; when none waits,
@@ -127,10 +136,52 @@ class SpeculativeDecoder:
 
     @torch.inference_mode()
     def _rounds(self, requests: Sequence[Request]) -> Iterator[Round]:
-        if requests:
-            stream = _Stream(self, requests)
-            while stream.is_open():
-                yield stream.round()
+        if not requests:
+            return
+        graphs = None
+        if self._wants_graphs:
+            hindrance = self._hindrance()
+            if hindrance:
+                graphs = Graphs()  # of the target's passes
+            else:
+                try:
+                    yield from self._captured_rounds(requests)
+                    return
+                except CannotCaptureError as error:
+                    hindrance = str(error)
+            warn_of_eager_rounds(hindrance)
+        stream = _Stream(self, requests, graphs)
+        while stream.is_open():
+            yield stream.round()
+
+    def _captured_rounds(self, requests: Sequence[Request]) -> Iterator[Round]:
+        width, capacity = self._width(requests), self._capacity(requests)
+        at = next((i for i, s in enumerate(self._spaces) if s.serves(width, capacity)), None)
+        if at is None:
+            self._spaces.clear()  # what no stream has taken, or two would be in memory
+            drafter = self.drafter if isinstance(self.drafter, CapturableDrafter) else None
+            space = Workspace(self, drafter, width, capacity)
+        else:
+            space = self._spaces.pop(at)
+            space.reset(width)
+        try:
+            yield from CapturedStream(space, requests).rounds()
+        finally:
+            self._spaces.append(space)
+
+    @property
+    def _wants_graphs(self) -> bool:
+        return self.target.device.type == "cuda" if self.cuda_graphs is None else self.cuda_graphs
+
+    def _hindrance(self) -> str:
+        """Why rounds cannot be captured, as far as settings say; empty if they can."""
+        if self.rule is not None:
+            return "a rule takes the place of `verify`"
+        if self.drafter is None:
+            return ""
+        if not isinstance(self.drafter, CapturableDrafter):
+            return f"{type(self.drafter).__name__} proposes by what the host knows of texts"
+        return self.drafter.hindrance
 
     def check(self, requests: Sequence[Request]) -> None:
         """Raises `InputError` for requests that cannot be served."""
@@ -153,7 +204,8 @@ class SpeculativeDecoder:
 
     def _capacity(self, requests: Iterable[Request]) -> int:
         """Slots a row needs: the longest request, and a round's proposals beyond its end."""
-        return max(len(r.tokens) + r.max_new_tokens for r in requests) + self.num_draft_tokens + 1
+        slots = max(len(r.tokens) + r.max_new_tokens for r in requests) + self.num_draft_tokens + 1
+        return -(-slots // COARSE) * COARSE if self._wants_graphs else slots
 
     def _check(self, request: Request) -> None:
         if not request.tokens:
@@ -179,28 +231,24 @@ class SpeculativeDecoder:
             )
 
 
-@dataclass
-class _Row:
-    request: Request
-    tokens: list[int]  # prompt and answer so far; all but the last are in the caches
-    emitted: int = 0
-    steps: int = 0
-
-
 class _Stream:
     """The requests of one call of `stream`: those that wait, and the rows under way with their
     caches. A row is None while no request is in it.
     """
 
-    def __init__(self, decoder: SpeculativeDecoder, requests: Sequence[Request]) -> None:
+    def __init__(
+        self,
+        decoder: SpeculativeDecoder,
+        requests: Sequence[Request],
+        graphs: Graphs | None = None,
+    ) -> None:
         self.decoder = decoder
         self.target = decoder.target
         self.eos_ids = self.target.eos_ids
         self.waiting = deque(requests)
         width, capacity = decoder._width(requests), decoder._capacity(requests)
-        self.rows: list[_Row | None] = [None] * width
+        self.rows: list[Row | None] = [None] * width
         pack(self.target, width * (decoder.num_draft_tokens + 1))
-        graphs = Graphs() if decoder.cuda_graphs else None
         self.cached = CachedModel(self.target, width, capacity, graphs)
         self.drafts = None if decoder.drafter is None else decoder.drafter.open(width, capacity)
 
@@ -211,12 +259,14 @@ class _Stream:
         """Admit, propose, verify, advance. A row that needs only m more tokens proposes at most
         m - 1.
         """
-        watch = _Watch(self.target.device)
+        watch = Watch(self.target.device)
         self._admit()
         watch.mark("prefill")
 
         context = self._context()
-        wanted = [0 if row is None else self._wanted(row) for row in self.rows]
+        wanted = [
+            0 if row is None else row.wanted(self.decoder.num_draft_tokens) for row in self.rows
+        ]
         if self.drafts is not None and max(wanted):
             draft = self.drafts.propose(context, max(wanted))
         else:
@@ -253,7 +303,9 @@ class _Stream:
         rows = []
         for i, row in enumerate(self.rows):
             if row is not None:
-                out = self._advance(row, emitted[i][: accepted[i] + 1], counts[i], accepted[i])
+                out = row.advance(
+                    emitted[i][: accepted[i] + 1], counts[i], accepted[i], self.eos_ids
+                )
                 if logsumexp is not None:
                     out.hidden = hidden[i, : len(out.tokens)].clone()
                     out.logsumexp = logsumexp[i, : len(out.tokens)].clone()
@@ -263,7 +315,8 @@ class _Stream:
                     self.rows[i] = None
                 rows.append(out)
         watch.mark("other")
-        return Round(rows, watch.seconds(), draft.steps)
+        seconds = watch.seconds() if self.decoder.timed else {}
+        return Round(rows, seconds, draft.steps)
 
     def _admit(self) -> None:
         """Fill free rows from the queue; drop free rows for good when nobody waits and they are a
@@ -274,7 +327,7 @@ class _Stream:
             new = free[: len(self.waiting)]
             admitted = [self.waiting.popleft() for _ in new]
             for i, request in zip(new, admitted, strict=True):
-                self.rows[i] = _Row(request, list(request.tokens))
+                self.rows[i] = Row(request, list(request.tokens))
             prompts = [list(request.tokens[:-1]) for request in admitted]
             rows = torch.tensor(new, device=self.target.device)
             self.cached.prefill(rows, prompts)
@@ -309,54 +362,3 @@ class _Stream:
             max(lengths),
             self.settings._replace(step=torch.tensor(steps, device=device)),
         )
-
-    def _wanted(self, row: _Row) -> int:
-        return min(self.decoder.num_draft_tokens, row.request.max_new_tokens - row.emitted - 1)
-
-    def _advance(self, row: _Row, tokens: list[int], proposed: int, accepted: int) -> RowRound:
-        if tokens[-1] < 0:
-            raise DecodingError(
-                f"request {row.request.id}, round {row.steps}, new token "
-                f"{row.emitted + accepted}: the target's logits are "
-                "NaN or all -inf; check the checkpoint, or try dtype float32"
-            )
-        end = next((i + 1 for i, token in enumerate(tokens) if token in self.eos_ids), None)
-        tokens = tokens[:end]
-        row.tokens += tokens
-        row.emitted += len(tokens)
-        row.steps += 1
-        finished = end is not None or row.emitted >= row.request.max_new_tokens
-        tested = min(accepted + 1, proposed, len(tokens))
-        return RowRound(
-            row.request.id, tokens, proposed, tested, min(accepted, len(tokens)), finished
-        )
-
-
-class _Watch:
-    """The seconds of a round by part. On CUDA they are read from events when the round is over, so
-    that the host does not wait for the device between the parts.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self.parts: list[str] = []
-        self.marks: list[Any] = [self._now()]
-
-    def mark(self, part: str) -> None:
-        self.parts.append(part)
-        self.marks.append(self._now())
-
-    def seconds(self) -> dict[str, float]:
-        if self.stream is None:
-            spent = [b - a for a, b in pairwise(self.marks)]
-        else:
-            self.marks[-1].synchronize()
-            spent = [a.elapsed_time(b) / 1000 for a, b in pairwise(self.marks)]
-        return dict(zip(self.parts, spent, strict=True))
-
-    def _now(self) -> float | torch.cuda.Event:
-        if self.stream is None:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        self.stream.record_event(event)
-        return event

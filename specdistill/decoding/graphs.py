@@ -1,50 +1,80 @@
-"""Passes of repeated shape as CUDA graphs: a small model must not be bound by kernel launches."""
+"""Work of repeated shape as CUDA graphs: a small model must not be bound by kernel launches."""
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from specdistill.errors import InputError
 
-Step = Callable[..., Tensor]
+Step = Callable[..., Any]  # returns a tensor, or a tuple of them
+Commit = Callable[[Any], None]  # writes what a step returned over what the next one reads
 Replay = Callable[[], None]
-# From a step and its static inputs to what runs it again, and the output it writes each time.
-Capture = Callable[[Step, list[Tensor]], tuple[Replay, Tensor]]
+# From a step, its static inputs and a commit to what runs both again, and the output that is
+# written each time.
+Capture = Callable[[Step, list[Tensor], Commit], tuple[Replay, Any]]
+
+
+class CannotCaptureError(Exception):
+    """The host reads something in the midst of a step."""
+
+
+@functools.cache
+def warn_of_eager_rounds(reason: str) -> None:
+    """Once for a reason."""
+    warnings.warn(
+        f"rounds are not captured in CUDA graphs, and take longer: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 class _Captured(NamedTuple):
     inputs: list[Tensor]
     replay: Replay
-    output: Tensor
+    output: Any
 
 
 class Graphs:
     """Captures a step once for each key and replays it on new inputs of the same shapes.
 
     The output belongs to the graph: the next replay of the same key overwrites it. What the step
-    reads besides its inputs must stay where it is in memory until `clear`.
+    reads besides its inputs must stay where it is in memory until `clear`. `captures` and `replays`
+    count.
     """
 
     def __init__(self, capture: Capture | None = None) -> None:
         self.capture = CudaCapture() if capture is None else capture
         self.captured: dict[Hashable, _Captured] = {}
+        self.captures = self.replays = 0
 
-    def run(self, key: Hashable, step: Step, *inputs: Tensor) -> Tensor:
-        captured = self.captured.get(key)
-        if captured is None:
+    def run(self, key: Hashable, step: Step, *inputs: Tensor, commit: Commit | None = None) -> Any:
+        """What `step` returns for the inputs. `commit` runs after it in each replay, but not while
+        capturing, which runs the step several times. Raises `CannotCaptureError`.
+        """
+        graph = self.captured.get(key)
+        if graph is None:
             static = [value.clone() for value in inputs]
-            captured = self.captured[key] = _Captured(static, *self.capture(step, static))
-        for held, value in zip(captured.inputs, inputs, strict=True):
+            replay, output = self.capture(step, static, commit or _nothing)
+            graph = self.captured[key] = _Captured(static, replay, output)
+            self.captures += 1
+        for held, value in zip(graph.inputs, inputs, strict=True):
             held.copy_(value)
-        captured.replay()
-        return captured.output
+        graph.replay()
+        self.replays += 1
+        return graph.output
 
     def clear(self) -> None:
         self.captured.clear()
+
+
+def _nothing(output: Any) -> None:
+    pass
 
 
 class CudaCapture:
@@ -57,14 +87,31 @@ class CudaCapture:
             raise InputError("CUDA graphs need a CUDA device, and this machine has none")
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, step: Step, inputs: list[Tensor]) -> tuple[Replay, Tensor]:
+    def __call__(self, step: Step, inputs: list[Tensor], commit: Commit) -> tuple[Replay, Any]:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries allocate their workspaces on first use
-            for _ in range(2):
-                step(*inputs)
+        with torch.cuda.stream(side):
+            step(*inputs)  # libraries allocate their workspaces on first use
+            _check_no_wait(step, inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             output = step(*inputs)
+            commit(output)
         return graph.replay, output
+
+
+def _check_no_wait(step: Step, inputs: list[Tensor]) -> None:
+    """A capture that a wait for the device breaks leaves torch's random generator unusable, so it
+    is found out before. Raises `CannotCaptureError`.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(*inputs)
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        raise CannotCaptureError(str(error)) from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -52,12 +52,14 @@ class RowRound:
 @dataclass
 class Round:
     """One target call for the whole batch; seconds by part: "prefill", "draft", "target", "verify",
-    "other".
+    "other". A captured round verifies in the part "target". `captures` are the graphs that had to
+    be captured for it.
     """
 
     rows: list[RowRound]
     seconds: dict[str, float]
     draft_steps: int
+    captures: int = 0
 
 
 @dataclass
@@ -81,6 +83,7 @@ class Generation:
     draft_steps: int
     lossy: Lenience | None = None
     round_seconds: list[dict[str, float]] = field(default_factory=list)
+    captures: int = 0
 
 
 class CacheSize(NamedTuple):

@@ -1,0 +1,310 @@
+"""Rounds that are captured whole, on the CPU: what two replays and one copy to the host do is what
+the eager rounds do, and the host neither reads nor makes anything in between.
+"""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
+from typing import Any
+
+import pytest
+import torch
+from checks import MIXED, PROMPTS, check_captured, drafter_for, endless, transformer
+from conftest import tiny_model
+from dispatch import EagerCapture, NoHost, eager_capture
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from specdistill.decoding import (
+    GREEDY,
+    NgramDrafter,
+    Request,
+    Sampling,
+    SpeculativeDecoder,
+    drafters,
+    graphs,
+    rounds,
+)
+from specdistill.decoding.captured import Workspace
+from specdistill.errors import DecodingError
+from specdistill.models import LanguageModel
+from specdistill_kernels import Lenience
+
+WARM = Sampling(1.0)
+
+
+@pytest.fixture
+def capture() -> Iterator[type[EagerCapture]]:
+    graphs.warn_of_eager_rounds.cache_clear()
+    with eager_capture() as recorder:
+        yield recorder
+
+
+# --- The same tokens ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samplings", [[GREEDY], [WARM], MIXED], ids=["greedy", "warm", "mixed"])
+@pytest.mark.parametrize("kind", ["none", "itself", "half", "opposite", "trimmed", "stranger"])
+def test_a_captured_round_is_the_eager_one(kind: str, samplings: list[Sampling]) -> None:
+    check_captured(kind, 3 * (kind != "none"), samplings=samplings)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num", "options"),
+    [
+        (1, 1, {}),
+        (1, 5, {"mode": "block"}),
+        (9, 4, {"mode": "block", "keep_hidden": True}),
+        (9, 2, {"keep_hidden": True, "keep_proposals": True}),
+        (2, 8, {"keep_proposals": True}),
+        (4, 3, {"lenience": Lenience("lin", 0.5), "timed": False}),
+    ],
+    ids=str,
+)
+def test_in_batches_of_any_size_with_all_options(
+    batch_size: int, num: int, options: dict[str, Any]
+) -> None:
+    samplings = [WARM] if "lenience" in options else MIXED
+    check_captured("half", num, batch_size, samplings, **options)
+
+
+def test_a_row_without_a_distribution_is_named(capture: type[EagerCapture]) -> None:
+    target = tiny_model(11)
+    target.head.weight[:] = float("nan")
+    decoder = SpeculativeDecoder(target, cuda_graphs=True)
+    with pytest.raises(DecodingError, match="request 0, round 0"):
+        decoder.generate([[7, 8]], max_new_tokens=4)
+
+
+# --- What the host does in a round --------------------------------------------------------------
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Replays and copies to the host of each round that is decoded from now on, under a mode that
+    fails on anything else. Drawing and verifying, which are kernels on a GPU, do as they like.
+    """
+    counts: list[tuple[int, int]] = []
+    launch = Workspace.round
+
+    def watched_round(self: Workspace, visible: int, filters: Any, watch: Any = None) -> Any:
+        before = EagerCapture.replays
+        key = (self.batch, visible, filters)
+        for name in ("draft", "verify"):  # capturing runs a step beside the rounds
+            if (name, *key) not in self.graphs.captured and (name == "verify" or self.num):
+                return launch(self, visible, filters, watch)
+        with NoHost() as mode:
+            out = launch(self, visible, filters, watch)
+        counts.append((EagerCapture.replays - before, mode.copies))
+        return out
+
+    def opaque(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _disable_current_modes():
+                return kernel(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(Workspace, "round", watched_round)
+    monkeypatch.setattr(rounds, "verify", opaque(rounds.verify))
+    monkeypatch.setattr(drafters, "sample", opaque(drafters.sample))
+    return counts
+
+
+@pytest.mark.parametrize("samplings", [[GREEDY], MIXED], ids=["greedy", "mixed"])
+@pytest.mark.parametrize("kind", ["none", "half", "trimmed"])
+@pytest.mark.parametrize("options", [{}, {"keep_hidden": True, "keep_proposals": True}], ids=str)
+def test_a_round_is_two_replays_and_one_copy_to_the_host(
+    monkeypatch: pytest.MonkeyPatch, kind: str, samplings: list[Sampling], options: dict[str, bool]
+) -> None:
+    counts = watched(monkeypatch)
+    check_captured(kind, 3 * (kind != "none"), samplings=samplings, **options)
+    assert len(counts) > 10
+    assert set(counts) == {(1 if kind == "none" else 2, 1)}
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool((x > 0).all()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: torch.tensor([1, 2]) + 1,
+        lambda x: x.unique(),
+    ],
+)
+def test_the_mode_sees_what_it_should(act: Callable[[Tensor], Any]) -> None:
+    x = torch.arange(3)
+    EagerCapture.in_replay = True
+    try:
+        with NoHost():
+            _ = x + 1
+        with pytest.raises(AssertionError), NoHost():
+            act(x)
+    finally:
+        EagerCapture.in_replay = False
+    with pytest.raises(AssertionError, match="between replays"), NoHost():
+        _ = x + 1
+
+
+def test_the_kernels_launches_leave_the_host_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `verify` and `sample` do around their kernels, with filters, a trimmed vocabulary and
+    block verification.
+    """
+    pytest.importorskip("triton")
+    from specdistill_kernels.verification import launch, triton_backend
+
+    launches: list[Any] = []
+    monkeypatch.setattr(
+        launch.Launcher, "__call__", lambda self, kernel, *_, **__: launches.append(kernel)
+    )
+    state = rounds.RowState.of([[7]] * 2, [9] * 2, MIXED[2:4], [1, 2], torch.device("cpu"))
+    vocab, tokens = torch.arange(0, 64, 2), torch.zeros(2, 3, dtype=torch.int64)
+    triton_backend.inverse_of(vocab, 64)  # made once for a draft
+
+    def run() -> None:
+        settings = state.settings((True, True, False))
+        triton_backend.sample(torch.randn(2, 32), settings, position=1)
+        triton_backend.verify(
+            tokens,
+            torch.randn(2, 3, 32),
+            torch.randn(2, 4, 64),
+            settings,
+            lengths=(state.left - 1).clamp(min=0, max=3),
+            draft_vocab=vocab,
+            draft_lse=torch.zeros(2, 3),
+            point_mass=None,
+            mode="block",
+            lenience=None,
+        )
+
+    EagerCapture.in_replay = True
+    try:
+        with NoHost():
+            run()
+    finally:
+        EagerCapture.in_replay = False
+    assert len(launches) >= 4
+
+
+# --- What is kept -------------------------------------------------------------------------------
+
+
+def decoder_of(target: LanguageModel, kind: str = "half", **options: Any) -> SpeculativeDecoder:
+    drafter = drafter_for(target, kind)
+    return SpeculativeDecoder(
+        target, drafter, num_draft_tokens=3, batch_size=2, cuda_graphs=True, **options
+    )
+
+
+def test_graphs_and_caches_serve_later_calls(capture: type[EagerCapture]) -> None:
+    decoder = decoder_of(endless())
+    first = decoder.generate(PROMPTS, max_new_tokens=20, sampling=WARM)
+    assert first.captures == capture.captures > 0
+    again = decoder.generate(PROMPTS, max_new_tokens=20, sampling=WARM)
+    assert again.captures == 0
+    assert again.outputs == first.outputs
+    alone = decoder.generate(PROMPTS[:1], max_new_tokens=20, sampling=WARM)
+    assert alone.outputs[0].tokens == first.outputs[0].tokens
+    assert len(decoder._spaces) == 1, "a narrower stream takes the same rows"
+    shorter = decoder.generate([PROMPTS[2]] * 2, max_new_tokens=200)
+    assert shorter.captures in (2, 4), "twice as many slots are seen, once or twice"
+    assert len(decoder._spaces) == 1
+
+
+def test_buckets_grow_by_doubling(capture: type[EagerCapture]) -> None:
+    decoder = decoder_of(endless())
+    out = decoder.generate([[5, 6]] * 2, max_new_tokens=480)
+    assert all(len(o.tokens) == 480 for o in out.outputs)
+    (space,) = decoder._spaces
+    visible = sorted({key[2] for key in space.graphs.captured})
+    assert visible == [128, 256, 512]
+    assert out.captures <= 2 * 3 * 2, "for two rows and for one"
+
+
+def test_streams_that_are_open_at_once_do_not_meet(capture: type[EagerCapture]) -> None:
+    decoder = decoder_of(endless())
+    both = [
+        [Request(f"{name}{i}", p, 9 + i, Sampling(t), seed=4) for i, p in enumerate(prompts)]
+        for name, prompts, t in (("a", PROMPTS[:3], 1.0), ("b", [[9], [6, 6, 6, 6], [8]], 0.0))
+    ]
+    alone = [{o.request_id: o.tokens for o in decoder.run(requests).outputs} for requests in both]
+    together: list[dict[str, list[int]]] = [{r.id: [] for r in requests} for requests in both]
+    for turn in zip_longest(*map(decoder.stream, both)):
+        for texts, round_ in zip(together, turn, strict=True):
+            for row in round_.rows if round_ else []:
+                texts[row.request_id] += row.tokens
+    assert together == alone
+    abandoned = decoder.stream(both[0])
+    next(abandoned)
+    abandoned.close()
+    assert {o.request_id: o.tokens for o in decoder.run(both[0]).outputs} == alone[0]
+
+
+def test_a_decoder_takes_its_caches_with_it(capture: type[EagerCapture]) -> None:
+    decoder = decoder_of(endless())
+    decoder.generate(PROMPTS, max_new_tokens=4)
+    slots = weakref.ref(decoder._spaces[0].cached.layers[0].keys)
+    del decoder
+    gc.collect()
+    assert slots() is None
+
+
+def test_time_is_told_where_it_is_asked_for(capture: type[EagerCapture]) -> None:
+    told = decoder_of(endless()).generate(PROMPTS, max_new_tokens=9)
+    assert {"prefill", "draft", "target", "verify", "other"} == told.seconds.keys()
+    assert told.seconds["draft"] > 0
+    assert told.seconds["target"] > 0
+    silent = decoder_of(endless(), timed=False).generate(PROMPTS, max_new_tokens=9)
+    assert silent.seconds == {}
+    assert silent.outputs == told.outputs
+    eager = SpeculativeDecoder(endless(), timed=False).generate(PROMPTS, max_new_tokens=9)
+    assert eager.seconds == {}
+
+
+# --- What cannot be captured --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [("look-up", "what the host knows"), ("both", "what the host knows")],
+)
+def test_what_cannot_be_captured_runs_eagerly_and_says_so_once(
+    capture: type[EagerCapture], recwarn: pytest.WarningsRecorder, kind: str, reason: str
+) -> None:
+    target = transformer()
+    decoder = decoder_of(target, kind)
+    expected = SpeculativeDecoder(
+        target, drafter_for(target, kind), num_draft_tokens=3, batch_size=2
+    ).generate(PROMPTS, max_new_tokens=9)
+    for _ in range(2):
+        assert decoder.generate(PROMPTS, max_new_tokens=9).outputs == expected.outputs
+    told = [str(w.message) for w in recwarn if "not captured" in str(w.message)]
+    assert len(told) == 1
+    assert reason in told[0]
+
+
+def test_a_model_that_waits_for_the_device_runs_eagerly(
+    capture: type[EagerCapture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = transformer()
+    expected = SpeculativeDecoder(target, batch_size=2).generate(PROMPTS, max_new_tokens=9)
+
+    def refuse(*_: Any) -> Any:
+        raise graphs.CannotCaptureError("called a synchronizing operation")
+
+    monkeypatch.setattr(EagerCapture, "__call__", refuse)
+    decoder = SpeculativeDecoder(target, batch_size=2, cuda_graphs=True)
+    with pytest.warns(RuntimeWarning, match="synchronizing"):
+        assert decoder.generate(PROMPTS, max_new_tokens=9).outputs == expected.outputs
+
+
+def test_rules_of_ones_own_are_not_captured(capture: type[EagerCapture]) -> None:
+    from specdistill_kernels import verify
+
+    decoder = SpeculativeDecoder(
+        transformer(), NgramDrafter(), num_draft_tokens=2, rule=verify, cuda_graphs=True
+    )
+    with pytest.warns(RuntimeWarning, match="a rule takes the place"):
+        decoder.generate(PROMPTS[:1], max_new_tokens=4)
