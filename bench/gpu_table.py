@@ -14,7 +14,13 @@ def table(document: Report) -> str:
         f"triton {versions.get('triton')}, commit {str(document['git'])[:12]}, "
         f"seed {document['seed']}" + (", SMOKE: no figure means anything" * document["smoke"]),
     ]
-    makers = {"check": _check, "verify": _verify, "losses": _losses, "decode": _decode}
+    makers = {
+        "engine": _engine,
+        "check": _check,
+        "verify": _verify,
+        "losses": _losses,
+        "decode": _decode,
+    }
     for name, report in sections.items():
         checks = report.get("checks", [])
         failed = [check["name"] for check in checks if not check["passed"]]
@@ -28,7 +34,58 @@ def table(document: Report) -> str:
         if report["status"] in ("raised", "died"):
             why: str = report.get("traceback") or report.get("outcome") or ""
             lines += [f"  {report['status'].upper()} {line}" for line in why.splitlines()[-1:]]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *closing(sections)])
+
+
+def closing(sections: dict[str, Report]) -> list[str]:
+    """Three figures that say how far the code is from what the device allows."""
+    scores = sections.get("engine", {}).get("scores", [])
+    first = {row["gamma"]: row for row in scores if row["batch"] == 1 and not row["temperature"]}
+    plain, fast = first.get(0), first.get(4)
+    ratios = [
+        (entry["times_ours_cold"], row["mode"], row["batch"])
+        for row in sections.get("verify", {}).get("timings", [])
+        for name, entry in row["contenders"].items()
+        if "vLLM" in name and "times_ours_cold" in entry
+    ]
+    share = speedup = worst = "not measured"
+    if plain:
+        share = f"{plain['share_of_floor']:.0%}"
+    if plain and fast:
+        measured = fast["tokens_per_second"] / plain["tokens_per_second"]
+        speedup = f"{measured:.2f} of {fast['speedup_of_floors']:.2f}"
+    if ratios:
+        ratio, mode, batch = min(ratios)
+        worst = f"{ratio:.2f} ({mode}, B={batch})"
+    return [
+        f"plain decoding, B=1: {share} of the floor's speed",
+        f"speculative speedup, B=1, γ=4, of what the floors predict: {speedup}",
+        f"vLLM's time over ours in `verify`, at worst: {worst}",
+    ]
+
+
+def _engine(report: Report) -> list[str]:
+    lines = []
+    if "read_bytes_per_second" in report:
+        lines.append(
+            f"  reads {report['read_bytes_per_second'] / 1e12:.2f} TB/s; target "
+            f"{report['target_bytes'] / 1e9:.2f} GB, draft {report['draft_bytes'] / 1e9:.2f} GB"
+        )
+    for row in report.get("scores", []):
+        lines.append(
+            f"  B={row['batch']:<3} T={row['temperature']:g} γ={row['gamma']}  "
+            f"{row['tokens_per_second']:7.0f} tokens/s, {row['share_of_floor']:4.0%} of the floor's"
+            f"; block efficiency {row['block_efficiency']:.2f}, {row['captures']} captures"
+        )
+    for row in report.get("transformers", []):
+        way = "assisted" if row["assisted"] else "plain"
+        lines.append(f"  Transformers, {way}: {row['tokens_per_second']:.0f} tokens/s")
+    if found := report.get("attention"):
+        lines.append(
+            f"  a step that sees many slots takes {found['times_beyond_slots']:.2f} times one that "
+            "sees few, beyond the slots' bytes"
+        )
+    return lines
 
 
 def _check(report: Report) -> list[str]:

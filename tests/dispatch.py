@@ -30,6 +30,19 @@ class Draws(TorchDispatchMode):
         return out
 
 
+class Sizes(TorchDispatchMode):
+    """The numbers in the largest tensor that an operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = str(func)
+        if isinstance(out, Tensor) and not func.is_view and not name.split(".")[1].endswith("_"):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
 class EagerCapture:
     """Captures as CUDA does, without CUDA: the step runs on buffers of its own and its output stays
     in place; nothing is committed before the first replay.

@@ -24,6 +24,7 @@ from specdistill.decoding import (
     SpeculativeDecoder,
     drafters,
     graphs,
+    parallel,
     rounds,
 )
 from specdistill.decoding.captured import Workspace
@@ -45,7 +46,9 @@ def capture() -> Iterator[type[EagerCapture]]:
 
 
 @pytest.mark.parametrize("samplings", [[GREEDY], [WARM], MIXED], ids=["greedy", "warm", "mixed"])
-@pytest.mark.parametrize("kind", ["none", "itself", "half", "opposite", "trimmed", "stranger"])
+@pytest.mark.parametrize(
+    "kind", ["none", "itself", "half", "opposite", "trimmed", "stranger", "parallel"]
+)
 def test_a_captured_round_is_the_eager_one(kind: str, samplings: list[Sampling]) -> None:
     check_captured(kind, 3 * (kind != "none"), samplings=samplings)
 
@@ -107,12 +110,13 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(Workspace, "round", watched_round)
     monkeypatch.setattr(rounds, "verify", opaque(rounds.verify))
-    monkeypatch.setattr(drafters, "sample", opaque(drafters.sample))
+    for module in (drafters, parallel):
+        monkeypatch.setattr(module, "sample", opaque(module.sample))
     return counts
 
 
 @pytest.mark.parametrize("samplings", [[GREEDY], MIXED], ids=["greedy", "mixed"])
-@pytest.mark.parametrize("kind", ["none", "half", "trimmed"])
+@pytest.mark.parametrize("kind", ["none", "half", "trimmed", "parallel"])
 @pytest.mark.parametrize("options", [{}, {"keep_hidden": True, "keep_proposals": True}], ids=str)
 def test_a_round_is_two_replays_and_one_copy_to_the_host(
     monkeypatch: pytest.MonkeyPatch, kind: str, samplings: list[Sampling], options: dict[str, bool]

@@ -17,6 +17,7 @@ from scipy import stats
 
 from bench import gpu_check, gpu_check_losses, gpu_check_streams, gpu_suite, rivals
 from bench.gpu_session import Session
+from bench.gpu_table import closing
 from specdistill_kernels import RowSettings, counter_noise, fused_divergence, sample, verify
 from specdistill_kernels.verification.noise import DRAFT, exponential
 
@@ -60,7 +61,13 @@ def expect_sound(run: subprocess.CompletedProcess[str], document: Any) -> None:
         assert len(row["contenders"]) >= 2
         assert not any("raised" in entry for entry in row["contenders"].values())
     assert [row["temperature"] for row in sections["decode"]["scores"]] == [0, 1, 0, 1]
+    settings = {(r["batch"], r["temperature"], r["gamma"]) for r in sections["engine"]["scores"]}
+    assert settings == {(b, t, g) for b in (1, 2) for t in (0, 1) for g in (0, 2, 4, 6)}
+    assert {"profile", "attention", "read_bytes_per_second"} <= sections["engine"].keys()
+    assert [row["assisted"] for row in sections["engine"]["transformers"]] == [False, True]
     assert "SMOKE: no figure means anything" in run.stdout
+    last = [line.split(":")[0] for line in run.stdout.splitlines()[-3:]]
+    assert last == [line.split(":")[0] for line in closing({})]
 
 
 def test_every_section_runs_from_a_bare_checkout(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import tiny_model
+from dispatch import Sizes
 from test_architectures import family_model
 from torch import nn
 
@@ -220,3 +221,14 @@ def test_a_packed_pass_in_bfloat16_rounds_the_same_at_any_width() -> None:
         plain = states_by(1)
         for width in (2, 3, 4, 6, 8, 9, 36):
             assert torch.equal(states_by(width), plain), (kv_heads, width)
+
+
+def test_heads_that_share_keys_are_not_expanded() -> None:
+    """Nothing a step makes is as large as the keys would be if each head had its own."""
+    model = tiny_model(0, head_dim=64, num_attention_heads=8, num_key_value_heads=1)
+    cached = CachedModel(model, 2, 512)
+    token = torch.full((2, 1), 7)
+    with torch.inference_mode(), Sizes() as sizes:
+        cached.run(token, token + 490, 512)
+    assert sizes.largest < 2 * 512 * 64 * 8 / 2
+    assert sizes.largest >= 2 * 512, "of its mask"

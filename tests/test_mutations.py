@@ -542,8 +542,8 @@ MUTATIONS = [
         [
             (
                 ModelStream.draft_round,
-                "inputs, positions = state.tail,",
-                "inputs, positions = state.tail[:, 1:],",
+                "inputs, positions = state.tail[:, -2:],",
+                "inputs, positions = state.tail[:, -1:],",
             ),
             (ModelStream.draft_round, "places[:, :2]", "places[:, 1:2]"),
         ],

@@ -22,7 +22,7 @@ from specdistill.decoding.watch import Watch
 from specdistill.models.packing import pack
 
 if TYPE_CHECKING:
-    from specdistill.decoding.drafters import CapturableDrafter
+    from specdistill.decoding.capturable import CapturableDrafter
     from specdistill.decoding.engine import SpeculativeDecoder
 
 LEAST_VISIBLE = 128  # slots; more are a power of two, so that few shapes are captured
@@ -48,7 +48,8 @@ class Workspace:
         self.graphs = Graphs()
         self.cached = CachedModel(target, width, capacity)
         self.drafts = None if drafter is None else drafter.open_captured(width, capacity)
-        self.state = RowState.empty(width, self.device)
+        self.tail = max(2, self.num + 1)  # what a draft's cache may lack of a row
+        self.state = RowState.empty(width, self.device, self.tail)
         self.nothing = torch.empty(width, 0, dtype=torch.int64, device=self.device)
         self.eos = torch.tensor(sorted(target.eos_ids), dtype=torch.int64, device=self.device)
         columns = self.num + 2 + self.num * decoder.keep_proposals
@@ -63,8 +64,9 @@ class Workspace:
     def reset(self, batch: int) -> None:
         """For another stream of so many rows."""
         self.batch = batch
-        for mine, empty in zip(self.state, RowState.empty(self.width, self.device), strict=True):
-            mine.copy_(empty)
+        empty = RowState.empty(self.width, self.device, self.tail)
+        for mine, new in zip(self.state, empty, strict=True):
+            mine.copy_(new)
         self.cached.reset(batch)
         if self.drafts is not None:
             self.drafts.reset(batch)
@@ -82,6 +84,7 @@ class Workspace:
             [request.sampling for request in requests],
             [row_seed(request.seed, request.id) for request in requests],
             self.device,
+            self.tail,
         )
         self.state.write(index, new)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -86,38 +86,6 @@ class Drafter(Protocol):
     def open(self, batch: int, capacity: int) -> DraftStream:
         """Room for `batch` rows of up to `capacity` tokens."""
         ...
-
-
-class CapturableStream(DraftStream, Protocol):
-    """Proposes from what the device knows of the rows, by a function of tensors that is captured:
-    nothing in it may depend on a tensor's values.
-    """
-
-    def draft_round(
-        self, state: RowState, filters: Filters, num_tokens: int, visible: int
-    ) -> Proposals:
-        """`num_tokens` proposals a row; `visible` slots are above every position."""
-        ...
-
-    def passes(self, num_tokens: int) -> int:
-        """Passes of a draft model that a round takes."""
-        ...
-
-    def compact(self, rows: list[int]) -> None:
-        """As `keep`, in the same memory."""
-
-    def reset(self, batch: int) -> None:
-        """So many rows of those there were at first, for new requests."""
-
-
-@runtime_checkable
-class CapturableDrafter(Drafter, Protocol):
-    @property
-    def hindrance(self) -> str:
-        """Why its rounds cannot be captured; empty if they can."""
-        ...
-
-    def open_captured(self, batch: int, capacity: int) -> CapturableStream: ...
 
 
 class ModelDrafter:
@@ -212,7 +180,7 @@ class ModelStream:
         """The first pass takes each row's last two tokens, see `propose`."""
         drafter, settings = self.drafter, state.settings(filters)
         places = torch.arange(-1, num_tokens, device=state.tail.device) + state.lengths[:, None]
-        inputs, positions = state.tail, places[:, :2].clamp(min=0)
+        inputs, positions = state.tail[:, -2:], places[:, :2].clamp(min=0)
         tokens, all_logits, logsumexp = [], [], []
         for i in range(num_tokens):
             hidden = self.cached.run(drafter.readable(inputs), positions, visible)[:, -1]

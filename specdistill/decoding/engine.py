@@ -12,8 +12,9 @@ from dataclasses import KW_ONLY, dataclass, field
 import torch
 
 from specdistill.decoding.cache import CachedModel, cache_bytes
+from specdistill.decoding.capturable import CapturableDrafter
 from specdistill.decoding.captured import CapturedStream, Workspace
-from specdistill.decoding.drafters import CapturableDrafter, Context, Draft, Drafter
+from specdistill.decoding.drafters import Context, Draft, Drafter
 from specdistill.decoding.graphs import CannotCaptureError, Graphs, warn_of_eager_rounds
 from specdistill.decoding.records import (
     CacheSize,
@@ -25,7 +26,7 @@ from specdistill.decoding.records import (
 from specdistill.decoding.row import Row
 from specdistill.decoding.sampling import GREEDY, Sampling, row_seed, row_settings
 from specdistill.decoding.watch import Watch
-from specdistill.errors import InputError
+from specdistill.errors import DecodingError, InputError
 from specdistill.limits import MAX_DRAFT_TOKENS
 from specdistill.models import LanguageModel, check_tokens
 from specdistill.models.packing import pack
@@ -144,10 +145,17 @@ class SpeculativeDecoder:
             if hindrance:
                 graphs = Graphs()  # of the target's passes
             else:
+                started = False
                 try:
-                    yield from self._captured_rounds(requests)
+                    for round_ in self._captured_rounds(requests):
+                        started = True
+                        yield round_
                     return
                 except CannotCaptureError as error:
+                    if started:  # what was emitted cannot be taken back
+                        raise DecodingError(
+                            f"a round cannot be captured any more ({error}); take cuda_graphs=False"
+                        ) from error
                     hindrance = str(error)
             warn_of_eager_rounds(hindrance)
         stream = _Stream(self, requests, graphs)

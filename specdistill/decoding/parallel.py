@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specdistill.decoding.drafters import Context, Draft, ModelDrafter, ModelStream
+from specdistill.decoding.rounds import Filters, Proposals, RowState
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
 from specdistill.models.packing import pack
@@ -41,6 +42,15 @@ class ParallelDrafter:
 
     def open(self, batch: int, capacity: int) -> ParallelStream:
         return ParallelStream(self, self.model.open(batch, capacity))
+
+    @property
+    def hindrance(self) -> str:
+        return "a parallel draft looks for its mask token in a trimmed vocabulary" * (
+            self.vocab is not None
+        )
+
+    def open_captured(self, batch: int, capacity: int) -> ParallelStream:
+        return ParallelStream(self, self.model.open_captured(batch, capacity))
 
     def columns(self, logits: Tensor) -> Tensor:
         """`ModelDrafter.columns`, with the mask token out of reach."""
@@ -88,6 +98,35 @@ class ParallelStream:
             torch.stack([each.logsumexp for each in drawn], 1),
             vocab,
             steps=1,
+        )
+
+    def compact(self, rows: list[int]) -> None:
+        self.model.compact(rows)
+
+    def reset(self, batch: int) -> None:
+        self.model.reset(batch)
+
+    def passes(self, num_tokens: int) -> int:
+        return 1
+
+    def draft_round(
+        self, state: RowState, filters: Filters, num_tokens: int, visible: int
+    ) -> Proposals:
+        """As `propose`, over so many of a row's last tokens as a round may add."""
+        settings, text = state.settings(filters), state.tail[:, -1 - num_tokens :]
+        masks = text.new_full((len(text), num_tokens - 1), self.drafter.mask_token)
+        places = torch.arange(-num_tokens, num_tokens, device=text.device)
+        hidden = self.model.cached.run(
+            torch.cat([self.drafter.model.readable(text), masks], 1),
+            (state.lengths[:, None] + places).clamp(min=0),
+            visible,
+        )[:, num_tokens:]
+        logits = self.drafter.columns(self.model.cached.logits(hidden))
+        drawn = [sample(logits[:, i], settings, position=i) for i in range(num_tokens)]
+        return Proposals(
+            torch.stack([each.tokens for each in drawn], 1),
+            logits,
+            torch.stack([each.logsumexp for each in drawn], 1),
         )
 
     def run(self, context: Context, num_tokens: int) -> Tensor:

@@ -22,7 +22,7 @@ _OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
 class RowState(NamedTuple):
     """What the device knows of B rows. A row that is done stays as it is, whatever a round does."""
 
-    tail: Tensor  # [B, 2] last tokens, of which no cache holds the last; both alike in short rows
+    tail: Tensor  # [B, W] last tokens, the first again in shorter rows; no cache holds the last
     lengths: Tensor  # [B] tokens before the last one
     left: Tensor  # [B] new tokens that may still come
     done: Tensor  # [B] bool, also of rows without a request
@@ -34,11 +34,11 @@ class RowState(NamedTuple):
     min_p: Tensor
 
     @classmethod
-    def empty(cls, batch: int, device: torch.device) -> RowState:
+    def empty(cls, batch: int, device: torch.device, width: int = 2) -> RowState:
         """Rows without requests."""
         zeros = torch.zeros(batch, dtype=torch.int64, device=device)
         floats = zeros.double()
-        tail = zeros[:, None].repeat(1, 2)
+        tail = zeros[:, None].repeat(1, width)
         settings = (floats, zeros.clone(), zeros.clone(), zeros.clone(), floats + 1, floats.clone())
         return cls(tail, zeros, zeros.clone(), zeros == 0, *settings)
 
@@ -50,8 +50,9 @@ class RowState(NamedTuple):
         samplings: list[Sampling],
         seeds: list[int],
         device: torch.device,
+        width: int = 2,
     ) -> RowState:
-        """New rows that hold these texts."""
+        """New rows that hold these texts, with the last `width` tokens of each."""
         settings = row_settings(samplings, seeds, device)._asdict()
         count = len(texts)
         for name, off in _OFF.items():
@@ -97,7 +98,7 @@ class RowState(NamedTuple):
         count = torch.where(self.done, 0, count)
         broken = emitted.gather(1, num_accepted[:, None])[:, 0] < 0
         left = self.left - count
-        after = count[:, None] + torch.arange(2, device=emitted.device)
+        after = count[:, None] + torch.arange(self.tail.shape[1], device=emitted.device)
         return self._replace(
             tail=torch.cat([self.tail, emitted], 1).gather(1, after).clamp(min=0),
             lengths=self.lengths + count,
@@ -145,7 +146,7 @@ def verify_round(
     position.
     """
     num = draft.tokens.shape[1]
-    tokens = torch.cat([state.tail[:, 1:], draft.tokens.clamp(min=0)], 1)
+    tokens = torch.cat([state.tail[:, -1:], draft.tokens.clamp(min=0)], 1)
     positions = state.lengths[:, None] + torch.arange(num + 1, device=tokens.device)
     hidden = cached.run(tokens, positions, visible)
     logits = cached.logits(hidden)
