@@ -4,6 +4,7 @@ reads a round while the device is at the next one.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ class Workspace:
         capacity: int,
     ) -> None:
         target = decoder.target
-        self.decoder, self.device = decoder, target.device
+        self.decoder: SpeculativeDecoder = weakref.proxy(decoder)  # which has this one
+        self.device = target.device
         self.batch = self.width = width
         self.num = decoder.num_draft_tokens
         pack(target, width * (self.num + 1))
