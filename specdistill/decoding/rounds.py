@@ -61,7 +61,7 @@ class RowState(NamedTuple):
                 settings[name] = torch.full((count,), off, dtype=kind, device=device)
         return cls(
             torch.tensor(
-                [[text[max(len(text) - 2, 0)], text[-1]] for text in texts], device=device
+                [text[:1] * (width - len(text)) + text[-width:] for text in texts], device=device
             ),
             torch.tensor([len(text) - 1 for text in texts], device=device),
             torch.tensor(left, device=device),
