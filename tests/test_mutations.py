@@ -477,7 +477,7 @@ MUTATIONS = [
     Mutation(
         "the mask token is proposed",
         "draft's cache, parallel",
-        [(ParallelDrafter.columns, "logits[..., at] = -math.inf", "pass")],
+        [(ParallelDrafter.columns, "logits[..., at].fill_(-math.inf)", "pass")],
     ),
     Mutation(
         "the mask token of a trimmed vocabulary is looked for by its id",

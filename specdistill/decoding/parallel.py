@@ -61,7 +61,7 @@ class ParallelDrafter:
             if at < len(self.vocab) and self.vocab[at] != self.mask_token:
                 return logits
         if at < logits.shape[-1]:
-            logits[..., at] = -math.inf
+            logits[..., at].fill_(-math.inf)
         return logits
 
 
