@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from specdistill import limits
@@ -22,7 +22,7 @@ from specdistill.data.prompts import Prompt, prompts_sha256
 from specdistill.data.questions import answer_id, round_seed
 from specdistill.data.scorers import BestOf
 from specdistill.data.selection import Selection
-from specdistill.data.text_store import AnswerStore, Choices, Reply, Settled, settle
+from specdistill.data.text_store import AnswerStore, Choices, Settled, settle
 from specdistill.decoding.sampling import Sampling, own_sampling, row_seed
 from specdistill.engines.openai_replies import KEY, NoAnswer, api_key, one_line, read_reply, said_by
 from specdistill.errors import InputError, ServerError
@@ -39,6 +39,7 @@ REPLIES = 3  # how often an answer that is none is asked for
 BACKOFF = 0.5  # seconds before the second reply is asked for; doubles
 REFUSALS = 16  # in a row, with which the trouble is not with single prompts
 GRACE = 10.0  # seconds an interrupt waits for answers that are under way
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,84 @@ def _problem(url: str) -> str | None:
     return None
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """A prompt that gets no answer, and why."""
+
+
+class Line:
+    """A server and the client that asks it."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.client = server, _client(server)
+        self.limit = "max_tokens"  # by which name the server knows the limit of an answer
+        self.more: Mapping[str, Any] | None = None  # fields that are not OpenAI's
+
+    async def reply(
+        self, question: dict[str, Any], max_new_tokens: int, read: Callable[[Any], T]
+    ) -> T:
+        """What `read` makes of the reply; one of which it makes `NoAnswer` is asked for again.
+        Raises `Refused` for this question alone, `ServerError` where others will fare no better.
+        """
+        import openai
+
+        server, reason, tries = self.server, "", 0
+        while tries < REPLIES:
+            limit = self.limit
+            asked = {**question, limit: max_new_tokens}
+            more = self.more
+            if more is not None:
+                asked["extra_body"] = more
+            try:
+                reply = await asyncio.wait_for(
+                    self.client.chat.completions.create(**asked), SECONDS * (CLIENT_RETRIES + 1)
+                )
+                return read(reply)
+            except openai.APIStatusError as error:
+                status, words = error.status_code, said_by(error)
+                if status in (401, 403):
+                    raise ServerError(
+                        f"{server.public} refuses the key: {words}; check the environment variable "
+                        f"{KEY}, and --target and --base-url"
+                    ) from None
+                if status == 404:
+                    raise ServerError(
+                        f"{server.public} does not serve {server.model!r}: {words}; check --target "
+                        "and --base-url"
+                    ) from None
+                if status == 400 and limit == "max_tokens" and "max_completion_tokens" in words:
+                    # OpenAI's newer models know the limit by this name alone.
+                    self.limit = "max_completion_tokens"
+                    continue
+                if status == 400 and more is not None and any(name in words for name in more):
+                    self.more = None  # it takes OpenAI's fields alone
+                    continue
+                if status != 429 and status < 500:
+                    raise Refused(words) from None
+                wait = one_line(error.response.headers.get("retry-after", ""))
+                raise ServerError(
+                    f"{server.public} fails or limits the rate: {words}"
+                    f"{f' (it asks to wait {wait} s)' if wait else ''}; what was answered is kept, "
+                    "run the same command again to go on"
+                ) from None
+            except openai.APIConnectionError as error:
+                raise ServerError(
+                    f"cannot reach {server.public}: {said_by(error.__cause__ or error)}; what was "
+                    "answered is kept, run the same command again to go on"
+                ) from None
+            except TimeoutError:
+                raise ServerError(
+                    f"{server.public} sends no end of an answer; what was answered is kept, run "
+                    "the same command again to go on"
+                ) from None
+            # What the client does not check: JSON that is none, or of other types.
+            except (NoAnswer, ValueError, TypeError, AttributeError, LookupError) as error:
+                reason = said_by(error)
+            except (openai.OpenAIError, RecursionError, OverflowError) as error:
+                reason = said_by(error)
+            tries += 1
+            if tries < REPLIES:
+                await asyncio.sleep(BACKOFF * 2 ** (tries - 1))
+        raise Refused(f"{REPLIES} replies without an answer, the last: {reason}")
 
 
 @holding("folder")
@@ -128,7 +205,7 @@ def ask(
             "OpenAI's protocol has temperature and top-p, and no top-k or min-p: leave these out"
         )
     selection = Selection.checked(filters, best_of, prompts, samplings)
-    client = _client(server)
+    line = Line(server)
     store = AnswerStore(
         folder,
         {
@@ -146,7 +223,7 @@ def ask(
     )
     choices = Choices(selection)
     asking = _Asking(
-        server, client, prompts, store, choices, samplings, seed, max_new_tokens, progress
+        server, line, prompts, store, choices, samplings, seed, max_new_tokens, progress
     )
     try:
         asyncio.run(asking.all())
@@ -166,7 +243,7 @@ class _Asking:
     """One call of `ask`: what is still to be asked, and what was refused in it."""
 
     server: Server
-    client: AsyncOpenAI
+    line: Line
     prompts: Sequence[Prompt]
     store: AnswerStore
     choices: Choices
@@ -177,7 +254,6 @@ class _Asking:
     refused: dict[tuple[str, int], str] = field(default_factory=dict)  # attempts
     refused_in_a_row: set[str] = field(default_factory=set)  # prompts
     open: set[str] = field(default_factory=set)  # prompts
-    limit: str = "max_tokens"  # by which name the server knows the limit of an answer
 
     def settled(self) -> Settled:
         return settle(self.prompts, self.store.replies, self.choices, self._retries, self.refused)
@@ -185,7 +261,7 @@ class _Asking:
     async def all(self) -> None:
         """Until nothing is missing: once, and again for what was removed."""
         asking = f"asking {self.server.public}, which may take a minute to say that nobody is there"
-        async with self.client:
+        async with self.line.client:
             while questions := self.settled().missing:
                 self.open = {prompt.id for prompt, _ in questions}
                 self._tell(asking)
@@ -221,8 +297,12 @@ class _Asking:
     async def _ask(self, prompt: Prompt, attempt: int) -> None:
         try:
             question = self._question(prompt, attempt)
-            reply = await self._reply(question, prompt.id, attempt)
-        except _Refused as reason:
+            reply = await self.line.reply(
+                question,
+                self.max_new_tokens,
+                lambda said: read_reply(said, prompt.id, attempt, "logprobs" in question),
+            )
+        except Refused as reason:
             self.refused[prompt.id, attempt] = str(reason)
             self.refused_in_a_row.add(prompt.id)
             self._tell()
@@ -241,62 +321,6 @@ class _Asking:
             if chosen is not None:
                 self.open.discard(prompt.id)
         self._tell()
-
-    async def _reply(self, question: dict[str, Any], id_: str, attempt: int) -> Reply:
-        import openai
-
-        server, reason, tries = self.server, "", 0
-        while tries < REPLIES:
-            limit = self.limit
-            asked = {**question, limit: self.max_new_tokens}
-            try:
-                reply = await asyncio.wait_for(
-                    self.client.chat.completions.create(**asked), SECONDS * (CLIENT_RETRIES + 1)
-                )
-                return read_reply(reply, id_, attempt, "logprobs" in question)
-            except openai.APIStatusError as error:
-                status, words = error.status_code, said_by(error)
-                if status in (401, 403):
-                    raise ServerError(
-                        f"{server.public} refuses the key: {words}; check the environment variable "
-                        f"{KEY}, and --target and --base-url"
-                    ) from None
-                if status == 404:
-                    raise ServerError(
-                        f"{server.public} does not serve {server.model!r}: {words}; check --target "
-                        "and --base-url"
-                    ) from None
-                if status == 400 and limit == "max_tokens" and "max_completion_tokens" in words:
-                    # OpenAI's newer models know the limit by this name alone.
-                    self.limit = "max_completion_tokens"
-                    continue
-                if status != 429 and status < 500:
-                    raise _Refused(words) from None
-                wait = one_line(error.response.headers.get("retry-after", ""))
-                raise ServerError(
-                    f"{server.public} fails or limits the rate: {words}"
-                    f"{f' (it asks to wait {wait} s)' if wait else ''}; what was answered is kept, "
-                    "run the same command again to go on"
-                ) from None
-            except openai.APIConnectionError as error:
-                raise ServerError(
-                    f"cannot reach {server.public}: {said_by(error.__cause__ or error)}; what was "
-                    "answered is kept, run the same command again to go on"
-                ) from None
-            except TimeoutError:
-                raise ServerError(
-                    f"{server.public} sends no end of an answer; what was answered is kept, run "
-                    "the same command again to go on"
-                ) from None
-            # What the client does not check: JSON that is none, or of other types.
-            except (NoAnswer, ValueError, TypeError, AttributeError, LookupError) as error:
-                reason = said_by(error)
-            except (openai.OpenAIError, RecursionError, OverflowError) as error:
-                reason = said_by(error)
-            tries += 1
-            if tries < REPLIES:
-                await asyncio.sleep(BACKOFF * 2 ** (tries - 1))
-        raise _Refused(f"{REPLIES} replies without an answer, the last: {reason}")
 
     def _question(self, prompt: Prompt, attempt: int) -> dict[str, Any]:
         sampling = own_sampling(self.samplings, self.seed, prompt.id)
