@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specdistill.cli import console
 from specdistill.errors import InputError
 
 if TYPE_CHECKING:
     from specdistill.data.prompts import Prompt, Turns
     from specdistill.data.scorers import BestOf
+    from specdistill.data.token_store import Store
 
 
 def choice(best_of: int | None, scorer: str | None) -> BestOf | None:
@@ -82,3 +84,42 @@ def refuse_none(answers: Sized, out: Path, removed: Mapping[str, int]) -> None:
 
 def by_kind(removed: Mapping[str, int]) -> str:
     return ", ".join(f"{number} {name}" for name, number in removed.items())
+
+
+def finish(
+    store: Store, *, removing: bool, as_json: bool, refused: Mapping[str, str] | None = None
+) -> None:
+    """What came of answers that are tokens, and whose prompts were `refused`, and why."""
+    done, counts, tail = store.done(), store.filtered(), store.tail()
+    lines = [f"{len(done)} answers in {store.folder}"]
+    if tail:
+        # A server tells nothing of the tail but its mass, which bounds what it costs.
+        bound = "at most " if (store.manifest.engine or {}).get("name") == "openai" else ""
+        lines.append(
+            f"outside the kept tokens: {tail['tail_mass']:.3%} of the target's probability; a "
+            f"draft that learns what is kept and nothing else loses {bound}"
+            f"{tail['alpha_cost']:.4f} of α"
+        )
+    if removing:
+        lines.append(removed_line(counts))
+    lines += refused_lines(refused or {})
+    console.print_lines(console.screen_for(as_json), lines)
+    refuse_none(done, store.folder, counts["removed"])
+    best_of = store.manifest.settings.get("best_of")
+    document = {
+        "out": str(store.folder),
+        "answers": len(done),
+        **({} if refused is None else {"refused": len(refused)}),
+        "parts": len(store.manifest.parts),
+        **({"best_of": best_of["number"]} if best_of else {}),
+    }
+    console.finish(as_json, {**document, **counts, **(tail or {})})
+
+
+def refused_lines(refused: Mapping[str, str]) -> list[str]:
+    if not refused:
+        return []
+    prompt, reason = next(iter(refused.items()))
+    return [
+        f"{len(refused)} prompts refused, and asked again by the same command; {prompt!r}: {reason}"
+    ]

@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from specdistill import limits
 from specdistill.cli import answers, console, options, parsing
 from specdistill.cli.options import among
+from specdistill.errors import InputError
 from specdistill.files import keep_apart
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from specdistill.data.generation import OutsideDecoder
+    from specdistill.data.prompts import Prompt
     from specdistill.data.text_store import Settled
+    from specdistill.engines.openai import Server
+    from specdistill.models import LanguageModel
 
 
 def ask(
-    base_url: Annotated[str, typer.Option(help="The server's, such as http://localhost:8000/v1.")],
+    base_url: Annotated[
+        list[str],
+        typer.Option(
+            help="The server's, such as http://localhost:8000/v1; with --signal more than one."
+        ),
+    ],
     target: Annotated[str, typer.Option(help="The model's name there.")],
     prompts: options.Prompts,
     out: options.Answers,
-    concurrency: Annotated[int, among(limits.QUESTIONS, "Questions under way at once.")] = 8,
+    concurrency: Annotated[
+        int, among(limits.QUESTIONS, "Questions under way at once at a server.")
+    ] = 8,
+    signal: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep the target's most probable tokens as well, as many as the server tells: "
+            "top-k:20."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="With --signal: the target's Hugging Face id or folder, for tokenizer and head."
+        ),
+    ] = None,
     style: options.Style = "instruction",
     examples: options.Examples = None,
     shots: options.Shots = None,
@@ -42,10 +69,20 @@ def ask(
     column: options.Column = None,
     as_json: options.Json = False,
 ) -> None:
-    """Have a server with OpenAI's protocol answer prompts; a draft learns from the text. The key
-    comes from the environment, OPENAI_API_KEY.
+    """Have a server with OpenAI's protocol answer prompts; a draft learns from the text, and with
+    --signal from the target's most probable tokens. The key comes from the environment,
+    OPENAI_API_KEY.
     """
-    keep_apart([out], [prompts, examples])
+    keep_apart([out], [prompts, examples, checkpoint])
+    if (signal is None) != (checkpoint is None):
+        raise InputError(
+            "--signal and --checkpoint go together: the server's tokens are checked against the "
+            "target's tokenizer, and a draft learns with its head"
+        )
+    if signal is None and len(base_url) > 1:
+        raise InputError("several --base-url go with --signal; for text alone name one")
+    if signal is not None and min_words:
+        raise InputError("--min-words counts the words of text alone; leave it out with --signal")
     from specdistill.data.filters import Filters
     from specdistill.decoding import Sampling
     from specdistill.engines import openai
@@ -54,11 +91,18 @@ def ask(
     filters = Filters(min_words, max_repetition, drop_truncated, drop_duplicates, retries)
     choice = answers.choice(best_of, scorer)
     read = answers.read(prompts, split, column, limit, response_column, scorer)
-    server = openai.Server(base_url, target, concurrency)
+    servers = [openai.Server(url, target, concurrency) for url in base_url]
+    asked = answers.put(read, style, examples, shots, seed)
+    if signal is not None:
+        assert checkpoint is not None
+        how = {"max_new_tokens": max_new_tokens, "samplings": samplings, "seed": seed}
+        choices = {"filters": filters, "best_of": choice}
+        _ask_top_k(servers, asked, out, signal, checkpoint, how | choices, as_json)
+        return
     with console.progress() as progress:
         settled, refused = openai.ask(
-            server,
-            answers.put(read, style, examples, shots, seed),
+            servers[0],
+            asked,
             out,
             max_new_tokens=max_new_tokens,
             samplings=samplings,
@@ -69,6 +113,46 @@ def ask(
         )
     removing = filters.remove or choice is not None
     _finish(settled, refused, out, removing=removing, as_json=as_json)
+
+
+def _ask_top_k(
+    servers: Sequence[Server],
+    prompts: Sequence[Prompt],
+    out: Path,
+    signal: str,
+    checkpoint: str,
+    how: dict[str, Any],
+    as_json: bool,
+) -> None:
+    """As `generate` does, with servers in the place of our engine."""
+    from specdistill.data.generation import Outside, generate
+    from specdistill.data.signal import kept_tokens
+    from specdistill.engines.openai import check_askable
+    from specdistill.engines.openai_top_k import TopKAnswers
+
+    if (k := kept_tokens(signal)) is None:
+        raise InputError(f"a server tells its most probable tokens: top-k:20; got {signal!r}")
+    check_askable(prompts, how["samplings"])
+    load = console.loader(checkpoint, "auto", "cpu", decoding=False, head_only=True)
+    refused: dict[str, str] = {}
+
+    def decoder(model: LanguageModel, _: int) -> OutsideDecoder:
+        return TopKAnswers(servers, model, prompts, k, refused)
+
+    outside = Outside("openai", decoder, {"server_model": servers[0].model})
+    with console.progress() as progress:
+        store = generate(
+            load,
+            prompts,
+            out,
+            signal=signal,
+            outside=outside,
+            progress=progress,
+            note=console.note,
+            **how,
+        )
+    removing = how["filters"].remove or how["best_of"] is not None
+    answers.finish(store, removing=removing, as_json=as_json, refused=refused)
 
 
 def _finish(
@@ -104,10 +188,4 @@ def _server_lines(counts: dict[str, int], refused: dict[str, str]) -> list[str]:
     lines = []
     if counts["cut"] or counts["empty"]:
         lines.append(f"{counts['cut']} cut at the limit, {counts['empty']} empty")
-    if refused:
-        prompt, reason = next(iter(refused.items()))
-        lines.append(
-            f"{len(refused)} prompts refused, and asked again by the same command; "
-            f"{prompt!r}: {reason}"
-        )
-    return lines
+    return lines + answers.refused_lines(refused)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,9 +14,6 @@ from specdistill.cli.options import among
 from specdistill.cli.serving import Serving
 from specdistill.errors import InputError
 from specdistill.files import keep_apart
-
-if TYPE_CHECKING:
-    from specdistill.data.token_store import Store
 
 
 def generate(
@@ -137,30 +134,8 @@ def generate(
             progress=progress,
             note=console.note,
         )
-    _finish(store, removing=filters.remove or choice is not None, as_json=as_json)
-
-
-def _finish(store: Store, *, removing: bool, as_json: bool) -> None:
-    """What came of it."""
-    done, counts, tail = store.done(), store.filtered(), store.tail()
-    lines = [f"{len(done)} answers in {store.folder}"]
-    if tail:
-        lines.append(
-            f"outside the kept tokens: {tail['tail_mass']:.3%} of the target's probability; a "
-            f"draft that learns what is kept and nothing else loses {tail['alpha_cost']:.4f} of α"
-        )
-    if removing:
-        lines.append(answers.removed_line(counts))
-    console.print_lines(console.screen_for(as_json), lines)
-    answers.refuse_none(done, store.folder, counts["removed"])
-    best_of = store.manifest.settings.get("best_of")
-    document = {
-        "out": str(store.folder),
-        "answers": len(done),
-        "parts": len(store.manifest.parts),
-        **({"best_of": best_of["number"]} if best_of else {}),
-    }
-    console.finish(as_json, {**document, **counts, **(tail or {})})
+    removing = filters.remove or choice is not None
+    answers.finish(store, removing=removing, as_json=as_json)
 
 
 def widen(

@@ -48,6 +48,10 @@ class OutsideDecoder(AnyDecoder, Protocol):
     @property
     def facts(self) -> dict[str, Any]: ...
 
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Prompts that it will not answer in this call, by id, and why."""
+
 
 class Outside(NamedTuple):
     """What makes an engine of a model and the batch size, and what settings of its own decide the
@@ -214,10 +218,11 @@ class _Asking:
     def open(self) -> list[Question]:
         """What is to be asked next, of each open prompt once, in another way after a removal."""
         done = self.store.done()
+        refused = {} if self.outside is None else self.outside.refused
         waiting = [
             replace(question, seed=round_seed(self.seed, self.removals[id_]))
             for id_, question in self.questions.items()
-            if id_ not in done and self.retried(id_)
+            if id_ not in done and id_ not in refused and self.retried(id_)
         ]
         # Neighbours share what they begin with; ids seed the draws.
         waiting.sort(key=lambda question: question.tokens)

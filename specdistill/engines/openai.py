@@ -194,16 +194,7 @@ def ask(
     """
     if not prompts or not samplings:
         raise InputError("there are no prompts to answer, or no sampling to answer with")
-    for prompt in prompts:
-        if prompt.beside_text:
-            raise InputError(
-                f"prompt {prompt.id!r} has {', '.join(map(repr, prompt.beside_text))}, and a "
-                "server is asked text alone; remove the row, or let a local target answer"
-            )
-    if any(sampling.top_k or sampling.min_p for sampling in samplings):
-        raise InputError(
-            "OpenAI's protocol has temperature and top-p, and no top-k or min-p: leave these out"
-        )
+    check_askable(prompts, samplings)
     selection = Selection.checked(filters, best_of, prompts, samplings)
     line = Line(server)
     store = AnswerStore(
@@ -328,17 +319,7 @@ class _Asking:
         round_, number = divmod(attempt, selection.number)
         seed = row_seed(round_seed(self.seed, round_), answer_id(prompt.id, number))
         scored = {"logprobs": True} if selection.reads_log_probability else {}
-        return {
-            "model": self.server.model,
-            "messages": [
-                {key: turn[key] for key in ("role", "content", "name") if key in turn}
-                for turn in prompt.messages
-            ],
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": seed >> 32,  # 31 bits: what every server takes
-            **scored,
-        }
+        return question(self.server.model, prompt, sampling, seed) | scored
 
     def _retries(self, prompt: Prompt) -> int:
         sampling = own_sampling(self.samplings, self.seed, prompt.id)
@@ -350,6 +331,34 @@ class _Asking:
         detail = detail or (f"{replies}, {refused} refused" if refused else replies)
         done = min(total - len(self.open), total - 0.01)  # a duplicate may have to be asked again
         self.progress("ask", total if ended else done, total, detail)
+
+
+def question(model: str, prompt: Prompt, sampling: Sampling, seed: int) -> dict[str, Any]:
+    """What a server is asked."""
+    return {
+        "model": model,
+        "messages": [
+            {key: turn[key] for key in ("role", "content", "name") if key in turn}
+            for turn in prompt.messages
+        ],
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "seed": seed >> 32,  # 31 bits: what every server takes
+    }
+
+
+def check_askable(prompts: Sequence[Prompt], samplings: Sequence[Sampling]) -> None:
+    """Raises `InputError` for what the protocol has no words for."""
+    for prompt in prompts:
+        if prompt.beside_text:
+            raise InputError(
+                f"prompt {prompt.id!r} has {', '.join(map(repr, prompt.beside_text))}, and a "
+                "server is asked text alone; remove the row, or let a local target answer"
+            )
+    if any(sampling.top_k or sampling.min_p for sampling in samplings):
+        raise InputError(
+            "OpenAI's protocol has temperature and top-p, and no top-k or min-p: leave these out"
+        )
 
 
 def _client(server: Server) -> AsyncOpenAI:

@@ -137,6 +137,10 @@ class Batches:
         dtype = str(self.target.dtype).removeprefix("torch.")
         return {"name": "transformers", "version": transformers.__version__, "dtype": dtype}
 
+    @property
+    def refused(self) -> dict[str, str]:
+        return {}
+
     def stream(self, requests: Iterable[Request]) -> Iterator[Round]:
         """Raises `InputError` and `DecodingError` as `SpeculativeDecoder.stream`."""
         waiting = sorted(requests, key=lambda r: (*_alike(r), len(r.tokens)))

@@ -167,6 +167,7 @@ class Answers(AbstractContextManager["Answers"]):
         self.keep, self.top_k = signal != NONE, kept_tokens(signal)
         self.scored = scored
         self.facts: dict[str, Any] = {}
+        self.refused: dict[str, str] = {}
         self.processes: dict[int, _Process] = {}
         self.heard: queue.Queue[Heard] = queue.Queue()
         self.longest = 0
