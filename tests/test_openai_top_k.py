@@ -73,7 +73,8 @@ class Served:
         ]
         said = {"role": "assistant", "content": self.target.tokenizer.decode(answer)}
         choice = {"index": 0, "message": said, "finish_reason": "length"}
-        document = {"id": "x", "choices": [choice | {"logprobs": {"content": content}}]}
+        choice["logprobs"] = {"content": content}
+        document = {"id": "x", "choices": [choice]}
         document["usage"] = {"prompt_tokens": len(given)}
         if self.ids:
             document["prompt_token_ids"] = given

@@ -12,6 +12,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from math import exp, isfinite
 from typing import Any
@@ -173,7 +174,7 @@ class TopKAnswers:
                     raise row
                 yield Round([row], {}, 0)
         finally:
-            if thread.is_alive():
+            with suppress(RuntimeError):  # where the loop has ended
                 loop.call_soon_threadsafe(task.cancel)
             thread.join()
 
