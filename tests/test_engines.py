@@ -19,7 +19,7 @@ from scipy import stats
 from test_cli import run
 
 from specdistill import models
-from specdistill.cli.tables import evidence_line, rows_table
+from specdistill.cli.tables import evidence_line, load_tables, rows_table
 from specdistill.data.chat import EncodedPrompt
 from specdistill.data.filters import Filters
 from specdistill.data.generation import Outside, generate
@@ -34,6 +34,8 @@ from specdistill.engines import base, transformers, vllm
 from specdistill.errors import DecodingError, InputError, StorageError
 from specdistill.models import LanguageModel
 from specdistill.models.parallel import set_parallel
+from specdistill.report.plots import figure_load, save
+from specdistill.scoring import load
 from specdistill.scoring.card_rows import ModelCard
 from specdistill.scoring.comparable import obstacles
 from specdistill.scoring.rows import Counts
@@ -340,7 +342,8 @@ def test_a_request_too_long_for_the_target_is_refused_before_any_work(
 # vLLM: first its process, with a stand-in for vLLM on the other side
 
 STAND_IN = """
-import os
+import os, time
+from types import SimpleNamespace as Names
 __version__ = "9.9"
 class SamplingParams:
     def __init__(self, **given):
@@ -363,8 +366,12 @@ class LLM:
         )
         self.rounds = self.requests = 0
         assert given["max_model_len"] == 3 + 10 + self.gamma + 1, given
-    def generate(self, prompts, params, use_tqdm):
-        (prompt,) = prompts
+        sampled = given.get("speculative_config", {}).get("draft_sample_method")
+        assert not self.gamma or sampled == SAMPLED, given
+        self.most, self.under_way = given["max_num_seqs"], []
+        self.vllm_config = Names(use_v2_model_runner=False)
+        self.llm_engine = self
+    def tokens_of(self, prompt, params):
         self.requests += 1
         if self.requests == DIE_AT:
             os._exit(7)
@@ -374,11 +381,23 @@ class LLM:
             tokens[-1] += 1
         if self.gamma:  # every round accepts all but the last, and the prompt's pass emits one
             self.rounds += -(-(len(tokens) - 1) // self.gamma)
-        class Output:
-            token_ids = tokens
-        class Request:
-            outputs = [Output]
-        return [Request]
+        return tokens
+    def generate(self, prompts, params, use_tqdm):
+        (prompt,) = prompts
+        return [Names(outputs=[Names(token_ids=self.tokens_of(prompt, params))])]
+    def add_request(self, id, prompt, params):
+        self.under_way.append([id, self.tokens_of(prompt, params), 0])
+        assert len(self.under_way) <= self.most
+    def step(self):  # a round of each request, in which several take longer where there is a draft
+        time.sleep(0.002 + 0.001 * len(self.under_way) * bool(self.gamma))
+        outputs = []
+        for row in self.under_way:
+            row[2] += self.gamma or 1
+            done = row[2] >= len(row[1])
+            output = Names(token_ids=row[1][: row[2]])
+            outputs.append(Names(request_id=row[0], outputs=[output], finished=done))
+        self.under_way = [row for row in self.under_way if row[2] < len(row[1])]
+        return outputs
     def get_metrics(self):
         if not self.gamma:
             return [Metric("vllm:other", 3)]
@@ -391,12 +410,17 @@ class LLM:
 
 
 def stand_in(
-    folder: Path, die_at: int = 0, lacking: int = 0, differs: int = 0, parallel: bool | None = None
+    folder: Path,
+    die_at: int = 0,
+    lacking: int = 0,
+    differs: int = 0,
+    parallel: bool | None = None,
+    sampled: str | None = None,
 ) -> Path:
-    """An interpreter whose `vllm` is `STAND_IN`."""
+    """An interpreter whose `vllm` is `STAND_IN`, which wants drafts to propose so."""
     text = STAND_IN.replace("DIE_AT", str(die_at)).replace("LACKING", str(lacking))
     text = text.replace("PARALLEL", str(parallel))
-    text = text.replace("DIFFERS", str(differs or None))
+    text = text.replace("DIFFERS", str(differs or None)).replace("SAMPLED", repr(sampled))
     package = folder / "vllm"
     package.mkdir(exist_ok=True)
     (package / "__init__.py").write_text(text, encoding="utf-8")
@@ -409,14 +433,76 @@ def stand_in(
 
 
 def run_vllm(
-    python: Path, pair: tuple[LanguageModel, LanguageModel], target_path: Path | None = None
+    python: Path,
+    pair: tuple[LanguageModel, LanguageModel],
+    target_path: Path | None = None,
+    **how: object,
 ) -> Scorecard:
     asked = vllm.Pair.of(*pair, PROMPTS, 10, 0)
     if target_path is not None:
         asked = replace(asked, target_path=target_path)
-    return vllm.score(
-        python, asked, PROMPTS, num_draft_tokens=[2, 3], temperature=[0.0], max_new_tokens=10
-    )
+    how = {"num_draft_tokens": [2, 3], "temperature": [0.0], "max_new_tokens": 10, **how}
+    return vllm.score(python, asked, PROMPTS, **how)
+
+
+def test_vllm_under_load(pair: tuple[LanguageModel, LanguageModel], tmp_path: Path) -> None:
+    """Every request at every concurrency, plainly before and after the drafts, and read again."""
+    card = run_vllm(stand_in(tmp_path), pair, concurrency=[1, 4])
+    assert card.provenance["runner"] == "V1"
+    assert card.provenance["draft_sampling"] == "greedy"
+    assert [row.concurrency for row in card.load.plain] == [1, 4]
+    assert all(len(row.tokens_per_second) == 2 for row in card.load.plain)
+    settings = [(row.concurrency, row.num_draft_tokens) for row in card.load.drafted]
+    assert settings == [(1, 2), (1, 3), (4, 2), (4, 3)]
+    for row in card.load.drafted:
+        assert row.emitted == 60
+        assert row.accepted_by_position == [1.0] * (row.num_draft_tokens - 1) + [0.0]
+        assert 0 < row.first_token_seconds.median <= row.first_token_seconds.p95
+        assert 0 < row.seconds_per_token.median <= row.seconds_per_token.p95
+        (plain,) = (p for p in card.load.plain if p.concurrency == row.concurrency)
+        mean = 2 / sum(1 / rate for rate in plain.tokens_per_second)  # of equal amounts
+        assert row.speedup == pytest.approx(row.tokens_per_second / mean)
+        assert row.pays == (row.tokens_per_second > max(plain.tokens_per_second))
+    card.write(tmp_path / "card.json")
+    assert Scorecard.read(tmp_path / "card.json").load == card.load
+    (table,) = load_tables(card)
+    assert table.row_count == 6
+    save(figure_load(card), tmp_path / "load.png")
+    without = run_vllm(stand_in(tmp_path), pair)
+    assert not load_tables(without)
+    assert not without.load.lines
+
+
+def test_a_sampled_draft_is_vllms_where_a_temperature_is_above_0(
+    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
+) -> None:
+    python = stand_in(tmp_path, sampled="probabilistic")
+    card = run_vllm(python, pair, temperature=[0.0, 1.0], concurrency=[2])
+    assert card.provenance["draft_sampling"] == "probabilistic"
+    assert [row.temperature for row in card.load.plain] == [0.0, 1.0]
+    assert len(card.load.lines) == 2
+
+
+def test_up_to_which_concurrency_a_draft_pays_is_named() -> None:
+    def rows(concurrency: int, seconds: float) -> tuple[load.Plain, list[load.Drafted]]:
+        tokens, first, last = [11, 11], [0.1, 0.3], [1.1, 2.3]
+        plain = [load.Run(span, tokens, first, last) for span in (2.0, 2.2)]
+        drafted = {4: load.Run(seconds, tokens, first, last, [0.5, 0.2])}
+        return load.load_rows(0.0, concurrency, plain, drafted)
+
+    def line(*seconds: float) -> str:
+        pairs = [rows(4**i, span) for i, span in enumerate(seconds)]
+        (words,) = load.Load([p for p, _ in pairs], [d for _, each in pairs for d in each]).lines
+        return words
+
+    plain, (row,) = rows(1, 1.0)
+    assert plain.tokens_per_second == [11.0, 10.0]
+    assert row.speedup == pytest.approx(22 / (44 / 4.2))
+    assert row.first_token_seconds.median == pytest.approx(0.2)
+    assert row.seconds_per_token == load.Latency(pytest.approx(0.15), pytest.approx(0.195))
+    assert "pays up to 4 at a time, and not at 16 (1: 2.10 times" in line(1.0, 1.5, 2.1)
+    assert "does not pay at 1 at a time" in line(2.1, 1.0)
+    assert "pays up to 4 at a time, the most that was measured" in line(1.0, 1.9)
 
 
 def test_vllm_is_asked_in_turns_and_its_counters_taken(

@@ -46,6 +46,16 @@ def whole_numbers(text: str) -> list[int]:
     return sorted(numbers)
 
 
+def concurrency(text: str) -> list[int]:
+    """ "1,4,16" to numbers of requests at a time."""
+    if not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", text):
+        raise InputError(f"--concurrency must look like 1,4,16; got {shown(text)}")
+    numbers = sorted({int(part) for part in text.split(",")})
+    for number in numbers:
+        limits.check("--concurrency", number, limits.QUESTIONS)
+    return numbers
+
+
 def _whole(digits: str) -> int:
     """Python reads no number of more than 4,300 digits, and nothing here is near that."""
     return int(digits) if len(digits) < 20 else 10**20

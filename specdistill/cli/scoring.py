@@ -77,6 +77,10 @@ def score(
         typer.Option(help="Whose decoding to measure; the others want an exported draft."),
     ] = "specdistill",
     engine_python: EnginePython = None,
+    concurrency: Annotated[
+        str | None,
+        typer.Option(help="With --engine vllm: also measure so many requests at a time: 1,4,16."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing scorecard.")] = False,
     chat_template_kwargs: ChatTemplateKwargs = None,
     split: Split = None,
@@ -94,6 +98,11 @@ def score(
         parsing.temperatures(temperature),
     )
     rule = None if lenience is None else parsing.lenience(lenience)
+    at_a_time = [] if concurrency is None else parsing.concurrency(concurrency)
+    if at_a_time and engine != "vllm":
+        raise InputError(
+            f"--concurrency would have no effect with --engine {engine}: it is for --engine vllm"
+        )
     told = parsing.chat_template_kwargs(chat_template_kwargs)
     _check_engine(engine, engine_python, device, verification, lenience, least_reach, keep_text)
     if engine == "transformers" and drafting == "parallel":
@@ -147,7 +156,9 @@ def score(
         assert engine_python is not None
         pair = vllm.Pair.of(big, small, encoded, max_new_tokens, seed, drafting)
         del big, small  # vLLM loads its own
-        score_pair = partial(vllm.score, engine_python, pair, threads=threads)
+        score_pair = partial(
+            vllm.score, engine_python, pair, threads=threads, concurrency=at_a_time
+        )
     with console.progress() as progress:
         card = score_pair(
             encoded,
@@ -159,9 +170,10 @@ def score(
         )
     card.write(out)
     screen = console.screen_for(as_json)
-    for table in (tables.rows_table(card), *tables.slices_tables(card)):
+    extra = [*tables.slices_tables(card), *tables.load_tables(card)]
+    for table in (tables.rows_table(card), *extra):
         screen.print(table)
-    lines = [tables.evidence_line(card), card.verdict.reason, trained_line(card)]
+    lines = [tables.evidence_line(card), card.verdict.reason, *card.load.lines, trained_line(card)]
     console.print_lines(screen, [line for line in lines if line])
     console.finish(as_json, card.document())
     if card.failures:

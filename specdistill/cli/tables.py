@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from specdistill.provenance import Environment
     from specdistill.scoring.check import Check
     from specdistill.scoring.compare import Comparison, Standing
+    from specdistill.scoring.load import Drafted, Plain
     from specdistill.scoring.scorecard import Scorecard
 
 NARROW: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 0)}  # ten columns in 80 characters
@@ -76,6 +77,54 @@ def slices_tables(card: Scorecard) -> list[Table]:
             )
         tables.append(table)
     return tables
+
+
+def load_tables(card: Scorecard) -> list[Table]:
+    """What came of several requests at a time, if that was measured."""
+    if not card.load.plain:
+        return []
+    table = Table(
+        "T",
+        "at a time",
+        "γ",
+        "tok/s",
+        "speedup",
+        "first token",
+        "a token [95%]",
+        title=labelled("requests at a time", card),
+        caption="first token: median ms; a token: median ms and the 95th percentile",
+        **NARROW,
+    )
+    for plain in card.load.plain:
+        rows = [
+            row
+            for row in card.load.drafted
+            if (row.temperature, row.concurrency) == (plain.temperature, plain.concurrency)
+        ]
+        rate = sum(plain.tokens_per_second) / len(plain.tokens_per_second)
+        table.add_row(
+            f"{plain.temperature:g}",
+            str(plain.concurrency),
+            "plain",
+            f"{rate:.1f}",
+            "",
+            *_milliseconds(plain),
+        )
+        for row in rows:
+            speed = f"{row.speedup:.2f}" + ("" if row.pays else " no gain")
+            rate = row.tokens_per_second
+            table.add_row(
+                "", "", str(row.num_draft_tokens), f"{rate:.1f}", speed, *_milliseconds(row)
+            )
+    return [table]
+
+
+def _milliseconds(row: Plain | Drafted) -> tuple[str, str]:
+    each = row.seconds_per_token
+    return (
+        number(1000 * row.first_token_seconds.median, 1),
+        f"{number(1000 * each.median, 1)} [{number(1000 * each.p95, 1)}]",
+    )
 
 
 def environment_table(facts: Environment) -> Table:

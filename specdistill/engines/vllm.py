@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from specdistill.models import LanguageModel, check_positions, check_sizes, load
 from specdistill.progress import Progress, silent
 from specdistill.scoring.card_rows import DraftingWay, ModelCard
 from specdistill.scoring.choice import Setting
+from specdistill.scoring.load import Load, Run, load_rows
 from specdistill.scoring.measure import model_card, provenance
 from specdistill.scoring.rows import Counts
 from specdistill.scoring.scorecard import Scorecard
@@ -120,11 +121,13 @@ def score(
     max_new_tokens: int,
     seed: int = 0,
     threads: int | None = None,
+    concurrency: Sequence[int] = (),
     progress: Progress = silent,
 ) -> Scorecard:
     """Decode every prompt with vLLM, plainly and with the draft as its `draft_model`, by the
-    interpreter `python`, which must have vLLM. A parallel draft gets `parallel_drafting`. Its own
-    defaults decide how the draft proposes: greedily, at any temperature.
+    interpreter `python`, which must have vLLM. A parallel draft gets `parallel_drafting`. Where a
+    temperature is above 0 the draft samples its proposals, which vLLM does not by itself. Then all
+    prompts are answered again by so many at a time as `concurrency` says.
 
     All engines are there at a time, so that they can take turns, and share the device's memory.
     Raises `InputError` where `python` cannot be run or that memory is too small, `DecodingError`
@@ -142,7 +145,9 @@ def score(
             progress("start", done, len(gammas), f"γ = {num}" if num else share)
             workers[num] = stack.enter_context(_started(python, threads))
             _check_memory(pair, workers[num].hear()["memory_bytes"], len(gammas))
-            workers[num].tell(_engine_settings(pair, num, longest, len(gammas)))
+            settings = _engine_settings(pair, num, longest, len(gammas), max(temperature) > 0)
+            settings["max_num_seqs"] = max(concurrency, default=1)
+            workers[num].tell(settings)
             facts = workers[num].hear()
         progress("start", len(gammas), len(gammas))
 
@@ -150,13 +155,20 @@ def score(
             return _ask(workers[setting[1]], setting, prompt, count, pair.eos_ids, seed)
 
         measured = take_turns(ask, prompts, temperature, num_draft_tokens, max_new_tokens, progress)
+        requests = {
+            t: [_request(t, prompt, max_new_tokens, pair.eos_ids, seed) for prompt in prompts]
+            for t in dict.fromkeys(temperature)
+        }
+        load = under_load(workers, requests, concurrency, progress)
     told = pair.facts | {"engine": "vllm", "turns": "prompt by prompt, in a process each"}
     told["versions"] = {"specdistill": told["versions"].get("specdistill"), **facts["versions"]}
     told["threads"] = threads or torch.get_num_threads()
     told["device"] = facts["device"] or told["device"]
-    told["compiled"] = facts["compiled"]
+    told["compiled"], told["runner"] = facts["compiled"], facts["runner"]
+    told["draft_sampling"] = "probabilistic" if max(temperature) > 0 else "greedy"
     ties = explained_differences(pair.load_target, prompts, measured)  # its memory is free again
-    return scorecard(pair.target, pair.draft, told, prompts, measured, ties, seed, pair.drafting)
+    card = scorecard(pair.target, pair.draft, told, prompts, measured, ties, seed, pair.drafting)
+    return replace(card, load=load)
 
 
 def _check_memory(pair: Pair, memory_bytes: int | None, engines: int) -> None:
@@ -179,12 +191,13 @@ def _check_memory(pair: Pair, memory_bytes: int | None, engines: int) -> None:
     )
 
 
-def _engine_settings(pair: Pair, num: int, longest: int, engines: int) -> dict[str, Any]:
+def _engine_settings(
+    pair: Pair, num: int, longest: int, engines: int, sampled: bool
+) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "model": str(pair.target_path),
         "dtype": pair.target.dtype,
         "max_model_len": longest + num + 1,  # room for the last round's proposals
-        "max_num_seqs": 1,
         "gpu_memory_utilization": MEMORY_SHARE / engines,
         "enable_prefix_caching": False,  # prompts come again, and must cost the same again
         "disable_log_stats": False,
@@ -195,6 +208,7 @@ def _engine_settings(pair: Pair, num: int, longest: int, engines: int) -> dict[s
             "method": "draft_model",
             "model": str(pair.draft_path),
             "num_speculative_tokens": num,
+            **({"draft_sample_method": "probabilistic"} if sampled else {}),
             **({"parallel_drafting": True} if pair.drafting == "parallel" else {}),
         }
     return settings
@@ -234,16 +248,7 @@ def _ask(
     seed: int,
 ) -> Counts:
     temperature, num = setting
-    worker.tell(
-        {
-            "tokens": prompt.tokens,
-            "temperature": temperature,
-            "max_tokens": count,
-            "stop_token_ids": list(eos_ids),
-            "seed": row_seed(seed, prompt.id) % 2**31,
-            "detokenize": False,
-        }
-    )
+    worker.tell(_request(temperature, prompt, count, eos_ids, seed))
     heard = worker.hear()
     tokens = heard["tokens"]
     if not num:
@@ -266,6 +271,58 @@ def _ask(
         tested=[rounds, *accepted[:-1]],
         accepted=accepted,
     )
+
+
+def _request(
+    temperature: float, prompt: EncodedPrompt, count: int, eos_ids: Sequence[int], seed: int
+) -> dict[str, Any]:
+    return {
+        "tokens": prompt.tokens,
+        "temperature": temperature,
+        "max_tokens": count,
+        "stop_token_ids": list(eos_ids),
+        "seed": row_seed(seed, prompt.id) % 2**31,
+        "detokenize": False,
+    }
+
+
+def under_load(
+    workers: Mapping[int, _Worker],
+    requests: Mapping[float, Sequence[dict[str, Any]]],
+    concurrency: Sequence[int],
+    progress: Progress,
+) -> Load:
+    """Requests by temperature, so many at a time, with each γ and plainly before and after."""
+    load = Load()
+    every = [(t, most) for t in requests for most in concurrency]
+    for done, (temperature, most) in enumerate(every):
+        progress("load", done, len(every), f"{most} at a time, T = {temperature:g}")
+        asked = {"requests": list(requests[temperature]), "at_a_time": most}
+        gammas = [num for num in workers if num]
+        runs = [(num, _loaded(workers[num], num, asked)) for num in (0, *gammas, 0)]
+        plain, drafted = load_rows(
+            temperature,
+            most,
+            [run for num, run in runs if not num],
+            {num: run for num, run in runs if num},
+        )
+        load.plain.append(plain)
+        load.drafted.extend(drafted)
+    progress("load", len(every), len(every))
+    return load
+
+
+def _loaded(worker: _Worker, num: int, asked: dict[str, Any]) -> Run:
+    worker.tell(asked)
+    heard = worker.hear()
+    now = heard.pop("counters")
+    if not num:
+        return Run(**heard)
+    before, worker.counted = worker.counted, now
+    rounds = max(_since(now, before, "rounds"), 1)
+    old = before.get("accepted_by_position", [0] * num)
+    accepted = zip(now["accepted_by_position"][:num], old, strict=False)
+    return Run(**heard, accepted_by_position=[(after - then) / rounds for after, then in accepted])
 
 
 def _since(now: dict[str, Any], before: dict[str, Any], name: str) -> int:

@@ -44,6 +44,7 @@ from specdistill.scoring.card_rows import (
     known_facts,
     with_fixed_gamma,
 )
+from specdistill.scoring.load import Load
 
 if TYPE_CHECKING:
     from specdistill_kernels import Lenience, Mode
@@ -131,6 +132,7 @@ class Scorecard:
     by_category: list[CategoryRow] = field(default_factory=list)
     by_prompt_length: list[CategoryRow] = field(default_factory=list)
     example: DecodedText | None = None
+    load: Load = field(default_factory=Load)
     schema: str = SCHEMA
 
     def __post_init__(self) -> None:

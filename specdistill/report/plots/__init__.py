@@ -21,6 +21,7 @@ from specdistill.report.plots.acceptance import (
     figure_survival,
     figure_text,
 )
+from specdistill.report.plots.load import figure_load
 from specdistill.report.plots.speed import figure_speedup, figure_time
 from specdistill.report.plots.style import save
 from specdistill.report.plots.training import figure_runs, figure_sweep, figure_training
@@ -31,6 +32,7 @@ from specdistill.scoring.trust import sound_card
 
 __all__ = [
     "figure_acceptance",
+    "figure_load",
     "figure_places",
     "figure_runs",
     "figure_speedup",
@@ -65,6 +67,8 @@ def plot_all(run_dir: Path, out: Path | None = None, note: Note = unsaid) -> lis
         figures["survival.png"] = partial(figure_survival, {"this draft": card, **drafts})
         figures["speedup.png"] = partial(figure_speedup, card)
         figures["time.png"] = partial(figure_time, card)
+        if card.load.drafted:
+            figures["load.png"] = partial(figure_load, card)
         if card.example is not None:
             early = card.verdict_row().least_reach > 0  # whose answer it is
             figures["text.png"] = partial(figure_text, card.example, early)

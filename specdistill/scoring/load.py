@@ -1,0 +1,170 @@
+"""Several requests at a time, as a server has them: how fast an engine is then, with a draft and
+plainly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median, quantiles
+
+from pydantic import with_config
+
+from specdistill.scoring.card_rows import (
+    Count,
+    Gamma,
+    MeasuredPositive,
+    Natural,
+    Positive,
+    Share,
+    Strict,
+    Temperature,
+)
+
+
+@with_config(Strict)
+@dataclass(frozen=True)
+class Latency:
+    """Seconds over requests: median and 95th percentile; NaN where there was nothing to time."""
+
+    median: MeasuredPositive
+    p95: MeasuredPositive
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Latency:
+        if not seconds:
+            return cls(float("nan"), float("nan"))
+        if len(seconds) == 1:
+            return cls(seconds[0], seconds[0])
+        return cls(median(seconds), quantiles(seconds, n=20, method="inclusive")[-1])
+
+
+@with_config(Strict)
+@dataclass(frozen=True)
+class Plain:
+    """Plain decoding at one concurrency. It is measured before and after the drafts, so that
+    `tokens_per_second` are several.
+    """
+
+    temperature: Temperature
+    concurrency: Natural
+    tokens_per_second: list[Positive]
+    first_token_seconds: Latency
+    seconds_per_token: Latency
+
+
+@with_config(Strict)
+@dataclass(frozen=True)
+class Drafted:
+    """The same requests with the draft. `speedup` is over the mean of plain decoding; the draft
+    `pays` where it was faster than the fastest plain run. `accepted_by_position` is the share of
+    rounds in which the token at each place was accepted.
+    """
+
+    temperature: Temperature
+    concurrency: Natural
+    num_draft_tokens: Gamma
+    emitted: Count
+    tokens_per_second: Positive
+    speedup: Positive
+    pays: bool
+    first_token_seconds: Latency
+    seconds_per_token: Latency
+    accepted_by_position: list[Share]
+
+
+@with_config(Strict)
+@dataclass(frozen=True)
+class Load:
+    plain: list[Plain] = field(default_factory=list)
+    drafted: list[Drafted] = field(default_factory=list)
+
+    def best(self, temperature: float) -> dict[int, Drafted]:
+        """By concurrency the fastest γ."""
+        found: dict[int, Drafted] = {}
+        for row in self.drafted:
+            known = found.get(row.concurrency)
+            if row.temperature == temperature and (not known or row.speedup > known.speedup):
+                found[row.concurrency] = row
+        return dict(sorted(found.items()))
+
+    @property
+    def lines(self) -> list[str]:
+        """Up to which concurrency the draft pays, a sentence for each temperature."""
+        temperatures = dict.fromkeys(row.temperature for row in self.plain)
+        return [_line(temperature, self.best(temperature)) for temperature in temperatures]
+
+
+def _line(temperature: float, best: Mapping[int, Drafted]) -> str:
+    paying = []
+    for concurrency, row in best.items():
+        if not row.pays:
+            break
+        paying.append(concurrency)
+    if not paying:
+        judged = f"the draft does not pay at {min(best)} at a time"
+    elif len(paying) == len(best):
+        judged = f"the draft pays up to {paying[-1]} at a time, the most that was measured"
+    else:
+        judged = (
+            f"the draft pays up to {paying[-1]} at a time, and not at {list(best)[len(paying)]}"
+        )
+    each = ", ".join(
+        f"{concurrency}: {row.speedup:.2f} times plain at γ = {row.num_draft_tokens}"
+        for concurrency, row in best.items()
+    )
+    return f"At temperature {temperature:g} {judged} ({each})."
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an engine said of one run: seconds from the run's start, per request the number of its
+    tokens and the seconds from being handed over to the first and the last of them.
+    """
+
+    seconds: float
+    tokens: list[int]
+    first: list[float]
+    last: list[float]
+    accepted_by_position: list[float] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        return sum(self.tokens) / self.seconds
+
+    @property
+    def first_token(self) -> Latency:
+        return Latency.of(self.first)
+
+    @property
+    def per_token(self) -> Latency:
+        """Of the tokens after the first."""
+        each = zip(self.tokens, self.first, self.last, strict=True)
+        return Latency.of([(last - first) / (n - 1) for n, first, last in each if n > 1])
+
+
+def load_rows(
+    temperature: float, concurrency: int, plain: Sequence[Run], drafted: Mapping[int, Run]
+) -> tuple[Plain, list[Drafted]]:
+    """The rows of one concurrency, from runs by γ."""
+    rates = [run.rate for run in plain]
+    every = Run(
+        sum(run.seconds for run in plain),
+        *([x for run in plain for x in getattr(run, name)] for name in ("tokens", "first", "last")),
+    )
+    rows = [
+        Drafted(
+            temperature,
+            concurrency,
+            num,
+            sum(run.tokens),
+            run.rate,
+            run.rate / every.rate,
+            run.rate > max(rates),
+            run.first_token,
+            run.per_token,
+            run.accepted_by_position,
+        )
+        for num, run in drafted.items()
+    ]
+    return Plain(temperature, concurrency, rates, every.first_token, every.per_token), rows
