@@ -15,7 +15,7 @@ def figure_load(card: Scorecard) -> Figure:
     temperatures = list(dict.fromkeys(row.temperature for row in card.load.plain))
     figure, panels = style.panels(len(temperatures), style.PANEL_HEIGHT, share_y=True)
     gammas = sorted({row.num_draft_tokens for row in card.load.drafted})
-    looks = dict(zip(gammas, [*style.styles()] * len(gammas), strict=False))
+    looks = dict(zip(gammas, style.styles(), strict=False))
     for axes, temperature in zip(panels, temperatures, strict=False):
         axes.axhline(1.0, color=style.BLACK, lw=0.9, label="plain decoding")
         rows = [row for row in card.load.drafted if row.temperature == temperature]
