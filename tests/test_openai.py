@@ -858,7 +858,7 @@ def test_without_the_package_it_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         ("generate --style poem", "unknown style 'poem'; choose from instruction, in-context"),
         ("generate --response-column x", "--response-column has no effect without --scorer"),
         ("ask", "Missing option '--base-url'"),
-        ("ask --base-url http://x --signal none", "No such option: --signal"),
+        ("ask --base-url http://x --signal none", "--signal and --checkpoint go together"),
         ("ask --base-url http://x --retries 3", "retries: 3 has no effect without"),
         ("ask --base-url http://x --best-of 3", "--best-of and --scorer go together"),
     ],
