@@ -571,6 +571,19 @@ def test_metrics_are_by_place_and_the_best_weights_those_of_the_blocks(
     assert row["expected_block_efficiency"] == pytest.approx(sum(lengths) / len(lengths), rel=1e-5)
 
 
+def test_the_mask_that_is_kept_is_that_of_the_best_evaluation(
+    world: dict[str, str], tmp_path: Path
+) -> None:
+    """Here the first one, before any update: the mean."""
+    config = settled(world, tmp_path / "run", decode=None, training={"max_steps": 3})
+    falling = [{"expected_block_efficiency": float(value)} for value in range(9, 0, -1)]
+    with mock.patch.object(Evaluation, "measure", side_effect=falling):
+        assert run(config)[-1]["kept_step"] == 0
+    before = models.load(world["draft"], dtype="float32").model.get_input_embeddings().weight
+    kept = models.load(str(tmp_path / "run/draft"), dtype="float32")
+    assert torch.equal(kept.model.get_input_embeddings().weight[MASK], before.mean(0))
+
+
 def test_a_short_training_raises_every_place(world: dict[str, str], tmp_path: Path) -> None:
     training_ = {"max_steps": 40, "batch_tokens": 600, "learning_rate": 1e-2}
     rows = run(settled(world, tmp_path / "run", evaluate_every=40, training=training_))

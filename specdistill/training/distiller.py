@@ -196,7 +196,6 @@ class Distiller:
             entries.setdefault(int(index), {})[name] = cut(moment, trained[int(index)])
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
-        self.write_mask()
 
     def step(self, batches: list[Batch], learning_rate: float) -> StepMetrics:
         """One update from one or more micro-batches of each process: the loss is a mean over the
