@@ -399,6 +399,33 @@ def test_both_masks_are_what_serving_sees(window: int | None) -> None:
         assert got == [pair for pair in wanted if window is None or n - pair[0] < window]
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_pass_by_flex_attention_gives_the_same_states(world: dict[str, str]) -> None:
+    """Uncompiled, as a compiled one wants a GPU: that a draft's layers take the block mask."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    distiller, _ = double(world)
+    draft, masks = distiller.draft, []
+    batch = make_batch(examples_of(world), 0, draft.device, DEPTHS["dropped"])
+    assert batch.blocks is not None
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask, **how: Any) -> Tensor:
+        masks.append(block_mask)
+        how = {name: how[name] for name in ("enable_gqa", "scale")}
+        return flex_attention(q, k, v, block_mask=block_mask, **how)
+
+    compiled = "transformers.integrations.flex_attention.compile_friendly_flex_attention"
+    with torch.no_grad(), mock.patch(compiled, plain):
+        expected = parallel.states_of_blocks(draft, batch.tokens, batch.blocks)
+        assert not masks
+        with mock.patch("specdistill.training.parallel._by_flex", return_value=True):
+            states = parallel.states_of_blocks(draft, batch.tokens, batch.blocks)
+    assert len(masks) == draft.num_layers
+    assert all(isinstance(mask, BlockMask) for mask in masks)
+    assert torch.allclose(states, expected, atol=1e-9)
+    assert draft.config._attn_implementation == "sdpa", "as before"
+
+
 def test_layers_that_slide_get_a_mask_of_their_own(world: dict[str, str]) -> None:
     """By the family's dictionary of kinds; the pass is that of the served layout again."""
     from transformers import Qwen3Config, Qwen3ForCausalLM

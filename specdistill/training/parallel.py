@@ -173,9 +173,7 @@ def states_of_blocks(draft: LanguageModel, tokens: Tensor, blocks: Blocks) -> Te
     shape = (len(tokens), blocks.places.shape[1] - tokens.shape[1])
     assert draft.mask_token is not None
     masks = tokens.new_full(shape, draft.mask_token)
-    # PyTorch's own attention knows no soft cap, and the draft is decoded by that one.
-    capped = getattr(draft.config, "attn_logit_softcapping", None) is not None
-    flex = tokens.device.type == "cuda" and not capped
+    flex = _by_flex(draft)
     with _flex_attention(draft) if flex else nullcontext():
         hidden = draft.hidden(
             torch.cat([tokens, masks], 1),
@@ -186,6 +184,15 @@ def states_of_blocks(draft: LanguageModel, tokens: Tensor, blocks: Blocks) -> Te
             use_cache=False,
         )
     return hidden.flatten(0, 1)[blocks.rows]
+
+
+def _by_flex(draft: LanguageModel) -> bool:
+    """Where there is a GPU, and the family has it. PyTorch's own attention knows no soft cap of
+    scores, and decoding takes that one, so a draft that has one is not trained by the other.
+    """
+    capped = getattr(draft.config, "attn_logit_softcapping", None) is not None
+    known = getattr(draft.model, "_supports_flex_attn", False)
+    return draft.device.type == "cuda" and bool(known) and not capped
 
 
 @contextmanager
