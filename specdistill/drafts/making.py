@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from specdistill import limits
-from specdistill.data.sources import open_answers
-from specdistill.drafts.vocabulary import Vocabulary, vocabulary_from
 from specdistill.errors import InputError, ModelError, StorageError, first_line
 from specdistill.files import holding, must_be_new, replacing
 from specdistill.limits import shown
@@ -32,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from specdistill.data.token_store import Store
+    from specdistill.drafts.vocabulary import Vocabulary
 
 FAR = 100.0  # how far below 0 the logits of tokens that a widened draft lacks should be
 LEAST_ALONG = 0.3  # of an average state's part along the mean, what the smallest must have
@@ -85,6 +84,8 @@ def make_draft(
         raise InputError("the vocabulary is given by its ids and by vocab_size; leave one out")
     layers = listed_layers(layers, target.num_layers)
     if vocab_size is not None and vocab_from is not None:
+        from specdistill.drafts.vocabulary import vocabulary_from  # reads answers, by pydantic
+
         vocabulary = vocabulary_from(target, vocab_size, vocab_from).ids
 
     config = copy.deepcopy(target.model.config)
@@ -175,6 +176,9 @@ def write_draft(
     to the new folder `out`. Raises as `make_draft`, `models.load` and `save_draft` do, and
     `InputError` before anything is loaded where `out` is not new or `vocab_from` is nowhere.
     """
+    from specdistill.data.sources import open_answers
+    from specdistill.drafts.vocabulary import vocabulary_from
+
     must_be_new(out)
     if vocab_from is not None:
         open_answers(vocab_from)
