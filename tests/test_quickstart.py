@@ -17,6 +17,7 @@ from specdistill.data.prompts import load_prompts
 from specdistill.decoding import SpeculativeDecoder
 from specdistill.errors import InputError, SpecDistillError
 from specdistill.models import LanguageModel
+from specdistill.quickstart import loop
 from specdistill.quickstart import plan as plans
 from specdistill.quickstart.loop import early_stop
 from specdistill.quickstart.plan import LENGTHS, SHARE, Plan, Speed, Task, choose, divide
@@ -92,7 +93,9 @@ def test_prompts_that_leave_no_room_for_an_answer_are_named(tmp_path: Path) -> N
 def test_a_command_takes_somebodys_model_to_a_verdict(
     tmp_path: Path, tiny_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Planned by a speed that no busy machine changes; `measure_speed` is tested by itself."""
+    """Planned by a speed and a cost that no busy machine changes; how they are measured is tested
+    by itself.
+    """
     measured = []
 
     def steady(target: LanguageModel, prompts: list[list[int]], *_: object) -> Speed:
@@ -100,6 +103,7 @@ def test_a_command_takes_somebodys_model_to_a_verdict(
         return Speed(0.01, 0.001, 0.01, 0.001)
 
     monkeypatch.setattr(plans, "measure_speed", steady)
+    monkeypatch.setattr(loop, "early_stop", lambda before, plan: {8: 0.2})
     folder = tmp_path / "run"
     asked = ["quickstart", "--target", tiny_folder, "--prompts", prompts, "--run-dir", folder]
     done = run(*asked, "--minutes", 0.2, "--vocab-size", 32)
