@@ -176,6 +176,14 @@ def test_a_target_is_the_same_under_another_name(good: Scorecard, bad: Scorecard
     assert obstacles({"good": good, "bad": moved}) == []
 
 
+def test_how_vllm_ran_is_said_where_it_differs(good: Scorecard, bad: Scorecard) -> None:
+    one = told(good, runner="V1", draft_sampling="greedy")
+    other = told(bad, runner="V2", draft_sampling="probabilistic")
+    remarks = compare({"one": one, "other": other}).remarks
+    assert "vLLM's model runner differs: V1 in one, V2 in other" in remarks
+    assert "the draft's sampling differs: greedy in one, probabilistic in other" in remarks
+
+
 def test_what_else_differs_is_said(good: Scorecard, bad: Scorecard, tmp_path: Path) -> None:
     other = simulate({**BAD, (0.0, 3): 0.4}, draft="b", seed=2)
     other = told(replace(other, verification=Verification("block")), git="0123abc")

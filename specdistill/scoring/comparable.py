@@ -122,6 +122,8 @@ def _circumstances(card: Scorecard) -> dict[str, str]:
         "least reach": ", ".join(f"{x:g}" for x in sorted({row.least_reach for row in card.rows})),
         "the program's commit": str(card.provenance.get("git") or "unknown"),
         "drafting": card.drafting,
+        "the draft's sampling": str(card.provenance.get("draft_sampling") or "unknown"),
+        "vLLM's model runner": str(card.provenance.get("runner") or "unknown"),
         "γ": ", ".join(grid[num] for num in sorted(grid)),
     }
 
