@@ -739,7 +739,7 @@ BAD_INPUT: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "too long": (
         GENERATE + "{prompts} --max-new-tokens 600",
-        ("600 new ones exceed the 512 positions",),
+        ("tokens and up to 600 new ones, and", "reads 512 positions; take"),
     ),
     "device": (GENERATE + "{prompts} --device tpu", ("device must be auto, cpu", "'tpu'")),
     "layers": (INIT + "--layers 9", ("among the target's 0 to 3", "got 9")),
