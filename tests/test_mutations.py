@@ -451,7 +451,7 @@ MUTATIONS = [
     Mutation(
         "a place's token by the states of the place before",
         "draft's cache, parallel",
-        [(ParallelStream.run, "hidden[:, width - 1 :]", "hidden[:, width - 2 : -1]")],
+        [(ParallelStream.run, "hidden[:, width", "hidden.roll(1, 1)[:, width")],
     ),
     Mutation(
         "another place's logits for the q of a parallel draft",
