@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from math import nan
 from typing import Any
 
@@ -24,6 +25,16 @@ def by_prompt_length(per_prompt: Sequence[PromptRow], seed: int) -> list[Categor
         return None if row.prompt_tokens is None else 1 << (row.prompt_tokens.bit_length() - 1)
 
     return _sliced(per_prompt, band, lambda first: f"{first:,}–{2 * first - 1:,} tokens", seed)
+
+
+def stops_paying(per_prompt: Sequence[PromptRow]) -> CategoryRow | None:
+    """Of the prompts of one setting, the first band of lengths from which on decoding with the
+    draft is slower than without, each band's interval below 1; None where the longest prompts are
+    not, or the shortest are, too. Bands of fewer than `MIN_PROMPTS` say nothing.
+    """
+    bands = [b for b in by_prompt_length(per_prompt, 0) if b.prompts >= MIN_PROMPTS]
+    slower = list(takewhile(lambda band: band.speedup_ci95[1] < 1, reversed(bands)))
+    return slower[-1] if 0 < len(slower) < len(bands) else None
 
 
 def _sliced(

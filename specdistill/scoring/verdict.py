@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from specdistill.scoring.card_evidence import Lossless
-from specdistill.scoring.card_rows import PLAIN_SLOWED, PromptRow, Row
+from specdistill.scoring.card_rows import PLAIN_SLOWED, PromptRow, Row, of_setting
 from specdistill.scoring.choice import Choice, Setting, choose
 from specdistill.scoring.headline import gamma_is
 from specdistill.scoring.scorecard import Best, Verdict, Verification
+from specdistill.scoring.slices import stops_paying
 from specdistill.scoring.statistics import Ratio, break_even, prompts_needed
 
 UNKNOWN = "Whether the draft pays cannot be shown"
@@ -71,7 +72,10 @@ def verdict(
         judged = f"{judged} with {prompts(best.prompts)}"
         reason = f"{judged}: {measured}; {why}.{_more_prompts(best)}"
     else:
-        remedy = "" if pays else f" {_remedy(best, needed, affordable)}"
+        remedy = f" {_remedy(best, needed, affordable)}"
+        if pays:
+            setting = (best.temperature, best.num_draft_tokens)
+            remedy = _limit(of_setting(per_prompt, *setting))
         reason = f"{judged}: {measured}; {why}.{remedy}"
     if verification is not None and verification.lossy:
         reason = f"{verification.label}: the text is not the target's. {reason}"
@@ -130,6 +134,18 @@ def _remedy(row: Row, needed: float, affordable: float) -> str:
     return (
         "Neither a free draft nor one whose every token is accepted would pay at this γ: a round "
         "costs too much here."
+    )
+
+
+def _limit(per_prompt: Sequence[PromptRow]) -> str:
+    """Where a draft that pays on the whole does not: from a length of prompts on."""
+    band = stops_paying(per_prompt)
+    if band is None:
+        return ""
+    low, high = band.speedup_ci95
+    return (
+        f" From prompts of {band.category} on it no longer pays: {band.speedup:.2f} times plain "
+        f"decoding [{low:.2f}, {high:.2f}] there."
     )
 
 
