@@ -30,9 +30,9 @@ def by_prompt_length(per_prompt: Sequence[PromptRow], seed: int) -> list[Categor
 def stops_paying(per_prompt: Sequence[PromptRow]) -> CategoryRow | None:
     """Of the prompts of one setting, the first band of lengths from which on decoding with the
     draft is slower than without, each band's interval below 1; None where the longest prompts are
-    not, or the shortest are, too. Bands of fewer than `MIN_PROMPTS` say nothing.
+    not, or the shortest are, too. Bands of fewer than `LEAST_FOR_INTERVAL` say nothing.
     """
-    bands = [b for b in by_prompt_length(per_prompt, 0) if b.prompts >= MIN_PROMPTS]
+    bands = [b for b in by_prompt_length(per_prompt, 0) if b.prompts >= LEAST_FOR_INTERVAL]
     slower = list(takewhile(lambda band: band.speedup_ci95[1] < 1, reversed(bands)))
     return slower[-1] if 0 < len(slower) < len(bands) else None
 
