@@ -50,16 +50,16 @@ ONE_BY_ONE = ("--drafting", "autoregressive")
 UNIFORM = ("parallel.weighting=uniform",)
 ARMS = (
     Arm("2 layers", parallel=False, gammas="3,6"),
-    Arm("parallel 2 layers", gammas="4,6,8"),
-    Arm("parallel 2 layers, one by one", start="parallel 2 layers", share=0, score=ONE_BY_ONE),
-    Arm("parallel 4 layers", 4),
-    Arm("4 layers", 4, parallel=False, gammas="4"),
+    Arm("parallel 2 layers", gammas="3,6"),
     Arm("2 layers, half the time", parallel=False, share=0.5),
     Arm("parallel 2 layers, the other half", start="2 layers, half the time", share=0.5),
+    Arm("parallel 2 layers, one by one", start="parallel 2 layers", share=0, score=ONE_BY_ONE),
     Arm("parallel 2 layers, uniform", training=UNIFORM),
-    Arm("parallel 2 layers, fkl alone", training=("loss=fkl",)),
-    Arm("parallel 2 layers, lk_hybrid", training=("loss=lk_hybrid",)),
     Arm("parallel 2 layers, e2e_tv", training=("loss=e2e_tv", *UNIFORM)),
+    Arm("parallel 2 layers, lk_hybrid", training=("loss=lk_hybrid",)),
+    Arm("parallel 2 layers, fkl alone", training=("loss=fkl",)),
+    Arm("parallel 4 layers", 4),
+    Arm("4 layers", 4, parallel=False),
     Arm("parallel 6 layers", 6),
 )
 
@@ -123,7 +123,7 @@ def measure(arm: Arm, out: Path, target: str, seconds: float, threads: int) -> l
             "training": {
                 "max_seconds": arm.share * seconds,
                 "learning_rate": 1e-3,
-                "batch_tokens": 2048,
+                "batch_tokens": 768,
             },
         }
         config |= {"parallel": {}} if arm.parallel else {}
