@@ -43,9 +43,9 @@ class SpeculativeDecoder:
     `mode` "block" verifies whole blocks (2403.10444): the same distribution, and at temperatures
     above 0 on average at least as many accepted tokens. `lenience` accepts more and is LOSSY.
     `cuda_graphs` captures rounds whole where that is possible, which is said once where it is not,
-    and the target's passes otherwise; None does so on CUDA devices. What is captured, and the
-    caches it knows, are kept from stream to stream, so the models' weights must stay in their
-    place. `timed` tells where a round's time goes.
+    and the target's passes otherwise. It is off by default until a GPU has run it. What is
+    captured, and the caches it knows, are kept from stream to stream, so the models' weights must
+    stay in their place. `timed` tells where a round's time goes.
     `rule` takes the place of `verify`, for texts that are not meant to be the target's.
     """
 
@@ -59,7 +59,7 @@ class SpeculativeDecoder:
     rule: Callable[..., Verdict] | None = None
     mode: Mode = "token"
     lenience: Lenience | None = None
-    cuda_graphs: bool | None = None
+    cuda_graphs: bool = False
     timed: bool = True
     _spaces: list[Workspace] = field(default_factory=list, init=False, repr=False)
 
@@ -140,7 +140,7 @@ class SpeculativeDecoder:
         if not requests:
             return
         graphs = None
-        if self._wants_graphs:
+        if self.cuda_graphs:
             hindrance = self._hindrance()
             if hindrance:
                 graphs = Graphs()  # of the target's passes
@@ -177,10 +177,6 @@ class SpeculativeDecoder:
         finally:
             self._spaces.append(space)
 
-    @property
-    def _wants_graphs(self) -> bool:
-        return self.target.device.type == "cuda" if self.cuda_graphs is None else self.cuda_graphs
-
     def _hindrance(self) -> str:
         """Why rounds cannot be captured, as far as settings say; empty if they can."""
         if self.rule is not None:
@@ -213,7 +209,7 @@ class SpeculativeDecoder:
     def _capacity(self, requests: Iterable[Request]) -> int:
         """Slots a row needs: the longest request, and a round's proposals beyond its end."""
         slots = max(len(r.tokens) + r.max_new_tokens for r in requests) + self.num_draft_tokens + 1
-        return -(-slots // COARSE) * COARSE if self._wants_graphs else slots
+        return -(-slots // COARSE) * COARSE if self.cuda_graphs else slots
 
     def _check(self, request: Request) -> None:
         if not request.tokens:
