@@ -15,7 +15,7 @@ from conftest import tiny_model
 from score_checks import check_interval, check_row
 
 from specdistill.cli.tables import rows_table
-from specdistill.decoding import engine
+from specdistill.decoding import watch
 from specdistill.decoding.cache import CachedModel
 from specdistill.decoding.records import Generation, Output, RowRound
 from specdistill.drafts.making import make_draft
@@ -57,7 +57,7 @@ def score(pair: tuple[LanguageModel, LanguageModel], cost: Cost, **more: Any) ->
     settings = {"num_draft_tokens": [1, 3], "temperature": [0.0], "max_new_tokens": 16, **more}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "time", stopped)
-        patch.setattr(engine, "time", stopped)
+        patch.setattr(watch, "time", stopped)
         patch.setattr(CachedModel, "run", run)
         patch.setattr(sampled_texts, "distribution_p_value", lambda *_, **__: 0.5)  # slow
         return measure.score(*pair, settings.pop("prompts", PROMPTS), **settings)

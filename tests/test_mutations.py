@@ -169,7 +169,7 @@ MUTATIONS = [
     Mutation(
         "the step does not advance",
         "stream, near",
-        [(Row.advance, "row.steps += 1", "row.steps += 0")],
+        [(Row.advance, "self.steps += 1", "self.steps += 0")],
     ),
     Mutation(
         "block verification's coins belong to places in the text, so that some are seen twice",

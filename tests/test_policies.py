@@ -458,7 +458,7 @@ def test_fixed_trains_on_the_data_sets_own_responses(world: dict[str, str], tmp_
     losses = [row["loss"] for row in run(config) if "loss" in row]
     assert losses[-1] < losses[0]
     data.write_text('{"prompt": "w5"}\n', encoding="utf-8")
-    with pytest.raises(InputError, match="prompt '1' has no response"):
+    with pytest.raises(InputError, match=r"prompt '1' .* has no response"):
         read_given(config, target)
 
 

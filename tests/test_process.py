@@ -99,6 +99,7 @@ def test_signals_end_work_as_an_interrupt_does(number: str) -> None:
             os.kill(os.getpid(), kill)
             time.sleep(5)
 
+    signal.signal(kill, signal.SIG_DFL)  # whatever ran the tests
     with pytest.raises(KeyboardInterrupt):
         killed()
     assert signal.getsignal(kill) is signal.SIG_DFL

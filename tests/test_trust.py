@@ -16,7 +16,7 @@ from cards import simulate
 from conftest import tiny_model
 from scipy import stats
 
-from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder, engine
+from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder, watch
 from specdistill.decoding.cache import CachedModel
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError
@@ -76,7 +76,7 @@ def score(pair: tuple[LanguageModel, ...], slowed: float, temperatures: list[flo
     settings = {"num_draft_tokens": [1, 4], "temperature": temperatures, "max_new_tokens": 25}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "time", stopped)
-        patch.setattr(engine, "time", stopped)
+        patch.setattr(watch, "time", stopped)
         patch.setattr(CachedModel, "run", run)
         patch.setattr(sampled_texts, "distribution_p_value", lambda *_, **__: 0.5)  # slow
         return measure.score(*pair, PROMPTS, **settings)
