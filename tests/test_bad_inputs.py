@@ -73,6 +73,9 @@ NUMBERS = [
     *option(GENERATE, "--top-k", "-1", HUGE, "2.5"),
     *option(GENERATE + " --temperature 1", "--top-p", "0", "-1", "1.1", "nan", "inf"),
     *option(GENERATE + " --temperature 1", "--min-p", "-0.1", "1", "nan"),
+    *option(GENERATE, "--turns", "some"),
+    *option(GENERATE, "--chat-template-kwargs", "{", "[1]", "x=1"),
+    *option(SCORE, "--chat-template-kwargs", "3"),
     *option(GENERATE, "--temperature", "-1", "nan", "inf", "1e300", "1e-320", "x", "0,", "0,nan"),
     *option(GENERATE, "--max-new-tokens", "0", "-1", HUGE, DIGITS),
     *option(GENERATE, "--batch-size", "0", HUGE),
@@ -295,6 +298,9 @@ OVERRIDES = [
     *override(f"training.batch_tokens={HUGE}", "training.chunk=0", f"training.accumulate={HUGE}"),
     *override("training.lora={rank: 0}", "training.precision=fp8", "training.shard=maybe"),
     *override("decode={max_new_tokens: 1}", "decode={temperature: .nan}", "decode={prompts: 0}"),
+    *override("turns=all", "turns=some", "chat_template_kwargs={a: 1}", "chat_template_kwargs=5"),
+    *override("reward={function: accepted-length, group: 1}", "reward={function: accepted-length}"),
+    *override("reward=5", "reward={}", "reward={function: 'a:b', weight: .nan}"),
     *override("policy=best", "policy={}x", "policy.top_k=5", "policy={name: skd, top_k: 0}"),
     *override(f"policy={{name: skd, top_k: {HUGE}}}", "policy={name: [a]}"),
     *override("seed", "=5", ".seed=1", "training..max_steps=1", "a.b.c.d.e.f=1", "target.x=1"),
@@ -651,6 +657,10 @@ def row(name: str, content: str | bytes, says: str) -> Bad:
     )
 
 
+ASKED, ANSWER = ({"role": role, "content": "w5"} for role in ("user", "assistant"))
+CALLING = {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+
+
 def turns(*messages: object) -> str:
     return json.dumps({"messages": messages}) + "\n"
 
@@ -679,6 +689,23 @@ PROMPTS = [
     row("a number of 5,000 digits", '{"prompt": "w5", "id": ' + DIGITS + "}\n", "line 1"),
     row("depth", '{"prompt": ' + "[" * 99999 + "\n", "line 1"),
     row("a prompt beyond the positions", json.dumps({"prompt": "w5 " * 600}) + "\n", "512"),
+    row("an answer first", turns(ANSWER, ASKED), "line 1: message 1 has role 'assistant'"),
+    row("two answers", turns(ASKED, ANSWER, ANSWER, ASKED), "line 1: message 3 has role"),
+    row("an empty answer", turns(ASKED, ANSWER | {"content": ""}, ASKED), "message 2 is an empty"),
+    row(
+        "a result without a call", turns(ASKED, ANSWER | {"role": "tool"}), "line 1: message 2 has"
+    ),
+    row("a speaker of nobody", '{"conversations": [{"from": "x", "value": "w5"}]}\n', "from 'x'"),
+    row("two forms", turns(ASKED) + '{"data": ["w5"]}\n', "line 2 has its conversation in 'data'"),
+    row(
+        "a call the template leaves out", turns(ASKED, ANSWER | CALLING, ASKED), "(p.jsonl, line 1)"
+    ),
+    Bad(
+        "prompts: a conversation beyond the positions",
+        GENERATE.replace("prompts.jsonl", "p.jsonl"),
+        "(p.jsonl, line 2) has",
+        put("p.jsonl", turns(ASKED) + turns(ASKED, ANSWER | {"content": "w6 " * 600}, ASKED)),
+    ),
     Bad("prompts: no file", SCORE.replace("prompts.jsonl", "none.jsonl"), "none.jsonl"),
     Bad("prompts: a folder", SCORE.replace("prompts.jsonl", "data"), "data"),
     Bad("prompts: another kind of file", SCORE.replace("prompts.jsonl", "run.yaml"), "run.yaml"),
