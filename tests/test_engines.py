@@ -22,7 +22,8 @@ from specdistill import models
 from specdistill.cli.tables import evidence_line, load_tables, rows_table
 from specdistill.data.chat import EncodedPrompt
 from specdistill.data.filters import Filters
-from specdistill.data.generation import Outside, generate
+from specdistill.data.generation import generate
+from specdistill.data.outside import Outside
 from specdistill.data.prompts import Prompt
 from specdistill.data.scorers import BestOf
 from specdistill.data.signal import token_log_probs

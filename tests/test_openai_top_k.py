@@ -18,7 +18,8 @@ from test_cli import run
 from test_openai import in_haste  # noqa: F401
 
 from specdistill.data.chat import encode_prompt
-from specdistill.data.generation import Outside, generate
+from specdistill.data.generation import generate
+from specdistill.data.outside import Outside
 from specdistill.data.prompts import Prompt
 from specdistill.data.signal import keep, read_states
 from specdistill.data.token_store import Example, read_examples, read_manifest

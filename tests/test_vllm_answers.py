@@ -13,7 +13,8 @@ import torch
 from test_cli import run
 
 from specdistill.data.filters import Filters
-from specdistill.data.generation import Outside, generate
+from specdistill.data.generation import generate
+from specdistill.data.outside import Outside
 from specdistill.data.prompts import Prompt
 from specdistill.data.questions import answer_id
 from specdistill.data.rereading import LARGEST_DISTANCE, Rereading

@@ -16,7 +16,7 @@ from specdistill.files import keep_apart
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from specdistill.data.generation import OutsideDecoder
+    from specdistill.data.outside import OutsideDecoder
     from specdistill.data.prompts import Prompt
     from specdistill.data.text_store import Settled
     from specdistill.engines.openai import Server
@@ -125,7 +125,8 @@ def _ask_top_k(
     as_json: bool,
 ) -> None:
     """As `generate` does, with servers in the place of our engine."""
-    from specdistill.data.generation import Outside, generate
+    from specdistill.data.generation import generate
+    from specdistill.data.outside import Outside
     from specdistill.data.signal import kept_tokens
     from specdistill.engines.openai import check_askable
     from specdistill.engines.openai_top_k import TopKAnswers

@@ -111,9 +111,10 @@ def generate(
     with ExitStack() as stack, console.progress() as progress:
         outside = None
         if engine == "transformers":
+            from specdistill.data.outside import Outside
             from specdistill.engines.transformers import Batches
 
-            outside = generation.Outside(engine, Batches)
+            outside = Outside(engine, Batches)
         elif engine == "vllm":
             scored = choice is not None and choice.scorer == LOG_PROBABILITY
             load, outside = serving.outside(target, dtype, signal, scored, threads, stack)

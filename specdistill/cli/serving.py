@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import ExitStack
 
-    from specdistill.data.generation import Outside, OutsideDecoder
+    from specdistill.data.outside import Outside, OutsideDecoder
     from specdistill.models import LanguageModel
 
 
@@ -73,7 +73,7 @@ class Serving:
         """What loads as much of the target as is needed beside vLLM, which loads its own, and the
         engine, ended with `stack`.
         """
-        from specdistill.data.generation import Outside
+        from specdistill.data.outside import Outside
         from specdistill.data.signal import NONE, STATES
         from specdistill.engines.vllm_answers import Answers, Engine
 

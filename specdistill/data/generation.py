@@ -5,13 +5,14 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
 from specdistill.data.chat import encode_prompt
 from specdistill.data.filters import DUPLICATE, NO_FILTER, Filters, Judged, repeated
+from specdistill.data.outside import Loader, Outside, OutsideDecoder
 from specdistill.data.prompts import Prompt, prompts_sha256
 from specdistill.data.questions import AnyDecoder, Question, round_seed, rounds
 from specdistill.data.rereading import Rereading
@@ -39,29 +40,6 @@ from specdistill.models import LanguageModel, check_pair
 from specdistill.progress import Note, Progress, silent, unsaid
 
 PART = 64  # answers a part
-Loader = Callable[[], LanguageModel]
-
-
-class OutsideDecoder(AnyDecoder, Protocol):
-    """An engine in place of ours, and what it runs: name, version, dtype and the like."""
-
-    @property
-    def facts(self) -> dict[str, Any]: ...
-
-    @property
-    def refused(self) -> Mapping[str, str]:
-        """Prompts that it will not answer in this call, by id, and why."""
-
-
-class Outside(NamedTuple):
-    """What makes an engine of a model and the batch size, and what settings of its own decide the
-    answers. Where it tells the target's signal, `reader` is the target that checks some of it.
-    """
-
-    name: str
-    decoder: Callable[[LanguageModel, int], OutsideDecoder]
-    settings: Mapping[str, Any] = {}
-    reader: Loader | None = None
 
 
 def signal_bytes(
