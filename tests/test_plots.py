@@ -435,6 +435,12 @@ def test_runs_that_all_decoded_show_what_was_measured() -> None:
     assert "from α" in mixed.get_ylabel()
 
 
+def test_what_a_parallel_draft_would_emit_falls_from_place_to_place() -> None:
+    rows = [row | {"expected_alpha_by_place": [0.8, 0.5, 0.1]} for row in make_metrics()]
+    _, right = figure_runs({"a": rows}, 2).axes
+    assert data(right, "a")[1] == pytest.approx([1 + 0.8 + 0.4] * 2)
+
+
 def test_long_names_of_policies_in_a_sweep_do_not_run_into_each_other() -> None:
     names = ["skd-top_k-9-refresh_every-25", "skd-top_k-3-refresh_every-25"]
     figure = figure_sweep([("fkl", name, 1.0) for name in names], "τ")

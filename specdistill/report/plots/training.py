@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -93,7 +95,8 @@ def figure_runs(
 ) -> Figure:
     """By training tokens seen, a line per run: expected α on held-out prompts (left), and the
     tokens of a round (right): measured where every run decoded with one γ, else what α would give
-    with `num_draft_tokens`, Σ αⁱ. Rows are a metrics.jsonl's.
+    with `num_draft_tokens`, Σ αⁱ, or of a parallel draft its α by place. Rows are a
+    metrics.jsonl's.
     """
     figure, (left, right) = style.panels(2, style.PANEL_HEIGHT)
     looks = dict(zip(runs, style.styles(), strict=False))
@@ -109,8 +112,7 @@ def figure_runs(
         tokens = [row["tokens"] for row in rows]
         mine = [row["expected_alpha"] for row in rows]
         emitted = [
-            row["block_efficiency"] if measured else planned_tokens(row["expected_alpha"], num)
-            for row in rows
+            row["block_efficiency"] if measured else _expected_tokens(row, num) for row in rows
         ]
         left.plot(tokens, mine, **style.mark(*looks[name], name))
         right.plot(tokens, emitted, **style.mark(*looks[name], name))
@@ -126,6 +128,13 @@ def figure_runs(
         style.finish(axes, alphas)
     style.legend(figure, [style.key(n, c, "-", m) for n, (c, m) in looks.items()])
     return figure
+
+
+def _expected_tokens(row: Mapping[str, Any], num_draft_tokens: int) -> float:
+    """Of a round, were acceptance at a place independent of that at others."""
+    if (by_place := row.get("expected_alpha_by_place")) is None:
+        return planned_tokens(row["expected_alpha"], num_draft_tokens)
+    return 1 + sum(accumulate(by_place[:num_draft_tokens], mul))
 
 
 def figure_sweep(rows: Sequence[tuple[str, str, float]], label: str) -> Figure:
