@@ -461,18 +461,12 @@ MUTATIONS = [
     Mutation(
         "another place's logsumexp for the q of a parallel draft",
         "stream, parallel",
-        [
-            (
-                ParallelStream.propose,
-                "torch.stack([each.logsumexp for each in drawn], 1)",
-                "torch.stack([each.logsumexp for each in drawn], 1).roll(1, 1)",
-            )
-        ],
+        [(ParallelStream.propose, "    logsumexp,\n", "    logsumexp.roll(1, 1),\n")],
     ),
     Mutation(
         "one noise for all places of a parallel round",
         "stream, parallel",
-        [(ParallelStream.propose, "position=i", "position=0")],
+        [(reference.sample_places, "places.repeat(batch)", "0")],
     ),
     Mutation(
         "the mask token is proposed",

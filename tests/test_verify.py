@@ -4,7 +4,14 @@ import pytest
 import torch
 from scipy import stats
 
-from specdistill_kernels import RowSettings, counter_noise, probabilities, sample, verify
+from specdistill_kernels import (
+    RowSettings,
+    counter_noise,
+    probabilities,
+    sample,
+    sample_places,
+    verify,
+)
 from specdistill_kernels.verification.noise import exponential
 
 V = 16
@@ -39,6 +46,18 @@ def p_value(tokens: torch.Tensor, p: torch.Tensor) -> float:
     assert counts[p == 0].sum() == 0, "a token of probability 0 was emitted"
     expected = p.double() / p.double().sum() * counts.sum()
     return float(stats.chisquare(counts[p > 0], expected[p > 0]).pvalue)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3, "min_p": 0.1}, {"temperature": 0.0}])
+def test_all_places_at_once_draw_what_each_draws_alone(settings: dict[str, float]) -> None:
+    torch.manual_seed(5)
+    logits, args = torch.randn(7, 4, V), rows(7, seed=2, **settings)
+    if not settings:
+        args = args._replace(temperature=torch.tensor([0, 0.3, 1, 2, 0, 1, 1.0]).double())
+    together = sample_places(logits, args)
+    alone = [sample(logits[:, i], args, position=i) for i in range(4)]
+    assert torch.equal(together.tokens, torch.stack([each.tokens for each in alone], 1))
+    assert torch.equal(together.logsumexp, torch.stack([each.logsumexp for each in alone], 1))
 
 
 def test_a_trimmed_draft_is_lossless_and_proposes_only_its_tokens() -> None:

@@ -17,7 +17,7 @@ from specdistill_kernels.divergences.targets import (
     draft_columns,
     keep_top_k,
 )
-from specdistill_kernels.verification import sample, verify
+from specdistill_kernels.verification import sample, sample_places, verify
 from specdistill_kernels.verification.noise import Noise, counter_noise
 from specdistill_kernels.verification.reference import (
     Drawn,
@@ -46,5 +46,6 @@ __all__ = [
     "keep_top_k",
     "probabilities",
     "sample",
+    "sample_places",
     "verify",
 ]

@@ -18,7 +18,7 @@ from specdistill.errors import InputError
 from specdistill.models import LanguageModel
 from specdistill.models.packing import pack
 from specdistill.models.parallel import trained_draft_tokens
-from specdistill_kernels import sample
+from specdistill_kernels import sample_places
 
 Way = Literal["auto", "parallel", "autoregressive"]
 
@@ -88,14 +88,13 @@ class ParallelStream:
         """
         hidden = self.run(context, num_tokens)
         logits = self.drafter.columns(self.model.cached.logits(hidden))
-        drawn = [sample(logits[:, i], context.settings, position=i) for i in range(num_tokens)]
-        tokens = torch.stack([each.tokens for each in drawn], 1)
+        tokens, logsumexp = sample_places(logits, context.settings)
         vocab = self.drafter.vocab
         return Draft(
             tokens if vocab is None else vocab[tokens],
             [num_tokens] * len(tokens),
             logits,
-            torch.stack([each.logsumexp for each in drawn], 1),
+            logsumexp,
             vocab,
             steps=1,
         )
@@ -122,12 +121,8 @@ class ParallelStream:
             visible,
         )[:, num_tokens:]
         logits = self.drafter.columns(self.model.cached.logits(hidden))
-        drawn = [sample(logits[:, i], settings, position=i) for i in range(num_tokens)]
-        return Proposals(
-            torch.stack([each.tokens for each in drawn], 1),
-            logits,
-            torch.stack([each.logsumexp for each in drawn], 1),
-        )
+        drawn = sample_places(logits, settings)
+        return Proposals(drawn.tokens, logits, drawn.logsumexp)
 
     def run(self, context: Context, num_tokens: int) -> Tensor:
         """The states [B, G, d] that predict each row's next `num_tokens` tokens."""

@@ -130,6 +130,26 @@ def sample(
     return reference.sample(logits, rows, position=position, noise=noise)
 
 
+def sample_places(
+    logits: Tensor,
+    rows: RowSettings,
+    *,
+    noise: Noise = counter_noise,
+    backend: Backend = "auto",
+) -> Drawn:
+    """Draw a draft token at every place of a round whose logits [B, G, Vd] are there at once, as a
+    parallel draft's are: `sample` of each place, [B, G].
+    """
+    if _takes_triton(backend, noise, logits):
+        from specdistill_kernels.verification import triton_backend
+
+        drawn = [
+            triton_backend.sample(logits[:, i], rows, position=i) for i in range(logits.shape[1])
+        ]
+        return Drawn(*(torch.stack(parts, 1) for parts in zip(*drawn, strict=True)))
+    return reference.sample_places(logits, rows, noise=noise)
+
+
 def _takes_triton(backend: str, noise: Noise, *logits: Tensor | None) -> bool:
     """Whether the Triton backend is to run. Raises ValueError where it was asked for and cannot."""
     if backend == "reference":

@@ -133,9 +133,9 @@ def race(
     return torch.where(weights.gather(-1, winner[:, None])[:, 0] > 0, winner, -1)
 
 
-def sample(logits: Tensor, rows: RowSettings, *, position: int, noise: Noise) -> Drawn:
-    """One draft token per row of [B, Vd] logits. A row without a distribution gives token 0:
-    `verify` sees the same logits and rejects it.
+def sample(logits: Tensor, rows: RowSettings, *, position: int | Tensor, noise: Noise) -> Drawn:
+    """One draft token per row of [B, Vd] logits, at one place of the round or at places [B]. A row
+    without a distribution gives token 0: `verify` sees the same logits and rejects it.
     """
     peak, first = logits.max(-1)
     first = torch.where(peak.isfinite(), first, 0)
@@ -148,9 +148,18 @@ def sample(logits: Tensor, rows: RowSettings, *, position: int, noise: Noise) ->
     logsumexp = torch.where(warm, scaled - p.amax(-1).log(), 0)
     if rows.filtered:
         p = probabilities(logits, rows.temperature, *rows.filters)
-    places = torch.full_like(rows.seeds, position)
+    places = position if isinstance(position, Tensor) else torch.full_like(rows.seeds, position)
     drawn = race(p, rows.seeds, rows.step, places, DRAFT, noise)
     return Drawn(drawn.clamp(min=0), logsumexp)
+
+
+def sample_places(logits: Tensor, rows: RowSettings, *, noise: Noise) -> Drawn:
+    """`sample` at each place of [B, G, Vd] logits, [B, G]: rows and places at once."""
+    batch, num = logits.shape[:2]
+    places = torch.arange(num, device=logits.device)
+    own = torch.arange(batch, device=logits.device).repeat_interleave(num)
+    drawn = sample(logits.flatten(0, 1), rows.of(own), position=places.repeat(batch), noise=noise)
+    return Drawn(*(part.view(batch, num) for part in drawn))
 
 
 class Proposals(NamedTuple):
