@@ -47,7 +47,18 @@ def capture() -> Iterator[type[EagerCapture]]:
 
 @pytest.mark.parametrize("samplings", [[GREEDY], [WARM], MIXED], ids=["greedy", "warm", "mixed"])
 @pytest.mark.parametrize(
-    "kind", ["none", "itself", "half", "opposite", "trimmed", "stranger", "parallel"]
+    "kind",
+    [
+        "none",
+        "itself",
+        "half",
+        "opposite",
+        "trimmed",
+        "stranger",
+        "parallel",
+        "parallel trimmed",
+        "parallel inside",
+    ],
 )
 def test_a_captured_round_is_the_eager_one(kind: str, samplings: list[Sampling]) -> None:
     check_captured(kind, 3 * (kind != "none"), samplings=samplings)
@@ -116,7 +127,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("samplings", [[GREEDY], MIXED], ids=["greedy", "mixed"])
-@pytest.mark.parametrize("kind", ["none", "half", "trimmed", "parallel"])
+@pytest.mark.parametrize("kind", ["none", "half", "trimmed", "parallel", "parallel inside"])
 @pytest.mark.parametrize("options", [{}, {"keep_hidden": True, "keep_proposals": True}], ids=str)
 def test_a_round_is_two_replays_and_one_copy_to_the_host(
     monkeypatch: pytest.MonkeyPatch, kind: str, samplings: list[Sampling], options: dict[str, bool]

@@ -471,12 +471,12 @@ MUTATIONS = [
     Mutation(
         "the mask token is proposed",
         "draft's cache, parallel",
-        [(ParallelDrafter.columns, "logits[..., at].fill_(-math.inf)", "pass")],
+        [(ParallelDrafter.columns, "logits[..., self.mask_column].fill_(-math.inf)", "pass")],
     ),
     Mutation(
         "the mask token of a trimmed vocabulary is looked for by its id",
         "draft's cache, mask in a trimmed vocabulary",
-        [(ParallelDrafter.columns, "if self.vocab is not None:", "if False:")],
+        [(ParallelDrafter._mask_column, " if self.vocab is None else self.vocab", "")],
     ),
     Mutation(
         "captured: EOS inside the accepted prefix is ignored",

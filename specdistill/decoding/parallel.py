@@ -36,6 +36,7 @@ class ParallelDrafter:
         self.draft, self.mask_token = draft, mask_token(draft)
         self.model = ModelDrafter(draft, target_vocab_size, cuda_graphs=cuda_graphs)
         self.width, self.vocab = self.model.width, self.model.vocab
+        self.mask_column = self._mask_column()
 
     def cache_bytes(self, batch: int, capacity: int) -> int:
         return self.model.cache_bytes(batch, capacity)
@@ -45,9 +46,7 @@ class ParallelDrafter:
 
     @property
     def hindrance(self) -> str:
-        return "a parallel draft looks for its mask token in a trimmed vocabulary" * (
-            self.vocab is not None
-        )
+        return ""
 
     def open_captured(self, batch: int, capacity: int) -> ParallelStream:
         return ParallelStream(self, self.model.open_captured(batch, capacity))
@@ -55,14 +54,15 @@ class ParallelDrafter:
     def columns(self, logits: Tensor) -> Tensor:
         """`ModelDrafter.columns`, with the mask token out of reach."""
         logits = self.model.columns(logits)
-        at = self.mask_token
-        if self.vocab is not None:
-            at = int(torch.searchsorted(self.vocab, at))
-            if at < len(self.vocab) and self.vocab[at] != self.mask_token:
-                return logits
-        if at < logits.shape[-1]:
-            logits[..., at].fill_(-math.inf)
+        if self.mask_column is not None:
+            logits[..., self.mask_column].fill_(-math.inf)
         return logits
+
+    def _mask_column(self) -> int | None:
+        """The mask token's among those of `columns`, if it has one."""
+        ids = torch.arange(self.width) if self.vocab is None else self.vocab
+        at = (ids == self.mask_token).nonzero()
+        return int(at[0]) if len(at) else None
 
 
 class ParallelStream:
@@ -121,8 +121,10 @@ class ParallelStream:
             visible,
         )[:, num_tokens:]
         logits = self.drafter.columns(self.model.cached.logits(hidden))
-        drawn = sample_places(logits, settings)
-        return Proposals(drawn.tokens, logits, drawn.logsumexp)
+        tokens, logsumexp = sample_places(logits, settings)
+        vocab = self.drafter.vocab
+        tokens = tokens if vocab is None else vocab[tokens]
+        return Proposals(tokens, logits, logsumexp, vocab)
 
     def run(self, context: Context, num_tokens: int) -> Tensor:
         """The states [B, G, d] that predict each row's next `num_tokens` tokens."""
