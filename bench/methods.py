@@ -112,6 +112,14 @@ def specdistill(*arguments: object) -> float:
     return time.perf_counter() - start
 
 
+def begun(file: Path, seconds: float, threads: int) -> dict[str, Any]:
+    """The measurement in a file, if one was interrupted there, with the facts of this call."""
+    document = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
+    device = device_name(torch.device(choose_device("auto")))
+    facts = {"git": git_commit(), "device": device, "versions": versions()}
+    return document | {"seconds": seconds, "threads": threads} | facts
+
+
 def measure(arm: Arm, out: Path, target: str, seconds: float, threads: int) -> list[Measured]:
     """The whole loop of an arm, in its folder below `out`."""
     folder = out / arm.name.replace(" ", "-")
@@ -298,9 +306,7 @@ def main() -> None:
     wanted = set(options.only.split(",")) if options.only else {a.name for a in ARMS} | {"n-gram"}
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "methods.json"
-    document = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
-    document |= {"seconds": options.seconds, "threads": options.threads, "git": git_commit()}
-    document |= {"device": device_name(torch.device(choose_device("auto"))), "versions": versions()}
+    document = begun(file, options.seconds, options.threads)
     done = {row["arm"] for row in document["rows"]}
 
     def add(rows: list[Measured]) -> None:

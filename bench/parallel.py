@@ -17,12 +17,9 @@ from operator import mul
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from bench.methods import specdistill
-from specdistill.models import choose_device
-from specdistill.provenance import device_name, git_commit, versions
+from bench.methods import begun, specdistill
 from specdistill.run_folder import read_metrics
 from specdistill.scoring.scorecard import Scorecard
 
@@ -219,9 +216,7 @@ def main() -> None:
     wanted = options.only.split(";") if options.only else [arm.name for arm in ARMS]
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "parallel.json"
-    document = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
-    document |= {"seconds": options.seconds, "threads": options.threads, "git": git_commit()}
-    document |= {"device": device_name(torch.device(choose_device("auto"))), "versions": versions()}
+    document = begun(file, options.seconds, options.threads)
     done = {row["arm"] for row in document["rows"]}
     answers(options.out, options.target, options.threads, options.prompts)
     for arm in ARMS:
