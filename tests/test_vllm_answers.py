@@ -30,11 +30,12 @@ from specdistill.models import LanguageModel
 from specdistill_kernels import keep_top_k
 
 VLLM = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 from types import SimpleNamespace as Names
 from . import sampling_params
 __version__ = "VERSION"
-with open(os.path.join(os.path.dirname(__file__), "starts"), "a") as starts:
+STARTS = os.path.join(os.path.dirname(__file__), "starts")
+with open(STARTS, "a") as starts:
     starts.write(f"{os.getpid()}\\n")
 class SamplingParams:
     def __init__(self, **given):
@@ -50,6 +51,8 @@ class LLM:
         self.vllm_config = Names(model_config=model)
         self.waiting, self.answered, self.die_at = [], 0, given.get("die_at")
         self.unknown = given.get("unknown")
+        while len(open(STARTS).readlines()) < given.get("starts", 0):
+            time.sleep(0.01)  # none answers before all are there
     def add_request(self, id, prompt, params):
         self.waiting.append((id, prompt["prompt_token_ids"], params.given))
         return id + "-inside"
@@ -140,7 +143,9 @@ def test_every_request_is_answered_once_by_several_workers(
     python = stand_in(tmp_path)
     both = {"samplings": [Sampling(0.0), Sampling(1.0)]}
     alone = answered(target, python, tmp_path / "alone", **both)
-    several = answered(target, python, tmp_path / "several", workers=3, **both)
+    several = answered(
+        target, python, tmp_path / "several", workers=3, options={"starts": 4}, **both
+    )
     assert len(started(python)) == 4
     texts = [{e.id: e.response_tokens for e in examples} for examples in (alone, several)]
     assert texts[0] == texts[1], "a seed of its own, whoever answers"
