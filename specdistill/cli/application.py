@@ -14,6 +14,7 @@ import typer
 from specdistill import __version__
 from specdistill.cli import (
     asking,
+    comparing,
     console,
     generating,
     quickstart,
@@ -51,9 +52,9 @@ COMMANDS = (
     training.distill,
     sweeping.sweep,
     scoring.score,
-    scoring.check,
-    scoring.compare,
-    scoring.plot,
+    comparing.check,
+    comparing.compare,
+    comparing.plot,
     shipping.export,
     shipping.env,
 )

@@ -136,6 +136,19 @@ def loader(
     return load
 
 
+def load_pair(
+    target: str, draft: str, dtype: limits.Dtype, device: str
+) -> tuple[LanguageModel, LanguageModel]:
+    """Both models, which fit together."""
+    from specdistill import models
+
+    big = models.load(target, dtype=dtype, device=device)
+    small = models.load(draft, dtype=dtype, device=device)
+    models.check_pair(big, small)
+    note_models(big, small)
+    return big, small
+
+
 def dtype_of_device(dtype: limits.Dtype) -> limits.Dtype:
     """What "auto" is on the device that models would be loaded to."""
     import torch
