@@ -17,7 +17,8 @@ from specdistill.models.hashes import hashes_of, model_sha256, tensors_sha256
 from specdistill.models.llama import LlamaBody, Slots, llama_body
 from specdistill.models.packed_linear import Joined, Version, linear_of, version
 from specdistill.models.parallel import NUM_DRAFT_TOKENS, ORIGIN, PARD_TOKEN, trained_draft_tokens
-from specdistill.models.support import active_experts, is_of_experts, max_positions
+from specdistill.models.rope import max_positions
+from specdistill.models.support import active_experts, is_of_experts
 from specdistill_kernels import Head
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specdistill.models.packed_linear import Joined
-from specdistill.models.support import max_positions
+from specdistill.models.rope import max_positions
 
 # Fused attention on a CPU takes queries 32 at a time; in half precision it rounds fewer than four
 # of them otherwise, and takes longer for them.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from specdistill.errors import InputError, ModelError
 from specdistill.models.language_model import LanguageModel
+from specdistill.models.rope import scaling, unscaled_positions
 
 
 def check_pair(target: LanguageModel, draft: LanguageModel) -> None:
-    """Refuse a pair whose tokens mean different things, or whose draft is the larger of the two.
-    Rows that only pad an embedding are understood: what must agree is the tokenizer's vocabulary.
-    Raises `ModelError` with both sizes.
+    """Refuse a pair whose tokens mean different things, whose draft is the larger of the two, or of
+    which one is stretched for longer texts alone. Rows that only pad an embedding are understood:
+    what must agree is the tokenizer's vocabulary. Raises `ModelError` with both sizes.
     """
     if target.vocab is not None:
         raise ModelError(
@@ -41,6 +43,36 @@ def check_pair(target: LanguageModel, draft: LanguageModel) -> None:
             f"the draft {draft.name} reads {small:,} weights for a token and the target "
             f"{target.name} {large:,}: a draft is the smaller of the two; were they swapped?"
         )
+    _check_scaling(target, draft)
+
+
+def _check_scaling(target: LanguageModel, draft: LanguageModel) -> None:
+    """Of models for equally many positions, one must not be stretched to more than the other: a
+    draft that is not guesses blindly where the target is. Models of other positions, or with other
+    factors that come to the same (Llama 3.1 and 3.2), were trained so.
+    """
+    ours, theirs = target.config, draft.config
+    shared = unscaled_positions(ours) & unscaled_positions(theirs)
+    if not shared or target.max_length == draft.max_length or scaling(ours) == scaling(theirs):
+        return
+    both = " and ".join(
+        f"{model.name} reads {model.max_length:,} positions ({_in_words(scaling(model.config))})"
+        for model in (target, draft)
+    )
+    raise ModelError(
+        f"the rotary positions of a pair must be stretched alike: {both}, both made for "
+        f"{max(shared):,}. Write the target's rope_parameters into the draft's config.json, too, "
+        "and distil it so, or take the target as it was trained"
+    )
+
+
+def _in_words(by_kind: dict[str, dict[str, Any]]) -> str:
+    parts = [
+        f"{kind} {settings}".strip()
+        for kind, of_layers in by_kind.items()
+        if (settings := ", ".join(f"{k}: {v}" for k, v in sorted(of_layers.items())))
+    ]
+    return "; ".join(parts) or "no scaling"
 
 
 def check_sizes(target: LanguageModel, draft: LanguageModel) -> None:

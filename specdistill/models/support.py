@@ -138,31 +138,6 @@ def _obstacle(config: Any, model: Any) -> str | None:
     return None
 
 
-def max_positions(config: Any) -> int:
-    """Positions a text model has: those of its config, or as many as its rotary frequencies are
-    stretched for. Where they change with the longest text of a batch (LongRoPE), those before the
-    change: later rows would depend on each other.
-    """
-    given = getattr(config, "max_position_embeddings", None) or -1
-    positions = given if given > 0 else 2**31
-    rope = getattr(config, "rope_parameters", None) or {}
-    parts = [part for part in rope.values() if isinstance(part, dict)]  # by kind of layer
-    return int(min(_stretched(part, positions) for part in parts or [rope]))
-
-
-def _stretched(rope: dict[str, Any], positions: int) -> float:
-    """How many positions rotary frequencies are for, of a config that says `positions`: checkpoints
-    leave those as they were trained, or say what the factor makes of them.
-    """
-    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor") or 1.0
-    match rope.get("rope_type"):
-        case "longrope":
-            return min(positions, original or positions)
-        case "yarn" | "linear":
-            return max(positions, factor * (original or positions))
-    return positions
-
-
 def decoder_layers(name: str, model: Any) -> tuple[str, nn.ModuleList]:
     """The layers of the text model and where they are, such as "model.layers": other towers have
     layers too, and may have as many. Raises `ModelError`.
