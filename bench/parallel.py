@@ -43,21 +43,29 @@ class Arm:
     score: tuple[str, ...] = ()
 
 
+GAMMAS = "4,6,8"
 ONE_BY_ONE = ("--drafting", "autoregressive")
+ORDINARY_FIRST = ("parallel.ordinary=0.5", "parallel.num_draft_tokens=5")
 UNIFORM = ("parallel.weighting=uniform",)
 ARMS = (
-    Arm("2 layers", parallel=False, gammas="3,6"),
-    Arm("parallel 2 layers", gammas="3,6"),
+    Arm("2 layers", parallel=False, gammas=f"3,{GAMMAS}"),
+    Arm("parallel 2 layers", gammas=GAMMAS),
     Arm("2 layers, half the time", parallel=False, share=0.5),
-    Arm("parallel 2 layers, the other half", start="2 layers, half the time", share=0.5),
+    Arm(
+        "parallel 2 layers, the other half",
+        start="2 layers, half the time",
+        share=0.5,
+        gammas=GAMMAS,
+    ),
     Arm("parallel 2 layers, one by one", start="parallel 2 layers", share=0, score=ONE_BY_ONE),
+    Arm("parallel 2 layers, ordinary first", gammas="3,5", training=ORDINARY_FIRST),
     Arm("parallel 2 layers, uniform", training=UNIFORM),
     Arm("parallel 2 layers, e2e_tv", training=("loss=e2e_tv", *UNIFORM)),
     Arm("parallel 2 layers, lk_hybrid", training=("loss=lk_hybrid",)),
     Arm("parallel 2 layers, fkl alone", training=("loss=fkl",)),
-    Arm("parallel 4 layers", 4),
-    Arm("4 layers", 4, parallel=False),
-    Arm("parallel 6 layers", 6),
+    Arm("parallel 4 layers", 4, gammas=GAMMAS),
+    Arm("4 layers", 4, parallel=False, gammas=f"3,{GAMMAS}"),
+    Arm("parallel 6 layers", 6, gammas=GAMMAS),
 )
 
 

@@ -25,7 +25,7 @@ from specdistill.models import LanguageModel
 from specdistill.training.batches import make_batch
 from specdistill.training.distiller import Distiller
 from specdistill.training.pair import trainable
-from specdistill.training.parallel import depths_by_lot
+from specdistill.training.parallel import depths_of
 
 BLOCKS = ({}, *({"num_draft_tokens": k} for k in (2, 4, 8, 16)), {"num_draft_tokens": 8, "keep": 1})
 TEXTS = {"8 texts of 64 + 64 tokens": (8, 64, 64), "1 text of 512 + 512 tokens": (1, 512, 512)}
@@ -59,14 +59,14 @@ def measured(target: LanguageModel, examples: list[Example], block: dict[str, fl
     draft = trainable(make_draft(target, 2, torch.arange(100, 3172)))
     distiller = Distiller(target, draft, config)
     make = partial(make_batch, examples, 0, draft.device)
-    distiller.step([make(depths_by_lot(config.parallel, "first"))], 1e-4)  # the optimiser's memory
+    distiller.step([make(depths_of(config.parallel, 1.0, "first"))], 1e-4)  # the optimiser's memory
     seconds, peaks, rows = [], [], 0
     for step in range(STEPS):
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what is free would count as held
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before, start = kilobytes("VmRSS"), time.perf_counter()
-        batch = make(depths_by_lot(config.parallel, str(step)))
+        batch = make(depths_of(config.parallel, 1.0, str(step)))
         distiller.step([batch], 1e-4)
         seconds.append(time.perf_counter() - start)
         peaks.append(kilobytes("VmHWM") - before)

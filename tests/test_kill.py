@@ -214,6 +214,7 @@ def test_a_quickstart_goes_on_after_every_stage(tmp_path: Path, tiny_folder: Pat
         **{"answers": 24, "batch_size": 8, "vocab_size": 32},
         **{"max_new_tokens": 8, "score_tokens": 8, "score_prompts": 2, "before_prompts": 2},
         **{"num_draft_tokens": [2], "before_num_draft_tokens": [2], "train_seconds": 0.3},
+        "drafting": "autoregressive",
     }
     asked = ("plan", json.dumps(task), json.dumps(plan))
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -27,7 +27,7 @@ from specdistill.drafts.export import export
 from specdistill.drafts.making import save_draft
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, origin, trained_draft_tokens
-from specdistill.training import parallel
+from specdistill.training import batches, parallel
 from specdistill.training.batches import make_batch
 from specdistill.training.distiller import Distiller
 from specdistill.training.evaluation import Evaluation
@@ -37,6 +37,7 @@ from specdistill.training.parallel import (
     boolean_mask,
     dropped,
     lay_out,
+    no_masks,
     pass_rows,
     refuse_mask,
     undropped,
@@ -519,6 +520,39 @@ def test_the_draft_never_writes_the_mask_by_itself(tiny: Any) -> None:
 def settled(world: dict[str, str], folder: Path, **more: Any) -> Any:
     block = {"num_draft_tokens": 3, "keep": 0.5, "least": 0.1}
     return settings(world, folder, **{"parallel": block, **more})
+
+
+def test_half_of_a_run_may_be_an_ordinary_drafts(
+    world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The masks begin with the second half, and the learning rate again; before, a step is one of
+    an ordinary draft.
+    """
+    masks: list[int] = []
+
+    def counted(*args: Any) -> Blocks:
+        blocks = lay_out(*args)
+        masks.append(int((blocks.lengths - 1).sum()))
+        return blocks
+
+    monkeypatch.setattr(batches, "lay_out", counted)
+    block = BLOCK.model_copy(update={"ordinary": 0.5}).model_dump()
+    rows = run(settled(world, tmp_path / "run", parallel=block, decode=None, evaluate_every=99))
+    rates = [row["learning_rate"] for row in rows if "learning_rate" in row]
+    assert len(rates) == 12
+    assert rates[:6] == pytest.approx(rates[6:])
+    of_updates = masks[-12:]  # the evaluation comes first, and the last row repeats it
+    assert of_updates[:6] == [0] * 6
+    assert min(of_updates[6:]) > 0
+
+    examples = examples_of(world)
+    moved = []
+    for depths, more in ((no_masks, {}), (None, {"parallel": None})):
+        distiller, _ = double(world, loss="fkl", **more)
+        distiller.step([make_batch(examples, 0, torch.device("cpu"), depths)], 1e-3)
+        moved.append(distiller.draft.model.state_dict())
+    first, second = moved
+    assert all(torch.allclose(first[n], second[n], atol=1e-12) for n in first if "embed" not in n)
 
 
 @pytest.mark.parametrize("kind", ["frozen", "trained", "lora", "tied", "draft"])

@@ -3,12 +3,15 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cards import simulate
 from conftest import tiny_model
+from small_runs import padded_target
 from test_cli import run
 
 from specdistill import models, quickstart
@@ -90,23 +93,37 @@ def test_prompts_that_leave_no_room_for_an_answer_are_named(tmp_path: Path) -> N
         choose(task, target, asked[:20], asked[20:], time.perf_counter())
 
 
+@pytest.mark.parametrize("drafting", ["autoregressive", "parallel"])
 def test_a_command_takes_somebodys_model_to_a_verdict(
-    tmp_path: Path, tiny_folder: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tiny_folder: Path,
+    prompts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    drafting: str,
 ) -> None:
-    """Planned by a speed and a cost that no busy machine changes; how they are measured is tested
-    by itself.
+    """Planned by a speed and a cost that no busy machine changes, and not stopped where it is slow;
+    how they are measured is tested by itself.
     """
     measured = []
+
+    def unhurried(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, max_seconds, **kwargs: function(*args, **kwargs)
 
     def steady(target: LanguageModel, prompts: list[list[int]], *_: object) -> Speed:
         measured.append(len(prompts))
         return Speed(0.01, 0.001, 0.01, 0.001)
 
     monkeypatch.setattr(plans, "measure_speed", steady)
-    monkeypatch.setattr(loop, "early_stop", lambda before, plan: {8: 0.2})
+    for name in ("generate", "score"):
+        monkeypatch.setattr(loop, name, unhurried(getattr(loop, name)))
+    if drafting == "autoregressive":
+        monkeypatch.setattr(loop, "early_stop", lambda before, plan: {8: 0.2})
     folder = tmp_path / "run"
-    asked = ["quickstart", "--target", tiny_folder, "--prompts", prompts, "--run-dir", folder]
-    done = run(*asked, "--minutes", 0.2, "--vocab-size", 32)
+    target = tiny_folder
+    if drafting == "parallel":  # which wants a token that no text holds
+        target = padded_target(tmp_path / "target")
+    asked = ["quickstart", "--target", target, "--prompts", prompts, "--run-dir", folder]
+    done = run(*asked, "--minutes", 0.1, "--vocab-size", 32)
     assert done.code == 0, done.err
     assert len(measured) == 1
     plan = json.loads((folder / "plan.json").read_text())["plan"]
@@ -116,24 +133,37 @@ def test_a_command_takes_somebodys_model_to_a_verdict(
     card, draft = Scorecard.read(folder / "scorecard.json"), models.load(str(folder / "draft"))
     assert card.verdict.reason in done.out
     assert (draft.num_layers, draft.vocab_size) == (1, 32)
+    assert (card.drafting, draft.mask_token is None) == (drafting, drafting != "parallel")
     assert f"{folder / 'report.html'}" in done.out
-    assert ("specdistill export" if card.verdict.pays else "--minutes 0.4") in done.out
+    assert ("specdistill export" if card.verdict.pays else "--minutes 0.2") in done.out
     answered = json.loads((folder / "data" / "manifest.json").read_text())["parts"]
-    assert [row.num_draft_tokens for row in card.rows if row.least_reach] == [8, 8]
+    early = [row.num_draft_tokens for row in card.rows if row.least_reach]
+    assert early == ([] if drafting == "parallel" else [8, 8])
     scored = {row.prompt_id for row in card.per_prompt}
     assert len(scored) >= 4
     assert not scored & {id_ for part in answered for id_ in part["ids"]}
     assert run(*asked).code == 2, "a finished run is not begun again"
 
 
+def test_a_target_without_an_unused_token_is_refused_a_parallel_draft(
+    tmp_path: Path, tiny_folder: Path, prompts: Path
+) -> None:
+    asked = ["quickstart", "--target", tiny_folder, "--prompts", prompts, "--minutes", 1]
+    done = run(*asked, "--drafting", "parallel", "--run-dir", tmp_path / "run")
+    assert done.code == 2, done.err
+    assert "no unused token for a parallel draft's mask" in " ".join(done.err.split())
+
+
 def test_the_least_reach_is_by_the_cost_of_a_draft_step() -> None:
+    plan = Plan(drafting="autoregressive")
     before = simulate({(0.0, 3): 0.1, (1.0, 3): 0.1})
     for costs, reach in (((0.08, 0.1), {8: 0.14}), ((math.nan, 0.2), {8: 0.3})):
         rows = [replace(row, cost_ratio=c) for row, c in zip(before.rows, costs, strict=True)]
-        assert early_stop(replace(before, rows=rows), Plan()) == reach
+        assert early_stop(replace(before, rows=rows), plan) == reach
+        assert early_stop(replace(before, rows=rows), Plan()) == {}, "one pass gives all"
     for cost in (math.nan, 0.0, 0.7):  # unknown, or more than a token can gain
         rows = [replace(row, cost_ratio=cost) for row in before.rows]
-        assert early_stop(replace(before, rows=rows), Plan()) == {}
+        assert early_stop(replace(before, rows=rows), plan) == {}
 
 
 def test_speed_is_measured_for_a_batch_and_for_one_row() -> None:
@@ -153,6 +183,7 @@ def test_speed_is_measured_for_a_batch_and_for_one_row() -> None:
 def test_the_same_command_goes_on(tmp_path: Path, tiny_folder: Path, prompts: Path) -> None:
     task = Task(str(tiny_folder), str(prompts), minutes=1.0)
     small = Plan(16, 8, 16, 1, None, train_seconds=0.3, score_prompts=4, score_tokens=6)
+    small = replace(small, drafting="autoregressive")
     folder, seen = tmp_path / "run", []
 
     def stop(stage: str, done: float, total: float, detail: str = "") -> None:

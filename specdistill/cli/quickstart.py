@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -42,6 +42,10 @@ def quickstart(
     vocab_size: Annotated[
         int | None, among(limits.VOCABULARY, "The draft's output tokens; default: by the head.")
     ] = None,
+    drafting: Annotated[
+        Literal["parallel", "autoregressive"] | None,
+        typer.Option(help="How the draft proposes; default: in parallel on a CPU, if it can."),
+    ] = None,
     run_dir: Annotated[
         Path | None, typer.Option(help="Folder of the run; default: a new one under runs/.")
     ] = None,
@@ -57,7 +61,13 @@ def quickstart(
 
     demo = loop.Task()
     task = loop.Task(
-        target or demo.target, prompts or demo.prompts, heldout, minutes, layers, vocab_size
+        target or demo.target,
+        prompts or demo.prompts,
+        heldout,
+        minutes,
+        layers,
+        vocab_size,
+        drafting,
     )
     console.setup(threads)
     folder = run_dir or _run_folder(Path("runs"), task)

@@ -175,6 +175,11 @@ class Parallel(Section):
     least: Share = Field(
         0.2, description="share of the blocks of which every place is trained, at least"
     )
+    ordinary: Share = Field(
+        0.0,
+        description="share of the training in which the draft learns from the rows without masks "
+        "alone; then the masks begin, and the learning rate again",
+    )
     mask_token: MaskToken = Field(
         "auto", description="id of the mask, which no text holds; auto finds an unused one"
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from specdistill import models
+from specdistill.config import Parallel
 from specdistill.data.chat import EncodedPrompt, encoded
 from specdistill.data.generation import generate
 from specdistill.data.likeness import split_prompts
@@ -134,6 +135,7 @@ def quickstart(
             max_seconds=plan.train_seconds,
             batch_tokens=plan.batch_tokens,
             learning_rate=plan.learning_rate,
+            parallel=parallel_training(plan),
         )
     early = early_stop(before, plan)
     gammas = [*plan.num_draft_tokens, *early]
@@ -145,13 +147,22 @@ def quickstart(
     return before, after
 
 
+def parallel_training(plan: Plan) -> Parallel | None:
+    """Half of the time as an ordinary draft, which was the best beginning (bench/LOG.md), and then
+    blocks as long as the longest that is scored.
+    """
+    if plan.drafting == "autoregressive":
+        return None
+    return Parallel(ordinary=0.5, num_draft_tokens=max(plan.num_draft_tokens))
+
+
 def early_stop(before: Scorecard, plan: Plan) -> dict[int, float]:
     """The least reach by γ of a proposal that stops early: one and a half times what a draft step
     costs, in plain steps, which was the best of a replay (bench/LOG.md). The draft has the shape of
     the undistilled one, whose steps were timed. Empty where a step costs as much as it can gain,
     and for a parallel draft, whose one pass gives all.
     """
-    if before.drafting == "parallel":
+    if plan.drafting == "parallel":
         return {}
     costs = [row.cost_ratio for row in before.rows if row.cost_ratio > 0]
     reach = float(f"{1.5 * median(costs):.1e}") if costs else 1.0

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from specdistill import limits
+from specdistill.config import Parallel
 from specdistill.data.chat import EncodedPrompt
 from specdistill.data.generation import signal_bytes
 from specdistill.decoding import Request, SpeculativeDecoder
@@ -23,7 +24,9 @@ from specdistill.errors import InputError
 from specdistill.models import LanguageModel, gguf_files
 from specdistill.models.memory import free_bytes
 from specdistill.progress import Progress, silent
+from specdistill.scoring.card_rows import DraftingWay
 from specdistill.scoring.turns import MIN_PROMPTS
+from specdistill.training.parallel import begin
 
 MINUTES = 30.0
 LEAST_ANSWERS = 16
@@ -44,6 +47,7 @@ class Task:
     minutes: float | None = None
     layers: int | None = None
     vocab_size: int | None = None
+    drafting: DraftingWay | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -78,6 +82,7 @@ class Plan:
     score_tokens: int = 48
     num_draft_tokens: tuple[int, ...] = (2, 3, 5)
     early_num_draft_tokens: int = 8  # the most of a proposal that stops where it is doubtful
+    drafting: DraftingWay = "parallel"
     temperatures: tuple[float, ...] = (0.0, 1.0)
     before_prompts: int = 4
     before_num_draft_tokens: tuple[int, ...] = (3,)
@@ -105,6 +110,8 @@ def choose(
     """What the task leaves open, by these rules:
 
     - the draft has the target's first layers, one in twelve, and at least one;
+    - it proposes in parallel on a CPU, where there is an unused token for its mask: elsewhere how
+      such a draft is trained has not been measured;
     - it keeps the target's output tokens where the head has fewer weights than those layers, and
       else a sixteenth of them, in thousands;
     - as many answers are made together as fill a quarter of the free memory, 64 at most;
@@ -122,6 +129,7 @@ def choose(
             f"{target.num_layers}; got {layers}"
         )
     draft = make_draft(target, list(range(layers)))
+    drafting = _drafting(task, target, draft)
     vocab_size = task.vocab_size
     if vocab_size is not None:
         choose_vocabulary(target, torch.ones(target.vocab_size), vocab_size)  # or it raises
@@ -147,6 +155,7 @@ def choose(
         batch_size=max(rows, 1),
         layers=layers,
         vocab_size=vocab_size,
+        drafting=drafting,
         batch_tokens=512 if on_cpu else 4096,
         learning_rate=2e-3 * min(1.0, 576 / target.head.in_features),
     )
@@ -155,6 +164,20 @@ def choose(
     return divide(
         plan, minutes, time.perf_counter() - began, speed, len(prompts), len(heldout), room
     )
+
+
+def _drafting(task: Task, target: LanguageModel, draft: LanguageModel) -> DraftingWay:
+    """Raises `InputError` where a parallel draft is asked for and cannot be trained."""
+    asked = task.drafting == "parallel"
+    if not asked and (task.drafting is not None or target.device.type != "cpu"):
+        return "autoregressive"
+    try:
+        begin(draft, target, Parallel())
+    except InputError:
+        if asked:
+            raise
+        return "autoregressive"
+    return "parallel"
 
 
 def measure_speed(
@@ -190,6 +213,7 @@ def divide(
     Raises `InputError` where the time does not suffice for the least of both.
     """
     settings, rows = len(plan.temperatures), plan.batch_size
+    early = plan.drafting == "autoregressive"
 
     def answering(batches: int, tokens: int) -> float:
         return SLACK * batches * (speed.batch_prefill + tokens * speed.batch_step)
@@ -198,7 +222,7 @@ def divide(
         """Plainly twice, with every γ once, stopping early, and as long again for the evidence; so,
         too, the few prompts of the score before.
         """
-        runs = (4 + len(plan.num_draft_tokens)) * count
+        runs = (3 + early + len(plan.num_draft_tokens)) * count
         runs += (3 + len(plan.before_num_draft_tokens)) * min(count, plan.before_prompts)
         return SLACK * settings * runs * (speed.prefill + tokens * speed.step)
 
@@ -244,6 +268,9 @@ def announcement(target: LanguageModel, plan: Plan) -> list[str]:
     size = signal_bytes(target, plan.answers, plan.max_new_tokens) / 1e6
     tokens = "all" if plan.vocab_size is None else f"{plan.vocab_size:,} of"
     gammas = ", ".join(map(str, plan.num_draft_tokens))
+    parallel = plan.drafting == "parallel"
+    kind = "parallel draft" if parallel else "draft"
+    gammas += "" if parallel else f" and up to {plan.early_num_draft_tokens}"
     temperatures = " and ".join(f"{t:g}" for t in plan.temperatures)
     parts = [
         (
@@ -253,13 +280,13 @@ def announcement(target: LanguageModel, plan: Plan) -> list[str]:
         ),
         (
             plan.train_seconds,
-            f"distillation of a draft of the first {plan.layers} of {target.num_layers} layers, "
+            f"distillation of a {kind} of the first {plan.layers} of {target.num_layers} layers, "
             f"with {tokens} {target.vocab_size:,} output tokens",
         ),
         (
             plan.score_seconds,
-            f"scores before and after on up to {plan.score_prompts} held-out prompts, γ = {gammas} "
-            f"and up to {plan.early_num_draft_tokens}, temperature {temperatures}",
+            f"scores before and after on up to {plan.score_prompts} held-out prompts, "
+            f"γ = {gammas}, temperature {temperatures}",
         ),
     ]
     return [

@@ -51,7 +51,7 @@ from specdistill.training.distiller import Distiller
 from specdistill.training.evaluation import Evaluation
 from specdistill.training.losses import configured_objective
 from specdistill.training.pair import read_models
-from specdistill.training.parallel import depths_by_lot, refuse_mask
+from specdistill.training.parallel import depths_of, refuse_mask
 from specdistill.training.policies import Source, examples_at, forget_samples
 from specdistill.training.reward import configured_reward, mean_reward
 
@@ -142,8 +142,12 @@ def first_process() -> bool:
 
 
 def rate(spent: float, config: DistillConfig) -> float:
-    """Learning rate once a share `spent` of the budget is used: warm-up, cosine to a tenth."""
+    """Learning rate once a share `spent` of the budget is used: warm-up, cosine to a tenth; of a
+    draft that is an ordinary one first, once for each part.
+    """
     peak, warmup = config.training.learning_rate, config.training.warmup
+    if config.parallel is not None and (first := config.parallel.ordinary):
+        spent = spent / first if spent < first else (spent - first) / (1 - first)
     if spent < warmup:
         return peak * max(spent / warmup, 0.01)
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * min((spent - warmup) / (1 - warmup), 1))))
@@ -218,7 +222,7 @@ class Run:
                 accelerator.process_index,
                 accelerator.num_processes,
                 self.draft.device,
-                depths_by_lot(config.parallel, f"{config.seed}-{state.step}"),
+                depths_of(config.parallel, spent, f"{config.seed}-{state.step}"),
             )
             metrics = self.distiller.step(batches, learning_rate)
             state.seconds += time.perf_counter() - start
