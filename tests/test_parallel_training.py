@@ -522,6 +522,18 @@ def settled(world: dict[str, str], folder: Path, **more: Any) -> Any:
     return settings(world, folder, **{"parallel": block, **more})
 
 
+def test_a_parallel_draft_that_is_to_stop_early_is_refused_before_any_update(
+    world: dict[str, str], tmp_path: Path
+) -> None:
+    draft = models.load(world["draft"], dtype="float32")
+    models.set_parallel(draft, MASK, 3)
+    save_draft(draft, tmp_path / "draft")
+    more = {"draft": str(tmp_path / "draft"), "decode": {"least_reach": 0.2}, "parallel": None}
+    with pytest.raises(InputError, match=r"least_reach 0\.2 .* drafts in parallel"):
+        run(settings(world | more, tmp_path / "run", **more))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_half_of_a_run_may_be_an_ordinary_drafts(
     world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,8 @@ from specdistill_kernels import divergence, draft_columns
 
 class Evaluation:
     """Held-out examples, made ready once: the target is asked only here. Raises `InputError` where
-    `config.decode` asks for a target's body that was not read.
+    `config.decode` asks for a target's body that was not read, or for a draft that stops early
+    and proposes in parallel.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class Evaluation:
                 f"decode asks for all of {target.name}, and its head alone was read; load it "
                 "whole, or set decode: null"
             )
+        if config.decode is not None:
+            Drafting(least_reach=config.decode.least_reach).in_parallel(distiller.draft)
         if target is not None and (rows := decoded_rows(config)):
             # Before any pass: packed products round differently, and a run that resumes must read
             # with the same ones as a run that never stopped.
