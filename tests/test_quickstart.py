@@ -111,9 +111,12 @@ def test_a_command_takes_somebodys_model_to_a_verdict(
 
     def steady(target: LanguageModel, prompts: list[list[int]], *_: object) -> Speed:
         measured.append(len(prompts))
-        return Speed(0.01, 0.001, 0.01, 0.001)
+        return Speed(0.01, 0.001, 0.005, 0.0005)
 
     monkeypatch.setattr(plans, "measure_speed", steady)
+    monkeypatch.setattr(
+        plans, "divide", lambda plan, minutes, spent, *others: divide(plan, minutes, 0.0, *others)
+    )
     for name in ("generate", "score"):
         monkeypatch.setattr(loop, name, unhurried(getattr(loop, name)))
     if drafting == "autoregressive":
