@@ -46,6 +46,9 @@ SERVER = "ask --target t --prompts prompts.jsonl --out new"
 WIDEN = "widen --target target --prompts prompts.jsonl --out new.jsonl --count 2"
 INIT = "init --target target --out new"
 SCORE = "score --target target --draft draft --prompts prompts.jsonl --out new.json"
+NO_DRAFT = "score --target target --prompts prompts.jsonl --out new.json"
+BY_VLLM = f"{NO_DRAFT} --engine vllm --engine-python /bin/false"
+NGRAM = """--speculative-config '{"method": "ngram"}'"""
 QUICKSTART = "quickstart --target target --prompts demo:train --run-dir new"
 CHECK = "check --target target --draft draft"
 EXPORT = "export --draft draft --out new --for vllm"
@@ -163,6 +166,24 @@ COMMANDS = [
     Bad("lenience at temperature 0", f"{SCORE} --temperature 0 --lenience lin:0.5", "lenience"),
     Bad("a python without vLLM", f"{SCORE} --engine-python /bin/false", "--engine-python"),
     Bad("vLLM without a python", f"{SCORE} --engine vllm", "--engine-python"),
+    Bad("no interpreter", f"{SCORE} --engine vllm --engine-python gone", "no interpreter gone"),
+    Bad("a score of nothing", NO_DRAFT, "name a draft by --draft"),
+    Bad("a draft and a config", f"{BY_VLLM} --draft draft {NGRAM}", "one of the two"),
+    Bad("a config of our engine", f"{SCORE} {NGRAM}", "for --engine vllm"),
+    Bad("runners of our engine", f"{SCORE} --runner both", "--runner would have no effect"),
+    Bad("no such runner", f"{BY_VLLM} --draft draft --runner V3", "--runner"),
+    Bad("a config and --drafting", f"{BY_VLLM} {NGRAM} --drafting parallel", "--drafting"),
+    *(
+        Bad(f"speculative config: {says}", f"{BY_VLLM} --speculative-config '{text}'", says)
+        for text, says in (
+            ("{", "not valid JSON"),
+            ("[]", "write an object"),
+            ("{}", "must name its method"),
+            ('{"method": "ngram", "num_speculative_tokens": 2}', "--num-draft-tokens sets it"),
+            ('{"method": "eagle3", "model": "none"}', "none"),
+            ('{"method": "eagle3", "rejection_sample_method": "synthetic"}', "synthetic"),
+        )
+    ),
     Bad("block rules of others", f"{SCORE} --engine transformers --verification block", "--verif"),
     Bad("several cards without a folder", "plot card.json other.json", "--out"),
 ]

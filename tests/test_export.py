@@ -223,6 +223,7 @@ def test_a_parallel_drafts_card_says_both_ways_of_serving(tmp_path: Path) -> Non
         "model": str(tmp_path / "out"),
         "num_speculative_tokens": 5,
         "parallel_drafting": True,
+        "draft_sample_method": "probabilistic",  # the card has T = 1, too
     }
     text = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert "one pass gives a whole round, from mask tokens (id 62, `pard_token`" in text

@@ -356,6 +356,7 @@ def test_a_trimmed_draft_is_exported_before_other_engines_load_it(run_dir: Path)
         "method": "draft_model",
         "model": f"{draft}-vllm",
         "num_speculative_tokens": 4,
+        "draft_sample_method": "probabilistic",  # the card has T = 1, too
     }
     assert "trimmed to 2,048 of 49,152 tokens" in text
     assert f"{draft}-transformers" in code(text, "python")[0]

@@ -20,11 +20,14 @@ from specdistill.errors import InputError, StorageError
 from specdistill.quoting import shortened, visible
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
+    from specdistill.data.chat import EncodedPrompt
+    from specdistill.data.prompts import Prompt
     from specdistill.data.token_store import Example
+    from specdistill.decoding.parallel import Way
     from specdistill.models import LanguageModel
     from specdistill.progress import Progress
 
@@ -149,6 +152,42 @@ def load_pair(
     return big, small
 
 
+def outline(name: str, dtype: limits.Dtype) -> LanguageModel:
+    """A model of which another program has the weights, in the dtype of this machine's device."""
+    from specdistill.models.head_only import load_outline
+
+    return load_outline(name, dtype=dtype)
+
+
+def encoded(
+    target: LanguageModel, asked: Sequence[Prompt], draft: LanguageModel | None = None
+) -> Sequence[EncodedPrompt]:
+    """Prompts as the target's tokens, put as in the draft's training, and without copies."""
+    from specdistill.data import chat
+    from specdistill.scoring.template_settings import as_trained
+
+    put = asked if draft is None else as_trained(asked, draft, note)
+    prompts = chat.encoded(target.tokenizer, put)
+    if copies := len(asked) - len(prompts):
+        note(
+            f"{copies} of {len(asked)} prompts are copies of others, and are left out: "
+            f"{len(prompts)} are scored"
+        )
+    return prompts
+
+
+def note_drafting(
+    draft: LanguageModel, way: Way, num_draft_tokens: list[int], least_reach: float = 0.0
+) -> None:
+    """What a parallel draft's user should know. Raises `InputError` where it cannot draft so."""
+    from specdistill.decoding.parallel import Drafting, untrained_places
+
+    if Drafting(way, least_reach).in_parallel(draft) and (
+        words := untrained_places(draft, num_draft_tokens)
+    ):
+        note(words)
+
+
 def dtype_of_device(dtype: limits.Dtype) -> limits.Dtype:
     """What "auto" is on the device that models would be loaded to."""
     import torch
@@ -165,7 +204,8 @@ def note_models(target: LanguageModel, *drafts: LanguageModel, decoding: bool = 
     from specdistill.decoding.sampling import unsupported_settings
 
     for model in (target, *drafts):
-        note(f"{model.name}: {model.dtype} on {model.device}")
+        where = "in the engine" if model.device.type == "meta" else f"on {model.device}"
+        note(f"{model.name}: {model.dtype} {where}")
     if decoding and (ignored := unsupported_settings(target.model.generation_config)):
         note(f"{target.name}: its generation config's {', '.join(ignored)} is not applied")
     if tells_date(target.tokenizer):

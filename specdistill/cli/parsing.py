@@ -20,10 +20,19 @@ def chat_template_kwargs(text: str | None) -> dict[str, Any] | None:
     """'{"enable_thinking": false}' to what a chat template is told."""
     if text is None:
         return None
-    advice = """write an object, as '{"enable_thinking": false}'"""
-    value = parsed(text, "--chat-template-kwargs", "not valid JSON", advice)
+    return _object(text, "--chat-template-kwargs", '{"enable_thinking": false}')
+
+
+def speculative_config(text: str) -> dict[str, Any]:
+    """'{"method": "ngram"}' to what vLLM is told."""
+    return _object(text, "--speculative-config", '{"method": "ngram"}')
+
+
+def _object(text: str, option: str, example: str) -> dict[str, Any]:
+    advice = f"write an object, as '{example}'"
+    value = parsed(text, option, "not valid JSON", advice)
     if not isinstance(value, dict):
-        raise InputError(f"--chat-template-kwargs: {advice}; got {shown(text)}")
+        raise InputError(f"{option}: {advice}; got {shown(text)}")
     return value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,7 +14,6 @@ from specdistill.cli.options import (
     ChatTemplateKwargs,
     Column,
     Device,
-    Draft,
     Dtype,
     EnginePython,
     Json,
@@ -26,60 +25,92 @@ from specdistill.cli.options import (
     Target,
     Threads,
 )
+from specdistill.cli.scoring_by_vllm import ByVllm, Runners, serve_lines
 from specdistill.errors import InputError
 from specdistill.files import keep_apart
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from specdistill.data.chat import EncodedPrompt
+    from specdistill.data.prompts import Prompt
     from specdistill.decoding.parallel import Way
-    from specdistill.models import LanguageModel
     from specdistill.scoring.scorecard import Scorecard
+
+EngineName = Literal["specdistill", "transformers", "vllm"]
+
+Out = Annotated[Path, typer.Option(help="scorecard.json to write.")]
+ScoredDraft = Annotated[
+    str | None,
+    typer.Option(help="Draft: as the target, or a folder of `init` or `distill`."),
+]
+NumDraftTokens = Annotated[str, typer.Option(help="γ: 4, 1-8 or 2,4,6.")]
+Temperatures = Annotated[str, typer.Option(help="0, 1 or 0,1.")]
+Verification = Annotated[
+    Literal["token", "block"], typer.Option(help="Verify proposals singly, or as a whole.")
+]
+Lenience = Annotated[
+    str | None,
+    typer.Option(help="LOSSY: accept more than the target would, by lin:0.5, sq:0.7 or exp:0.8."),
+]
+LeastReach = Annotated[
+    float,
+    typer.Option(
+        help="Stop drafting once all of a proposal is accepted with less than this chance; γ "
+        "is then the most. 0 never stops early.",
+    ),
+]
+DraftingWay = Annotated[
+    Literal["auto", "parallel", "autoregressive"],
+    typer.Option(help="auto: in parallel where the draft was trained for it."),
+]
+KeepText = Annotated[
+    bool, typer.Option(help="Keep one answer in the card, for the picture of its tokens.")
+]
+EngineOption = Annotated[
+    EngineName,
+    typer.Option(help="Whose decoding to measure; the others want an exported draft."),
+]
+Concurrency = Annotated[
+    str | None,
+    typer.Option(help="With --engine vllm: also measure so many requests at a time: 1,4,16."),
+]
+SpeculativeConfig = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help="With --engine vllm, instead of --draft: what else proposes, in vLLM's words, as "
+        """'{"method": "ngram", "prompt_lookup_max": 4}'.""",
+    ),
+]
+Runner = Annotated[
+    Runners,
+    typer.Option(help="With --engine vllm: measure by both of its model runners, V1 and V2."),
+]
+Overwrite = Annotated[bool, typer.Option(help="Replace an existing scorecard.")]
 
 
 def score(
     target: Target,
-    draft: Draft,
     prompts: Prompts,
-    out: Annotated[Path, typer.Option(help="scorecard.json to write.")],
-    num_draft_tokens: Annotated[str, typer.Option(help="γ: 4, 1-8 or 2,4,6.")] = "1-8",
-    temperature: Annotated[str, typer.Option(help="0, 1 or 0,1.")] = "0,1",
+    out: Out,
+    draft: ScoredDraft = None,
+    num_draft_tokens: NumDraftTokens = "1-8",
+    temperature: Temperatures = "0,1",
     max_new_tokens: LongestAnswer = 128,
     limit: Limit = None,
     seed: Seed = 0,
-    verification: Annotated[
-        Literal["token", "block"], typer.Option(help="Verify proposals singly, or as a whole.")
-    ] = "token",
-    lenience: Annotated[
-        str | None,
-        typer.Option(
-            help="LOSSY: accept more than the target would, by lin:0.5, sq:0.7 or exp:0.8."
-        ),
-    ] = None,
-    least_reach: Annotated[
-        float,
-        typer.Option(
-            help="Stop drafting once all of a proposal is accepted with less than this chance; γ "
-            "is then the most. 0 never stops early.",
-        ),
-    ] = 0.0,
-    drafting: Annotated[
-        Literal["auto", "parallel", "autoregressive"],
-        typer.Option(help="auto: in parallel where the draft was trained for it."),
-    ] = "auto",
-    keep_text: Annotated[
-        bool, typer.Option(help="Keep one answer in the card, for the picture of its tokens.")
-    ] = False,
-    engine: Annotated[
-        Literal["specdistill", "transformers", "vllm"],
-        typer.Option(help="Whose decoding to measure; the others want an exported draft."),
-    ] = "specdistill",
+    verification: Verification = "token",
+    lenience: Lenience = None,
+    least_reach: LeastReach = 0.0,
+    drafting: DraftingWay = "auto",
+    keep_text: KeepText = False,
+    engine: EngineOption = "specdistill",
     engine_python: EnginePython = None,
-    concurrency: Annotated[
-        str | None,
-        typer.Option(help="With --engine vllm: also measure so many requests at a time: 1,4,16."),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace an existing scorecard.")] = False,
+    concurrency: Concurrency = None,
+    speculative_config: SpeculativeConfig = None,
+    runner: Runner = "auto",
+    overwrite: Overwrite = False,
     chat_template_kwargs: ChatTemplateKwargs = None,
     split: Split = None,
     column: Column = None,
@@ -96,66 +127,42 @@ def score(
         parsing.temperatures(temperature),
     )
     rule = None if lenience is None else parsing.lenience(lenience)
-    at_a_time = [] if concurrency is None else parsing.concurrency(concurrency)
-    if at_a_time and engine != "vllm":
-        raise InputError(
-            f"--concurrency would have no effect with --engine {engine}: it is for --engine vllm"
-        )
     told = parsing.chat_template_kwargs(chat_template_kwargs)
-    _check_engine(engine, engine_python, device, verification, lenience, least_reach, keep_text)
-    if engine == "transformers" and drafting == "parallel":
-        raise InputError(
-            "--drafting parallel: Transformers has no parallel drafting; leave it out, or score "
-            "with --engine specdistill or vllm"
-        )
-    keep_apart([out], [target, draft, prompts, engine_python])
+    limits.check("--least-reach", least_reach, limits.LEAST_REACH)
+    ours = {
+        "--verification": verification != "token",
+        "--lenience": lenience is not None,
+        "--least-reach": least_reach > 0,
+        "--keep-text": keep_text,
+    }
+    _check_engine(engine, [name for name, given in ours.items() if given], drafting)
+    by_vllm = ByVllm(engine_python, concurrency, speculative_config, runner)
+    by_vllm.check(engine, device, draft, drafting)
+    keep_apart([out], [each for each in (target, draft, prompts, engine_python) if each])
     console.must_be_free(out, overwrite)
     console.setup(threads)
-    from specdistill.data import chat
     from specdistill.data.prompts import load_prompts
     from specdistill.scoring import measure
-    from specdistill.scoring.measure import trained_line
-    from specdistill.scoring.template_settings import as_trained
 
     measure.check_lenience(verification, rule, temperatures)
     asked = load_prompts(
         prompts, split=split, column=column, limit=limit, chat_template_kwargs=told
     )
-    if engine == "vllm":  # loads its own, and needs the device; of ours it needs facts alone
-        dtype, device = console.dtype_of_device(dtype), "cpu"
-    big, small = console.load_pair(target, draft, dtype, device)
-    _note_drafting(small, engine, drafting, least_reach, gammas)
-    encoded = chat.encoded(big.tokenizer, as_trained(asked, small, console.note))
-    if copies := len(asked) - len(encoded):
-        console.note(
-            f"{copies} of {len(asked)} prompts are copies of others, and are left out: "
-            f"{len(encoded)} are scored"
+    if engine == "vllm":
+        encoded, score_pair = by_vllm.prepared(
+            target, draft, asked, dtype, drafting, gammas, max_new_tokens, seed, threads
         )
-    score_pair: Callable[..., Scorecard]
-    if engine == "specdistill":
-        console.note(measure.cache_size(big, small, encoded, gammas, max_new_tokens).line)
-        score_pair = partial(
-            measure.score,
-            big,
-            small,
-            mode=verification,
-            lenience=rule,
-            least_reach=least_reach,
-            drafting=drafting,
-            keep_text=keep_text,
-        )
-    elif engine == "transformers":
-        from specdistill.engines import transformers
-
-        score_pair = partial(transformers.score, big, small)
     else:
-        from specdistill.engines import vllm
-
-        assert engine_python is not None
-        pair = vllm.Pair.of(big, small, encoded, max_new_tokens, seed, drafting)
-        del big, small  # vLLM loads its own
-        score_pair = partial(
-            vllm.score, engine_python, pair, threads=threads, concurrency=at_a_time
+        assert draft is not None
+        how = {
+            "mode": verification,
+            "lenience": rule,
+            "least_reach": least_reach,
+            "drafting": drafting,
+            "keep_text": keep_text,
+        }
+        encoded, score_pair = _in_this_process(
+            target, draft, asked, dtype, device, engine, gammas, max_new_tokens, how
         )
     with console.progress() as progress:
         card = score_pair(
@@ -167,63 +174,71 @@ def score(
             progress=progress,
         )
     card.write(out)
-    screen = console.screen_for(as_json)
-    extra = [*tables.slices_tables(card), *tables.load_tables(card)]
-    for table in (tables.rows_table(card), *extra):
-        screen.print(table)
-    lines = [tables.evidence_line(card), card.verdict.reason, *card.load.lines, trained_line(card)]
-    console.print_lines(screen, [line for line in lines if line])
-    console.finish(as_json, card.document())
+    _show(card, target, draft, as_json)
     if card.failures:
         raise typer.Exit(1)
 
 
-def _check_engine(
-    engine: str,
-    engine_python: Path | None,
+def _in_this_process(
+    target: str,
+    draft: str,
+    asked: Sequence[Prompt],
+    dtype: limits.Dtype,
     device: str,
-    verification: str,
-    lenience: str | None,
-    least_reach: float,
-    keep_text: bool,
-) -> None:
-    """Raises `InputError` for options that the engine would not heed."""
-    limits.check("--least-reach", least_reach, limits.LEAST_REACH)
-    ours = {
-        "--verification": verification != "token",
-        "--lenience": lenience is not None,
-        "--least-reach": least_reach > 0,
-        "--keep-text": keep_text,
-    }
-    if engine != "specdistill" and (given := [name for name, on in ours.items() if on]):
-        raise InputError(
-            f"--engine {engine} has its own rules and keeps no rounds: leave out "
-            f"{' and '.join(given)}"
-        )
-    if engine == "vllm" and device != "auto":
-        raise InputError(
-            f"--device {device} has no effect with --engine vllm, which runs on the device it was "
-            "built for; leave it out"
-        )
-    if (engine == "vllm") != (engine_python is not None):
-        raise InputError(
-            "--engine vllm and --engine-python go together: name the python of an environment that "
-            "has vLLM"
-        )
-
-
-def _note_drafting(
-    draft: LanguageModel, engine: str, way: Way, least_reach: float, num_draft_tokens: list[int]
-) -> None:
-    """What a parallel draft's user should know. Raises `InputError` where it cannot draft so."""
-    from specdistill.decoding.parallel import Drafting, untrained_places
-
+    engine: EngineName,
+    num_draft_tokens: list[int],
+    max_new_tokens: int,
+    how: dict[str, Any],
+) -> tuple[Sequence[EncodedPrompt], Callable[..., Scorecard]]:
+    """The prompts as tokens, and the score of them by our engine, as `how` says, or by
+    Transformers.
+    """
+    big, small = console.load_pair(target, draft, dtype, device)
     if engine == "transformers":
-        if draft.mask_token is not None:
+        from specdistill.engines import transformers
+
+        if small.mask_token is not None:
             console.note(
                 "Transformers has no parallel drafting: this draft takes a pass for every token"
             )
-    elif Drafting(way, least_reach).in_parallel(draft) and (
-        words := untrained_places(draft, num_draft_tokens)
-    ):
-        console.note(words)
+        return console.encoded(big, asked, small), partial(transformers.score, big, small)
+    from specdistill.scoring import measure
+
+    console.note_drafting(small, how["drafting"], num_draft_tokens, how["least_reach"])
+    encoded = console.encoded(big, asked, small)
+    size = measure.cache_size(big, small, encoded, num_draft_tokens, max_new_tokens)
+    console.note(size.line)
+    return encoded, partial(measure.score, big, small, **how)
+
+
+def _show(card: Scorecard, target: str, draft: str | None, as_json: bool) -> None:
+    from specdistill.scoring.measure import trained_line
+
+    screen = console.screen_for(as_json)
+    extra = [*tables.slices_tables(card), *tables.load_tables(card)]
+    for table in (tables.rows_table(card), *extra):
+        screen.print(table)
+    lines = [
+        tables.evidence_line(card),
+        card.verdict.reason,
+        *card.load.lines,
+        trained_line(card),
+    ]
+    if card.provenance.get("engine") == "vllm":
+        lines += serve_lines(card, target, draft)
+    console.print_lines(screen, [line for line in lines if line])
+    console.finish(as_json, card.document())
+
+
+def _check_engine(engine: EngineName, ours: Sequence[str], drafting: Way) -> None:
+    """Raises `InputError` for options that the engine would not heed: of these `ours` are given."""
+    if engine != "specdistill" and ours:
+        raise InputError(
+            f"--engine {engine} has its own rules and keeps no rounds: leave out "
+            f"{' and '.join(ours)}"
+        )
+    if engine == "transformers" and drafting == "parallel":
+        raise InputError(
+            "--drafting parallel: Transformers has no parallel drafting; leave it out, or score "
+            "with --engine specdistill or vllm"
+        )

@@ -33,6 +33,7 @@ from specdistill.run_folder import RunFolder
 from specdistill.scoring.card_rows import Row
 from specdistill.scoring.headline import gamma, number, speedup
 from specdistill.scoring.scorecard import Scorecard
+from specdistill.scoring.served import Served
 from specdistill.scoring.trust import objections, swapped_draft
 
 LICENCES = {gguf_files.DEMO: "Apache-2.0"}  # of targets that SpecDistill itself offers
@@ -157,12 +158,13 @@ def _serve(
     else at the one that a parallel draft was trained for.
     """
     mask = draft.mask_token if engine in IN_PARALLEL else None
+    served = None
     if card and (card.drafting == "parallel") == (mask is not None):
-        gamma = card.fixed_gamma
+        gamma, served = card.fixed_gamma, Served.of(card)
     else:
         trained = None if mask is None else trained_draft_tokens(draft)
         gamma = trained or DEFAULT_NUM_DRAFT_TOKENS
-    return command(engine, name_elsewhere(target), folder, gamma, mask_token=mask)
+    return command(engine, name_elsewhere(target), folder, gamma, mask_token=mask, served=served)
 
 
 def _both_ways(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from specdistill.models.gguf_files import DEMO
 from specdistill.quoting import block
+from specdistill.scoring.served import Served
 
 Engine = Literal["transformers", "vllm", "sglang", "tensorrt-llm"]
 NAMES: dict[Engine, str] = {
@@ -19,6 +21,29 @@ NAMES: dict[Engine, str] = {
 IN_PARALLEL: tuple[Engine, ...] = ("vllm", "tensorrt-llm")  # that serve a draft with a mask token
 # A name that only SpecDistill understands, and the model it was quantised from.
 KNOWN_ELSEWHERE = {DEMO: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+RUNNER_VARIABLE = {"V1": "VLLM_USE_V2_MODEL_RUNNER=0", "V2": "VLLM_USE_V2_MODEL_RUNNER=1"}
+
+
+def vllm_command(
+    target: str,
+    config: Mapping[str, Any],
+    num_draft_tokens: int,
+    served: Served | None = None,
+) -> str:
+    """`vllm serve` with what `config` says proposes."""
+    served = served or Served()
+    most = max([each[2] for each in served.schedule], default=num_draft_tokens)
+    speculative = {**config, "num_speculative_tokens": most}
+    if served.sampling is not None:
+        speculative["draft_sample_method"] = served.sampling
+    if served.schedule:
+        speculative["num_speculative_tokens_per_batch_size"] = [*served.schedule]
+    words = ["vllm", "serve", target, "--speculative-config", json.dumps(speculative)]
+    if served.runner is not None:
+        words.insert(0, RUNNER_VARIABLE[served.runner])
+    return shlex.join(words)
 
 
 def name_elsewhere(target: str) -> str:
@@ -33,21 +58,16 @@ def command(
     num_draft_tokens: int,
     dtype: str = "auto",
     mask_token: int | None = None,
+    served: Served | None = None,
 ) -> str:
     """What to run, or in Python to write, to decode `target` with the exported draft: in parallel
-    where it has a mask token and the engine is one of `IN_PARALLEL`.
+    where it has a mask token and the engine is one of `IN_PARALLEL`. `served` is for vLLM.
     """
     if engine == "vllm":
-        speculative: dict[str, Any] = {
-            "method": "draft_model",
-            "model": draft,
-            "num_speculative_tokens": num_draft_tokens,
-        }
+        config: dict[str, Any] = {"method": "draft_model", "model": draft}
         if mask_token is not None:
-            speculative["parallel_drafting"] = True
-        return shlex.join(
-            ["vllm", "serve", target, "--speculative-config", json.dumps(speculative)]
-        )
+            config["parallel_drafting"] = True
+        return vllm_command(target, config, num_draft_tokens, served)
     if engine == "sglang":
         # A chain: one token a step, and the verified block holds the last known token too.
         options = {

@@ -52,13 +52,13 @@ def take_turns(
         temperatures,
         num_draft_tokens,
         len(prompts),
-        _without_stalls,
-        _slowed_at,
+        without_stalls,
+        slowed_at,
         progress,
     )
 
 
-def _without_stalls(answers: turns.Answers[Counts]) -> tuple[BySetting, float]:
+def without_stalls(answers: turns.Answers[Counts]) -> tuple[BySetting, float]:
     """The first answer of each, with the mean time of all; see `rows.without_stalls`. An engine
     that shows no steps has only the runs of plain decoding to compare: one that took `STALL` times
     as long as the other is left out.
@@ -103,7 +103,7 @@ def _fastest(runs: Mapping[Setting, list[Counts]]) -> tuple[Setting, float]:
     return setting, _round_ratio(setting, runs)
 
 
-def _slowed_at(runs: Mapping[Setting, list[Counts]]) -> float | None:
+def slowed_at(runs: Mapping[Setting, list[Counts]]) -> float | None:
     """The temperature of the fastest setting, if its rounds took less time than plain steps."""
     setting, ratio = _fastest(runs)
     return setting[0] if ratio < LEAST_VERIFY_RATIO else None
@@ -111,7 +111,7 @@ def _slowed_at(runs: Mapping[Setting, list[Counts]]) -> float | None:
 
 def _slowed(measured: Measured) -> list[str]:
     """What is wrong then."""
-    if _slowed_at(measured.runs) is None:
+    if slowed_at(measured.runs) is None:
         return []
     setting, ratio = _fastest(measured.runs)
     return [slow_verifying("a whole round", setting, ratio, measured.again == setting[0])]

@@ -1,114 +1,40 @@
 """vLLM as an engine, in an environment of its own that the user names.
 
-One process for plain decoding and one for each γ, since an engine's γ is fixed; they take turns
-prompt by prompt. `vllm_worker.py` is what they run.
+An engine's γ is fixed, so each γ has an engine of its own, one after the other, and plain decoding
+one before them and one after them: two are never in memory together.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from specdistill.data.chat import EncodedPrompt
-from specdistill.decoding.parallel import Drafting, Way
 from specdistill.decoding.sampling import row_seed
-from specdistill.engines import vllm_worker
-from specdistill.engines.base import explained_differences, scorecard, take_turns
-from specdistill.engines.vllm_process import environment, run
-from specdistill.errors import DecodingError, InputError
-from specdistill.limits import Dtype
-from specdistill.models import LanguageModel, check_positions, check_sizes, load
+from specdistill.engines.base import (
+    WARM_UP_TOKENS,
+    explained_differences,
+    scorecard,
+    slowed_at,
+    without_stalls,
+)
+from specdistill.engines.vllm_engine import RUNNERS, Engine, Runner, started
+from specdistill.engines.vllm_pair import Pair
+from specdistill.errors import DecodingError
 from specdistill.progress import Progress, silent
-from specdistill.scoring.card_rows import DraftingWay, ModelCard
-from specdistill.scoring.choice import Setting
 from specdistill.scoring.load import Load, Run, load_rows
-from specdistill.scoring.measure import model_card, provenance
 from specdistill.scoring.rows import Counts
 from specdistill.scoring.scorecard import Scorecard
+from specdistill.scoring.turns import Answers, settled
 
-GRACE_SECONDS = 10
-MEMORY_SHARE = 0.9  # of an accelerator, for all engines together
-
-
-@dataclass(frozen=True)
-class Pair:
-    """What is left of the models once vLLM is to load them itself."""
-
-    target: ModelCard
-    target_path: Path
-    draft: ModelCard
-    draft_path: Path
-    eos_ids: list[int]
-    facts: dict[str, Any]  # the provenance
-    drafting: DraftingWay = "autoregressive"
-
-    @classmethod
-    def of(
-        cls,
-        target: LanguageModel,
-        draft: LanguageModel,
-        prompts: Sequence[EncodedPrompt],
-        max_new_tokens: int,
-        seed: int,
-        drafting: Way = "auto",
-    ) -> Pair:
-        """Raises `InputError` for a draft with a trimmed vocabulary, or one that cannot draft in
-        parallel and is asked to.
-        """
-        if draft.vocab is not None:
-            raise InputError(
-                f"{draft.name} has a trimmed vocabulary, which vLLM cannot read; write it at full "
-                "vocabulary with `specdistill export --for vllm`, and score that"
-            )
-        check_sizes(target, draft)
-        check_positions([draft], ((p.id, len(p.tokens) + max_new_tokens) for p in prompts))
-        return cls(
-            model_card(target),
-            target.path,
-            model_card(draft),
-            draft.path,
-            sorted(target.eos_ids),
-            provenance(target, draft, seed, max_new_tokens, prompts),
-            "parallel" if Drafting(drafting).in_parallel(draft) else "autoregressive",
-        )
-
-    def load_target(self) -> LanguageModel:
-        return load(str(self.target_path), dtype=cast("Dtype", self.target.dtype))
-
-
-class _Worker:
-    """One engine in a process of its own; a JSON document a line goes in and comes out."""
-
-    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
-        self.process, self.log = process, log
-        self.counted: dict[str, Any] = {}
-
-    def tell(self, document: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(document) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:  # it has ended; `hear` says why
-            return
-
-    def hear(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-            said = [line for line in lines if line.strip()][-1:] or ["it said nothing"]
-            raise DecodingError(
-                f"the vLLM process ended with exit code {self.process.wait()}: {said[0].strip()}"
-            )
-        return dict(json.loads(line))
+TURNS = "engine by engine: plainly, with each γ, and plainly again"
 
 
 def score(
@@ -122,208 +48,244 @@ def score(
     seed: int = 0,
     threads: int | None = None,
     concurrency: Sequence[int] = (),
+    both_runners: bool = False,
     progress: Progress = silent,
 ) -> Scorecard:
-    """Decode every prompt with vLLM, plainly and with the draft as its `draft_model`, by the
-    interpreter `python`, which must have vLLM. A parallel draft gets `parallel_drafting`. Where a
-    temperature is above 0 the draft samples its proposals, which vLLM does not by itself. Then all
-    prompts are answered again by so many at a time as `concurrency` says.
+    """Decode every prompt with vLLM, plainly and with what `pair` says proposes, by the interpreter
+    `python`, which must have vLLM. Where a temperature is above 0 a draft samples its proposals,
+    which vLLM does not by itself. Then all prompts are answered again by so many at a time as
+    `concurrency` says. With `both_runners` all of that once by each of vLLM's model runners: the
+    card is that of the faster one with the draft, and has the figures of both.
 
-    All engines are there at a time, so that they can take turns, and share the device's memory.
-    Raises `InputError` where `python` cannot be run or that memory is too small, `DecodingError`
-    where vLLM ends early or its counters do not tell enough. Where greedy texts differ, our own
-    pass reads them once the engines have ended.
+    Raises as `started`, and `DecodingError` where vLLM ends early or its counters do not tell
+    enough. Where greedy texts differ, our own pass reads them once the engines have ended.
     """
-    longest = max(len(prompt.tokens) for prompt in prompts) + max_new_tokens
-    gammas = [0, *num_draft_tokens]
-    with ExitStack() as stack:
-        workers = {}
-        for done, num in enumerate(gammas):  # one after the other: each measures free memory
-            share = (
-                f"plain; {len(gammas)} engines at {MEMORY_SHARE / len(gammas):.0%} of the memory"
-            )
-            progress("start", done, len(gammas), f"γ = {num}" if num else share)
-            workers[num] = stack.enter_context(_started(python, threads))
-            _check_memory(pair, workers[num].hear()["memory_bytes"], len(gammas))
-            settings = _engine_settings(pair, num, longest, len(gammas), max(temperature) > 0)
-            settings["max_num_seqs"] = max(concurrency, default=1)
-            workers[num].tell(settings)
-            facts = workers[num].hear()
-        progress("start", len(gammas), len(gammas))
+    plan = _Plan(
+        python,
+        pair,
+        prompts,
+        list(dict.fromkeys(num_draft_tokens)),
+        list(dict.fromkeys(temperature)),
+        max_new_tokens,
+        seed,
+        threads,
+        concurrency,
+    )
+    if not both_runners:
+        return _scored(plan, progress)
+    plans = {runner: replace(plan, runner=runner) for runner in RUNNERS}
+    for done, (runner, each) in enumerate(plans.items()):  # before hours are spent on the other
+        progress("start", done, len(plans), f"whether there is a runner {runner}")
+        with each.engine(max(each.num_draft_tokens)):
+            pass
+    progress("start", len(plans), len(plans))
+    cards = [_scored(each, progress) for each in plans.values()]
+    fastest = max(cards, key=lambda card: max(row.tokens_per_second for row in card.rows))
+    facts = {"runners": [_summary(card) for card in cards]}
+    return replace(fastest, provenance=fastest.provenance | facts)
 
-        def ask(setting: Setting, prompt: EncodedPrompt, count: int) -> Counts:
-            return _ask(workers[setting[1]], setting, prompt, count, pair.eos_ids, seed)
 
-        measured = take_turns(ask, prompts, temperature, num_draft_tokens, max_new_tokens, progress)
-        requests = {
-            t: [_request(t, prompt, max_new_tokens, pair.eos_ids, seed) for prompt in prompts]
-            for t in dict.fromkeys(temperature)
+@dataclass(frozen=True)
+class _Plan:
+    """What is asked of vLLM, by which of its runners (None: as it chooses)."""
+
+    python: Path
+    pair: Pair
+    prompts: Sequence[EncodedPrompt]
+    num_draft_tokens: Sequence[int]
+    temperatures: Sequence[float]
+    max_new_tokens: int
+    seed: int
+    threads: int | None
+    concurrency: Sequence[int]
+    runner: Runner | None = None
+
+    @property
+    def sampled(self) -> bool:
+        return max(self.temperatures) > 0
+
+    def engine(self, num: int) -> Any:
+        """The context of an engine with γ = `num`, or of plain decoding for 0."""
+        longest = max(len(prompt.tokens) for prompt in self.prompts) + self.max_new_tokens
+        settings: dict[str, Any] = {
+            "model": str(self.pair.target_path),
+            "dtype": self.pair.target.dtype,
+            "max_model_len": longest + num + 1,  # room for the last round's proposals
+            "max_num_seqs": max(self.concurrency, default=1),
+            "enable_prefix_caching": False,  # prompts come again, and must cost the same again
+            "disable_log_stats": False,
+            "seed": 0,
         }
-        load = under_load(workers, requests, concurrency, progress)
-    told = pair.facts | {"engine": "vllm", "turns": "prompt by prompt, in a process each"}
+        if num:
+            settings["speculative_config"] = self.pair.proposer.settings(num, self.sampled)
+        return started(self.python, settings, self.pair.weight_bytes, self.threads, self.runner)
+
+    def request(self, temperature: float, prompt: EncodedPrompt, most: int) -> dict[str, Any]:
+        return {
+            "tokens": prompt.tokens,
+            "temperature": temperature,
+            "max_tokens": most,
+            "stop_token_ids": list(self.pair.eos_ids),
+            "seed": row_seed(self.seed, prompt.id) % 2**31,
+            "detokenize": False,
+        }
+
+
+@dataclass
+class _Seen:
+    """What the engines said: of themselves, and under load by temperature, concurrency and γ."""
+
+    facts: dict[str, Any] = field(default_factory=dict)
+    loads: dict[tuple[float, int], dict[int, list[Run]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(list))
+    )
+
+    def load(self) -> Load:
+        load = Load()
+        for (temperature, most), runs in self.loads.items():
+            drafted = {num: run for num, (run, *_) in runs.items() if num}
+            plain, rows = load_rows(temperature, most, runs[0], drafted)
+            load.plain.append(plain)
+            load.drafted.extend(rows)
+        return load
+
+
+def _scored(plan: _Plan, progress: Progress) -> Scorecard:
+    """The card of one runner."""
+    pair, seen = plan.pair, _Seen()
+    at_load = partial(_under_load, plan, seen)
+
+    def again(temperature: float, _: int) -> Answers[Counts]:
+        only = replace(plan, temperatures=[temperature])
+        return _by_engines(only, seen, partial(progress, "again"))
+
+    measured = settled(
+        lambda: _by_engines(plan, seen, partial(progress, "score"), at_load),
+        again,
+        without_stalls,
+        slowed_at,
+    )
+    facts = seen.facts
+    told = pair.facts | {"engine": "vllm", "turns": TURNS}
     told["versions"] = {"specdistill": told["versions"].get("specdistill"), **facts["versions"]}
-    told["threads"] = threads or torch.get_num_threads()
+    told["threads"] = plan.threads or torch.get_num_threads()
     told["device"] = facts["device"] or told["device"]
     told["compiled"], told["runner"] = facts["compiled"], facts["runner"]
-    told["draft_sampling"] = "probabilistic" if max(temperature) > 0 else "greedy"
-    ties = explained_differences(pair.load_target, prompts, measured)  # its memory is free again
-    card = scorecard(pair.target, pair.draft, told, prompts, measured, ties, seed, pair.drafting)
-    return replace(card, load=load)
+    told["draft_sampling"] = pair.proposer.sampling(plan.sampled)
+    load = seen.load()
+    ties = explained_differences(pair.load_target, plan.prompts, measured)  # its memory is free
+    way = pair.proposer.drafting
+    card = scorecard(pair.target, pair.draft, told, plan.prompts, measured, ties, plan.seed, way)
+    if facts["schedules"] and (schedule := load.schedule(card.verdict.best.temperature)):
+        told = card.provenance | {"schedule": schedule}
+    return replace(card, load=load, provenance=card.provenance | told)
 
 
-def _check_memory(pair: Pair, memory_bytes: int | None, engines: int) -> None:
-    """Before anything is loaded; None where there is no accelerator."""
-    if memory_bytes is None:
-        return
-    weights = sum(
-        model.parameters * getattr(torch, model.dtype).itemsize
-        for model in (pair.target, pair.draft)
-    )
-    usable = MEMORY_SHARE * memory_bytes
-    if weights < usable / engines:
-        return
-    fitting = int(usable // weights) - 1
-    remedy = f"score at most {fitting} γ at a time" if fitting > 0 else "it needs a larger device"
-    raise InputError(
-        f"vLLM's engines, for plain decoding and for each of {engines - 1} γ, would have "
-        f"{usable / engines / 1e9:.1f} GB each of the device's {memory_bytes / 1e9:.1f} GB; the "
-        f"pair's weights take {weights / 1e9:.1f} GB: {remedy}"
-    )
-
-
-def _engine_settings(
-    pair: Pair, num: int, longest: int, engines: int, sampled: bool
-) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "model": str(pair.target_path),
-        "dtype": pair.target.dtype,
-        "max_model_len": longest + num + 1,  # room for the last round's proposals
-        "gpu_memory_utilization": MEMORY_SHARE / engines,
-        "enable_prefix_caching": False,  # prompts come again, and must cost the same again
-        "disable_log_stats": False,
-        "seed": 0,
-    }
-    if num:
-        settings["speculative_config"] = {
-            "method": "draft_model",
-            "model": str(pair.draft_path),
-            "num_speculative_tokens": num,
-            **({"draft_sample_method": "probabilistic"} if sampled else {}),
-            **({"parallel_drafting": True} if pair.drafting == "parallel" else {}),
-        }
-    return settings
-
-
-@contextmanager
-def _started(python: Path, threads: int | None) -> Iterator[_Worker]:
-    """A process that says how much memory there is and loads the engine that it is told of; ended
-    with the context, whatever happens.
+def _by_engines(
+    plan: _Plan,
+    seen: _Seen,
+    progress: Any,
+    then: Any = lambda *_: None,
+) -> Answers[Counts]:
+    """Every prompt's answers in every setting, after a short one that does not count; `then` is
+    done with each engine and its γ before it ends.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        source = Path(vllm_worker.__file__).read_text(encoding="utf-8")
-        with log.open("w", encoding="utf-8") as errors:
-            process = run(python, source, errors, folder, environment(threads), text=True)
-        try:
-            yield _Worker(process, log)
-        finally:
-            _end(process)
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    """Its input ends, so it does; one that is still loading is ended."""
-    try:
-        process.communicate(timeout=GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
+    settings = [(t, num) for t in plan.temperatures for num in (0, *plan.num_draft_tokens)]
+    answers: Answers[Counts] = {setting: [[] for _ in plan.prompts] for setting in settings}
+    order = (0, *plan.num_draft_tokens, 0)
+    for done, num in enumerate(order):
+        words = f"γ = {num}" if num else "plain"
+        progress(done, len(order), f"{words}: an engine starts")
+        with plan.engine(num) as engine:
+            seen.facts = engine.facts
+            for temperature in plan.temperatures:
+                _ask(engine, plan, num, temperature, plan.prompts[0], WARM_UP_TOKENS)
+            total = len(plan.temperatures) * len(plan.prompts)
+            for i, temperature in enumerate(plan.temperatures):
+                for k, prompt in enumerate(plan.prompts):
+                    progress(done + (i * len(plan.prompts) + k) / total, len(order), words)
+                    counts = _ask(engine, plan, num, temperature, prompt, plan.max_new_tokens)
+                    answers[temperature, num][k].append(counts)
+            then(engine, num, partial(progress, done + 0.999, len(order)))
+    progress(len(order), len(order), "")
+    return answers
 
 
 def _ask(
-    worker: _Worker,
-    setting: Setting,
-    prompt: EncodedPrompt,
-    count: int,
-    eos_ids: Sequence[int],
-    seed: int,
+    engine: Engine, plan: _Plan, num: int, temperature: float, prompt: EncodedPrompt, most: int
 ) -> Counts:
-    temperature, num = setting
-    worker.tell(_request(temperature, prompt, count, eos_ids, seed))
-    heard = worker.hear()
-    tokens = heard["tokens"]
+    request = plan.request(temperature, prompt, most)
+    each = bool(num) and plan.pair.proposer.drafting == "look-up"
+    heard = engine.ask({"request": request, "each_round": each})
+    tokens, seconds, steps = heard["tokens"], heard["seconds"], heard["step_seconds"]
+    before, engine.counted = engine.counted, heard["counters"]
     if not num:
-        return Counts(tokens, heard["seconds"], len(tokens), [], [], [])
-    before, worker.counted = worker.counted, heard["counters"]
-    rounds, proposed = (_since(worker.counted, before, name) for name in ("rounds", "proposed"))
-    by_position = worker.counted["accepted_by_position"][:num]
-    old = before.get("accepted_by_position", [0] * num)
-    accepted = [now - then for now, then in zip(by_position, old, strict=False)]
+        return Counts(tokens, seconds, len(tokens), [], [], [], steps)
+    if each:
+        counts = _by_round(heard["rounds"], num)
+    else:
+        counts = _in_sum(prompt.id, engine.counted, before, num)
+    return replace(counts, tokens=tokens, seconds=seconds, step_seconds=steps)
+
+
+def _by_round(rounds: Sequence[tuple[int, int]], num: int) -> Counts:
+    """From what was proposed and accepted in each round."""
+    offered, tested, accepted = (
+        [sum(of(*each) > i for each in rounds) for i in range(num)]
+        for of in (
+            lambda proposed, _: proposed,
+            lambda proposed, accepted: min(accepted + 1, proposed),
+            lambda _, accepted: accepted,
+        )
+    )
+    return Counts([], math.nan, len(rounds), offered, tested, accepted)
+
+
+def _in_sum(id_: str, now: Mapping[str, Any], before: Mapping[str, Any], num: int) -> Counts:
+    """From counters of a proposer that proposes as many tokens in every round. Raises
+    `DecodingError` where it did not.
+    """
+    rounds, proposed = (int(now[name] - before.get(name, 0)) for name in ("rounds", "proposed"))
+    accepted = _by_position(now, before, num)
     if proposed != num * rounds:
         raise DecodingError(
-            f"prompt {prompt.id}: vLLM proposed {proposed} tokens in {rounds} rounds of {num}; its "
+            f"prompt {id_}: vLLM proposed {proposed} tokens in {rounds} rounds of {num}; its "
             "counters do not tell in which rounds there were fewer"
         )
-    return Counts(
-        tokens,
-        heard["seconds"],
-        rounds=rounds + 1,  # the prompt's own pass emits the first token, without a proposal
-        offered=[rounds] * num,
-        tested=[rounds, *accepted[:-1]],
-        accepted=accepted,
-    )
+    # The prompt's own pass emits the first token, without a proposal.
+    tested = [rounds, *accepted[:-1]]
+    return Counts([], math.nan, rounds + 1, [rounds] * num, tested, accepted)
 
 
-def _request(
-    temperature: float, prompt: EncodedPrompt, count: int, eos_ids: Sequence[int], seed: int
-) -> dict[str, Any]:
-    return {
-        "tokens": prompt.tokens,
-        "temperature": temperature,
-        "max_tokens": count,
-        "stop_token_ids": list(eos_ids),
-        "seed": row_seed(seed, prompt.id) % 2**31,
-        "detokenize": False,
-    }
-
-
-def under_load(
-    workers: Mapping[int, _Worker],
-    requests: Mapping[float, Sequence[dict[str, Any]]],
-    concurrency: Sequence[int],
-    progress: Progress,
-) -> Load:
-    """Requests by temperature, so many at a time, with each γ and plainly before and after."""
-    load = Load()
-    every = [(t, most) for t in requests for most in concurrency]
-    for done, (temperature, most) in enumerate(every):
-        progress("load", done, len(every), f"{most} at a time, T = {temperature:g}")
-        asked = {"requests": list(requests[temperature]), "at_a_time": most}
-        gammas = [num for num in workers if num]
-        runs = [(num, _loaded(workers[num], num, asked)) for num in (0, *gammas, 0)]
-        plain, drafted = load_rows(
-            temperature,
-            most,
-            [run for num, run in runs if not num],
-            {num: run for num, run in runs if num},
-        )
-        load.plain.append(plain)
-        load.drafted.extend(drafted)
-    progress("load", len(every), len(every))
-    return load
-
-
-def _loaded(worker: _Worker, num: int, asked: dict[str, Any]) -> Run:
-    worker.tell(asked)
-    heard = worker.hear()
-    now = heard.pop("counters")
-    if not num:
-        return Run(**heard)
-    before, worker.counted = worker.counted, now
-    rounds = max(_since(now, before, "rounds"), 1)
+def _by_position(now: Mapping[str, Any], before: Mapping[str, Any], num: int) -> list[int]:
     old = before.get("accepted_by_position", [0] * num)
-    accepted = zip(now["accepted_by_position"][:num], old, strict=False)
-    return Run(**heard, accepted_by_position=[(after - then) / rounds for after, then in accepted])
+    return [b - a for b, a in zip(now["accepted_by_position"][:num], old, strict=False)]
 
 
-def _since(now: dict[str, Any], before: dict[str, Any], name: str) -> int:
-    return int(now[name] - before.get(name, 0))
+def _under_load(plan: _Plan, seen: _Seen, engine: Engine, num: int, progress: Any) -> None:
+    """All prompts, so many at a time, at each temperature."""
+    for temperature in plan.temperatures:
+        requests = [plan.request(temperature, p, plan.max_new_tokens) for p in plan.prompts]
+        for most in plan.concurrency:
+            progress(f"{f'γ = {num}' if num else 'plain'}: {most} at a time")
+            heard = engine.ask({"requests": requests, "at_a_time": most})
+            before, engine.counted = engine.counted, heard.pop("counters")
+            run = Run(**heard)
+            if num:
+                rounds = max(engine.counted["rounds"] - before.get("rounds", 0), 1)
+                accepted = _by_position(engine.counted, before, num)
+                run = replace(run, accepted_by_position=[count / rounds for count in accepted])
+            seen.loads[temperature, most][num].append(run)
+
+
+def _summary(card: Scorecard) -> dict[str, Any]:
+    """The fastest setting of a runner, as the card of both tells it."""
+    row = max(card.rows, key=lambda row: row.tokens_per_second)
+    plain = {base.temperature: base.tokens_per_second for base in card.baseline}
+    return {
+        "runner": card.provenance["runner"],
+        "temperature": row.temperature,
+        "num_draft_tokens": row.num_draft_tokens,
+        "tokens_per_second": row.tokens_per_second,
+        "plain_tokens_per_second": plain[row.temperature],
+    }

@@ -32,8 +32,7 @@ def run(
     """By its source, not its path: beside it lie modules called as vLLM and Transformers are.
     Raises `InputError` where there is no such interpreter.
     """
-    if not python.is_file():
-        raise InputError(f"there is no interpreter {python}; name the python of an environment")
+    check_interpreter(python)
     try:
         return subprocess.Popen(
             [str(python), "-c", source],
@@ -46,6 +45,12 @@ def run(
         )
     except OSError as error:
         raise InputError(f"cannot run {python}: {error.strerror}") from error
+
+
+def check_interpreter(python: Path) -> None:
+    """Raises `InputError` where there is none."""
+    if not python.is_file():
+        raise InputError(f"there is no interpreter {python}; name the python of an environment")
 
 
 def last_lines(log: Path) -> str:

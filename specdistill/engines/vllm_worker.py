@@ -1,9 +1,10 @@
 """What `--engine-python` runs: one vLLM engine that answers one prompt after the other.
 
 It imports vLLM and the standard library, nothing of this project. Standard input and output carry
-a JSON document a line: first ours with the device's memory; then the arguments of `LLM`, answered
-by versions and device; then requests, each answered by its tokens, its seconds and the engine's
-counters so far, or many requests to have so many at a time of, answered by their times.
+a JSON document a line: first ours with the version, what that has, and the device's memory; then
+the arguments of `LLM`, answered by versions and device; then requests, each answered by its tokens,
+its seconds and the engine's counters so far, or many requests to have so many at a time of,
+answered by their times.
 """
 
 import json
@@ -11,8 +12,10 @@ import os
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from typing import Any
 
+SCHEDULE = "num_speculative_tokens_per_batch_size"
 COUNTERS = {
     "rounds": "vllm:spec_decode_num_drafts",
     "proposed": "vllm:spec_decode_num_draft_tokens",
@@ -38,6 +41,39 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def answered(vllm: Any, engine: Any, request: dict[str, Any], each_round: bool) -> dict[str, Any]:
+    """The tokens of one request, its seconds, and those of the rounds after the first. With
+    `each_round` also what was proposed and accepted in every round, the first being the prompt's
+    own pass: the counters are read between rounds, off the clock.
+    """
+    core = engine.llm_engine
+    prompt = {"prompt_token_ids": request["tokens"]}
+    params = {key: value for key, value in request.items() if key != "tokens"}
+    known = counters(engine)
+    tokens: list[int] = []
+    ends: list[float] = []
+    rounds: list[list[int]] = []
+    reading, finished = 0.0, False
+    start = time.perf_counter()
+    core.add_request("0", prompt, vllm.SamplingParams(**params))
+    while not finished:
+        for output in core.step():
+            tokens, finished = list(output.outputs[0].token_ids), output.finished
+            now = time.perf_counter()
+            ends.append(now - start - reading)
+            if each_round:
+                before, known = known, counters(engine)
+                rounds.append([known[n] - before.get(n, 0) for n in ("proposed", "accepted")])
+                reading += time.perf_counter() - now
+    return {
+        "tokens": tokens,
+        "seconds": ends[-1],
+        "step_seconds": [after - before for before, after in pairwise(ends)],
+        "rounds": rounds,
+        "counters": counters(engine),
+    }
 
 
 def under_load(vllm: Any, engine: Any, requests: list[dict[str, Any]], most: int) -> dict[str, Any]:
@@ -83,11 +119,23 @@ def main() -> None:
         answers.flush()
 
     import vllm
+    from vllm import envs
+    from vllm.config import SpeculativeConfig
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()  # where compiling takes minutes and gains little
-    answer({"memory_bytes": None if on_cpu else current_platform.get_device_total_memory()})
-    engine = vllm.LLM(enforce_eager=on_cpu, **json.loads(sys.stdin.readline()))
+    answer(
+        {
+            "version": vllm.__version__,
+            "runners": "VLLM_USE_V2_MODEL_RUNNER" in envs.environment_variables,
+            "schedules": SCHEDULE in getattr(SpeculativeConfig, "__dataclass_fields__", {}),
+            "memory_bytes": None if on_cpu else current_platform.get_device_total_memory(),
+        }
+    )
+    line = sys.stdin.readline()
+    if not line:  # it is not wanted
+        return
+    engine = vllm.LLM(enforce_eager=on_cpu, **json.loads(line))
     answer(
         {
             "versions": {"vllm": vllm.__version__, **versions()},
@@ -97,17 +145,11 @@ def main() -> None:
         }
     )
     for line in sys.stdin:
-        request = json.loads(line)
-        if "at_a_time" in request:
-            answer(under_load(vllm, engine, request["requests"], request["at_a_time"]))
-            continue
-        prompt = {"prompt_token_ids": request.pop("tokens")}
-        params = vllm.SamplingParams(**request)
-        start = time.perf_counter()
-        (output,) = engine.generate([prompt], params, use_tqdm=False)
-        seconds = time.perf_counter() - start
-        tokens = list(output.outputs[0].token_ids)
-        answer({"tokens": tokens, "seconds": seconds, "counters": counters(engine)})
+        asked = json.loads(line)
+        if "at_a_time" in asked:
+            answer(under_load(vllm, engine, asked["requests"], asked["at_a_time"]))
+        else:
+            answer(answered(vllm, engine, asked["request"], asked["each_round"]))
 
 
 if __name__ == "__main__":

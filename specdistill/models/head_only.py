@@ -1,4 +1,6 @@
-"""A target without its body: what training from a kept signal needs of it."""
+"""Models without their weights, or most of them: what training from a kept signal needs of a
+target, and what is to be known of a pair that another program loads.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from specdistill.limits import Dtype
 from specdistill.models import LanguageModel, choose_device, choose_dtype, load, locate
 from specdistill.models.checkpoint_files import weight_files
 from specdistill.models.loading import check_numbers, read_tokenizer, read_vocab
-from specdistill.models.support import empty_model, read_config
+from specdistill.models.support import check_decodable, empty_model, read_config
 
 
 def load_head(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageModel:
@@ -58,6 +60,28 @@ def load_head(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> Lang
     model.to(kind).set_output_embeddings(real)
     tokenizer = read_tokenizer(name, path)
     return LanguageModel(name, path, model.eval().requires_grad_(False), tokenizer, vocab)
+
+
+def load_outline(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageModel:
+    """The model's configuration and tokenizer, its weights on the meta device: no memory for them,
+    and no pass. `dtype` "auto" is that of `device`. Raises `ModelError` as `load`, but for weights,
+    which it does not read.
+    """
+    from transformers import GenerationConfig
+
+    path = locate(name)
+    kind = choose_dtype(dtype, torch.device(choose_device(device)))
+    config = read_config(name, path)
+    check_decodable(name, config)
+    weight_files(path)
+    vocab = read_vocab(path, config.get_text_config().vocab_size)
+    model = empty_model(name, config).to(kind).eval().requires_grad_(False)
+    try:
+        if (path / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {name}: {first_line(error)}") from error
+    return LanguageModel(name, path, model, read_tokenizer(name, path), vocab)
 
 
 def _read(files: list[Path], model: nn.Module, part: Tensor) -> Tensor | None:

@@ -16,6 +16,7 @@ from specdistill.drafts.serve_commands import (
 from specdistill.quoting import block, code
 from specdistill.scoring.card_rows import Row
 from specdistill.scoring.scorecard import Scorecard
+from specdistill.scoring.served import Served
 
 PROGRAMS: tuple[Engine, ...] = ("transformers", "vllm")
 
@@ -75,6 +76,7 @@ def serving(card: Scorecard, best: Row, target: str, folder: Path) -> str:
             card.fixed_gamma,
             card.target.dtype,
             mask if engine in IN_PARALLEL else None,
+            Served.of(card),
         )
         parts.append(fenced(engine, text))
     return "\n\n".join(parts)

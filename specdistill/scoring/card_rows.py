@@ -47,7 +47,7 @@ MeasuredPositive = Annotated[Positive, WrapValidator(_null_is_nan)]
 MeasuredShare = Annotated[Share, WrapValidator(_null_is_nan)]
 Interval = tuple[MeasuredPositive, MeasuredPositive]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-DraftingWay = Literal["autoregressive", "parallel"]
+DraftingWay = Literal["autoregressive", "parallel", "look-up"]
 Strict = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -82,6 +82,11 @@ class Provenance(TypedDict, total=False):
     measured_again: Temperature | None
     trained_draft_tokens: Natural | None
     mask_token: Count | None
+    speculative_config: dict[str, Any]
+    draft_sampling: str
+    runner: str
+    runners: list[dict[str, Any]]
+    schedule: list[list[Count]]
     steal: Share | None
     stalls: Share
 
@@ -99,12 +104,13 @@ def _facts() -> TypeAdapter[Provenance]:
 @dataclass(frozen=True)
 class ModelCard:
     """One model of the pair. `weight_bytes` are the bytes read for one token: an embedding that is
-    only looked up does not count, a head that is multiplied does.
+    only looked up does not count, a head that is multiplied does. What proposes without weights of
+    its own has none, and the hash of its settings.
     """
 
     name: str
-    parameters: Natural
-    weight_bytes: Natural
+    parameters: Count
+    weight_bytes: Count
     dtype: str
     vocab_size: Natural
     sha256: Sha256
@@ -139,7 +145,8 @@ class Row:
     With a `least_reach` above 0 (see `ModelDrafter`) γ is the most that is proposed. What follows
     from γ alone is then absent (`planned_speedup`) or by the mean number of proposals (`mbsu`), and
     survival is the share of all rounds: a row stops where it doubts, so what it did not propose
-    is not like what it did. With `drafting` "parallel" a round takes one draft step, whatever γ.
+    is not like what it did. With `drafting` "parallel" a round takes one draft step, whatever γ,
+    with "look-up" none: proposals come from the text itself, γ at most, often none at all.
     """
 
     temperature: Temperature
@@ -260,9 +267,11 @@ def with_fixed_gamma(rows: Sequence[Row]) -> list[Row]:
 def draft_steps(
     num_draft_tokens: int, mean_proposed: float, least_reach: float, drafting: DraftingWay
 ) -> float:
-    """Of a round: γ, as many as were proposed where drafting stops early, one in parallel."""
-    if drafting == "parallel":
-        return 1
+    """Of a round: γ, as many as were proposed where drafting stops early, one in parallel, none
+    without a model.
+    """
+    if drafting != "autoregressive":
+        return 1 if drafting == "parallel" else 0
     return mean_proposed if least_reach else num_draft_tokens
 
 

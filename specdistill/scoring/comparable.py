@@ -121,7 +121,7 @@ def _circumstances(card: Scorecard) -> dict[str, str]:
         "verification": card.verification.label or "token verification",
         "least reach": ", ".join(f"{x:g}" for x in sorted({row.least_reach for row in card.rows})),
         "the program's commit": str(card.provenance.get("git") or "unknown"),
-        "drafting": card.drafting,
+        "drafting": card.provenance.get("speculative_config", {}).get("method") or card.drafting,
         "the draft's sampling": str(card.provenance.get("draft_sampling") or "unknown"),
         "vLLM's model runner": str(card.provenance.get("runner") or "unknown"),
         "γ": ", ".join(grid[num] for num in sorted(grid)),

@@ -88,6 +88,23 @@ class Load:
                 found[row.concurrency] = row
         return dict(sorted(found.items()))
 
+    def schedule(self, temperature: float) -> list[list[int]]:
+        """The fastest γ by the number of requests under way, as ranges [first, last, γ] from each
+        measured concurrency to the next, the first from 1; 0 where the draft does not pay. Empty
+        where one γ is the fastest in all, or none pays.
+        """
+        best = self.best(temperature)
+        ranges: list[list[int]] = []
+        for concurrency, row in best.items():
+            num = row.num_draft_tokens if row.pays else 0
+            if ranges:
+                ranges[-1][1] = concurrency - 1
+            if ranges and ranges[-1][2] == num:
+                ranges[-1][1] = concurrency
+            else:
+                ranges.append([concurrency if ranges else 1, concurrency, num])
+        return ranges if len(ranges) > 1 else []
+
     @property
     def lines(self) -> list[str]:
         """Up to which concurrency the draft pays, a sentence for each temperature."""

@@ -287,14 +287,22 @@ def model_card(model: LanguageModel) -> ModelCard:
 
 def provenance(
     target: LanguageModel,
-    draft: LanguageModel,
+    draft: LanguageModel | None,
     seed: int,
     max_new_tokens: int,
     prompts: Sequence[EncodedPrompt],
 ) -> dict[str, Any]:
     """Device, threads, dtype, versions, git commit, seed, date, what was decoded, and the run that
-    made the draft.
+    made the draft; None where no draft of ours proposes.
     """
+    of_draft: dict[str, Any] = {}
+    if draft is not None:
+        of_draft = {
+            "draft_origin": origin(draft),
+            "mask_token": draft.mask_token,
+            "trained_draft_tokens": trained_draft_tokens(draft),
+            "trained_prompts": _trained_prompts(draft, prompts),
+        }
     return {
         "device": device_name(target.device),
         "threads": torch.get_num_threads(),
@@ -309,10 +317,7 @@ def provenance(
             json.dumps([[p.id, p.tokens] for p in prompts]).encode()
         ).hexdigest(),
         "chat_template_kwargs": distinct(p.settings for p in prompts),
-        "draft_origin": origin(draft),
-        "mask_token": draft.mask_token,
-        "trained_draft_tokens": trained_draft_tokens(draft),
-        "trained_prompts": _trained_prompts(draft, prompts),
+        **of_draft,
     }
 
 

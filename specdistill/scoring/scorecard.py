@@ -188,7 +188,9 @@ class Scorecard:
         trained = self.provenance.get("trained_draft_tokens")
         if parallel and trained and any(row.num_draft_tokens > trained for row in self.rows):
             parallel += f" trained for γ up to {trained}"
-        return ", ".join(filter(None, [self.verification.label, early, parallel]))
+        method = self.provenance.get("speculative_config", {}).get("method")
+        proposer = f"proposed by {method}" if method else ""
+        return ", ".join(filter(None, [self.verification.label, early, parallel, proposer]))
 
     def verdict_row(self) -> Row:
         """The row that the verdict names, at the speedup that it tells."""

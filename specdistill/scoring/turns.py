@@ -49,18 +49,34 @@ def measured(
     progress: Progress,
     max_seconds: float | None = None,
 ) -> Measured[R]:
-    """What `ask` answers in each setting and to each prompt, by its number, `by_turns`, made into
-    runs by `without_stalls`. The temperature at which plain decoding was `slowed` is measured
-    again, once: a machine that is never at rest is told of, not waited for.
+    """What `ask` answers to each prompt, by its number, in each setting; see `settled`."""
+    score, again = partial(progress, "score"), partial(progress, "again")
+
+    def first() -> Answers[T]:
+        return by_turns(ask, temperatures, num_draft_tokens, prompts, score, max_seconds)
+
+    def once_more(temperature: float, number: int) -> Answers[T]:
+        return by_turns(ask, [temperature], num_draft_tokens, number, again)
+
+    return settled(first, once_more, without_stalls, slowed)
+
+
+def settled(
+    first: Callable[[], Answers[T]],
+    again: Callable[[float, int], Answers[T]],
+    without_stalls: Callable[[Answers[T]], tuple[dict[Setting, R], float]],
+    slowed: Callable[[Mapping[Setting, R]], float | None],
+) -> Measured[R]:
+    """What all settings came to `first`, made into runs by `without_stalls`. The temperature at
+    which plain decoding was `slowed` is measured `again`, for as many prompts, once: a machine that
+    is never at rest is told of, not waited for.
     """
     before = cpu_times()
-    score, again = partial(progress, "score"), partial(progress, "again")
-    answers = by_turns(ask, temperatures, num_draft_tokens, prompts, score, max_seconds)
+    answers = first()
     runs, stalls = without_stalls(answers)
     temperature = slowed(runs)
     if temperature is not None:
-        prompts = len(answers[temperature, 0])
-        answers |= by_turns(ask, [temperature], num_draft_tokens, prompts, again)
+        answers |= again(temperature, len(answers[temperature, 0]))
         runs, stalls = without_stalls(answers)
     return Measured(runs, stolen(before), stalls, temperature)
 

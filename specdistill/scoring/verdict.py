@@ -44,8 +44,8 @@ def verdict(
         again = setting[0] == measured_again
         slow = slow_verifying("a verify pass", setting, fastest.verify_ratio, again)
         doubts = [*doubts, slow]
-    needed = math.nan  # no formula knows which rounds stop early
-    if not best.least_reach:
+    needed = math.nan  # no formula knows which rounds stop early, or find nothing
+    if not best.least_reach and best.drafting != "look-up":
         needed = break_even(best.acceptance_rate, best.num_draft_tokens, best.speedup)
     affordable = _break_even_cost_ratio(best)
     low, high = best.speedup_ci95
@@ -72,7 +72,7 @@ def verdict(
         judged = f"{judged} with {prompts(best.prompts)}"
         reason = f"{judged}: {measured}; {why}.{_more_prompts(best)}"
     else:
-        remedy = f" {_remedy(best, needed, affordable)}"
+        remedy = f" {_remedy(best, needed, affordable)}".rstrip()
         if pays:
             setting = (best.temperature, best.num_draft_tokens)
             remedy = _limit(of_setting(per_prompt, *setting))
@@ -113,11 +113,16 @@ def _break_even_cost_ratio(row: Row) -> float:
     """A round costs τ / speedup plain steps, of which its draft steps take c each; to cost τ, c
     must be so.
     """
+    if not row.draft_steps:
+        return math.nan
     excess = row.block_efficiency / row.speedup - row.block_efficiency
     return row.cost_ratio - excess / row.draft_steps
 
 
 def _remedy(row: Row, needed: float, affordable: float) -> str:
+    """Empty where nobody knows."""
+    if row.drafting == "look-up":
+        return ""
     higher = f"an acceptance rate above {needed:.2f}"
     cheaper = f"a draft step below {affordable:.3f} of a plain step"
     if math.isnan(needed):

@@ -1,0 +1,141 @@
+"""`score --engine vllm`: the options that are for it alone, and what vLLM is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from specdistill import limits
+from specdistill.cli import console, parsing
+from specdistill.engines.vllm_process import check_interpreter
+from specdistill.errors import InputError
+
+if TYPE_CHECKING:
+    from specdistill.data.chat import EncodedPrompt
+    from specdistill.data.prompts import Prompt
+    from specdistill.decoding.parallel import Way
+    from specdistill.scoring.scorecard import Scorecard
+
+Runners = Literal["auto", "both"]
+
+
+@dataclass(frozen=True)
+class ByVllm:
+    """As they were typed."""
+
+    python: Path | None
+    concurrency: str | None
+    speculative_config: str | None
+    runner: Runners
+
+    def check(self, engine: str, device: str, draft: str | None, drafting: Way) -> None:
+        """Raises `InputError` for options that would have no effect, or contradict each other."""
+        given = {
+            "--concurrency": self.concurrency is not None,
+            "--speculative-config": self.speculative_config is not None,
+            "--runner": self.runner != "auto",
+        }
+        if engine != "vllm" and (names := [name for name, on in given.items() if on]):
+            verb = "it is" if len(names) == 1 else "they are"
+            raise InputError(
+                f"{' and '.join(names)} would have no effect with --engine {engine}: {verb} for "
+                "--engine vllm"
+            )
+        if (engine == "vllm") != (self.python is not None):
+            raise InputError(
+                "--engine vllm and --engine-python go together: name the python of an environment "
+                "that has vLLM"
+            )
+        if engine == "vllm" and device != "auto":
+            raise InputError(
+                f"--device {device} has no effect with --engine vllm, which runs on the device it "
+                "was built for; leave it out"
+            )
+        if (draft is None) == (self.speculative_config is None):
+            raise InputError(
+                "name a draft by --draft, or what else proposes by --speculative-config with "
+                "--engine vllm: one of the two"
+            )
+        if self.speculative_config is not None and drafting != "auto":
+            raise InputError(
+                f"--drafting {drafting} is of a draft named by --draft; a speculative config says "
+                "itself how it proposes"
+            )
+        self.config()
+        self.at_a_time()
+        if self.python is not None:
+            check_interpreter(self.python)
+
+    def config(self) -> dict[str, Any] | None:
+        text = self.speculative_config
+        return None if text is None else parsing.speculative_config(text)
+
+    def at_a_time(self) -> list[int]:
+        return [] if self.concurrency is None else parsing.concurrency(self.concurrency)
+
+    def prepared(
+        self,
+        target: str,
+        draft: str | None,
+        asked: Sequence[Prompt],
+        dtype: limits.Dtype,
+        drafting: Way,
+        num_draft_tokens: list[int],
+        max_new_tokens: int,
+        seed: int,
+        threads: int | None,
+    ) -> tuple[Sequence[EncodedPrompt], Callable[..., Scorecard]]:
+        """The prompts as tokens, and the score of them. Of the models only facts and tokenizers are
+        read: vLLM loads its own.
+        """
+        from specdistill.engines import vllm
+        from specdistill.engines.vllm_pair import Pair
+        from specdistill.engines.vllm_proposer import Proposer
+
+        if (config := self.config()) is not None:
+            Proposer.of_config(config)  # before anything is read
+        big = console.outline(target, dtype)
+        if config is not None:
+            console.note_models(big)
+            console.note(
+                f"{config['method']} proposes, no draft of yours: whether its tokens are the "
+                "target's, how long a text it reads and what it was trained on are not checked"
+            )
+            encoded = console.encoded(big, asked)
+            pair = Pair.proposed_by(big, config, encoded, max_new_tokens, seed)
+        else:
+            assert draft is not None
+            small = console.outline(draft, dtype)
+            from specdistill.models import check_pair
+
+            check_pair(big, small)
+            console.note_models(big, small)
+            console.note_drafting(small, drafting, num_draft_tokens)
+            encoded = console.encoded(big, asked, small)
+            pair = Pair.of(big, small, encoded, max_new_tokens, seed, drafting)
+        assert self.python is not None
+        return encoded, partial(
+            vllm.score,
+            self.python,
+            pair,
+            threads=threads,
+            concurrency=self.at_a_time(),
+            both_runners=self.runner == "both",
+        )
+
+
+def serve_lines(card: Scorecard, target: str, draft: str | None) -> list[str]:
+    """How to serve what vLLM measured."""
+    from specdistill.drafts.serve_commands import name_elsewhere, vllm_command
+    from specdistill.scoring.served import Served, served_lines
+
+    config = card.provenance.get("speculative_config")
+    if config is None:
+        config = {"method": "draft_model", "model": str(draft)}
+        if card.drafting == "parallel":
+            config["parallel_drafting"] = True
+    command = vllm_command(name_elsewhere(target), config, card.fixed_gamma, Served.of(card))
+    return [*served_lines(card), "Serve it with", command]
