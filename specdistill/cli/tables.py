@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -81,7 +82,7 @@ def slices_tables(card: Scorecard) -> list[Table]:
 
 def load_tables(card: Scorecard) -> list[Table]:
     """What came of several requests at a time, if that was measured."""
-    if not card.load.plain:
+    if not card.load.drafted:
         return []
     table = Table(
         "T",
@@ -95,27 +96,20 @@ def load_tables(card: Scorecard) -> list[Table]:
         caption="first token: median ms; a token: median ms and the 95th percentile",
         **NARROW,
     )
-    for plain in card.load.plain:
-        rows = [
-            row
-            for row in card.load.drafted
-            if (row.temperature, row.concurrency) == (plain.temperature, plain.concurrency)
-        ]
-        rate = sum(plain.tokens_per_second) / len(plain.tokens_per_second)
-        table.add_row(
-            f"{plain.temperature:g}",
-            str(plain.concurrency),
-            "plain",
-            f"{rate:.1f}",
-            "",
-            *_milliseconds(plain),
-        )
+    plain = {(row.temperature, row.concurrency): row for row in card.load.plain}
+    for setting, rows in groupby(card.load.drafted, lambda row: (row.temperature, row.concurrency)):
+        where = [f"{setting[0]:g}", str(setting[1])]
+        if base := plain.get(setting):
+            rate = sum(base.tokens_per_second) / len(base.tokens_per_second)
+            table.add_row(*where, "plain", f"{rate:.1f}", "", *_milliseconds(base))
+            where = ["", ""]
         for row in rows:
-            speed = f"{row.speedup:.2f}" + ("" if row.pays else " no gain")
+            speed = number(row.speedup, 2) + ("" if row.pays or not base else " no gain")
             rate = row.tokens_per_second
             table.add_row(
-                "", "", str(row.num_draft_tokens), f"{rate:.1f}", speed, *_milliseconds(row)
+                *where, str(row.num_draft_tokens), f"{rate:.1f}", speed, *_milliseconds(row)
             )
+            where = ["", ""]
     return [table]
 
 
@@ -274,6 +268,8 @@ def evidence_line(card: Scorecard) -> str:
         return f"{card.verification.label}: the text does not follow the target's distribution"
     same, compared = proof.greedy_identical
     greedy = f"greedy outputs token-identical: {same} of {compared}{identity_words(proof)}"
+    if not card.baseline:
+        return f"no text was compared with plain decoding of {card.outside_engine}"
     if card.outside_engine:
         return f"{greedy}; nothing else was checked of {card.outside_engine}"
     return (

@@ -58,6 +58,8 @@ def _figures(card: Scorecard) -> list[Figure]:
     needed = card.verdict.break_even_acceptance
     shown = "yes" if proof.holds else "not shown"
     speed = Figure(f"{number(best.speedup, 2)} ×", "speedup", f"95% interval {low} to {high}")
+    if not card.baseline:
+        speed = Figure(number(best.tokens_per_second, 1), "tokens/s", "plain decoding not measured")
     return [
         Figure("FAILED", "speedup", "not lossless") if card.failures else speed,
         Figure(

@@ -16,7 +16,7 @@ from specdistill.scoring.choice import chosen
 from specdistill.scoring.headline import gamma, gamma_is, labelled, number, speedup
 from specdistill.scoring.measure import trained_line
 from specdistill.scoring.scorecard import Scorecard
-from specdistill.scoring.verdict import identity_words, judgement
+from specdistill.scoring.verdict import NO_PLAIN, identity_words, judgement
 
 CAPTIONS = {
     "speedup.png": "Speedup over plain decoding by number of draft tokens γ, with 95% intervals. "
@@ -87,7 +87,9 @@ def _verdict(card: Scorecard, best: Row, target: str) -> str:
         f"with it, {code(target)} decodes {number(best.speedup, 2)} times as fast as without it "
         f"(T = {best.temperature:g}, {gamma_is(best)}; 95% interval {low} to {high})"
     )
-    if math.isnan(best.speedup):
+    if not card.baseline:
+        speed = f"{code(target)} was not decoded without it, so that there is no speedup to tell"
+    elif math.isnan(best.speedup):
         speed = "the measurement is wrong, so that there is no speedup to tell"
     proof = "and the output does not change"
     if card.verification.lossy:
@@ -109,11 +111,12 @@ def _what_was_done(
     last = metrics[-1] if metrics else {}
     trained = [f"{last['tokens']:,} tokens seen"] if "tokens" in last else []
     trained += [_duration(last["seconds"])] if "seconds" in last else []
+    against = ", against the target alone" if card.baseline else ""
     return "\n".join(
         [
             "## What was done\n",
             "A small draft model for one target and one kind of prompts was scored by real "
-            "speculative decoding: every round counted and timed, against the target alone.\n",
+            f"speculative decoding: every round counted and timed{against}.\n",
             f"- Target: {code(target)}, {_size(card.target)}",
             f"- Draft: {code(card.draft.name)}, {_size(card.draft)}",
             f"- Training: {', '.join(trained) or 'the run folder holds no record of it'}",
@@ -362,10 +365,14 @@ def _how_measured(card: Scorecard) -> str:
             "times as long as the usual one counts as usual: stalls is the share of time left out "
             "so, and steal what others had of the processors. "
         )
-    return (
-        f"## How it was measured\n\nRuns with and without the draft took turns, {prose(turns)}, "
-        f"so that drift of the machine cancels. {stalls}scorecard.json holds every figure."
-        "\n\n" + "\n".join(f"- {_name(name)}: {_cell(value)}" for name, value in facts.items())
+    how = (
+        f"Runs with and without the draft took turns, {prose(turns)}, so that drift of the machine "
+    )
+    how += f"cancels. {stalls}"
+    if not card.baseline:
+        how = f"{NO_PLAIN}. "
+    return f"## How it was measured\n\n{how}scorecard.json holds every figure.\n\n" + "\n".join(
+        f"- {_name(name)}: {_cell(value)}" for name, value in facts.items()
     )
 
 

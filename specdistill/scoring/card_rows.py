@@ -196,7 +196,8 @@ class PromptRow:
     """One prompt in one setting; what the paired bootstrap resamples. `verifying_seconds` are those
     of its rounds without their draft steps, `stepping_seconds` those of its plain steps, neither
     with the prefill of the prompt. Older cards have None for these, `tested`, `accepted` and
-    `prompt_tokens`.
+    `prompt_tokens`. Where plain decoding was not measured, `baseline_seconds` is NaN and
+    `baseline_emitted` 0.
     """
 
     prompt_id: str
@@ -205,8 +206,8 @@ class PromptRow:
     emitted: Natural
     rounds: Natural
     seconds: Positive
-    baseline_seconds: Positive
-    baseline_emitted: Natural
+    baseline_seconds: MeasuredPositive
+    baseline_emitted: Count
     tested: Count | None = None
     accepted: Count | None = None
     verifying_seconds: Number | None = None

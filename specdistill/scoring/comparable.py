@@ -15,7 +15,7 @@ from specdistill.scoring.headline import gamma
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.statistics import ratio_of_sums
 from specdistill.scoring.trust import NOISE, objections, round_cost, swapped_draft
-from specdistill.scoring.verdict import slow_verifying
+from specdistill.scoring.verdict import NO_PLAIN, slow_verifying
 
 Cards = Mapping[str, Scorecard]  # by the name they are shown under
 
@@ -47,6 +47,7 @@ def obstacles(cards: Cards) -> list[str]:
     reasons = []
     for name, card in cards.items():
         reasons += [f"{name}: {objection}" for objection in objections(card)]
+        reasons += [] if card.baseline else [f"{name}: {NO_PLAIN[0].lower()}{NO_PLAIN[1:]}"]
         file = card_file(Path(name))
         run = RunFolder(file.parent)
         if file == run.scorecard and run.draft.is_dir():

@@ -32,11 +32,13 @@ def changed_figures(card: Scorecard) -> list[str]:
     for row in card.rows:
         prompts = of_setting(card.per_prompt, row.temperature, row.num_draft_tokens)
         base = plain.get(row.temperature)
-        if base is None or not prompts:
+        if not prompts or (base is None and card.baseline):
             continue
         faults += _differing(setting_of(row), _derived(row, base, prompts, weights))
         faults += _interval(row, prompts, seed)
-        faults += _plain_steps(row, base, prompts)
+        if base is not None:
+            faults += _plain_steps(row, base, prompts)
+        faults += _counts(row, prompts)
     return faults or _slices(card, seed)
 
 
@@ -44,7 +46,7 @@ Figure = tuple[str, float, float]  # what it is, as the card tells it, as it is
 
 
 def _derived(
-    row: Row, base: Baseline, prompts: Sequence[PromptRow], weights: float
+    row: Row, base: Baseline | None, prompts: Sequence[PromptRow], weights: float
 ) -> list[Figure]:
     """What follows from counts and times; of what a card does not tell (NaN, older ones) nothing
     is said.
@@ -71,7 +73,7 @@ def _derived(
     if math.isfinite(row.planned_speedup):
         planned = planned_speedup(row.acceptance_rate, gamma, row.cost_ratio, row.draft_steps)
         ratios.append(("a planned speedup", row.planned_speedup, planned, 1.0))
-    if {"draft", "target"} <= row.seconds.keys() and base.seconds.get("target"):
+    if base and {"draft", "target"} <= row.seconds.keys() and base.seconds.get("target"):
         step, spent = base.seconds["target"] / base.tokens, row.seconds
         seconds = sum(prompt.seconds for prompt in prompts)
         passes = spent["draft"] + spent["target"]
@@ -94,11 +96,6 @@ def _plain_steps(row: Row, base: Baseline, prompts: Sequence[PromptRow]) -> list
     if base.seconds:
         figures.append(("seconds by part", sum(base.seconds.values()), seconds))
     faults = _differing(where, figures)
-    if not row.tested <= row.proposed <= row.rounds * row.num_draft_tokens:
-        faults.append(
-            f"{setting_of(row)}: {row.proposed} tokens were proposed and {row.tested} tested in "
-            f"{row.rounds} rounds, which cannot be"
-        )
     if bool(base.seconds) != bool(row.seconds):
         faults.append(f"{setting_of(row)}: only one of draft and plain decoding tells its parts")
     parts = [*base.seconds.values(), *row.seconds.values()]
@@ -106,12 +103,17 @@ def _plain_steps(row: Row, base: Baseline, prompts: Sequence[PromptRow]) -> list
     parts += [p.stepping_seconds for p in prompts if p.stepping_seconds is not None]
     if any(part < 0 for part in parts):
         faults.append(f"{setting_of(row)}: a part took less than no time, which cannot be")
-    return faults + _counts(row, prompts)
+    return faults
 
 
 def _counts(row: Row, prompts: Sequence[PromptRow]) -> list[str]:
-    """Counts and times by prompt that cannot be."""
+    """Counts and times that cannot be."""
     faults = []
+    if not row.tested <= row.proposed <= row.rounds * row.num_draft_tokens:
+        faults.append(
+            f"{setting_of(row)}: {row.proposed} tokens were proposed and {row.tested} tested in "
+            f"{row.rounds} rounds, which cannot be"
+        )
     for name in ("tested", "accepted", "verifying_seconds", "stepping_seconds", "prompt_tokens"):
         silent = sum(getattr(prompt, name) is None for prompt in prompts)
         if 0 < silent < len(prompts):
@@ -220,7 +222,7 @@ def _evidence(card: Scorecard) -> list[str]:
     wide = proof.float32
     if wide is not None and not wide.missing and not wide.greedy_identical[1]:
         return ["the card names evidence in float32, and compares nothing there"]
-    rows = [row for row in card.per_prompt if row.temperature == 0]
+    rows = [row for row in card.per_prompt if row.temperature == 0 and row.baseline_emitted]
     same, compared = card.lossless.greedy_identical
     longest = sum(row.emitted == row.baseline_emitted for row in rows)
     if compared != len(rows):

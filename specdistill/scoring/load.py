@@ -4,8 +4,9 @@ plainly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median, quantiles
 
 from pydantic import with_config
@@ -56,9 +57,9 @@ class Plain:
 @with_config(Strict)
 @dataclass(frozen=True)
 class Drafted:
-    """The same requests with the draft. `speedup` is over the mean of plain decoding; the draft
-    `pays` where it was faster than the fastest plain run. `accepted_by_position` is the share of
-    rounds in which the token at each place was accepted.
+    """The same requests with the draft. `speedup` is over the mean of plain decoding, NaN where
+    there was none; the draft `pays` where it was faster than the fastest plain run.
+    `accepted_by_position` is the share of rounds in which the token at each place was accepted.
     """
 
     temperature: Temperature
@@ -66,7 +67,7 @@ class Drafted:
     num_draft_tokens: Gamma
     emitted: Count
     tokens_per_second: Positive
-    speedup: Positive
+    speedup: MeasuredPositive
     pays: bool
     first_token_seconds: Latency
     seconds_per_token: Latency
@@ -107,7 +108,9 @@ class Load:
 
     @property
     def lines(self) -> list[str]:
-        """Up to which concurrency the draft pays, a sentence for each temperature."""
+        """Up to which concurrency the draft pays, a sentence for each temperature; none where plain
+        decoding was not measured.
+        """
         temperatures = dict.fromkeys(row.temperature for row in self.plain)
         return [_line(temperature, self.best(temperature)) for temperature in temperatures]
 
@@ -170,18 +173,27 @@ def load_rows(
         *([x for run in plain for x in getattr(run, name)] for name in ("tokens", "first", "last")),
     )
     rows = [
-        Drafted(
-            temperature,
-            concurrency,
-            num,
-            sum(run.tokens),
-            run.rate,
-            run.rate / every.rate,
-            run.rate > max(rates),
-            run.first_token,
-            run.per_token,
-            run.accepted_by_position,
+        replace(
+            without_plain(temperature, concurrency, num, run),
+            speedup=run.rate / every.rate,
+            pays=run.rate > max(rates),
         )
         for num, run in drafted.items()
     ]
     return Plain(temperature, concurrency, rates, every.first_token, every.per_token), rows
+
+
+def without_plain(temperature: float, concurrency: int, num: int, run: Run) -> Drafted:
+    """The row of a run that no plain one can be set against."""
+    return Drafted(
+        temperature,
+        concurrency,
+        num,
+        sum(run.tokens),
+        run.rate,
+        math.nan,
+        False,
+        run.first_token,
+        run.per_token,
+        run.accepted_by_position,
+    )

@@ -59,6 +59,11 @@ class Counts:
     step_seconds: Sequence[float] = ()
     parts: Mapping[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def unmeasured(cls) -> Counts:
+        """In place of plain decoding that was not measured."""
+        return cls([], math.nan, 0, [], [], [])
+
     def seconds_without(self, *names: str) -> float | None:
         """Less these parts; None where no parts are known."""
         if not self.parts:

@@ -116,14 +116,15 @@ class Verdict:
 @with_config(Strict)
 @dataclass(frozen=True)
 class Scorecard:
-    """`baseline` is plain decoding by temperature, `rows` the settings in sum, `per_prompt` what
-    all of that is computed from. `example` is one answer token by token, where it was asked for.
+    """`baseline` is plain decoding by temperature, none where it was not measured, so that the card
+    tells no speedup; `rows` are the settings in sum, `per_prompt` what all of that is computed
+    from. `example` is one answer token by token, where it was asked for.
     """
 
     target: ModelCard
     draft: ModelCard
     provenance: Annotated[dict[str, Any], AfterValidator(known_facts)]
-    baseline: Annotated[list[Baseline], Field(min_length=1)]
+    baseline: list[Baseline]
     rows: Annotated[list[Row], Field(min_length=1)]
     per_prompt: list[PromptRow]
     lossless: Lossless
@@ -166,11 +167,13 @@ class Scorecard:
     @property
     def label(self) -> str:
         """What every table, picture and report made from the card says: that its evidence failed,
-        the engine where it is not ours, and what is unusual about verification and drafting.
+        the engine where it is not ours, that plain decoding was not measured, and what is unusual
+        about verification and drafting.
         """
         engine = f"measured in {self.outside_engine}" if self.outside_engine else ""
         proof = "FAILED: not lossless" if self.failures else ""
-        return ", ".join(filter(None, [proof, engine, self.settings_label]))
+        plain = "" if self.baseline else "without plain decoding"
+        return ", ".join(filter(None, [proof, engine, plain, self.settings_label]))
 
     @property
     def drafting(self) -> DraftingWay:
@@ -298,7 +301,9 @@ def _set_lossy(verification: Any) -> None:
 
 
 def _check_lists(card: Scorecard) -> None:
-    """Raises `ValueError` for what is there twice, or by more positions than were proposed."""
+    """Raises `ValueError` for what is there twice, by more positions than were proposed, or without
+    what it is computed from.
+    """
     lists: list[tuple[str, Iterable[Hashable]]] = [
         ("baseline", [base.temperature for base in card.baseline]),
         ("rows", [(row.temperature, row.num_draft_tokens) for row in card.rows]),
@@ -318,6 +323,8 @@ def _check_lists(card: Scorecard) -> None:
             if key in seen:
                 raise ValueError(f"{name} has {key} twice")
             seen.add(key)
+    if not card.baseline and not all(math.isnan(row.speedup) for row in card.rows):
+        raise ValueError("its rows tell a speedup, and there is no plain decoding")
     if len({row.drafting for row in card.rows}) > 1:
         raise ValueError("some of its rows drafted in parallel, and some did not")
     for row in card.rows:

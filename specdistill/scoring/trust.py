@@ -89,7 +89,8 @@ def _reason(card: Scorecard) -> str:
     if card.failures:
         return card.verdict.reason  # derived when the card was made
     wrong = doubts(card.baseline, card.rows, card.per_prompt)
-    if not wrong and card.outside_engine and math.isnan(card.verdict.best.speedup):
+    untold = math.isnan(card.verdict.best.speedup)
+    if not wrong and card.outside_engine and card.baseline and untold:
         wrong = [PLAIN_SLOWED]
     return verdict_again(card, wrong).reason
 
@@ -128,22 +129,23 @@ def _totals(
     for row in rows:
         prompts = of_setting(per_prompt, row.temperature, row.num_draft_tokens)
         base = plain.get(row.temperature)
-        if base is None:
+        if base is None and (baseline or any(prompt.baseline_emitted for prompt in prompts)):
             faults.append(f"{setting_of(row)}: there is no plain decoding at this temperature")
         else:
             faults += _sums(row, base, prompts)
     return faults
 
 
-def _sums(row: Row, base: Baseline, prompts: Sequence[PromptRow]) -> list[str]:
+def _sums(row: Row, base: Baseline | None, prompts: Sequence[PromptRow]) -> list[str]:
     """The rows by prompt must add up to the totals, and the totals to the speeds."""
     faults = []
+    plainly = (0, 0) if base is None else (base.prompts, base.tokens)
     for name, total, summed in (
         ("prompts", row.prompts, len({prompt.prompt_id for prompt in prompts})),
-        ("prompts decoded plainly", base.prompts, len(prompts)),
+        ("prompts decoded plainly", plainly[0], sum(p.baseline_emitted > 0 for p in prompts)),
         ("emitted tokens", row.emitted, sum(prompt.emitted for prompt in prompts)),
         ("rounds", row.rounds, sum(prompt.rounds for prompt in prompts)),
-        ("plain tokens", base.tokens, sum(prompt.baseline_emitted for prompt in prompts)),
+        ("plain tokens", plainly[1], sum(prompt.baseline_emitted for prompt in prompts)),
     ):
         if total != summed:
             faults.append(
@@ -153,15 +155,20 @@ def _sums(row: Row, base: Baseline, prompts: Sequence[PromptRow]) -> list[str]:
     seconds, plain_seconds = (
         sum(getattr(prompt, name) for prompt in prompts) for name in ("seconds", "baseline_seconds")
     )
-    if prompts and not (seconds > 0 and plain_seconds > 0):
+    if prompts and not (seconds > 0 and (base is None or plain_seconds > 0)):
         faults.append(f"{setting_of(row)}: no time passed, so that there is no speed to tell")
+    if base is None and not math.isnan(row.speedup):
+        faults.append(f"{setting_of(row)}: there is a speedup, and no plain decoding")
     if not faults and prompts:
-        speed, plain = row.emitted / seconds, base.tokens / plain_seconds
-        for name, claimed, computed in (
-            ("tokens per second", row.tokens_per_second, speed),
-            ("plain tokens per second", base.tokens_per_second, plain),
-            ("speedup", row.speedup, speed / plain),
-        ):
+        speed = row.emitted / seconds
+        figures = [("tokens per second", row.tokens_per_second, speed)]
+        if base is not None:
+            plain = base.tokens / plain_seconds
+            figures += [
+                ("plain tokens per second", base.tokens_per_second, plain),
+                ("speedup", row.speedup, speed / plain),
+            ]
+        for name, claimed, computed in figures:
             if not math.isclose(claimed, computed, rel_tol=1e-6):
                 faults.append(
                     f"{setting_of(row)}: the card tells {name} of {claimed:.4g}, its rows by "

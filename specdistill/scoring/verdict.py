@@ -17,6 +17,7 @@ from specdistill.scoring.slices import stops_paying
 from specdistill.scoring.statistics import Ratio, break_even, prompts_needed
 
 UNKNOWN = "Whether the draft pays cannot be shown"
+NO_PLAIN = "Plain decoding was not measured, so that no speedup is told"
 
 
 def verdict(
@@ -32,8 +33,11 @@ def verdict(
     reason says so first.
 
     That the row was `slowed` is a doubt; `measured_again` is a temperature at which a second
-    measurement took the place of the first.
+    measurement took the place of the first. Where plain decoding was not measured nothing is
+    judged: the reason tells what was.
     """
+    if not doubts and all(math.isnan(row.speedup) for row in rows):
+        return _without_plain(rows)
     fastest = max(rows, key=lambda row: -math.inf if math.isnan(row.speedup) else row.speedup)
     best, how = fastest, Choice((0, 0), Ratio(math.nan, math.nan, math.nan), [], 0, 0)
     if per_prompt:
@@ -89,6 +93,18 @@ def verdict(
         how.chosen_on,
         how.judged_on,
     )
+
+
+def _without_plain(rows: Sequence[Row]) -> Verdict:
+    each = "; ".join(
+        f"at {gamma_is(row)}, temperature {row.temperature:g} an acceptance rate of "
+        f"{row.acceptance_rate:.2f}, {row.block_efficiency:.2f} tokens a round and "
+        f"{row.tokens_per_second:.1f} tokens/s"
+        for row in rows
+    )
+    reason = f"{NO_PLAIN}: {each}."
+    best = Best(rows[0].temperature, rows[0].num_draft_tokens, math.nan)
+    return Verdict(False, best, math.nan, reason)
 
 
 def slow_verifying(what: str, setting: Setting, ratio: float, measured_again: bool = False) -> str:

@@ -65,9 +65,10 @@ def plot_all(run_dir: Path, out: Path | None = None, note: Note = unsaid) -> lis
         drafts = {"before distillation": before} if before else {}
         figures["acceptance.png"] = partial(figure_acceptance, card, before)
         figures["survival.png"] = partial(figure_survival, {"this draft": card, **drafts})
-        figures["speedup.png"] = partial(figure_speedup, card)
-        figures["time.png"] = partial(figure_time, card)
-        if card.load.drafted:
+        if card.baseline:
+            figures["speedup.png"] = partial(figure_speedup, card)
+            figures["time.png"] = partial(figure_time, card)
+        if card.load.plain:
             figures["load.png"] = partial(figure_load, card)
         if card.example is not None:
             early = card.verdict_row().least_reach > 0  # whose answer it is
