@@ -1,6 +1,7 @@
 """A target behind a server that tells its most probable tokens, and one that misbehaves."""
 
 import json
+import threading
 from math import log
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,6 +138,30 @@ def test_a_server_that_fails_loses_nothing(target: LanguageModel, tmp_path: Path
     with serving(served) as (url, fake):
         assert asked(target, [url], tmp_path / "broken").keys() == found.keys()
         assert len(fake.asked) == len(PROMPTS) - len(kept)
+
+
+def test_what_one_server_refuses_is_asked_of_the_other(
+    target: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server without log-probabilities among those that have them is left alone after a while."""
+    monkeypatch.setattr("specdistill.engines.openai_top_k.REFUSALS", 3)
+    served, begun = Served(target), threading.Event()
+
+    def without(body: dict[str, Any], before: int) -> Reply:
+        begun.set()
+        return spoilt(served.document(body), "none at all")
+
+    def patient(body: dict[str, Any], before: int) -> Reply:
+        begun.wait()  # each server gets some
+        return served(body, before)
+
+    refused: dict[str, str] = {}
+    with serving(patient) as (good_url, good), serving(without) as (bad_url, bad):
+        found = asked(target, [good_url, bad_url], tmp_path / "out", refused)
+    assert found.keys() == {p.id for p in PROMPTS}
+    assert refused == {}
+    assert sorted(good.asked) == sorted(p.messages[0]["content"] for p in PROMPTS)
+    assert 1 <= len(set(bad.asked)) <= 3 + 1, "those under way as well"
 
 
 def spoilt(document: dict[str, Any], how: str) -> Reply:

@@ -10,8 +10,8 @@ import asyncio
 import queue
 import re
 import threading
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from math import exp, isfinite
@@ -29,7 +29,9 @@ from specdistill.errors import ServerError
 from specdistill.models import LanguageModel
 from specdistill_kernels import TargetTopK
 
-VLLM = {"return_tokens_as_token_ids": True, "return_token_ids": True}
+# Else vLLM samples by the checkpoint's generation config in what a request leaves out.
+SAMPLING = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+VLLM = {"return_tokens_as_token_ids": True, "return_token_ids": True, **SAMPLING}
 LEAST_TAIL = 1e-7  # what float32 leaves of 1 minus a sum
 ROUNDING = 1e-3  # by which a sum of probabilities may exceed 1
 
@@ -125,7 +127,7 @@ def _top(entries: Any, tokens: Tokens, k: int) -> tuple[list[int], list[float]]:
 
 class TopKAnswers:
     """Answers of servers in the shape of `SpeculativeDecoder.stream`, each as one round. Work is
-    taken as it comes; what a server was asked that fails is asked of the others.
+    taken as it comes; what a server was asked that fails, or refuses it, is asked of the others.
     """
 
     def __init__(
@@ -141,7 +143,6 @@ class TopKAnswers:
         self.prompts = {prompt.id: prompt for prompt in prompts}
         self.tokens = Tokens(target)
         self.refused = refused
-        self.in_a_row = 0
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -184,15 +185,23 @@ class TopKAnswers:
         for line in lines:
             line.more = VLLM
         failures: dict[Line, ServerError] = {}
+        reasons: dict[str, dict[Line, Refused]] = defaultdict(dict)  # by request
+        in_a_row = dict.fromkeys(lines, 0)
 
         async def work(line: Line) -> None:
-            while waiting and line not in failures:
-                request = waiting.popleft()
+            while line not in failures and (request := _next(waiting, reasons, line)):
                 try:
                     heard.put(await self._answer(line, request))
-                    self.in_a_row = 0
+                    in_a_row[line] = 0
                 except Refused as reason:
-                    self._refuse(line, request, reason)
+                    reasons[request.id][line] = reason
+                    in_a_row[line] += 1
+                    if in_a_row[line] == REFUSALS:
+                        failures[line] = ServerError(
+                            f"{line.server.public} refused {REFUSALS} prompts in a row, the last "
+                            f"with: {reason}"
+                        )
+                    waiting.append(request)
                 except ServerError as error:
                     failures[line] = error
                     waiting.appendleft(request)
@@ -201,23 +210,18 @@ class TopKAnswers:
             while waiting:
                 if not (left := [line for line in lines if line not in failures]):
                     raise list(failures.values())[-1]
+                for request in list(waiting):
+                    if reasons[request.id].keys() >= set(left):
+                        waiting.remove(request)
+                        reason = list(reasons[request.id].values())[-1]
+                        self.refused[request.id.partition("\n")[0]] = str(reason)
                 many = [work(line) for line in left for _ in range(line.server.concurrency)]
                 async with asyncio.TaskGroup() as group:
                     for each in many:
                         group.create_task(each)
-        except* ServerError as errors:
-            raise errors.exceptions[0] from None
         finally:
             for line in lines:
                 await line.client.close()
-
-    def _refuse(self, line: Line, request: Request, reason: Refused) -> None:
-        self.refused[request.id.partition("\n")[0]] = str(reason)
-        self.in_a_row += 1
-        if self.in_a_row >= REFUSALS:
-            raise ServerError(
-                f"{line.server.public} refused {REFUSALS} prompts in a row, the last with: {reason}"
-            )
 
     async def _answer(self, line: Line, request: Request) -> RowRound:
         prompt = self.prompts[request.id.partition("\n")[0]]
@@ -229,3 +233,14 @@ class TopKAnswers:
             request.max_new_tokens,
             lambda reply: read_top_k(reply, self.tokens, request, self.k),
         )
+
+
+def _next(
+    waiting: deque[Request], reasons: Mapping[str, Mapping[Line, Refused]], line: Line
+) -> Request | None:
+    """The first that this server has not refused."""
+    for request in waiting:
+        if line not in reasons[request.id]:
+            waiting.remove(request)
+            return request
+    return None
