@@ -32,8 +32,10 @@ class FakeServer:
     drops the connection. Every request is kept.
     """
 
-    def __init__(self, reply: Callable[[dict[str, Any], int], Reply | None]) -> None:
-        self.reply = reply
+    def __init__(
+        self, reply: Callable[[dict[str, Any], int], Reply | None], get: Callable[[str], Reply]
+    ) -> None:
+        self.reply, self.get = reply, get
         self.asked: list[str] = []
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -46,9 +48,12 @@ class FakeServer:
 
 
 @contextmanager
-def serving(reply: Callable[[dict[str, Any], int], Reply | None]) -> Iterator[tuple[str, Any]]:
-    """The base URL of such a server, and the server."""
-    fake = FakeServer(reply)
+def serving(
+    reply: Callable[[dict[str, Any], int], Reply | None],
+    get: Callable[[str], Reply] = lambda path: failure(404),
+) -> Iterator[tuple[str, Any]]:
+    """The base URL of such a server, and the server; `get` answers what is asked by path alone."""
+    fake = FakeServer(reply, get)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -58,7 +63,7 @@ def serving(reply: Callable[[dict[str, Any], int], Reply | None]) -> Iterator[tu
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            text = body["messages"][-1]["content"]
+            text = body["messages"][-1]["content"] if "messages" in body else str(body["prompt"])
             with fake.lock:
                 before = fake.times_asked(text)
                 fake.asked.append(text)
@@ -71,12 +76,20 @@ def serving(reply: Callable[[dict[str, Any], int], Reply | None]) -> Iterator[tu
             with fake.lock:
                 fake.at_once -= 1
             self.close_connection = True
-            if made is None:
-                return
+            if made is not None:
+                self.send(made)
+
+        def do_GET(self) -> None:
+            self.close_connection = True
+            with fake.lock:
+                made = fake.get(self.path)
+            self.send(made)
+
+        def send(self, made: Reply) -> None:
             status, headers, content = made
             self.send_response(status)
             given = {"Content-Type": "application/json", "Content-Length": str(len(content))}
-            for name, value in {**given, **headers}.items():
+            for name, value in {**given, "Connection": "close", **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)

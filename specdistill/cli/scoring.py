@@ -10,6 +10,7 @@ import typer
 
 from specdistill import limits
 from specdistill.cli import console, parsing, tables
+from specdistill.cli.at_server import ALL_GAMMAS, AtServer
 from specdistill.cli.options import (
     ChatTemplateKwargs,
     Column,
@@ -75,6 +76,20 @@ Concurrency = Annotated[
     str | None,
     typer.Option(help="With --engine vllm: also measure so many requests at a time: 1,4,16."),
 ]
+BaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        help="With --engine vllm, instead of --engine-python: a vLLM server that drafts, such as "
+        "http://localhost:8000/v1. The key comes from OPENAI_API_KEY."
+    ),
+]
+PlainBaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        help="A vLLM server of the target alone, to take turns with that of --base-url; without "
+        "one no speedup is told."
+    ),
+]
 SpeculativeConfig = Annotated[
     str | None,
     typer.Option(
@@ -95,7 +110,7 @@ def score(
     prompts: Prompts,
     out: Out,
     draft: ScoredDraft = None,
-    num_draft_tokens: NumDraftTokens = "1-8",
+    num_draft_tokens: NumDraftTokens = ALL_GAMMAS,
     temperature: Temperatures = "0,1",
     max_new_tokens: LongestAnswer = 128,
     limit: Limit = None,
@@ -107,6 +122,8 @@ def score(
     keep_text: KeepText = False,
     engine: EngineOption = "specdistill",
     engine_python: EnginePython = None,
+    base_url: BaseUrl = None,
+    plain_base_url: PlainBaseUrl = None,
     concurrency: Concurrency = None,
     speculative_config: SpeculativeConfig = None,
     runner: Runner = "auto",
@@ -136,7 +153,9 @@ def score(
         "--keep-text": keep_text,
     }
     _check_engine(engine, [name for name, given in ours.items() if given], drafting)
-    by_vllm = ByVllm(engine_python, concurrency, speculative_config, runner)
+    at_server = AtServer(base_url, plain_base_url)
+    at_server.check(engine, engine_python, num_draft_tokens, threads, runner)
+    by_vllm = ByVllm(engine_python, at_server, concurrency, speculative_config, runner)
     by_vllm.check(engine, device, draft, drafting)
     keep_apart([out], [each for each in (target, draft, prompts, engine_python) if each])
     console.must_be_free(out, overwrite)
@@ -224,7 +243,7 @@ def _show(card: Scorecard, target: str, draft: str | None, as_json: bool) -> Non
         *card.load.lines,
         trained_line(card),
     ]
-    if card.provenance.get("engine") == "vllm":
+    if card.provenance.get("engine") == "vllm" and "servers" not in card.provenance:
         lines += serve_lines(card, target, draft)
     console.print_lines(screen, [line for line in lines if line])
     console.finish(as_json, card.document())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from specdistill import limits
 from specdistill.cli import console, parsing
+from specdistill.cli.at_server import AtServer
 from specdistill.engines.vllm_process import check_interpreter
 from specdistill.errors import InputError
 
@@ -27,6 +28,7 @@ class ByVllm:
     """As they were typed."""
 
     python: Path | None
+    server: AtServer
     concurrency: str | None
     speculative_config: str | None
     runner: Runners
@@ -44,10 +46,10 @@ class ByVllm:
                 f"{' and '.join(names)} would have no effect with --engine {engine}: {verb} for "
                 "--engine vllm"
             )
-        if (engine == "vllm") != (self.python is not None):
+        if (engine == "vllm") != (self.python is not None or self.server.base_url is not None):
             raise InputError(
                 "--engine vllm and --engine-python go together: name the python of an environment "
-                "that has vLLM"
+                "that has vLLM, or a server that runs by --base-url"
             )
         if engine == "vllm" and device != "auto":
             raise InputError(
@@ -113,9 +115,12 @@ class ByVllm:
 
             check_pair(big, small)
             console.note_models(big, small)
-            console.note_drafting(small, drafting, num_draft_tokens)
+            if self.server.base_url is None:  # else γ is the server's
+                console.note_drafting(small, drafting, num_draft_tokens)
             encoded = console.encoded(big, asked, small)
             pair = Pair.of(big, small, encoded, max_new_tokens, seed, drafting)
+        if self.server.base_url is not None:
+            return encoded, partial(self.server.score, pair, concurrency=self.at_a_time())
         assert self.python is not None
         return encoded, partial(
             vllm.score,

@@ -14,6 +14,7 @@ from typing import Any
 
 from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding import Output
+from specdistill.errors import DecodingError
 from specdistill.models import LanguageModel
 from specdistill.progress import Progress
 from specdistill.scoring import turns
@@ -56,6 +57,22 @@ def take_turns(
         slowed_at,
         progress,
     )
+
+
+def counts_in_sum(
+    prompt_id: str, num: int, rounds: int, proposed: int, accepted: Sequence[int]
+) -> Counts:
+    """From vLLM's counters of one answer, `accepted` by position, of a proposer that proposes `num`
+    tokens in every round. Raises `DecodingError` where it did not.
+    """
+    if proposed != num * rounds:
+        raise DecodingError(
+            f"prompt {prompt_id}: vLLM proposed {proposed} tokens in {rounds} rounds of {num}; its "
+            "counters do not tell in which rounds there were fewer"
+        )
+    # The prompt's own pass emits the first token, without a proposal.
+    tested = [rounds, *accepted[:-1]]
+    return Counts([], math.nan, rounds + 1, [rounds] * num, tested, list(accepted))
 
 
 def without_stalls(answers: turns.Answers[Counts]) -> tuple[BySetting, float]:
@@ -127,19 +144,20 @@ def scorecard(
     seed: int,
     drafting: DraftingWay = "autoregressive",
 ) -> Scorecard:
-    """The card of what was measured. Greedy texts are compared with the engine's own plain ones;
-    `ties` explains differences, where that can be done.
+    """The card of what was measured. Greedy texts are compared with the engine's own plain ones, if
+    there are any; `ties` explains differences, where that can be done.
     """
     runs = measured.runs
     weight_ratio = draft.weight_bytes / target.weight_bytes
     drafted = [setting for setting in runs if setting[1]]
-    rows = [row(s, runs[s], runs[s[0], 0], weight_ratio, seed, 0.0, drafting) for s in drafted]
-    plainly = [baseline(t, runs[t, 0]) for t in dict.fromkeys(t for t, _ in runs)]
-    per_prompt = [p for s in drafted for p in by_prompt(s, prompts, runs[s], runs[s[0], 0])]
+    plain_of = {t: runs.get((t, 0), [Counts.unmeasured()] * len(prompts)) for t, _ in drafted}
+    rows = [row(s, runs[s], plain_of[s[0]], weight_ratio, seed, 0.0, drafting) for s in drafted]
+    plainly = [baseline(t, runs[t, g]) for t, g in runs if not g]
+    per_prompt = [p for s in drafted for p in by_prompt(s, prompts, runs[s], plain_of[s[0]])]
     greedy = [
         plain.tokens == answer.tokens
         for t, g in drafted
-        if t == 0
+        if (t, 0) in runs and t == 0
         for plain, answer in zip(runs[t, 0], runs[t, g], strict=True)
     ]
     return Scorecard(
@@ -152,7 +170,7 @@ def scorecard(
         lossless=Lossless((sum(greedy), len(greedy)), list(ties), math.nan, math.nan),
         verdict=verdict(
             rows,
-            doubts=[*doubts(plainly, rows, per_prompt), *_slowed(measured)],
+            doubts=[*doubts(plainly, rows, per_prompt), *(_slowed(measured) if plainly else [])],
             per_prompt=per_prompt,
         ),
         by_category=by_category(per_prompt, seed),
@@ -170,7 +188,7 @@ def explained_differences(
     pairs = [
         GreedyPair(prompt.id, prompt.tokens, Output("", plain.tokens), Output("", answer.tokens))
         for (t, g), answers in runs.items()
-        if t == 0 and g
+        if t == 0 and g and (0, 0) in runs
         for prompt, plain, answer in zip(prompts, runs[0, 0], answers, strict=True)
         if plain.tokens != answer.tokens
     ]

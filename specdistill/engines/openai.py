@@ -31,7 +31,7 @@ from specdistill.progress import Progress, silent
 from specdistill.provenance import versions
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI
+    from openai import APIStatusError, AsyncOpenAI
 
 CLIENT_RETRIES = 8  # about 40 s of backing off, or as often as long as the server says
 SECONDS = 600.0  # an answer may take, from the question to its last byte
@@ -97,7 +97,7 @@ class Line:
     """A server and the client that asks it."""
 
     def __init__(self, server: Server) -> None:
-        self.server, self.client = server, _client(server)
+        self.server, self.client = server, client_of(server)
         self.limit = "max_tokens"  # by which name the server knows the limit of an answer
         self.more: Mapping[str, Any] | None = None  # fields that are not OpenAI's
 
@@ -123,16 +123,8 @@ class Line:
                 return read(reply)
             except openai.APIStatusError as error:
                 status, words = error.status_code, said_by(error)
-                if status in (401, 403):
-                    raise ServerError(
-                        f"{server.public} refuses the key: {words}; check the environment variable "
-                        f"{KEY}, and --target and --base-url"
-                    ) from None
-                if status == 404:
-                    raise ServerError(
-                        f"{server.public} does not serve {server.model!r}: {words}; check --target "
-                        "and --base-url"
-                    ) from None
+                if refused := refusal(server, error):
+                    raise refused from None
                 if status == 400 and limit == "max_tokens" and "max_completion_tokens" in words:
                     # OpenAI's newer models know the limit by this name alone.
                     self.limit = "max_completion_tokens"
@@ -150,8 +142,8 @@ class Line:
                 ) from None
             except openai.APIConnectionError as error:
                 raise ServerError(
-                    f"cannot reach {server.public}: {said_by(error.__cause__ or error)}; what was "
-                    "answered is kept, run the same command again to go on"
+                    f"{unreachable(server, error)}; what was answered is kept, run the same "
+                    "command again to go on"
                 ) from None
             except TimeoutError:
                 raise ServerError(
@@ -361,7 +353,28 @@ def check_askable(prompts: Sequence[Prompt], samplings: Sequence[Sampling]) -> N
         )
 
 
-def _client(server: Server) -> AsyncOpenAI:
+def refusal(server: Server, error: APIStatusError) -> ServerError | None:
+    """What no other question would change: the key or the model."""
+    words = said_by(error)
+    if error.status_code in (401, 403):
+        return ServerError(
+            f"{server.public} refuses the key: {words}; check the environment variable {KEY}, and "
+            "--target and --base-url"
+        )
+    if error.status_code == 404:
+        return ServerError(
+            f"{server.public} does not serve {server.model!r}: {words}; check --target and "
+            "--base-url"
+        )
+    return None
+
+
+def unreachable(server: Server, error: BaseException) -> ServerError:
+    return ServerError(f"cannot reach {server.public}: {said_by(error.__cause__ or error)}")
+
+
+def client_of(server: Server, retries: int = CLIENT_RETRIES) -> AsyncOpenAI:
+    """Raises `InputError` where the package is missing, or the key is none."""
     try:
         from openai import AsyncOpenAI
     except ImportError:
@@ -369,6 +382,4 @@ def _client(server: Server) -> AsyncOpenAI:
             "the engine 'openai' needs a package: pip install 'specdistill[openai]'"
         ) from None
     # Servers of one's own want no key, the client does.
-    return AsyncOpenAI(
-        base_url=server.base_url, api_key=api_key() or "none", max_retries=CLIENT_RETRIES
-    )
+    return AsyncOpenAI(base_url=server.base_url, api_key=api_key() or "none", max_retries=retries)

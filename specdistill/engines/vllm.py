@@ -20,6 +20,7 @@ from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding.sampling import row_seed
 from specdistill.engines.base import (
     WARM_UP_TOKENS,
+    counts_in_sum,
     explained_differences,
     scorecard,
     slowed_at,
@@ -27,7 +28,6 @@ from specdistill.engines.base import (
 )
 from specdistill.engines.vllm_engine import RUNNERS, Engine, Runner, started
 from specdistill.engines.vllm_pair import Pair
-from specdistill.errors import DecodingError
 from specdistill.progress import Progress, silent
 from specdistill.scoring.load import Load, Run, load_rows
 from specdistill.scoring.rows import Counts
@@ -224,7 +224,10 @@ def _ask(
     if each:
         counts = _by_round(heard["rounds"], num)
     else:
-        counts = _in_sum(prompt.id, engine.counted, before, num)
+        now = engine.counted
+        rounds, proposed = (now[n] - before.get(n, 0) for n in ("rounds", "proposed"))
+        accepted = _by_position(now, before, num)
+        counts = counts_in_sum(prompt.id, num, int(rounds), int(proposed), accepted)
     return replace(counts, tokens=tokens, seconds=seconds, step_seconds=steps)
 
 
@@ -239,22 +242,6 @@ def _by_round(rounds: Sequence[tuple[int, int]], num: int) -> Counts:
         )
     )
     return Counts([], math.nan, len(rounds), offered, tested, accepted)
-
-
-def _in_sum(id_: str, now: Mapping[str, Any], before: Mapping[str, Any], num: int) -> Counts:
-    """From counters of a proposer that proposes as many tokens in every round. Raises
-    `DecodingError` where it did not.
-    """
-    rounds, proposed = (int(now[name] - before.get(name, 0)) for name in ("rounds", "proposed"))
-    accepted = _by_position(now, before, num)
-    if proposed != num * rounds:
-        raise DecodingError(
-            f"prompt {id_}: vLLM proposed {proposed} tokens in {rounds} rounds of {num}; its "
-            "counters do not tell in which rounds there were fewer"
-        )
-    # The prompt's own pass emits the first token, without a proposal.
-    tested = [rounds, *accepted[:-1]]
-    return Counts([], math.nan, rounds + 1, [rounds] * num, tested, accepted)
 
 
 def _by_position(now: Mapping[str, Any], before: Mapping[str, Any], num: int) -> list[int]:
