@@ -7,7 +7,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from specdistill.decoding import graphs
 
@@ -108,3 +110,28 @@ class NoHost(TorchDispatchMode):
             else:
                 assert func.is_view, f"{name} between replays"
         return func(*args, **(kwargs or {}))
+
+
+class PeakBytes(TorchDispatchMode):
+    """Bytes of the tensors that operations have made and somebody still holds, at their most. Also
+    of tensors of the meta device, so that a shape no machine here could hold can be counted; what a
+    library takes within an operation is not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {
+            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)
+        }
+        out = func(*args, **(kwargs or {}))
+        self.live = {key: held for key, held in self.live.items() if not held[0].expired()}
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and (key := x.untyped_storage()._cdata) not in given:
+                storage = x.untyped_storage()
+                self.live[key] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return out

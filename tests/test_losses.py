@@ -462,6 +462,64 @@ def test_the_head_gradient_of_many_chunks_is_summed_in_float32() -> None:
     assert weight.grad.flatten().tolist() == [-256.0, 256.0]
 
 
+@pytest.mark.parametrize("chunk", [6, 100])
+def test_a_large_head_is_rounded_after_each_chunk(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 the gradient of 64 chunks is as good as the rounding of its factors; of more, it
+    is summed in float32."""
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(*shape).bfloat16() for shape in ((384, 16), (300, 16)))
+    labels = torch.randint(300, (384,))
+    arguments: dict = {"loss": "ce", "labels": labels, "chunk": chunk}
+    exact = weight.double().requires_grad_()
+    fused_divergence(hidden.double(), Head(exact), None, **arguments).backward()
+    assert exact.grad is not None
+    errors = []
+    for budget in (divergences.CHUNK_BYTES, 0):
+        monkeypatch.setattr(divergences, "CHUNK_BYTES", budget)
+        ours = weight.clone().requires_grad_()
+        fused_divergence(hidden, Head(ours), None, **arguments).backward()
+        assert ours.grad is not None
+        errors.append(float((ours.grad.double() - exact.grad).norm() / exact.grad.norm()))
+    assert errors[0] < 6e-3
+    assert errors[0] < errors[1] < 1e-2
+    monkeypatch.setattr(divergences, "MOST_CHUNKS", 3)
+    ours = weight.clone().requires_grad_()
+    fused_divergence(hidden, Head(ours), None, **arguments).backward()
+    assert float((ours.grad.double() - exact.grad).norm() / exact.grad.norm()) == errors[0]
+
+
+def test_a_graph_that_is_kept_gives_its_gradients_again() -> None:
+    """They are scaled in place where it is not."""
+    arguments = case("states")
+    value = 3 * fused_divergence(**arguments, loss=MIXTURE)
+    first = torch.autograd.grad(value, leaves(arguments), retain_graph=True)
+    second = torch.autograd.grad(value, leaves(arguments))
+    assert_close([*first], gradients(3 * plain(arguments, loss=MIXTURE).sum(), arguments))
+    assert_close([*first], [*second])
+
+
+def test_a_chunk_holds_as_many_rows_as_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both sides' logits, in their dtypes and with what a head makes besides."""
+    monkeypatch.setattr(divergences, "CHUNK_BYTES", 10_000_000)
+
+    def rows(dtype: torch.dtype, top_k: bool = False, **of_head: float) -> int:
+        hidden, weight = torch.zeros(9, 4, dtype=dtype), torch.zeros(5000, 4, dtype=dtype)
+        target: TargetStates | TargetTopK = TargetStates(hidden, Head(weight))
+        if top_k:
+            target = keep_top_k(torch.zeros(9, 5000), 3)
+        return divergences._rows_within(10_000_000, hidden, Head(weight, **of_head), target)
+
+    assert rows(torch.float32) == 128  # 250 of 40,000 bytes, in whole tiles
+    assert rows(torch.bfloat16) == 384
+    assert rows(torch.bfloat16, top_k=True) == 256
+    assert rows(torch.float32, softcap=30.0) == 125
+    hidden = torch.zeros(9, 4)
+    assert divergences._rows_within(10_000_000, hidden, Head(torch.zeros(3, 4)), None) == 1024
+    assert divergences._rows_within(1, hidden, Head(torch.zeros(3, 4)), None) == 1
+
+
 # The forms of the target.
 
 

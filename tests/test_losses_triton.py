@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from dispatch import PeakBytes
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -23,6 +24,7 @@ from specdistill_kernels.divergences import divergence, fused_divergence, refere
 from specdistill_kernels.divergences.reference import LOSSES as ALL
 from specdistill_kernels.divergences.reference import Dense, Lumped, Mixture, mixture
 from specdistill_kernels.divergences.targets import Head, TargetStates, keep_top_k
+from specdistill_kernels.divergences.triton_backend import Tile
 
 # numpy says so of every -inf that the kernel masks.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -94,14 +96,17 @@ def exactly(case: dict[str, Any], labels: Tensor | None, parts: Mixture) -> tupl
     return reference.row_gradients(case["draft_logits"].double(), *arguments)
 
 
-def check(case: dict[str, Any], objective: dict[str, float], **tile: int) -> tuple[Tensor, Tensor]:
+def check(
+    case: dict[str, Any], objective: dict[str, float], block: int = 0, rows: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Kernel against definition, in losses and gradients; returns the kernel's."""
+    tile = Tile(block, 4) if block else None
     parts = mixture(objective)
     labels = case["labels"] if "ce" in objective else None
     arguments = (case["target"], labels, case["weights"], parts, case["temperature"])
     draft = poisoned(case["draft_logits"])
     held = draft.untyped_storage()
-    got, gradient = triton_backend.row_gradients(draft, *arguments, **tile)
+    got, gradient = triton_backend.row_gradients(draft, *arguments, tile=tile, rows=rows)
     expected, wanted = exactly(case, labels, parts)
     assert gradient.data_ptr() == draft.data_ptr()
     around = torch.empty(0, dtype=draft.dtype).set_(held)
@@ -249,7 +254,8 @@ def test_logsumexp(dtype: torch.dtype) -> None:
     for width, block, per_program in ((1, 16, 1), (77, 16, 4), (4099, None, None)):
         logits = torch.randn(5, width + 3).mul(30).to(dtype)[:, :width]
         logits[1, :-1] = -torch.inf
-        got = triton_backend.logsumexp(logits, 0.7, block=block, rows=per_program)
+        tile = Tile(block, 4) if block else None
+        got = triton_backend.logsumexp(logits, 0.7, tile=tile, rows=per_program)
         assert torch.allclose(got, reference.logsumexp(logits, 0.7), rtol=1e-6)
 
 
@@ -335,6 +341,54 @@ def test_gradients_do_not_cancel_where_nearly_all_lies_in_the_tail(loss: str) ->
     assert (got - wanted)[outside].norm() <= 1e-4 * wanted[outside].norm()
 
 
+class Nothing:
+    """A kernel that is not run."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *arguments, **constants: None
+
+
+@pytest.mark.parametrize("loss", ["fkl", "jsd", "ce"])
+def test_peak_memory_at_4096_rows_of_151936_tokens(
+    loss: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted on tensors that hold nothing: the gradients of states and head, and one chunk's
+    logits of draft and target; below the 0.92 GiB of Liger-Kernel's fused divergence."""
+    monkeypatch.setattr(triton_backend, "divergence_kernel", Nothing())
+    monkeypatch.setattr(divergences, "_kernel", lambda *_: triton_backend)
+    half, rows, width, vocab = torch.bfloat16, 4096, 2048, 151_936
+    hidden, weight, states, other = (
+        torch.empty(n, width, dtype=half, device="meta") for n in (rows, vocab) * 2
+    )
+    labels = torch.empty(rows, dtype=torch.int64, device="meta")
+    target = TargetStates(states, Head(other))
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    with PeakBytes() as counted:
+        fused_divergence(hidden, Head(weight), target, loss=loss, labels=labels).backward()
+    gradients = sum(leaf.nbytes for leaf in leaves)
+    chunk = 512 * vocab * half.itemsize * (1 if loss == "ce" else 2)
+    few = 512 * width * half.itemsize + 100 * rows  # a chunk's part of a gradient; numbers a row
+    assert gradients + chunk < counted.peak < gradients + max(chunk, 2 * chunk) + few
+    assert counted.peak < 0.92 * 2**30
+
+
+@pytest.mark.parametrize("loss", ["rkl", "jsd", "tvd", "lk_alpha"])
+def test_float16_keeps_the_gradients_of_lumped_tokens(loss: str) -> None:
+    """Each of 60,000 is too small for float16, and together they are most of what states get."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 16).half(), (torch.randn(60_000, 16) / 4).half()
+    known = keep_top_k(2.5 * torch.randn(4, 60_000), 20)
+    ours = [x.clone().requires_grad_() for x in (hidden, weight)]
+    value = fused_divergence(ours[0], Head(ours[1]), known, loss=loss, backend="triton")
+    (1024 * value).backward()  # as a loss scale would: what is lost before it stays lost
+    exact = [x.double().requires_grad_() for x in (hidden, weight)]
+    divergence(Head(exact[1]).logits(exact[0]), known, loss=loss).sum().backward()
+    for a, b in zip(ours, exact, strict=True):
+        assert a.grad is not None
+        assert b.grad is not None
+        assert (a.grad.double() / 1024 - b.grad).norm() <= 5e-3 * b.grad.norm()
+
+
 def test_automatic_is_torch_on_a_cpu() -> None:
     parts = mixture("fkl")
     assert divergences._kernel("auto", torch.zeros(1), parts) is reference
@@ -342,20 +396,34 @@ def test_automatic_is_torch_on_a_cpu() -> None:
 
 
 def test_every_launch_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernels are launched with here, in the form in which it is compiled for a GPU."""
+    """What the kernels are launched with here, in the form in which it is compiled for a GPU, also
+    where a device class has tiles of its own."""
+    other = triton_backend.Tiles(Tile(2048, 16), Tile(256, 2), Tile(128, 2), Tile(64, 2))
+    monkeypatch.setattr(triton_backend, "TILES", {"": triton_backend.Tiles(), "sm_90": other})
+    found = triton_backend.configurations()
     listed = {
-        (c.kernel.fn.__name__, *sorted((k, v) for k, v in c.constexprs.items() if v is not None))
-        for c in triton_backend.configurations()
+        (
+            c.kernel.fn.__name__,
+            *sorted((k, v) for k, v in c.constexprs.items() if v is not None),
+            c.num_warps,
+        )
+        for c in found
     }
-    assert len(listed) == 2 * (2 * 2 * 2 + 1)
+    assert len(listed) == 2 * 2 * (2 * 2 * 2 + 1)
     forms = {
         (c.signature["draft"], c.signature["target"], c.constexprs["LUMPED"])
-        for c in triton_backend.configurations()
+        for c in found
         if "draft" in c.signature
     }
     assert len(forms) == 5
     monkeypatch.setattr(
-        triton_backend, "_tile", lambda *_: {"BLOCK": triton_backend.BLOCK, "ROWS": 1}
+        triton_backend,
+        "_constants",
+        lambda num, width, tile, rows, chosen: {
+            "BLOCK": chosen.block,
+            "ROWS": 1,
+            "num_warps": chosen.warps,
+        },
     )
     seen = []
 
@@ -365,9 +433,7 @@ def test_every_launch_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -> Non
 
         def __getitem__(self, grid: Any) -> Any:
             def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
-                assert num_warps == triton_backend.WARPS
-                pairs = sorted(constants.items())
-                seen.append((self.kernel.fn.__name__, *pairs))
+                seen.append((self.kernel.fn.__name__, *sorted(constants.items()), num_warps))
                 if len(arguments) > 6:
                     kinds = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
                     pair = tuple(kinds[x.dtype] for x in arguments[:2])
@@ -378,11 +444,15 @@ def test_every_launch_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -> Non
 
     for name in ("divergence_kernel", "logsumexp_kernel"):
         monkeypatch.setattr(triton_backend, name, Recorder(getattr(triton_backend, name)))
-    for form, width, dtype in itertools.product(("whole", "top-k"), (32, 33), DTYPES):
+    cases = itertools.product(("whole", "top-k"), (32, 33), DTYPES, ("", "sm_90"))
+    for shape, width, dtype, device in cases:
+        monkeypatch.setattr(
+            triton_backend, "tiles_for", lambda _, d=device: triton_backend.TILES[d]
+        )
         triton_backend.logsumexp(torch.zeros(1, width, dtype=dtype), 1.0)
         if dtype == torch.float16:  # the draft's logits never are
             continue
         for name in ("fkl", "tvd", "all", "fkl+ce"):
-            case = rows(form, n=2, width=width, dtype=dtype, target_dtype=torch.bfloat16)
+            case = rows(shape, n=2, width=width, dtype=dtype, target_dtype=torch.bfloat16)
             check(case, OBJECTIVES[name])
     assert set(seen) == listed

@@ -1,6 +1,9 @@
 """Distillation losses from hidden states: head, divergence and gradients by chunks of rows, so that
 memory grows with the chunk and not with the number of tokens. The losses themselves are defined in
 `reference.py`.
+
+What the chunks may take is a number of bytes, `CHUNK_BYTES`. Beyond it there are the gradients
+alone, of states and head, in the dtypes in which they are returned.
 """
 
 from __future__ import annotations
@@ -16,11 +19,22 @@ from torch.autograd.function import once_differentiable
 
 from specdistill_kernels.divergences import reference
 from specdistill_kernels.divergences.reference import Mixture, mixture, wide
-from specdistill_kernels.divergences.targets import Head, RowKernel, Rows, Target, prepare
+from specdistill_kernels.divergences.targets import (
+    Head,
+    RowKernel,
+    Rows,
+    Target,
+    TargetStates,
+    TargetTopK,
+    prepare,
+)
 from specdistill_kernels.verification import warn_once
 
 Backend = Literal["auto", "torch", "triton"]
 TRITON_LACKS = frozenset({"skew_kl", "skew_rkl"})  # they would need a mixture m of their own
+CHUNK_BYTES = 320 << 20  # of logits, of both sides
+MOST_CHUNKS = 64  # that are summed in bfloat16, eight bits: each is well above a unit of the sum
+MOST_ROWS = 1024  # of a chunk: more of them make no product faster, and leave the caches
 
 
 def divergence(
@@ -57,11 +71,11 @@ def fused_divergence(
     beta: float | None = None,
     skew: float | None = None,
     eta: float | None = None,
-    chunk: int = 1024,
+    chunk: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """The sum over N tokens of weights · loss, differentiable in the draft's hidden states and
-    head; never more than `chunk` rows of logits exist.
+    head; never more than `chunk` rows of logits exist, by default as many as `CHUNK_BYTES` hold.
 
     hidden: [N, d], the draft's final hidden states. head: the draft's, of Vd tokens. target: raw
     logits [N, V], `TargetStates` or `TargetTopK`; no gradient reaches it. loss: a name or weights
@@ -74,7 +88,9 @@ def fused_divergence(
 
     Returns a scalar in float32 (float64 for float64 states). It is a sum: divide it by the tokens
     of the whole accumulated batch. Gradients are computed here, beside the loss, and scaled in the
-    backward pass; the head's is summed over chunks in float32. There is no second derivative.
+    backward pass. The head's is summed over chunks in float32, but for that of a bfloat16 head
+    whose sum would take more than `CHUNK_BYTES`: over up to `MOST_CHUNKS` it is rounded to bfloat16
+    after each, within which it is added up in float32. There is no second derivative.
 
     backend: "torch" runs everywhere; "triton" wants triton, a GPU (or TRITON_INTERPRET=1) and
     float32, bfloat16 or float16, and has all losses but skew_kl and skew_rkl; "auto" takes triton
@@ -83,6 +99,7 @@ def fused_divergence(
     """
     _check(hidden, head, chunk)
     num, dtype = len(hidden), wide(hidden[:0]).dtype
+    chunk = chunk or _rows_within(CHUNK_BYTES, hidden, head, target)
     chunks: list[Rows] = [slice(start, start + chunk) for start in range(0, num, chunk)]
     if weights is None:
         weights = hidden.new_ones(num, dtype=dtype)
@@ -117,7 +134,7 @@ def divergence_rows(
     beta: float | None = None,
     skew: float | None = None,
     eta: float | None = None,
-    chunk: int = 1024,
+    chunk: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """The terms of `fused_divergence`, [N] float32 (float64 for float64 states), by chunks too and
@@ -128,18 +145,38 @@ def divergence_rows(
     num, width, kernel = len(hidden), len(head.weight), _kernel(backend, hidden, parts)
     case = prepare(num, width, target, labels, parts, temperature, draft_vocab, kernel)
     out = hidden.new_empty(num, dtype=wide(hidden[:0]).dtype)
+    chunk = chunk or _rows_within(CHUNK_BYTES, hidden, head, target)
     for start in range(0, num, chunk):
         rows = slice(start, start + chunk)
         out[rows] = case.losses(head.logits(hidden[rows]), rows)
     return out
 
 
-def _check(hidden: Tensor, head: Head, chunk: int) -> None:
+def _check(hidden: Tensor, head: Head, chunk: int | None) -> None:
     size = head.weight.shape[1]
     if hidden.dim() != 2 or hidden.shape[1] != size:
         raise ValueError(f"hidden must be [N, {size}] for this head; got {list(hidden.shape)}")
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         raise ValueError(f"chunk must be at least 1 row; got {chunk}")
+
+
+def _rows_within(budget: int, hidden: Tensor, head: Head, target: Target | None) -> int:
+    """How many rows' logits, of draft and target, take no more bytes than that; a multiple of 128
+    where there are so many, as the tiles of products are.
+    """
+    half = hidden.dtype == torch.float16  # float32 beside it, see `_Fused`
+    row = len(head.weight) * (6 if half else hidden.itemsize) * _copies(head)
+    if isinstance(target, TargetTopK):
+        row += len(head.weight) * 4
+    elif isinstance(target, TargetStates):
+        row += len(target.head.weight) * target.hidden.itemsize * _copies(target.head)
+    rows = min(max(budget // row, 1), MOST_ROWS)
+    return rows if rows < 128 else rows - rows % 128
+
+
+def _copies(head: Head) -> int:
+    """Matrices as large as the logits that exist while a head makes them."""
+    return 1 if head.softcap is None and head.scale == 1 else 2 if head.softcap is None else 3
 
 
 class _Fused(torch.autograd.Function):
@@ -147,14 +184,18 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, weights, case, chunks):  # type: ignore[no-untyped-def]
-        of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        of_weight, of_bias = (  # a sum over chunks: bfloat16 would lose the later ones
-            torch.zeros_like(x, dtype=weights.dtype) if needed else None
-            for x, needed in zip((weight, bias), ctx.needs_input_grad[1:3], strict=True)
-        )
-        # float16 has no place for the gradients of a wide vocabulary's logits, 1e-7 and less.
+        # float16 has no place for the gradients of a wide vocabulary's logits, 1e-7 and less, nor
+        # for sums of few of them before a loss scale has made them larger.
         half = hidden.dtype == torch.float16
-        factor = weight.float() if half else weight
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        sums = [torch.float32 if half else hidden.dtype]
+        sums += [None if x is None else _sum_dtype(x, len(chunks)) for x in (weight, bias)]
+        of_hidden, of_weight, of_bias = (
+            torch.zeros_like(x, dtype=dtype) if needed else None
+            for x, dtype, needed in zip(
+                (hidden, weight, bias), sums, ctx.needs_input_grad[:3], strict=True
+            )
+        )
         total = weights.new_zeros(())
         for rows in chunks:
             states = hidden[rows]
@@ -167,29 +208,61 @@ class _Fused(torch.autograd.Function):
             )
             total += losses.sum()
             if slope is not None:
-                gradient = gradient * slope
+                gradient = gradient.mul_(slope)
             if of_hidden is not None:
-                of_hidden[rows] = (gradient @ factor).to(hidden.dtype)
+                of_hidden[rows] = _times(gradient, weight).to(of_hidden.dtype)
             if of_weight is not None:
-                if of_weight.dtype == gradient.dtype == states.dtype:
-                    of_weight.addmm_(gradient.T, states)
-                else:
-                    of_weight += gradient.T @ states
+                _add_product(of_weight, gradient, states)
             if of_bias is not None:
                 of_bias += gradient.sum(0, dtype=of_bias.dtype)
-            del logits, gradient  # before the next chunk's are made
-        ctx.save_for_backward(
-            of_hidden,
-            None if of_weight is None else of_weight.to(weight.dtype),
-            None if of_bias is None else of_bias.to(bias.dtype),
-        )
+            del logits, gradient, slope  # before the next chunk's are made
+        ctx.save_for_backward(of_hidden, of_weight, of_bias)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
-        scaled = [None if saved is None else saved * upstream for saved in ctx.saved_tensors]
+        # In place, as a head's gradient is large, unless the graph will be gone through again.
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
+        scaled = [
+            None if sums is None else (sums * upstream if again else sums.mul_(upstream)).to(dtype)
+            for sums, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
         return (*scaled, None, None, None, None)
+
+
+def _sum_dtype(parameter: Tensor, chunks: int) -> torch.dtype:
+    """In which its gradient is summed over chunks. bfloat16 would lose the later ones of many, and
+    float16 whatever is small.
+    """
+    sums = wide(parameter[:0]).dtype
+    large = parameter.numel() * sums.itemsize > CHUNK_BYTES
+    narrow = large and chunks <= MOST_CHUNKS and parameter.dtype == torch.bfloat16
+    return parameter.dtype if narrow else sums
+
+
+def _times(gradient: Tensor, weight: Tensor) -> Tensor:
+    """[n, V] and [V, d] to [n, d] in the gradient's dtype. A weight of another is converted by
+    parts of the vocabulary: whole, it would be as large as the head's gradient.
+    """
+    if gradient.dtype == weight.dtype:
+        return gradient @ weight
+    out = gradient.new_zeros(len(gradient), weight.shape[1])
+    part = max(1, CHUNK_BYTES // (weight.shape[1] * gradient.itemsize))
+    for start in range(0, len(weight), part):
+        at = slice(start, start + part)
+        out.addmm_(gradient[:, at], weight[at].to(gradient.dtype))
+    return out
+
+
+def _add_product(total: Tensor, gradient: Tensor, states: Tensor) -> None:
+    """total [V, d] += gradientᵀ states. A product's sums are rounded once, to the total's dtype if
+    the factors have it, else to theirs.
+    """
+    if total.dtype == gradient.dtype:
+        total.addmm_(gradient.T, states)
+    else:
+        total += gradient.T @ states
 
 
 def _kernel(backend: Backend, hidden: Tensor, parts: Mixture) -> RowKernel:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,19 +16,54 @@ from specdistill_kernels.aot import Configuration
 from specdistill_kernels.divergences.kernel import divergence_kernel, logsumexp_kernel
 from specdistill_kernels.divergences.reference import LOSSES, Dense, Lumped, Mixture
 
-BLOCK, WARPS = 512, 4  # four entries a thread: with eight, some configurations spill registers
+
+class Tile(NamedTuple):
+    """Entries of a row that a program takes at once, and its warps."""
+
+    block: int
+    warps: int
+
+
+class Tiles(NamedTuple):
+    """What a tuner may choose: a tile for each form of the kernels. Four entries a thread, as with
+    eight some would spill registers; many warps a row, as a chunk has few rows for a large GPU.
+    """
+
+    plain: Tile = Tile(1024, 8)  # fkl, ce and logsumexp
+    sums: Tile = Tile(1024, 8)  # another loss of the whole target, in aligned rows
+    tight: Tile = Tile(512, 4)  # another loss otherwise: of lumped tails, or in other rows
+    tightest: Tile = Tile(256, 4)  # another loss beside ce
+
+
+TILES = {"": Tiles()}  # by compute capability; "" is any other device
+
+
+def tiles_for(device: torch.device) -> Tiles:
+    if device.type != "cuda":
+        return TILES[""]
+    return TILES.get("sm_{}{}".format(*torch.cuda.get_device_capability(device)), TILES[""])
+
+
+def form(*, sums: bool, ce: bool, lumped: bool, unit: int) -> str:
+    """Which of `Tiles` a launch takes."""
+    if not sums:
+        return "plain"
+    if ce:
+        return "tightest"
+    return "tight" if lumped or unit == 1 else "sums"
 
 
 def logsumexp(
-    logits: Tensor, temperature: float, *, block: int | None = None, rows: int | None = None
+    logits: Tensor, temperature: float, *, tile: Tile | None = None, rows: int | None = None
 ) -> Tensor:
     """[n, V] raw logits to float32 [n], of logits / T."""
     num, width = logits.shape
     logits = _readable(logits, logits.dtype)
     out = torch.empty(num, dtype=torch.float32, device=logits.device)
-    unit, tile = _unit(logits), _tile(num, width, block, rows)
+    unit = _unit(logits)
+    constants = _constants(num, width, tile, rows, tiles_for(logits.device).plain)
     with torch.cuda.device_of(logits):
-        logsumexp_kernel[(triton.cdiv(num, tile["ROWS"]),)](
+        logsumexp_kernel[(triton.cdiv(num, constants["ROWS"]),)](
             logits,
             out,
             num,
@@ -36,8 +71,7 @@ def logsumexp(
             logits.stride(0) // unit,
             1 / temperature,
             UNIT=unit,
-            **tile,
-            num_warps=WARPS,
+            **constants,
         )
     return out
 
@@ -62,7 +96,7 @@ def row_gradients(
     parts: Mixture,
     temperature: float,
     *,
-    block: int | None = None,
+    tile: Tile | None = None,
     rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Weighted losses [n] of contiguous draft logits, and their gradient [n, Vd] written over
@@ -84,9 +118,11 @@ def row_gradients(
     squared = temperature**2
     losses = torch.empty(num, dtype=torch.float32, device=draft_logits.device)
     unit, sums, ce = _unit(draft_logits, logits), _needs_sums(parts), labels is not None
-    tile = _tile(num, width, block or _block(sums, ce), rows)
+    which = form(sums=sums, ce=ce, lumped=missing is not None, unit=unit)
+    chosen: Tile = getattr(tiles_for(draft_logits.device), which)
+    constants = _constants(num, width, tile, rows, chosen)
     with torch.cuda.device_of(draft_logits):
-        divergence_kernel[(triton.cdiv(num, tile["ROWS"]),)](
+        divergence_kernel[(triton.cdiv(num, constants["ROWS"]),)](
             draft_logits,
             logits,
             whole,
@@ -112,8 +148,7 @@ def row_gradients(
             SUMS=sums,
             CE=ce,
             UNIT=unit,
-            **tile,
-            num_warps=WARPS,
+            **constants,
         )
     return losses, draft_logits
 
@@ -147,26 +182,27 @@ def _needs_sums(parts: Mixture) -> bool:
     return bool(set(parts.weights) - {"fkl", "ce"})
 
 
-def _block(sums: bool, ce: bool) -> int | None:
-    """Half a tile for the form whose registers would spill; None is the usual tile."""
-    return BLOCK // 2 if sums and ce and not _interpreted() else None
-
-
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _tile(num: int, width: int, block: int | None, rows: int | None) -> dict[str, int]:
+def _constants(
+    num: int, width: int, tile: Tile | None, rows: int | None, chosen: Tile
+) -> dict[str, int]:
     """On a GPU one row a program. The interpreter pays by the operation, so it gets large tiles."""
     if not _interpreted():
-        return {"BLOCK": block or BLOCK, "ROWS": rows or 1}
-    block = block or min(16384, triton.next_power_of_2(width))
+        tile = tile or chosen
+        return {"BLOCK": tile.block, "ROWS": rows or 1, "num_warps": tile.warps}
+    block = tile.block if tile else min(16384, triton.next_power_of_2(width))
     most = max(1, 65536 // block)
-    return {"BLOCK": block, "ROWS": rows or min(most, triton.next_power_of_2(num))}
+    rows = rows or min(most, triton.next_power_of_2(num))
+    return {"BLOCK": block, "ROWS": rows, "num_warps": chosen.warps}
 
 
 def configurations() -> list[Configuration]:
-    """Every one of them, for compiling ahead of time. No integer is compiled for its value."""
+    """All that `TILES` may choose, for compiling ahead of time. No integer is compiled for its
+    value.
+    """
     pairs = [  # LUMPED, the draft's dtype, which is never float16, the target's
         *((False, dtype, dtype) for dtype in ("fp32", "bf16")),
         (False, "bf16", "fp32"),
@@ -175,25 +211,29 @@ def configurations() -> list[Configuration]:
     types = dict.fromkeys(("out", "whole", "missing", "weights", "losses"), "*fp32")
     types |= dict.fromkeys(("num_rows", "width_units", "stride_units"), "i32") | {"labels": "*i64"}
     flags = list(itertools.product((False, True), repeat=2))
-    found = []
+    found: dict[Any, Configuration] = {}
 
-    def add(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> None:
+    def add(kernel: Any, pointers: dict[str, str], which: str, constants: dict[str, Any]) -> None:
+        constants = {**constants, "ROWS": 1}
         signature = {
             name: (types | pointers).get(name, "fp32")
             for name in kernel.arg_names
-            if name not in constants
+            if name not in (*constants, "BLOCK")
         }
-        found.append(Configuration(kernel, signature, constants, WARPS, ()))
+        for tiles in TILES.values():
+            tile: Tile = getattr(tiles, which)
+            sizes = {**constants, "BLOCK": tile.block}
+            key = kernel, *signature.items(), *sizes.items(), tile.warps
+            found[key] = Configuration(kernel, signature, sizes, tile.warps, ())
 
     for unit in (16, 1):
-        tile = {"UNIT": unit, "BLOCK": BLOCK, "ROWS": 1}
         for dtype in ("fp32", "bf16", "fp16"):
-            add(logsumexp_kernel, {"logits": f"*{dtype}"}, tile)
+            add(logsumexp_kernel, {"logits": f"*{dtype}"}, "plain", {"UNIT": unit})
         for (lumped, draft, target), (sums, ce) in itertools.product(pairs, flags):
             absent: dict[str, Any] = {} if lumped else {"missing": None}
             absent |= {} if ce else {"labels": None}
             pointers = {"draft": f"*{draft}", "target": f"*{target}"}
-            flagged = {"LUMPED": lumped, "SUMS": sums, "CE": ce}
-            narrow = {"BLOCK": _block(sums, ce) or BLOCK}
-            add(divergence_kernel, pointers, {**flagged, **tile, **narrow, **absent})
-    return found
+            flagged = {"LUMPED": lumped, "SUMS": sums, "CE": ce, "UNIT": unit}
+            which = form(sums=sums, ce=ce, lumped=lumped, unit=unit)
+            add(divergence_kernel, pointers, which, {**flagged, **absent})
+    return list(found.values())
