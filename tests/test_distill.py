@@ -83,6 +83,26 @@ def test_a_step_is_the_mean_over_response_tokens_of_the_plain_loss(world: dict[s
     assert draft.model.get_input_embeddings().weight.grad is None
 
 
+def test_heads_in_bfloat16_give_the_same_update(
+    world: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where precision bf16 asks for it; metrics and weights stay in float32."""
+    wide = one_step(world, 1e-3)
+    monkeypatch.setattr(Distiller, "head_dtype", torch.bfloat16)
+    narrow = one_step(world, 1e-3)
+    assert narrow.target_head is not None
+    assert narrow.target_head.weight.dtype == narrow.draft_head().weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert narrow.draft_head().weight.dtype == torch.float32
+    before = models.load(world["draft"], dtype="float32").model.state_dict()
+    for name, value in wide.draft.model.named_parameters():
+        got, wanted = narrow.trained.get(name), value - before[name]
+        if got is not None:
+            assert got.dtype == torch.float32
+            change = got - before[name]
+            assert (change - wanted).norm() <= 0.2 * wanted.norm(), name  # Adam takes signs
+
+
 def one_step(world: dict[str, str], learning_rate: float, **training: object) -> Distiller:
     target = models.load(world["target"], dtype="float32")
     draft = models.load(world["draft"], dtype="float32")

@@ -104,9 +104,15 @@ class Training(Section):
     clip_norm: Positive = Field(1.0, description="longest gradient; longer ones are scaled to it")
     train_embeddings: bool = Field(False, description="train the input embeddings too")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="what the draft's layers compute in; weights stay float32"
+        "fp32",
+        description="what the draft's layers compute in, and on a GPU the heads of the loss; "
+        "weights stay float32",
     )
-    chunk: Count = Field(128, description="rows of logits held at a time; fewer take less memory")
+    chunk: Count | None = Field(
+        None,
+        description="rows of logits held at a time; fewer take less memory; null takes 128 on a "
+        "CPU, and 512 on a GPU",
+    )
     activation_checkpointing: bool = Field(
         False,
         description="compute activations again in the backward pass: slower, with less memory",

@@ -113,7 +113,7 @@ class Distiller:
             with seeded(config.seed, draft.device):  # of the learned maps
                 self.hints = HintLoss(hints.kind, hints.layers, hints.weight, draft, target)
             self.parameters |= {f"hints.{n}": p for n, p in self.hints.named_parameters()}
-        self.target_head = None if target is None else target.readout()
+        self.target_head = None if target is None else self._readout(target, self.head_dtype)
         width = draft.full_vocab_size if target is None else target.vocab_size
         columns = torch.arange(draft.vocab_size, device=draft.device)
         ids = columns if draft.vocab is None else draft.vocab
@@ -225,8 +225,8 @@ class Distiller:
         return StepMetrics(loss_sum / total, norm.item(), *map(int, numbers))
 
     def loss_of(self, batch: Batch, signal: Signal | None) -> Tensor:
-        """The sum over a batch's response tokens, differentiable in all that is trained. Only the
-        draft's body runs in a lower precision where one is asked for.
+        """The sum over a batch's response tokens, differentiable in all that is trained. Where a
+        lower precision is asked for, the draft's body runs in it, and on a GPU the heads too.
         """
         training, device = self.config.training, self.draft.device.type
         checkpointing = training.activation_checkpointing
@@ -256,8 +256,8 @@ class Distiller:
         signal = self.signal(batch)
         assert signal is not None
         assert self.target is not None
-        chunk = self.config.training.chunk
-        weights = hidden_token_weights(self.target, signal, batch.labels, batch.blocks, chunk)
+        blocks = batch.blocks
+        weights = hidden_token_weights(self.target, signal, batch.labels, blocks, self.chunk)
         return replace(batch, signal=signal, weights=weights)
 
     def counts(self, batch: Batch) -> tuple[float, int, int, int]:
@@ -321,14 +321,15 @@ class Distiller:
             hidden = signal.hidden.to(self.target_head.weight.dtype)
             return TargetStates(hidden, head, logsumexp, temperature, cut)
 
+        head = self.draft_head()
         return Positions(
-            states.to(torch.promote_types(states.dtype, torch.float32)),
-            self.draft_head(),
+            states.to(head.weight.dtype),
+            head,
             target,
             labels,
             lengths,
             self.draft_vocab,
-            self.config.training.chunk,
+            self.chunk,
             batch.weights,
         )
 
@@ -339,8 +340,29 @@ class Distiller:
         return self.target_head.of(self.vocab)
 
     def draft_head(self) -> Head:
-        head, width = self.draft.readout(), len(self.vocab)
+        dtype = self.head_dtype if torch.is_grad_enabled() else None  # metrics are in float32
+        head, width = self._readout(self.draft, dtype), len(self.vocab)
         return head if width == len(head.weight) else head.of(torch.arange(width))
+
+    def _readout(self, model: LanguageModel, dtype: torch.dtype | None) -> Head:
+        if dtype is None:
+            return model.readout()
+        layer = model.head
+        bias = None if layer.bias is None else layer.bias.to(dtype)
+        return Head(layer.weight.to(dtype), bias, model.logit_scale, model.logit_softcap)
+
+    @property
+    def head_dtype(self) -> torch.dtype | None:
+        """In what an update multiplies the heads where that is not float32: a GPU's products of
+        bfloat16 take a tenth of the time, and are added up in float32.
+        """
+        narrow = self.config.training.precision == "bf16" and self.draft.device.type == "cuda"
+        return torch.bfloat16 if narrow else None
+
+    @property
+    def chunk(self) -> int:
+        """Rows of logits held at a time: on a CPU as many as its caches hold."""
+        return self.config.training.chunk or (128 if self.draft.device.type == "cpu" else 512)
 
     def hinted(self, states: States, signal: States) -> tuple[list[Tensor], list[Tensor]]:
         """The mapped layers of draft and target."""

@@ -84,7 +84,7 @@ def with_answers(distiller: Distiller, target: LanguageModel, batch: Batch) -> B
     assert signal is not None
     if isinstance(signal, TopK):
         return replace(batch, signal=signal, best=signal.tokens[:, 0].long())
-    chunks = signal.hidden.split(distiller.config.training.chunk)
+    chunks = signal.hidden.split(distiller.chunk)
     logits = [target.logits(rows) for rows in chunks]
     logsumexp = torch.cat([part.logsumexp(-1) for part in logits])
     best = torch.cat([part.argmax(-1) for part in logits])
