@@ -1,9 +1,10 @@
-"""Other projects' kernels behind one interface, each where its package is importable.
+"""Other projects' kernels behind one interface, each where its package is importable; vLLM's also
+where there are its source files alone, see `vllm_sources.py`.
 
 A rival is a call, or None with the reason: a package that is missing, or a function that is not
-what this file was written for (vLLM 0.33, FlashInfer 0.7.2, SGLang 0.5.23, Liger-Kernel 0.8.5).
-A call's `scope` says what its time includes. Where probabilities are its input, those of the draft
-are made outside: they exist once the draft has sampled, as our stored logsumexp does.
+what this file was written for (vLLM 0.32 and 0.33, FlashInfer 0.7.2, SGLang 0.5.23, Liger-Kernel
+0.8.5). A call's `scope` says what its time includes. Where probabilities are its input, those of
+the draft are made outside: they exist once the draft has sampled, as our stored logsumexp does.
 """
 
 import importlib
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import vllm_sources
 from specdistill_kernels import probabilities
 
 
@@ -97,6 +99,10 @@ def _vllm(batch: Batch) -> tuple[Callable[[], Tensor], str]:
     """The sampler of vLLM's model runner v2: its own preparation of the target's logits, then its
     kernels. Its draft is never filtered.
     """
+    try:
+        vllm_sources.provide()
+    except ImportError as error:
+        raise Unavailable(str(error)) from error
     sample = _function(
         "vllm.v1.worker.gpu.spec_decode.rejection_sampler_utils",
         "rejection_sample",
@@ -115,8 +121,10 @@ def _vllm(batch: Batch) -> tuple[Callable[[], Tensor], str]:
     gumbel = "vllm.v1.worker.gpu.sample.gumbel"
     rows = ("logits", "expanded_idx_mapping", "temperature")
     scale = _function(gumbel, "apply_temperature", *rows)
-    filters = "vllm.v1.sample.ops.topk_topp_sampler"
-    cut = _function(filters, "apply_top_k_top_p", "logits", "k", "p") if batch.filtered else None
+    filters = "vllm.v1.sample.ops.topk_topp_triton"
+    cut = None
+    if batch.filtered:
+        cut = _function(filters, "apply_top_k_top_p_triton", "logits", "k", "p")
     device = batch.draft_tokens.device
     size, num = batch.draft_tokens.shape
     logits = batch.target_logits.flatten(0, 1)
@@ -251,6 +259,18 @@ def _sglang(batch: Batch) -> tuple[Callable[[], Tensor], str]:
         return accepted
 
     return call, "float32 copy, softmax of the target, its filters, chain_speculative_sampling"
+
+
+def trl_forward_kl() -> tuple[Callable[[Tensor, Tensor], Tensor] | None, str]:
+    """TRL's loss of knowledge distillation as the mean over rows of the forward KL of raw logits
+    [N, V] of draft and target; or None and why it is missing.
+    """
+    try:
+        trainer = getattr(importlib.import_module("trl.experimental.gkd"), "GKDTrainer")  # noqa: B009
+        loss = trainer.generalized_jsd_loss
+    except Exception as error:  # a package that is missing or breaks on import, in whatever way
+        return None, f"{type(error).__name__}: {error}"
+    return lambda draft, target: loss(draft[None], target[None], beta=0.0), ""
 
 
 def liger_forward_kl(
