@@ -9,6 +9,7 @@ which need no reference at all, and the fused losses in value and gradient.
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -86,25 +87,36 @@ VOCABULARIES = (151_936, 4_097, 50)
 
 
 def run(session: Session) -> None:
-    """What matters most first: each part leaves out what it has no time for."""
-    if session.smoke:
-        features = FEATURES[::4] if session.interpreted else FEATURES
-        grid = [replace(case, batch=4, vocab=67) for case in features]
-    else:
-        grid = [
-            replace(case, vocab=vocab, dtype=dtype)
-            for vocab in VOCABULARIES
-            for dtype in DTYPES
-            for case in FEATURES
-        ]
-    for case in grid:
-        session.case(label(case), partial(check_tokens, session, case), share=0.5)
+    """Every feature once at the widest vocabulary, then every loss, both in bfloat16; then replays
+    and streams; the other dtypes and vocabularies as far as the time goes.
+    """
+    first, *others = grid(session)
+    tokens(session, first, 0.35)
+    check_losses(session, share=0.7, widest=True)
     for case in FEATURES[1::7]:
         if session.smoke:
             case = replace(case, batch=4, vocab=67)
         session.case(f"replayed: {label(case)}", partial(check_replay, session, case))
-    check_streams(session, share=0.65)
-    check_losses(session)
+    check_streams(session, share=0.8)
+    for cases in others:
+        tokens(session, cases, 0.9)
+    check_losses(session, widest=False)
+
+
+def grid(session: Session) -> list[list[Case]]:
+    """All features at one vocabulary and dtype after the other, the widest first."""
+    if session.smoke:
+        features = FEATURES[::4] if session.interpreted else FEATURES
+        return [[replace(case, batch=4, vocab=67) for case in features]]
+    return [
+        [replace(case, vocab=vocab, dtype=dtype) for case in FEATURES]
+        for vocab, dtype in product(VOCABULARIES, DTYPES)
+    ]
+
+
+def tokens(session: Session, cases: list[Case], share: float) -> None:
+    for case in cases:
+        session.case(label(case), partial(check_tokens, session, case), share=share)
 
 
 def check_tokens(session: Session, case: Case) -> None:

@@ -21,15 +21,17 @@ UPSTREAM = 1.7
 CLOSE = 1e-5  # of log p and log q, in float32
 
 
-def check_losses(session: Session) -> None:
-    """The widest vocabulary with Triton first; the torch path has the CPU's tests besides."""
-    grid = [("torch", 67 if session.smoke else 4_099)]
-    if session.triton:
-        grid = (
-            [("triton", 67)] if session.smoke else [("triton", 151_936), ("triton", 4_099), *grid]
-        )
-    dtypes = [torch.bfloat16] if session.smoke else list(TOLERANCE)
-    for (backend, width), dtype, target in product(grid, dtypes, ("states", "top-k", "trimmed")):
+def check_losses(session: Session, widest: bool, share: float = 1.0) -> None:
+    """Every loss at the widest vocabulary in bfloat16, the dtype of training, or all others; the
+    torch path has the CPU's tests besides.
+    """
+    first = "triton" if session.triton else "torch", 67 if session.smoke else 151_936
+    cases = [(first, torch.bfloat16)]
+    if not widest:
+        grid = [] if session.smoke else [first, (first[0], 4_099), ("torch", 4_099)]
+        others = product(dict.fromkeys(grid), TOLERANCE)
+        cases = [case for case in others if case not in cases]
+    for ((backend, width), dtype), target in product(cases, ("states", "top-k", "trimmed")):
         for loss in (*LOSSES, MIXTURE):
             name = loss if isinstance(loss, str) else "mixture"
             if backend == "triton" and name in TRITON_LACKS:
@@ -37,7 +39,7 @@ def check_losses(session: Session) -> None:
             kind = str(dtype).removeprefix("torch.")
             what = f"loss {name}, {backend}, {kind}, V={width}, target {target}"
             case = (backend, dtype, width, loss, target)
-            session.case(what, partial(check_loss, session, what, *case))
+            session.case(what, partial(check_loss, session, what, *case), share)
 
 
 def check_loss(

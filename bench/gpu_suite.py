@@ -13,6 +13,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import os
 import secrets
 import subprocess
 import sys
@@ -26,11 +27,20 @@ if importlib.util.find_spec("specdistill_kernels") is None:  # a checkout, not i
 
 import torch
 
+from bench import vllm_sources
 from bench.gpu_session import Session, describe, write
 from bench.gpu_table import table
 
 # Sections in the order of their worth, and their shares of the time.
-SHARES = {"engine": 0.40, "check": 0.20, "verify": 0.22, "losses": 0.08, "decode": 0.10}
+SHARES = {
+    "engine": 0.30,
+    "check": 0.15,
+    "train": 0.12,
+    "tune": 0.17,
+    "verify": 0.14,
+    "losses": 0.07,
+    "decode": 0.05,
+}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -49,12 +59,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, help="of every random input; fresh by default")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, on any device")
+    parser.add_argument(
+        "--vllm",
+        type=Path,
+        help="folder of vLLM's sources, or of its unpacked wheel, where it is not installed",
+    )
     parser.add_argument("--here", action="store_true", help="run one section in this process")
     given = parser.parse_args(arguments)
     if given.here and len(given.sections) != 1:
         parser.error("--here runs one section; name it with --sections")
     if not torch.cuda.is_available() and not given.smoke:
         parser.error("there is no CUDA device; --smoke proves the mechanics without one")
+    if given.vllm is not None:
+        os.environ[vllm_sources.VARIABLE] = str(given.vllm.resolve())  # sections inherit it
     if given.seed is None:
         given.seed = secrets.randbits(32)
     return given

@@ -17,6 +17,8 @@ def table(document: Report) -> str:
     makers = {
         "engine": _engine,
         "check": _check,
+        "train": _train,
+        "tune": _tune,
         "verify": _verify,
         "losses": _losses,
         "decode": _decode,
@@ -92,6 +94,29 @@ def _check(report: Report) -> list[str]:
     tokens = [check for check in report.get("checks", []) if "near_ties" in check]
     rows, ties = (sum(check[name] for check in tokens) for name in ("rows", "near_ties"))
     return [f"  {rows} rows against the reference ({report.get('backend')}): {ties} near-ties"]
+
+
+def _train(report: Report) -> list[str]:
+    lines = []
+    if "matmul_flops" in report:
+        lines.append(f"  bf16 products at {report['matmul_flops'] / 1e12:.0f} TFLOP/s")
+    for row in report.get("steps", []):
+        line = f"  {row['draft']}, {row['way']}: "
+        if "reason" in row:
+            lines.append(line + row["reason"].splitlines()[0][:100])
+            continue
+        line += f"{row['tokens_per_second']:.0f} tokens/s, {row['share_of_matmul']:.0%} of products"
+        if row["peak_bytes"] is not None:
+            line += f", {row['peak_bytes'] / 2**30:.1f} GiB"
+        if row["device_waits_seconds"] is not None:
+            line += f", the device waits {row['device_waits_seconds'] * 1e3:.0f} ms a step"
+        lines.append(line)
+    return lines
+
+
+def _tune(report: Report) -> list[str]:
+    lines = [f"  {report['note']}"] if "note" in report else []
+    return lines + [f"  {line}" for line in report.get("table", [])]
 
 
 def _verify(report: Report) -> list[str]:

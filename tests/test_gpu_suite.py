@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,15 @@ import pytest
 import torch
 from scipy import stats
 
-from bench import gpu_check, gpu_check_losses, gpu_check_streams, gpu_suite, rivals
+from bench import (
+    gpu_check,
+    gpu_check_losses,
+    gpu_check_streams,
+    gpu_suite,
+    gpu_train,
+    rivals,
+    vllm_sources,
+)
 from bench.gpu_session import Session
 from bench.gpu_table import closing
 from specdistill_kernels import RowSettings, counter_noise, fused_divergence, sample, verify
@@ -52,9 +61,10 @@ def expect_sound(run: subprocess.CompletedProcess[str], document: Any) -> None:
     assert document["versions"]["torch"] == torch.__version__
     assert {"device", "driver", "git", "seed", "cuda"} <= document.keys()
     sections = document["sections"]
-    for section in sections.values():
-        assert section["checks"]
-        assert all(check["passed"] for check in section["checks"])
+    for name, section in sections.items():
+        assert section.get("checks") or (name == "tune" and section["backend"] == "auto")
+        assert all(check["passed"] for check in section.get("checks", []))
+    assert [row["way"] for row in sections["train"]["steps"]] == ["ours", "torch", "TRL"] * 2
     modes = [row["mode"] for row in sections["verify"]["timings"]]
     assert modes == ["T=1", "T=0.7", "top-p", "top-k", "greedy"]
     for row in sections["verify"]["timings"] + sections["losses"]["timings"]:
@@ -83,6 +93,57 @@ def test_every_section_runs_interpreted(tmp_path: Path) -> None:
     expect_sound(run, document)
     assert {section["backend"] for section in document["sections"].values()} == {"triton"}
     assert "ours, triton" in document["sections"]["losses"]["timings"][0]["contenders"]
+
+
+def test_an_update_is_measured_beside_plain_torch(session: Session) -> None:
+    """Of the trainer itself, from the same weights, texts and states."""
+    gpu_train.run(session)
+    assert failures(session) == []
+    steps = session.report["steps"]
+    for shape in gpu_train.SMOKE:
+        first = {
+            row["way"]: row["losses"][0]
+            for row in steps
+            if row["draft"] == shape.draft and "losses" in row
+        }
+        assert first["ours"] == pytest.approx(first["torch"], rel=1e-2)
+    assert all(row["tokens_per_second"] > 0 for row in steps if "losses" in row)
+
+
+def test_products_of_an_update_by_hand() -> None:
+    shape = gpu_train.SMOKE[0]  # 2 texts of 10 tokens; layers of 16, 24 and 2 heads of 8, 1 shared
+    layer = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24
+    scores = 2 * 2 * 2 * 2 * 10 * 10 * 8 // 2  # two products, texts, heads; half is masked
+    readout = 18 * 67 * (3 * 2 * 16 + 2 * 12)
+    assert shape.flops() == 3 * (2 * layer * 20 + scores) * 2 + readout
+
+
+def test_checks_begin_with_every_feature_at_the_widest_vocabulary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(Session, "case", lambda self, what, run, share=1.0: names.append(what))
+    monkeypatch.setattr(gpu_check, "check_streams", lambda *a, **k: names.append("streams"))
+    whole = Session.begin(tmp_path / "check.json", smoke=False, seed=7, seconds=600)
+    gpu_check.run(whole)
+    features = len(gpu_check.FEATURES)
+    assert len(names) == len(set(names))
+    assert all("bfloat16, V=151936" in name for name in names[:features])
+    losses = names[features : names.index("streams")]
+    assert all("bfloat16, V=151936" in name for name in losses if "loss" in name)
+    assert sum("loss" in name for name in losses) == 3 * (len(gpu_check_losses.LOSSES) + 1)
+
+
+def test_sections_come_in_the_order_of_their_worth() -> None:
+    order = ["engine", "check", "train", "tune", "verify", "losses", "decode"]
+    assert list(gpu_suite.SHARES) == order
+    assert sum(gpu_suite.SHARES.values()) == pytest.approx(1)
+    ends = [line.split(":")[0] for line in closing({})]
+    assert ends == [
+        "plain decoding, B=1",
+        "speculative speedup, B=1, γ=4, of what the floors predict",
+        "vLLM's time over ours in `verify`, at worst",
+    ]
 
 
 def test_a_section_that_breaks_leaves_the_others(tmp_path: Path) -> None:
@@ -309,6 +370,73 @@ def test_a_rival_that_changed_is_left_alone(
         rivals._function("rival", "verify", "p")
     with pytest.raises(rivals.Unavailable, match="has no draw"):
         rivals._function("rival", "draw", "p")
+
+
+FAKES = {
+    "vllm/__init__.py": "raise RuntimeError('all of vLLM would be loaded')",
+    "vllm/v1/__init__.py": "raise RuntimeError('all of vLLM would be loaded')",
+    "vllm/v1/worker/gpu/spec_decode/rejection_sampler_utils.py": """
+import torch
+from vllm.triton_utils import tl, tldevice, triton
+from vllm.v1.worker.gpu.sample.gumbel import apply_temperature
+
+def rejection_sample(target_logits, draft_logits, draft_sampled, cu_num_logits, pos, idx_mapping,
+                     expanded_idx_mapping, expanded_local_pos, temperature, seed,
+                     num_speculative_steps, use_fp64=False):
+    assert target_logits.isinf().any(), "the filters came first"
+    return None, torch.full((len(cu_num_logits) - 1,), 3)
+""",
+    "vllm/v1/worker/gpu/sample/gumbel.py": """
+from vllm.triton_utils import HAS_TRITON
+def apply_temperature(logits, expanded_idx_mapping, temperature):
+    logits /= temperature[expanded_idx_mapping.long()][:, None]
+""",
+    "vllm/v1/sample/ops/topk_topp_triton.py": """
+from vllm.platforms import current_platform
+from vllm.utils.math_utils import next_power_of_2
+def apply_top_k_top_p_triton(logits, k, p, mask_value=float("-inf")):
+    assert not current_platform.is_xpu() and next_power_of_2(3) == 4
+    return logits.masked_fill(logits < logits.topk(int(k[0])).values[:, -1:], mask_value)
+""",
+    "vllm/utils/math_utils.py": "def next_power_of_2(n): return 1 << (n - 1).bit_length()",
+}
+
+
+@pytest.fixture
+def no_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test makes importable is gone after it."""
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    before = {name: m for name, m in sys.modules.items() if name.split(".")[0] == "vllm"}
+    for name in before:
+        del sys.modules[name]
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "vllm"]:
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+@pytest.mark.usefixtures("no_vllm")
+def test_vllm_is_found_by_its_source_files_alone(
+    tmp_path: Path, batch: rivals.Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    for name, text in FAKES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setenv(vllm_sources.VARIABLE, str(tmp_path))
+    rival = rivals.verifiers(replace(batch, temperature=0.7, top_k=5))[0]
+    assert rival.call is not None, rival.reason
+    assert rival.call().tolist() == [2] * 4
+
+
+@pytest.mark.usefixtures("no_vllm")
+def test_a_folder_without_vllm_is_said(
+    tmp_path: Path, batch: rivals.Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(vllm_sources.VARIABLE, str(tmp_path))
+    rival = rivals.verifiers(batch)[0]
+    assert rival.call is None
+    assert "holds no vllm/v1" in rival.reason
 
 
 def test_vllm_gets_the_rows_as_it_wants_them(
