@@ -7,6 +7,7 @@ multiplies large bfloat16 matrices, measured first, with the memory that an upda
 beyond weights and optimiser, and the time of an update in which the device had nothing to do.
 """
 
+import gc
 import importlib.util
 import math
 from collections.abc import Callable
@@ -102,6 +103,9 @@ def run(session: Session) -> None:
         for way, loss in ways:
             run_one = partial(measure, session, watch, shape, given, rate, way, loss)
             session.case(f"{shape.draft}, {way}", run_one)
+            gc.collect()  # a trainer refers to itself
+            if session.device.type == "cuda":
+                torch.cuda.empty_cache()
         first = {
             row["way"]: row["losses"][0]
             for row in session.report["steps"]
