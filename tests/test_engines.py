@@ -37,7 +37,7 @@ from specdistill.engines import base, transformers, vllm
 from specdistill.engines.vllm_engine import MEMORY_SHARE
 from specdistill.engines.vllm_pair import Pair
 from specdistill.engines.vllm_proposer import Proposer
-from specdistill.errors import DecodingError, InputError, StorageError
+from specdistill.errors import DecodingError, InputError, ModelError, StorageError
 from specdistill.models import LanguageModel, head_only
 from specdistill.models.head_only import load_outline
 from specdistill.models.parallel import set_parallel
@@ -762,6 +762,43 @@ def test_what_differs_in_vllm_is_explained_by_our_own_pass_or_fails(
     assert [tie["position"] for tie in card.lossless.ties] == [9] * 6
     assert all(tie["within_rounding"] is rounding for tie in card.lossless.ties)
     assert bool(card.failures) is not rounding
+
+
+def test_a_target_too_large_for_our_own_pass_loses_no_measurement(
+    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
+) -> None:
+    with mock.patch("specdistill.engines.vllm_pair.load", side_effect=ModelError("too large")):
+        card = run_vllm(stand_in(tmp_path, differs=3), pair)
+    assert card.provenance["differences"] == "not explained by a pass of our own: too large"
+    assert card.failures == [
+        "6 of 12 greedy texts differ from those of plain decoding, and rounding does not explain it"
+    ]
+    card.write(tmp_path / "card.json")
+
+
+def test_the_command_scores_by_vllm(
+    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
+) -> None:
+    """A draft, and what vLLM has of its own, on the same prompts."""
+    (tmp_path / "prompts.txt").write_text("w5 w6 w7\nw6 w7 w8\nw9 w6 w8\n")
+    asked = ["score", "--target", pair[0].path, "--prompts", tmp_path / "prompts.txt"]
+    asked += ["--engine", "vllm", "--dtype", "float64", "--max-new-tokens", 7]
+    asked += ["--num-draft-tokens", "2,3", "--temperature", 0]
+    cards = [tmp_path / "ours.json", tmp_path / "theirs.json"]
+    asked += ["--engine-python", stand_in(tmp_path)]
+    ours = run(*asked, "--draft", pair[1].path, "--out", cards[0], "--runner", "both")
+    assert ours.code == 0, ours.err
+    assert "torch.float64 in the engine" in ours.err
+    said = " ".join(ours.out.split())
+    assert "Serve it with" in said
+    assert "VLLM_USE_V2_MODEL_RUNNER=" in said
+    config = """{"method": "ngram", "prompt_lookup_max": 2}"""
+    theirs = run(*asked, "--speculative-config", config, "--out", cards[1])
+    assert theirs.code == 0, theirs.err
+    assert "are not checked" in theirs.err
+    compared = run("compare", *cards)
+    assert compared.code == 0, compared.err
+    assert "proposed by ngram" in " ".join(compared.out.split())
 
 
 def test_a_vllm_that_ends_early_says_why(

@@ -21,6 +21,7 @@ from specdistill.errors import InputError, ModelError
 from specdistill.models.checkpoint_files import VOCAB_FILE
 from specdistill.models.parallel import set_parallel, trained_draft_tokens
 from specdistill.scoring.card_rows import DraftingWay, ModelCard
+from specdistill.scoring.load import Drafted, Latency, Load, Plain
 from specdistill.scoring.scorecard import Scorecard
 
 IDS = torch.arange(0, 64, 3)
@@ -93,6 +94,52 @@ def test_the_card_has_the_figures_of_this_draft(run_dir: Path, tmp_path: Path) -
     assert f"```sh\n{done.serve}\n```" in text
     assert done.serve.startswith("vllm serve my/target --speculative-config ")
     assert "of which it proposes 22" in text
+
+
+def test_every_fact_of_the_card_is_in_the_readme(run_dir: Path, tmp_path: Path) -> None:
+    file = run_dir / "scorecard.json"
+    card = Scorecard.read(file)
+    latency = Latency(0.1, 0.2)
+    plain = Plain(0.0, 2, [10.0, 11.0], latency, latency)
+    drafted = Drafted(0.0, 2, 4, 60, 13.0, 1.24, True, latency, Latency(0.0123, 0.02), [0.5])
+    facts = {"runner": "V1", "draft_sampling": "greedy", "schedule": [[1, 1, 4], [2, 2, 2]]}
+    facts["runners"] = [
+        {
+            "runner": runner,
+            "temperature": 0.0,
+            "num_draft_tokens": 4,
+            "tokens_per_second": rate,
+            "plain_tokens_per_second": 9.0,
+        }
+        for runner, rate in (("V1", 12.5), ("V2", 11.5))
+    ]
+    told = replace(card, load=Load([plain], [drafted]), provenance={**card.provenance, **facts})
+    told.write(file)
+    serve = export(str(run_dir / "draft"), tmp_path / "out", "vllm").serve
+    assert serve.startswith("VLLM_USE_V2_MODEL_RUNNER=0 vllm serve my/target ")
+    speculative = json.loads(shlex.split(serve)[-1])
+    assert speculative["num_speculative_tokens_per_batch_size"] == facts["schedule"]
+    assert "draft_sample_method" not in speculative, "it was measured by vLLM's own default"
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert serve in text
+    plainly = {base.temperature: base.tokens_per_second for base in card.baseline}
+    for row in card.rows:
+        start = f"| {row.temperature:g} | {row.num_draft_tokens} | {row.acceptance_rate:.3f} | "
+        lines = [line for line in text.splitlines() if line.startswith(start)]
+        (line,) = (line for line in lines if line.count("|") == 11)
+        assert f"| {row.tokens_per_second:.1f} | {plainly[row.temperature]:.1f} |" in line
+    assert "| 0 | 2 | 4 | 13.0 | 1.24 | 100.0 (200.0) | 12.3 (20.0) |" in text
+    assert "pays up to 2 at a time" in text
+    assert "model runner V1 is the faster one" in text
+    elsewhere = {"runners", "schedule", "versions", "draft_origin", "trained_prompts"}
+    for name in told.provenance.keys() - elsewhere:
+        assert f"- {name.replace('_', chr(92) + '_')}: " in text, name
+    for name, version in card.provenance["versions"].items():
+        assert f"{name} " in text
+        assert str(version).split("+")[0] in text.replace(chr(92), "")
+    for model in (card.target, card.draft):
+        assert model.sha256 in text
+    assert card.verdict.reason.split(":")[0] in text
 
 
 def test_a_card_of_another_draft_is_refused_or_left_out(run_dir: Path, tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 
 from specdistill import models
 from specdistill.data.likeness import TRAINED
 from specdistill.documents import read_yaml_mapping
 from specdistill.drafts import making
+from specdistill.drafts.model_card import readme
 from specdistill.drafts.serve_commands import (
     IN_PARALLEL,
     NAMES,
@@ -25,18 +25,14 @@ from specdistill.drafts.serve_commands import (
 )
 from specdistill.errors import InputError, ModelError, StorageError
 from specdistill.files import holding, keep_apart, must_be_new, replacing
-from specdistill.models import LanguageModel, gguf_files
+from specdistill.models import LanguageModel
 from specdistill.models.parallel import trained_draft_tokens
 from specdistill.models.support import read_config
-from specdistill.quoting import prose
 from specdistill.run_folder import RunFolder
-from specdistill.scoring.card_rows import Row
-from specdistill.scoring.headline import gamma, number, speedup
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.served import Served
 from specdistill.scoring.trust import objections, swapped_draft
 
-LICENCES = {gguf_files.DEMO: "Apache-2.0"}  # of targets that SpecDistill itself offers
 MOST_LEAKED = 0.03  # of a draft's probability, what it may lose without a word
 DEFAULT_NUM_DRAFT_TOKENS = 4  # for an unscored draft
 
@@ -96,7 +92,10 @@ def export(
             if (known := model.path / TRAINED).is_file():  # a score there asks for it, too
                 shutil.copyfile(known, new / TRAINED)
             difference, leaked = check_written(model, new)
-            text = readme(model, target, card, engine, str(out), leaked)
+            both = None
+            if model.mask_token is not None:
+                both = _both_ways(engine, target, str(out), model, card)
+            text = readme(model, target, card, fenced(engine, serve), both, leaked)
             (new / "README.md").write_text(text, encoding="utf-8")
     except OSError as error:
         raise StorageError(
@@ -232,71 +231,3 @@ def _named_target(folder: Path) -> str:
     except InputError:
         return "TARGET"
     return target if isinstance(target, str) else "TARGET"
-
-
-def readme(
-    draft: LanguageModel,
-    target: str,
-    card: Scorecard | None,
-    engine: Engine,
-    folder: str,
-    leaked: float,
-) -> str:
-    """README.md of the exported folder, in the form that model hubs read."""
-    outside = name_elsewhere(target)
-    licence = LICENCES.get(target)
-    head: dict[str, object] = {"library_name": "transformers"}
-    head["tags"] = ["speculative-decoding", "draft-model"]
-    head |= {"base_model": outside} if outside != "TARGET" else {}
-    head |= {"license": licence.lower()} if licence else {}
-    vocabulary = f"{draft.full_vocab_size:,} tokens"
-    if draft.vocab is not None:
-        vocabulary += (
-            f", of which it proposes {draft.vocab_size:,}; all others together take "
-            f"{leaked:.1e} of its probability"
-        )
-    licensed = (
-        f"{licence}, the licence of its target"
-        if licence
-        else "that of its target, whose weights "
-        "and answers it is made of; put the target's licence beside this file before you pass it on"
-    )
-    parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# A draft for {prose(outside)}",
-        "A small model that proposes tokens for speculative decoding; the target decides, so the "
-        "output stays the target's. It is no model to talk to. Made with SpecDistill.",
-        f"- Parameters: {draft.model.num_parameters():,} as trained, {draft.num_layers} layers\n"
-        f"- Vocabulary: {vocabulary}\n"
-        f"- Licence: {licensed}",
-        f"## Serve it\n\n{fenced(engine, _serve(engine, target, folder, draft, card))}",
-        *([] if draft.mask_token is None else [_both_ways(engine, target, folder, draft, card)]),
-        _figures(card) if card else "It has not been scored.",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _figures(card: Scorecard) -> str:
-    """The fastest setting at each temperature, and where it was measured."""
-    head = "| T | γ | acceptance rate α | tokens per target call τ | speedup [95% interval] |"
-    temperatures = sorted({row.temperature for row in card.rows})
-    lines = [head, "|---|---|---|---|---|", *(_line(card.best_row(t)) for t in temperatures)]
-    facts = {"device": "unknown", "threads": "unknown", "date": "date unknown"} | card.provenance
-    device, threads, date = (prose(str(facts[name])) for name in ("device", "threads", "date"))
-    ours = f"SpecDistill {card.provenance.get('versions', {}).get('specdistill', '')}".strip()
-    same, compared = card.lossless.greedy_identical
-    label = f" ({prose(card.settings_label)})" if card.settings_label else ""
-    hashes = prose(card.target.sha256), prose(card.draft.sha256)
-    return (
-        f"## Measured{label}\n\n" + "\n".join(lines) + "\n\n"
-        f"By {prose(card.outside_engine or ours)} with {card.rows[0].prompts} prompts on {device}, "
-        f"{threads} threads, {prose(card.target.dtype)}, {date}; {same} of {compared} greedy texts "
-        "were identical to plain decoding. Other engines and machines have other speeds, and on "
-        "another kind of prompts a draft accepts less.\n\n"
-        f"Target weights sha256 {hashes[0]}, draft weights as scored {hashes[1]}."
-    )
-
-
-def _line(row: Row) -> str:
-    rates = number(row.acceptance_rate, 3), number(row.block_efficiency, 2)
-    return f"| {row.temperature:g} | {gamma(row)} | {' | '.join(rates)} | {speedup(row)} |"

@@ -24,7 +24,6 @@ from specdistill.engines.base import (
     BySetting,
     Measured,
     counts_in_sum,
-    explained_differences,
     scorecard,
     take_turns,
 )
@@ -100,13 +99,14 @@ def score(
             concurrency,
             progress,
         )
+    ties, unexplained = pair.explained(prompts, measured)
     card = scorecard(
         pair.target,
         pair.draft,
-        _facts(pair, servers),
+        _facts(pair, servers) | unexplained,
         prompts,
         measured,
-        explained_differences(pair.load_target, prompts, measured),
+        ties,
         seed,
         pair.proposer.drafting,
     )

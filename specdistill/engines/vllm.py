@@ -21,7 +21,6 @@ from specdistill.decoding.sampling import row_seed
 from specdistill.engines.base import (
     WARM_UP_TOKENS,
     counts_in_sum,
-    explained_differences,
     scorecard,
     slowed_at,
     without_stalls,
@@ -173,7 +172,8 @@ def _scored(plan: _Plan, progress: Progress) -> Scorecard:
     told["compiled"], told["runner"] = facts["compiled"], facts["runner"]
     told["draft_sampling"] = pair.proposer.sampling(plan.sampled)
     load = seen.load()
-    ties = explained_differences(pair.load_target, plan.prompts, measured)  # its memory is free
+    ties, unexplained = pair.explained(plan.prompts, measured)  # the engines' memory is free now
+    told |= unexplained
     way = pair.proposer.drafting
     card = scorecard(pair.target, pair.draft, told, plan.prompts, measured, ties, plan.seed, way)
     if facts["schedules"] and (schedule := load.schedule(card.verdict.best.temperature)):

@@ -11,8 +11,9 @@ import torch
 
 from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding.parallel import Drafting, Way
+from specdistill.engines.base import Measured, explained_differences
 from specdistill.engines.vllm_proposer import Proposer, proposer_card
-from specdistill.errors import InputError
+from specdistill.errors import InputError, SpecDistillError, first_line
 from specdistill.limits import Dtype
 from specdistill.models import LanguageModel, check_positions, check_sizes, load
 from specdistill.models.checkpoint_files import weight_files
@@ -96,5 +97,18 @@ class Pair:
         ends = sorted(target.eos_ids)
         return cls(model_card(target), path, draft, proposer, weights, ends, facts)
 
-    def load_target(self) -> LanguageModel:
-        return load(str(self.target_path), dtype=cast("Dtype", self.target.dtype))
+    def explained(
+        self, prompts: Sequence[EncodedPrompt], measured: Measured
+    ) -> tuple[list[dict[str, Any]], dict[str, str]]:
+        """`explained_differences` by the target, which is loaded where there are any; and what a
+        card says where it cannot be, as it is too large for this process: the measurement stays.
+        """
+
+        def load_target() -> LanguageModel:
+            return load(str(self.target_path), dtype=cast("Dtype", self.target.dtype))
+
+        try:
+            return explained_differences(load_target, prompts, measured), {}
+        except (SpecDistillError, RuntimeError, MemoryError) as error:
+            words = f"not explained by a pass of our own: {first_line(error)}"
+            return [], {"differences": words}
