@@ -26,13 +26,14 @@ from test_plots import (
     write_run,
 )
 
-from specdistill.drafts import export
+from specdistill.drafts import model_card
 from specdistill.errors import InputError, StorageError
 from specdistill.report import write_report
 from specdistill.report.page import _figures
 from specdistill.report.plots import plot_all
 from specdistill.report.text import document
 from specdistill.scoring.card_evidence import Lossless
+from specdistill.scoring.load import Drafted, Latency, Load, Plain
 from specdistill.scoring.scorecard import Scorecard, Verification
 from specdistill.scoring.slices import by_prompt_length
 from specdistill.scoring.verdict import verdict
@@ -343,6 +344,16 @@ def test_only_pictures_that_exist_are_linked(run_dir: Path) -> None:
     assert len(re.findall(r"!\[.+?\]\((.+?)\)", report(run_dir))) == len(paths) - 1
 
 
+def test_up_to_which_load_the_draft_pays_is_in_the_verdict(run_dir: Path) -> None:
+    card = Scorecard.read(run_dir / "scorecard.json")
+    times = Latency(0.1, 0.2)
+    plain = Plain(0.0, 4, [10.0, 11.0], times, times)
+    row = Drafted(0.0, 4, 2, 60, 9.0, 0.86, False, times, times, [0.5])
+    text = report(run_dir, replace(card, load=Load([plain], [row])))
+    (why,) = (line for line in text.splitlines() if line.startswith("Why: "))
+    assert "the draft does not pay at 4 at a time" in why
+
+
 def test_a_trimmed_draft_is_exported_before_other_engines_load_it(run_dir: Path) -> None:
     text = report(run_dir)
     draft = str(run_dir / "draft")
@@ -534,7 +545,7 @@ def test_an_early_stop_is_said_wherever_the_card_is_shown(tmp_path: Path) -> Non
     assert "stops early (least reach 0.2)" in text
     assert "--least-reach 0.2" in text
     assert "| ≤ " in text
-    assert "stops early" in export._figures(early)
+    assert "stops early" in model_card._figures(early)
     unknown = replace(early, verdict=replace(early.verdict, break_even_acceptance=math.nan))
     assert "pays above" not in "".join(figure.note for figure in _figures(unknown))
     assert "pays above" in "".join(figure.note for figure in _figures(after))

@@ -85,13 +85,16 @@ def _figures(card: Scorecard) -> str:
     device, threads, date = (prose(str(facts[name])) for name in ("device", "threads", "date"))
     ours = f"SpecDistill {card.provenance.get('versions', {}).get('specdistill', '')}".strip()
     same, compared = card.lossless.greedy_identical
+    identical = f"{same} of {compared} greedy texts were identical to plain decoding"
+    identical += identity_words(card.lossless)
+    if not compared:
+        identical = "no greedy text was compared with plain decoding"
     label = f" ({prose(card.settings_label)})" if card.settings_label else ""
     words = [card.verdict.reason, *served_lines(card), trained_line(card)]
     return (
         f"## Measured{label}\n\n{table}\n\n"
         f"By {prose(card.outside_engine or ours)} with {card.rows[0].prompts} prompts on {device}, "
-        f"{threads} threads, {prose(card.target.dtype)}, {date}; {same} of {compared} greedy texts "
-        f"were identical to plain decoding{prose(identity_words(card.lossless))}. Other engines "
+        f"{threads} threads, {prose(card.target.dtype)}, {date}; {prose(identical)}. Other engines "
         "and machines have other speeds, and on another kind of prompts a draft accepts less.\n\n"
         + "\n\n".join(prose(sentence) for sentence in words if sentence)
     )
@@ -128,7 +131,8 @@ def _settings(card: Scorecard) -> str:
 def _load(card: Scorecard) -> list[str]:
     """Several requests at a time, where that was measured."""
     load = card.load
-    places = dict.fromkeys((r.temperature, r.concurrency) for r in [*load.plain, *load.drafted])
+    rows: list[Plain | Drafted] = [*load.plain, *load.drafted]
+    places = dict.fromkeys((row.temperature, row.concurrency) for row in rows)
     if not places:
         return []
     lines = []

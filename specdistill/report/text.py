@@ -100,7 +100,7 @@ def _verdict(card: Scorecard, best: Row, target: str) -> str:
     return (
         f"# {labelled(f'A draft for {prose(target)}', card, prose)}\n\n"
         f"**{judged}: {speed}, {proof}.**\n\n"
-        f"Why: {prose(card.verdict.reason)}"
+        f"Why: {prose(' '.join([card.verdict.reason, *card.load.lines]))}"
         + (f"\n\n**But {prose(trained)}.**" if (trained := trained_line(card)) else "")
     )
 

@@ -23,7 +23,8 @@ class Served:
     def of(cls, card: Scorecard) -> Served:
         facts = card.provenance
         sampled = any(row.temperature for row in card.rows) and card.drafting != "look-up"
-        sampling = facts.get("draft_sampling", "probabilistic") if sampled else None
+        usual = None if facts.get("engine") == "vllm" else "probabilistic"  # a server does not say
+        sampling = facts.get("draft_sampling", usual) if sampled else None
         return cls(
             facts.get("runner") if facts.get("runners") else None,
             facts.get("schedule", ()),
