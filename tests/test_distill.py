@@ -159,7 +159,7 @@ def test_bf16_is_the_drafts_body_alone(world: dict[str, str], recomputed: bool) 
         draft.model.model.layers[0].mlp.down_proj.register_forward_hook(
             lambda module, inputs, out, kinds=kinds: kinds.add(out.dtype)
         )
-        loss = distiller.loss(batch, distiller.signal(batch))
+        loss = distiller.loss_of(replace(batch, signal=distiller.signal(batch)))
         assert (kinds, loss.dtype) == ({kind}, torch.float32)
         losses[precision] = distiller.step([batch], 1e-3).loss
         assert kinds == {kind}, "in the backward pass too"

@@ -28,13 +28,13 @@ from specdistill.drafts.making import save_draft
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, origin, trained_draft_tokens
 from specdistill.training import batches, parallel
+from specdistill.training.attention import block_mask, boolean_mask
 from specdistill.training.batches import make_batch
 from specdistill.training.distiller import Distiller
 from specdistill.training.evaluation import Evaluation
 from specdistill.training.parallel import (
     Blocks,
-    block_mask,
-    boolean_mask,
+    block_rule,
     dropped,
     lay_out,
     no_masks,
@@ -181,7 +181,7 @@ def test_e2e_tv_is_over_the_places_of_a_block(
     batch = make_batch(examples, 0, twin.device, depths)
     assert distiller.weighted(batch) is batch, "the loss itself weighs them"
     assert distiller.counts(batch)[0] == rows
-    loss = distiller.loss_of(batch, distiller.signal(batch))
+    loss = distiller.loss_of(replace(batch, signal=distiller.signal(batch)))
     assert loss.item() == pytest.approx(total.item(), rel=1e-9)
     got = torch.autograd.grad(loss, [*distiller.draft.model.model.layers.parameters()])
     for ours, plain in zip(got, expected, strict=True):
@@ -269,7 +269,7 @@ def test_a_planted_bug_moves_the_loss(world: dict[str, str], bug: str) -> None:
 
     def loss() -> float:
         batch = distiller.weighted(make_batch(examples, 0, twin.device, DEPTHS["all"]))
-        return distiller.loss_of(batch, batch.signal).item()
+        return distiller.loss_of(batch).item()
 
     assert loss() == pytest.approx(total.item(), rel=1e-9)
     with mock.patch(f"specdistill.training.{where}", wrong):
@@ -374,13 +374,14 @@ def test_the_end_of_an_answer_is_learnt_at_every_place() -> None:
 def test_both_masks_are_what_serving_sees(window: int | None) -> None:
     examples = [Example("a", [5, 6], [9] * 5), Example("b", [5], [9] * 9)]
     blocks = lay_out(examples, 10, DEPTHS["all"], torch.device("cpu"))
-    dense = boolean_mask(blocks, window)
+    rule, device = block_rule(blocks, window), torch.device("cpu")
+    dense = boolean_mask(rule, blocks.places.shape, device)
     assert dense.dtype == torch.bool
     num, rows = blocks.places.shape
     assert dense.shape == (num, 1, rows, rows)
     from torch.nn.attention.flex_attention import create_mask
 
-    made = block_mask(blocks, window)
+    made = block_mask(rule, blocks.places.shape, device)
     same = create_mask(made.mask_mod, num, None, rows, rows, "cpu")
     assert torch.equal(same, dense)
     assert dense.any(-1).all(), "a row that sees nothing gives NaN"
@@ -419,7 +420,7 @@ def test_a_pass_by_flex_attention_gives_the_same_states(world: dict[str, str]) -
     with torch.no_grad(), mock.patch(compiled, plain):
         expected = parallel.states_of_blocks(draft, batch.tokens, batch.blocks)
         assert not masks
-        with mock.patch("specdistill.training.parallel._by_flex", return_value=True):
+        with mock.patch("specdistill.training.attention._by_flex", return_value=True):
             states = parallel.states_of_blocks(draft, batch.tokens, batch.blocks)
     assert len(masks) == draft.num_layers
     assert all(isinstance(mask, BlockMask) for mask in masks)

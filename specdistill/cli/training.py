@@ -101,14 +101,14 @@ def distill(
     console.setup(threads)
     from specdistill.run_folder import RunFolder, given_config, read_metrics
     from specdistill.training import run
-    from specdistill.training.distiller import leave_processes
     from specdistill.training.pair import read_models
+    from specdistill.training.processes import first_process, leave_processes
 
     given_config(config, settings, resume)
     last: dict[str, Any] = {}
     with run.begun(settings, resume):
         target, draft = read_models(settings)
-        if run.first_process():
+        if first_process():
             console.note_models(*filter(None, (target, draft)), decoding=False)
             show = partial(console.note_example, draft.tokenizer)
             with console.progress() as progress:
@@ -117,7 +117,7 @@ def distill(
         else:
             run.train(settings, target, draft, resume=resume)
     leave_processes()
-    if not run.first_process():  # the first one speaks
+    if not first_process():  # the first one speaks
         return
     folder = RunFolder(Path(settings.run_dir)).draft
     screen = console.screen_for(as_json)

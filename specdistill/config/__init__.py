@@ -158,6 +158,10 @@ class DistillConfig(Section):
                 "it trains on what a draft proposes token by token; take another policy",
             ),
             "reward": (self.reward is not None, "its gradient is of single tokens; leave it out"),
+            "training.packing": (
+                self.training.packing,
+                "the masks of a text stand behind it in its row; leave it out",
+            ),
             "hints": (self.hints is not None, "masks have no states of the target; leave them out"),
             "decode.least_reach": (
                 self.decode is not None and self.decode.least_reach > 0,

@@ -90,7 +90,16 @@ class Training(Section):
     max_seconds: Positive | None = Field(
         None, description="seconds to train, sampling included; evaluations do not count"
     )
-    batch_tokens: Count = Field(2048, description="tokens in one forward pass, padding included")
+    batch_tokens: Count = Field(
+        2048,
+        description="tokens in one forward pass, padding included; a longer text is passed a "
+        "window of so many at a time",
+    )
+    packing: bool = Field(
+        False,
+        description="put texts one after the other into rows of batch_tokens, where no text sees "
+        "another, instead of padding texts of like length",
+    )
     accumulate: Count = Field(
         1, description="forward passes in one update, over all processes together"
     )

@@ -68,11 +68,12 @@ def from_tensors(tensors: Mapping[str, Tensor]) -> Signal:
 
 
 def positions_of(signal: Signal, positions: slice | Tensor) -> Signal:
-    """The signal of some of the n positions, without that of inner layers."""
+    """The signal of some of the n positions."""
     parts = {name: tensor[positions] for name, tensor in signal.tensors().items()}
     if isinstance(signal, TopK):
         return TopK(**parts)
-    return States(parts["hidden"], parts.get("logsumexp"))
+    inner = {layer: states[positions] for layer, states in signal.inner.items()}
+    return States(parts["hidden"], parts.get("logsumexp"), inner)
 
 
 def joined(signals: Sequence[Signal], device: torch.device | None = None) -> Signal:

@@ -1,26 +1,21 @@
-"""One update of a draft towards its target. `Distiller.step` is the whole of the training;
-accelerate is imported here alone.
-"""
+"""One update of a draft towards its target. `Distiller.step` is the whole of the training."""
 
 from __future__ import annotations
 
 import copy
-import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.tracking import get_available_trackers
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from specdistill.config import DistillConfig
 from specdistill.data.signal import Signal, States, TopK, positions_of
 from specdistill.drafts.making import decoder_layers
-from specdistill.errors import InputError
 from specdistill.models import LanguageModel
 from specdistill.models.randomness import seeded
 from specdistill.training.batches import Batch
@@ -37,16 +32,10 @@ from specdistill.training.parallel import (
     write_mask_row,
 )
 from specdistill.training.passes import after, recomputed, states_of
+from specdistill.training.processes import check_launch
 from specdistill.training.reward import policy_loss
-from specdistill_kernels import (
-    Head,
-    TargetStates,
-    TargetTopK,
-    draft_columns,
-)
-
-if TYPE_CHECKING:
-    pass
+from specdistill.training.windows import pieces, spans
+from specdistill_kernels import Head, TargetStates, TargetTopK, draft_columns
 
 TRACKERS = "trackers"  # in the run folder
 
@@ -65,13 +54,6 @@ class StepMetrics:
     tokens: int
 
 
-def leave_processes() -> None:
-    """At the end of a program that may be one of several processes: with threads of their group
-    still running its exit may be aborted.
-    """
-    PartialState().destroy_process_group()
-
-
 class Distiller:
     """Trains `draft` in place towards `target`, which is only read: its body too where the signal
     is taken live. Without a target, towards the text of the batches. Raises `InputError` for a
@@ -85,7 +67,7 @@ class Distiller:
         self.objective = configured_objective(config)
         training, hints = config.training, config.hints
         check_trainable(draft)
-        _check_launch(config)
+        check_launch(config)
         self.accelerator = Accelerator(
             mixed_precision="no",  # `loss_of` decides
             cpu=draft.device.type == "cpu",
@@ -102,7 +84,9 @@ class Distiller:
             self.adapted = adapt(draft, training.lora, config.seed)
         elif not training.train_embeddings:
             embedding.requires_grad_(embedding is draft.head.weight)
-        self.parameters: dict[str, Tensor] = dict(self._trainable())
+        self.parameters: dict[str, Tensor] = {
+            name: value for name, value in draft.model.named_parameters() if value.requires_grad
+        }
         self.mask: MaskEmbedding | None = None
         if config.parallel is not None and not embedding.requires_grad:
             self.mask = MaskEmbedding(draft)
@@ -145,9 +129,6 @@ class Distiller:
         )
         self.optimizer = accelerator.prepare(optimizer)
         self.loss = loss if trained is not self else accelerator.prepare(loss)
-
-    def _trainable(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.draft.model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -206,16 +187,15 @@ class Distiller:
         batches = [self.weighted(batch) for batch in batches]
         counts = zip(*(self.counts(batch) for batch in batches), strict=True)
         total, *numbers = self.over_processes(*map(sum, counts))
-        loss_sum = 0.0
-        for number, batch in enumerate(batches, 1):
-            signal = self.signal(batch)
-            waits = nullcontext() if number == len(batches) else self.accelerator.no_sync(self.loss)
-            with (
-                waits
-            ):  # for the last one's backward pass to share gradients; a cut draft always does
-                loss = self.loss(batch, signal)
+        loss_sum, left = 0.0, sum(len(self.spans(batch)) for batch in batches)
+        for part in (part for batch in batches for part in self.pieces(batch)):
+            left -= 1
+            # The last one's backward pass shares gradients; that of a cut draft always does.
+            with self.accelerator.no_sync(self.loss) if left else nullcontext():
+                loss, debt = self.loss(part)
                 # What shares gradients takes their mean over the processes.
-                self.accelerator.backward(loss * self.accelerator.num_processes / total)
+                share = loss * self.accelerator.num_processes / total
+                self.accelerator.backward(share if debt is None else share + debt)
             loss_sum += loss.item()
         clip = self.config.training.clip_norm
         norm = whole(self.accelerator.clip_grad_norm_(self.trained.values(), clip))
@@ -224,10 +204,31 @@ class Distiller:
         (loss_sum,) = self.over_processes(loss_sum)
         return StepMetrics(loss_sum / total, norm.item(), *map(int, numbers))
 
-    def loss_of(self, batch: Batch, signal: Signal | None) -> Tensor:
-        """The sum over a batch's response tokens, differentiable in all that is trained. Where a
-        lower precision is asked for, the draft's body runs in it, and on a GPU the heads too.
+    def pieces(self, batch: Batch) -> Iterator[Batch]:
+        """The batch with the target's signal, or the windows of one long text, see `pieces`."""
+        return pieces(replace(batch, signal=self.signal(batch)), self.spans(batch), self.read)
+
+    @torch.no_grad()
+    def read(self, batch: Batch) -> None:
+        with self.computing():
+            self.states(batch)
+
+    def spans(self, batch: Batch) -> list[slice]:
+        """The windows of a batch. Processes that share every weight make equally many passes, so
+        they read texts whole; so do drafts with masks, which stand after all of a text.
         """
+        block = self.objective.num_draft_tokens or 1
+        return spans(batch, self.window, block)
+
+    @property
+    def window(self) -> int | None:
+        training = self.config.training
+        shares = training.shard and self.accelerator.num_processes > 1
+        return None if shares or self.config.parallel else training.batch_tokens
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """How the draft's body computes: in a lower precision where one is asked for."""
         training, device = self.config.training, self.draft.device.type
         checkpointing = training.activation_checkpointing
         with (
@@ -235,14 +236,22 @@ class Distiller:
             torch.autocast(device, torch.bfloat16, enabled=training.precision == "bf16"),
             nullcontext() if self.mask is None else self.mask.read_by(self.draft),
         ):
+            yield
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """The sum over the response tokens of a batch with its signal, differentiable in all that
+        is trained. Where a lower precision is asked for, the draft's body runs in it, and on a GPU
+        the heads too.
+        """
+        with self.computing():
             states = self.states(batch)
-        at = self.positions(batch, states.hidden, signal)
+        at = self.positions(batch, states.hidden, batch.signal)
         loss = total_loss(at, self.objective)
         if batch.credit is not None and self.config.reward is not None:
             loss = loss + self.config.reward.weight * policy_loss(at, batch.credit)
         if self.hints is not None:
-            assert isinstance(signal, States)
-            loss = loss + self.hints(*self.hinted(states, signal))
+            assert isinstance(batch.signal, States)
+            loss = loss + self.hints(*self.hinted(states, batch.signal))
         return loss
 
     @torch.no_grad()
@@ -291,7 +300,7 @@ class Distiller:
         if batch.blocks is not None:
             return States(states_of_blocks(self.draft, tokens, batch.blocks))
         wanted = [] if self.hints is None else self.hints.draft_layers
-        return states_of(self.draft, tokens, batch, wanted)
+        return states_of(self.draft, tokens, batch, wanted, self.window)
 
     @torch.no_grad()
     def signal(self, batch: Batch) -> Signal | None:
@@ -299,13 +308,13 @@ class Distiller:
         if batch.signal is not None or self.target is None:
             return batch.signal
         wanted = [] if self.hints is None else self.hints.target_layers
-        return states_of(self.target, batch.tokens, batch, wanted)
+        return states_of(self.target, batch.tokens, batch, wanted, self.window)
 
     def positions(self, batch: Batch, states: Tensor, signal: Signal | None) -> Positions:
         """The response positions as the losses take them; of a parallel draft the rows of its
         blocks, block after block.
         """
-        labels, lengths, blocks = batch.labels, batch.response.sum(1), batch.blocks
+        labels, lengths, blocks = batch.labels, batch.lengths, batch.blocks
         if blocks is not None:
             labels, lengths = labels[blocks.answer], blocks.lengths
             signal = None if signal is None else positions_of(signal, blocks.answer)
@@ -373,25 +382,6 @@ class Distiller:
         return ours, [states.to(ours[0].dtype) for states in theirs]  # kept ones may be narrower
 
 
-def _check_launch(config: DistillConfig) -> None:
-    """Raises `InputError` for what this machine lacks, or accelerate was told and we do not do."""
-    missing = set(config.trackers) - {str(t) for t in get_available_trackers()}
-    if missing:
-        raise InputError(
-            f"trackers: {', '.join(sorted(missing))} cannot be imported; install it or leave it out"
-        )
-    for variable in (
-        "ACCELERATE_USE_FSDP",
-        "ACCELERATE_USE_DEEPSPEED",
-        "ACCELERATE_USE_MEGATRON_LM",
-    ):
-        if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise InputError(
-                f"{variable} is set, and a draft is cut over processes by training.shard: true; "
-                "launch with configs/multi_gpu.yaml"
-            )
-
-
 class _Loss(nn.Module):
     """All that is differentiated in one call: what runs a model in several processes must see it
     whole.
@@ -402,5 +392,6 @@ class _Loss(nn.Module):
         self.draft, self.hints, self.mask = distiller.draft.model, distiller.hints, distiller.mask
         self.compute = distiller.loss_of
 
-    def forward(self, batch: Batch, signal: Signal | None) -> Tensor:
-        return self.compute(batch, signal)
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """The loss, and what a window owes, see `Prefix.debt`."""
+        return self.compute(batch), None if batch.prefix is None else batch.prefix.debt()

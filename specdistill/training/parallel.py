@@ -12,11 +12,11 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +24,12 @@ from torch import Tensor, nn
 from specdistill.config import Parallel
 from specdistill.data.signal import Signal, States, TopK, token_log_probs
 from specdistill.data.token_store import Example
-from specdistill.decoding.cache import by_kind_of_layer
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, choose_mask_token, set_parallel
+from specdistill.training.attention import Sees, attending, whole_tiles
 from specdistill.training.losses import survival
 
-if TYPE_CHECKING:
-    from torch.nn.attention.flex_attention import BlockMask
-
 Depths = Callable[[Example], Tensor]  # how many masks follow each visible prefix of an answer, [n]
-TILE = 128  # FlexAttention skips tiles of so many rows and columns
 
 
 def undropped(parallel: Parallel, example: Example) -> Tensor:
@@ -130,7 +126,7 @@ def lay_out(
     # one at least, so that a pass always has the mask's embedding in it.
     beyond = 1 + max(map(int, torch.cat(lengths)))
     width = max(longest + max(map(len, places)), longest + 1)
-    width = -(-width // TILE) * TILE if device.type == "cuda" else width
+    width = whole_tiles(width, device)
     shape = (len(examples), width)
     all_places, all_positions = torch.full(shape, beyond), torch.full(shape, beyond)
     all_places[:, :longest], all_positions[:, :longest] = 0, torch.arange(longest)
@@ -151,27 +147,15 @@ def sees(q_place: Tensor, q_position: Tensor, k_place: Tensor, k_position: Tenso
     return text | ((k_place >= 1) & (k_position - k_place == prefix) & (k_place <= q_place))
 
 
-def boolean_mask(blocks: Blocks, window: int | None = None) -> Tensor:
-    """[B, 1, S, S] for PyTorch's own attention. window: how many positions a layer looks back."""
-    place, position = blocks.places, blocks.positions
-    q, k = (place[:, :, None], position[:, :, None]), (place[:, None], position[:, None])
-    seen = sees(*q, *k)
-    return (seen if window is None else seen & (q[1] - k[1] < window))[:, None]
-
-
-def block_mask(blocks: Blocks, window: int | None = None) -> BlockMask:
-    """The same for FlexAttention, which leaves out the tiles that nobody sees."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
+def block_rule(blocks: Blocks, window: int | None) -> Sees:
+    """`sees` by the numbers of rows. window: how many positions a layer looks back."""
     place, position = blocks.places, blocks.positions
 
-    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    def visible(b: Tensor, h: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
         seen = sees(place[b, q], position[b, q], place[b, k], position[b, k])
         return seen if window is None else seen & (position[b, q] - position[b, k] < window)
 
-    num, rows = place.shape
-    compiled = place.device.type == "cuda"
-    return create_block_mask(visible, num, None, rows, rows, place.device, _compile=compiled)
+    return visible
 
 
 def states_of_blocks(draft: LanguageModel, tokens: Tensor, blocks: Blocks) -> Tensor:
@@ -181,37 +165,14 @@ def states_of_blocks(draft: LanguageModel, tokens: Tensor, blocks: Blocks) -> Te
     shape = (len(tokens), blocks.places.shape[1] - tokens.shape[1])
     assert draft.mask_token is not None
     masks = tokens.new_full(shape, draft.mask_token)
-    flex = _by_flex(draft)
-    with _flex_attention(draft) if flex else nullcontext():
+    with attending(draft, partial(block_rule, blocks), blocks.places.shape) as attention_mask:
         hidden = draft.hidden(
             torch.cat([tokens, masks], 1),
             position_ids=blocks.positions.clamp(max=draft.max_length - 1),
-            attention_mask=by_kind_of_layer(
-                draft, partial(block_mask if flex else boolean_mask, blocks)
-            ),
+            attention_mask=attention_mask,
             use_cache=False,
         )
     return hidden.flatten(0, 1)[blocks.rows]
-
-
-def _by_flex(draft: LanguageModel) -> bool:
-    """Where there is a GPU, and the family has it. PyTorch's own attention knows no soft cap of
-    scores, and decoding takes that one, so a draft that has one is not trained by the other.
-    """
-    capped = getattr(draft.config, "attn_logit_softcapping", None) is not None
-    known = getattr(draft.model, "_supports_flex_attn", False)
-    return draft.device.type == "cuda" and bool(known) and not capped
-
-
-@contextmanager
-def _flex_attention(draft: LanguageModel) -> Iterator[None]:
-    """Within it the draft's layers attend by FlexAttention."""
-    before = draft.config._attn_implementation
-    draft.model.set_attn_implementation("flex_attention")
-    try:
-        yield
-    finally:
-        draft.model.set_attn_implementation(before)
 
 
 def hidden_token_weights(

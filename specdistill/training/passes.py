@@ -5,25 +5,89 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from specdistill.data.signal import States
+from specdistill.decoding.cache import attention_mask
 from specdistill.models import LanguageModel
+from specdistill.training.attention import Sees, attending
 from specdistill.training.batches import Batch
+from specdistill.training.windows import Prefix, piece, spans
 
 
-def states_of(model: LanguageModel, tokens: Tensor, batch: Batch, layers: list[int]) -> States:
-    """[N, d], final and of `layers`. Without a cache, to which a layer that is run again would add
-    its keys again.
+def states_of(
+    model: LanguageModel, tokens: Tensor, batch: Batch, layers: list[int], window: int | None = None
+) -> States:
+    """[N, d], final and of `layers`. A text of more than `window` tokens is read a window at a
+    time, without a gradient: with one, see `Distiller.pieces`.
     """
-    how = {"attention_mask": batch.mask, "use_cache": False}
+    cuts = spans(batch, window)
+    if len(cuts) == 1:
+        with _arguments(model, batch) as how:
+            return _states(model, tokens, batch, layers, how)
+    assert not torch.is_grad_enabled()
+    prefix, parts = Prefix(), []
+    for span in cuts:
+        parts.append(states_of(model, tokens[:, span], piece(batch, span, prefix), layers))
+        prefix.advance()
+    inner = {layer: torch.cat([part.inner[layer] for part in parts]) for layer in layers}
+    return States(torch.cat([part.hidden for part in parts]), inner=inner)
+
+
+def _states(
+    model: LanguageModel, tokens: Tensor, batch: Batch, layers: list[int], how: dict[str, Any]
+) -> States:
     if not layers:
         return States(model.hidden(tokens, **how)[batch.response])
     wanted = [*layers, model.num_layers]
     by_layer = [states[batch.response] for states in model.hidden_after(tokens, wanted, **how)]
     return States(by_layer[-1], inner=dict(zip(layers, by_layer[:-1], strict=True)))
+
+
+@contextmanager
+def _arguments(model: LanguageModel, batch: Batch) -> Iterator[dict[str, Any]]:
+    """What the model is told of a batch's tokens."""
+    if batch.prefix is not None:
+        start = batch.prefix.get_seq_length()
+        slots = torch.arange(start + batch.tokens.shape[1], device=model.device)
+        positions = slots[None, start:]
+        yield {
+            "position_ids": positions,
+            "attention_mask": attention_mask(model, slots, positions),
+            "past_key_values": batch.prefix,
+            "use_cache": True,
+        }
+    elif batch.texts is not None:
+        with attending(model, partial(same_text, batch.texts), batch.tokens.shape) as mask:
+            yield {
+                "position_ids": positions_in(batch.texts),
+                "attention_mask": mask,
+                "use_cache": False,
+            }
+    else:  # without a cache, to which a layer that is run again would add its keys again
+        yield {"attention_mask": batch.mask, "use_cache": False}
+
+
+def same_text(texts: Tensor, window: int | None) -> Sees:
+    """Of a row of several texts [B, S]: a token sees those before it of its own."""
+
+    def sees(b: Tensor, h: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+        seen = (texts[b, q] == texts[b, k]) & (k <= q)
+        return seen if window is None else seen & (q - k < window)
+
+    return sees
+
+
+def positions_in(texts: Tensor) -> Tensor:
+    """[B, S] the place of each token in its text."""
+    place = torch.arange(texts.shape[1], device=texts.device).expand_as(texts)
+    begins = torch.ones_like(texts, dtype=torch.bool)
+    begins[:, 1:] = texts[:, 1:] != texts[:, :-1]
+    return place - place.where(begins, 0).cummax(1).values
 
 
 def after(layer: int, model: LanguageModel, states: States) -> Tensor:

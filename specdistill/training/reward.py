@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import fmean, pstdev
 
 import torch
@@ -146,11 +146,11 @@ def policy_loss(at: Positions, credit: Credit) -> Tensor:
     return linear + (-torch.minimum(gain, clipped).sum() - linear).detach()
 
 
-def cut(credit: Credit | None) -> Credit | None:
-    """Of no tokens."""
+def credit_at(credit: Credit | None, positions: slice) -> Credit | None:
+    """Of some of the N tokens."""
     if credit is None:
         return None
-    return replace(credit, advantages=credit.advantages[:0], log_probs=credit.log_probs[:0])
+    return Credit(credit.advantages[positions], credit.log_probs[positions])
 
 
 def _log_probs(model: LanguageModel, sample: Example) -> Tensor:

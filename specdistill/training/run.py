@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,7 +38,7 @@ from specdistill.training.answers import (
     smaller_writer,
     template_settings,
 )
-from specdistill.training.batches import check_processes, dealt, schedule
+from specdistill.training.batches import dealt, schedule
 from specdistill.training.checkpoints import (
     RunState,
     copy_weights,
@@ -53,6 +52,7 @@ from specdistill.training.losses import configured_objective
 from specdistill.training.pair import read_models
 from specdistill.training.parallel import depths_of, refuse_mask
 from specdistill.training.policies import Source, examples_at, forget_samples
+from specdistill.training.processes import check_processes, first_process
 from specdistill.training.reward import configured_reward, mean_reward
 
 
@@ -134,11 +134,6 @@ def begun(config: DistillConfig, resume: bool) -> Iterator[None]:
     with held(Path(config.run_dir)):
         check_run(config, resume)
         yield
-
-
-def first_process() -> bool:
-    """Of several that train one draft, the one that writes and speaks."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def rate(spent: float, config: DistillConfig) -> float:
@@ -223,6 +218,7 @@ class Run:
                 accelerator.num_processes,
                 self.draft.device,
                 depths_of(config.parallel, spent, f"{config.seed}-{state.step}"),
+                packed=config.training.packing,
             )
             metrics = self.distiller.step(batches, learning_rate)
             state.seconds += time.perf_counter() - start

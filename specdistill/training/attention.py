@@ -1,0 +1,80 @@
+"""Attention in which the rows of a pass see others by a rule: by PyTorch's own, with a mask of
+every pair, or on a GPU by FlexAttention, which leaves out the tiles that nobody sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from specdistill.decoding.cache import by_kind_of_layer
+from specdistill.models import LanguageModel
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+# Whether of batch row b (and head h) row q sees row k, by their numbers, as FlexAttention asks.
+Sees = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
+TILE = 128  # FlexAttention skips tiles of so many rows and columns
+
+
+def whole_tiles(rows: int, device: torch.device) -> int:
+    """Rows of a pass, filled up for FlexAttention where it is taken."""
+    return -(-rows // TILE) * TILE if device.type == "cuda" else rows
+
+
+def boolean_mask(sees: Sees, shape: torch.Size, device: torch.device) -> Tensor:
+    """[B, 1, S, S] for PyTorch's own attention, of a pass [B, S]."""
+    b, s = (torch.arange(size, device=device) for size in shape)
+    return sees(b[:, None, None], None, s[None, :, None], s[None, None])[:, None]
+
+
+def block_mask(sees: Sees, shape: torch.Size, device: torch.device) -> BlockMask:
+    """The same for FlexAttention."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch, rows = shape
+    compiled = device.type == "cuda"
+    return create_block_mask(sees, batch, None, rows, rows, device, _compile=compiled)
+
+
+@contextmanager
+def attending(
+    model: LanguageModel, rule: Callable[[int | None], Sees], shape: torch.Size
+) -> Iterator[Any]:
+    """The attention mask for a pass [B, S] of the model, which attends by the rule within it. The
+    rule is asked for layers of a window, None where they have none.
+    """
+    before, device = model.config._attn_implementation, model.device
+    flex = _by_flex(model)
+
+    def mask(window: int | None) -> Tensor | BlockMask:
+        if flex:
+            return block_mask(rule(window), shape, device)
+        seen = boolean_mask(rule(window), shape, device)
+        if before != "eager":
+            return seen
+        unseen = torch.finfo(model.dtype).min
+        return torch.zeros_like(seen, dtype=model.dtype).masked_fill_(~seen, unseen)
+
+    masks = by_kind_of_layer(model, mask)
+    if flex:
+        model.model.set_attn_implementation("flex_attention")
+    try:
+        yield masks
+    finally:
+        if flex:
+            model.model.set_attn_implementation(before)
+
+
+def _by_flex(model: LanguageModel) -> bool:
+    """Where there is a GPU, and the family has it. PyTorch's own attention knows no soft cap of
+    scores, and decoding takes that one, so a draft that has one is not trained by the other.
+    """
+    capped = getattr(model.config, "attn_logit_softcapping", None) is not None
+    known = getattr(model.model, "_supports_flex_attn", False)
+    return model.device.type == "cuda" and bool(known) and not capped
