@@ -9,15 +9,21 @@ import torch
 from conftest import tiny_model
 from small_runs import make_world, run, settings
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from specdistill import models
+from specdistill.data.signal import read_states
 from specdistill.data.token_store import Example
+from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
 from specdistill.drafts.making import make_draft
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
+from specdistill.scoring.acceptance import acceptance_chances
 from specdistill.training.attention import block_mask, boolean_mask
 from specdistill.training.batches import make_batch, packed_rows
 from specdistill.training.distiller import Distiller
+from specdistill.training.evaluation import Evaluation
 from specdistill.training.passes import positions_in, same_text, states_of
 from specdistill.training.reward import Sample
 from specdistill.training.windows import spans
@@ -62,7 +68,9 @@ def doubles(**config: object) -> tuple[LanguageModel, LanguageModel]:
     return target, make_draft(target, [0, 2], torch.arange(0, 64, 2))
 
 
-def of_family(family: str, **config: object) -> tuple[LanguageModel, LanguageModel]:
+def of_family(
+    family: str, how: str = "sdpa", **config: object
+) -> tuple[LanguageModel, LanguageModel]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     base = tiny_model()
@@ -81,7 +89,12 @@ def of_family(family: str, **config: object) -> tuple[LanguageModel, LanguageMod
             head_dim=8,
             **{k: kinds if v == "kinds" else v for k, v in config.items()},
         )
-        model = AutoModelForCausalLM.from_config(chosen).double().eval().requires_grad_(False)
+        model = (
+            AutoModelForCausalLM.from_config(chosen, attn_implementation=how)
+            .double()
+            .eval()
+            .requires_grad_(False)
+        )
         made.append(LanguageModel(family, Path(), model, base.tokenizer))
     return made[0], made[1]
 
@@ -131,7 +144,7 @@ def test_windows_give_the_loss_and_gradient_of_the_whole_text(
     [
         lambda: of_family("mistral", sliding_window=5),
         lambda: of_family("qwen3", layer_types="kinds", use_sliding_window=True, sliding_window=5),
-        lambda: of_family("gemma2", sliding_window=5),  # computes attention itself, with a cap
+        lambda: of_family("gemma2", "eager", sliding_window=5),
         lambda: doubles(rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
     ],
     ids=["mistral", "qwen3", "gemma2", "yarn"],
@@ -272,3 +285,64 @@ def test_a_packed_run_resumes_to_the_bit(world: dict[str, str], tmp_path: Path) 
 def test_a_parallel_draft_is_not_packed(world: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"training\.packing does not go with parallel: the masks"):
         settings(world, tmp_path, parallel={}, training={"packing": True})
+
+
+# Memory
+
+VOCABULARY = 1024
+LENGTHS = [4096, pytest.param(16_384, marks=pytest.mark.slow)]
+
+
+class Largest(TorchDispatchMode):
+    """The most values of any tensor that is made within it."""
+
+    values = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            if isinstance(made, Tensor):
+                self.values = max(self.values, made.numel())
+        return out
+
+
+def long_pair() -> tuple[LanguageModel, LanguageModel]:
+    target = tiny_model(vocab=VOCABULARY, layers=2, max_position_embeddings=32_768)
+    return target, make_draft(target, [0], None)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_long_text_is_learnt_within_a_windows_memory(length: int) -> None:
+    """Trained with a live target and measured: neither a value for each two tokens, nor one for
+    each token and each of the vocabulary.
+    """
+    target, draft = long_pair()
+    training = {"batch_tokens": 512, "chunk": 128}
+    world = {"target": "t", "data": "a", "draft": "d"}
+    config = settings(world, Path("x"), signal="live", decode=None, training=training)
+    distiller = Distiller(target, draft, config)
+    example = text("long", 64, length - 64)
+    with Largest() as largest:
+        distiller.step([make_batch([example], 0, CPU)], 1e-3)
+        Evaluation(distiller, [example], config).measure()
+    assert 0 < largest.values <= 512 * length < length * VOCABULARY < length * length
+    with Largest() as largest:
+        read_states(target, example.prompt_tokens, example.response_tokens)
+    assert 0 < largest.values < length * VOCABULARY
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_long_prompt_is_scored_within_a_passes_memory(length: int) -> None:
+    target, draft = long_pair()
+    prompt = text("long", length, 1).prompt_tokens
+    decoder = SpeculativeDecoder(target, ModelDrafter(draft, VOCABULARY), num_draft_tokens=3)
+    with Largest() as largest:
+        (output,) = decoder.generate(
+            [prompt], max_new_tokens=6, sampling=Sampling(1.0), seed=1
+        ).outputs
+        chances = acceptance_chances(target, draft, prompt, output, 1.0)
+    assert len(chances) == sum(r.tested for r in output.rounds)
+    # The mask of 512 queries, repeated for the two heads that share keys.
+    assert 0 < largest.values <= 2 * 512 * (length + 64)

@@ -17,6 +17,7 @@ from specdistill.models import LanguageModel
 from specdistill_kernels import TargetTopK, keep_top_k
 
 STATES, NONE = "states", "none"
+LOGIT_ROWS = 512  # of logits that are held at a time
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,20 @@ def keep(target: LanguageModel, states: States, signal: str) -> tuple[Signal, fl
     k = kept_tokens(signal)
     if k is None:
         return states, 0.0
-    logits = target.logits(states.hidden)
-    top = keep_top_k(logits, k)
-    return TopK.of(top), alpha_cost(logits, top.tokens).sum().item()
+    parts, cost = [], 0.0
+    for rows in states.hidden.split(LOGIT_ROWS):
+        logits = target.logits(rows)
+        top = keep_top_k(logits, k)
+        parts.append(TopK.of(top))
+        cost += alpha_cost(logits, top.tokens).sum().item()
+    whole = joined(parts)
+    assert isinstance(whole, TopK)
+    return whole, cost
+
+
+def logsumexps(target: LanguageModel, hidden: Tensor, chunk: int = LOGIT_ROWS) -> Tensor:
+    """Of the logits [N, V] of states [N, d], [N]; `chunk` rows of them are held at a time."""
+    return torch.cat([target.logits(rows).logsumexp(-1) for rows in hidden.split(chunk)])
 
 
 def token_log_probs(model: LanguageModel, states: States, tokens: Sequence[int] | Tensor) -> Tensor:
@@ -137,7 +149,7 @@ def read_states(target: LanguageModel, prompt: list[int], response: list[int]) -
     """
     tokens = torch.tensor([prompt + response], device=target.device)
     hidden = target.hidden(tokens)[0, len(prompt) - 1 : -1].clone()
-    return States(hidden, target.logits(hidden).logsumexp(-1))
+    return States(hidden, logsumexps(target, hidden))
 
 
 def alpha_cost(logits: Tensor, tokens: Tensor) -> Tensor:

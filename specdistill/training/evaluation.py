@@ -84,10 +84,11 @@ def with_answers(distiller: Distiller, target: LanguageModel, batch: Batch) -> B
     assert signal is not None
     if isinstance(signal, TopK):
         return replace(batch, signal=signal, best=signal.tokens[:, 0].long())
-    chunks = signal.hidden.split(distiller.chunk)
-    logits = [target.logits(rows) for rows in chunks]
-    logsumexp = torch.cat([part.logsumexp(-1) for part in logits])
-    best = torch.cat([part.argmax(-1) for part in logits])
+    parts = []
+    for rows in signal.hidden.split(distiller.chunk):
+        logits = target.logits(rows)
+        parts.append((logits.logsumexp(-1), logits.argmax(-1)))
+    logsumexp, best = map(torch.cat, zip(*parts, strict=True))
     return replace(batch, signal=States(signal.hidden, logsumexp), best=best)
 
 

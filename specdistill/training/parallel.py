@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from specdistill.config import Parallel
-from specdistill.data.signal import Signal, States, TopK, token_log_probs
+from specdistill.data.signal import Signal, States, TopK, logsumexps, token_log_probs
 from specdistill.data.token_store import Example
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, choose_mask_token, set_parallel
@@ -198,8 +198,7 @@ def label_probabilities(
         rest = target.vocab_size - signal.tokens.shape[1]
         return torch.where(match.any(-1), p, signal.log_tail.exp() / rest)
     if signal.logsumexp is None:
-        parts = [target.logits(rows).logsumexp(-1) for rows in signal.hidden.split(chunk)]
-        signal = States(signal.hidden, torch.cat(parts))
+        signal = States(signal.hidden, logsumexps(target, signal.hidden, chunk))
     return token_log_probs(target, signal, labels).exp()
 
 
