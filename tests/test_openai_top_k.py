@@ -90,9 +90,13 @@ class Served:
 
 
 def asked(
-    target: LanguageModel, urls: list[str], out: Path, refused: dict[str, str] | None = None
+    target: LanguageModel,
+    urls: list[str],
+    out: Path,
+    refused: dict[str, str] | None = None,
+    concurrency: int = 2,
 ) -> dict[str, Example]:
-    servers = [Server(url, "big", 2) for url in urls]
+    servers = [Server(url, "big", concurrency) for url in urls]
     refused = {} if refused is None else refused
 
     def decoder(model: LanguageModel, _: int) -> TopKAnswers:
@@ -138,6 +142,14 @@ def test_a_server_that_fails_loses_nothing(target: LanguageModel, tmp_path: Path
     with serving(served) as (url, fake):
         assert asked(target, [url], tmp_path / "broken").keys() == found.keys()
         assert len(fake.asked) == len(PROMPTS) - len(kept)
+
+
+def test_few_prompts_are_shared_out(target: LanguageModel, tmp_path: Path) -> None:
+    served = Served(target)
+    with serving(served) as (one_url, one), serving(served) as (other_url, other):
+        found = asked(target, [one_url, other_url], tmp_path / "out", concurrency=64)
+    assert found.keys() == {p.id for p in PROMPTS}
+    assert [len(one.asked), len(other.asked)] == [5, 5]
 
 
 def test_what_one_server_refuses_is_asked_of_the_other(

@@ -215,10 +215,11 @@ class TopKAnswers:
                         waiting.remove(request)
                         reason = list(reasons[request.id].values())[-1]
                         self.refused[request.id.partition("\n")[0]] = str(reason)
-                many = [work(line) for line in left for _ in range(line.server.concurrency)]
+                most = max(line.server.concurrency for line in left)
+                turns = [line for i in range(most) for line in left if i < line.server.concurrency]
                 async with asyncio.TaskGroup() as group:
-                    for each in many:
-                        group.create_task(each)
+                    for line in turns:  # by turns, so that few questions do not go to one alone
+                        group.create_task(work(line))
         finally:
             for line in lines:
                 await line.client.close()
