@@ -77,8 +77,10 @@ class Tokens:
 
 
 def read_top_k(reply: Any, tokens: Tokens, request: Request, k: int) -> RowRound:
-    """The answer of a reply, as one row. Raises `NoAnswer` for one that does not tell `k` tokens at
-    each place, or whose prompt has other tokens than the request.
+    """The answer of a reply, as one row. vLLM tells the sampled token in the place of the last
+    where it is not among the most probable; its probability and the tail's are exact then, too.
+    Raises `NoAnswer` for a reply that does not tell `k` tokens at each place, or whose prompt has
+    other tokens than the request.
     """
     choice = reply.choices[0]
     prompt = getattr(reply, "prompt_token_ids", None)
