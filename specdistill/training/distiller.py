@@ -126,6 +126,8 @@ class Distiller:
             lr=training.learning_rate,
             weight_decay=training.weight_decay,
             betas=(0.9, 0.95),
+            # In one pass over the weights, where the plain loop takes a sixth of a small update.
+            fused=self.draft.device.type == "cpu" and trained is self,
         )
         self.optimizer = accelerator.prepare(optimizer)
         self.loss = loss if trained is not self else accelerator.prepare(loss)
