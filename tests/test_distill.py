@@ -552,7 +552,8 @@ def test_the_rate_warms_up_and_decays(world: dict[str, str]) -> None:
     assert rates[0] == pytest.approx(0.01)
     assert max(rates) == pytest.approx(1.0)
     assert rates.index(max(rates)) == 10
-    assert rates[-1] == pytest.approx(0.1)
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[-1] == pytest.approx(0.02)
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 

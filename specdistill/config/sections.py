@@ -104,7 +104,7 @@ class Training(Section):
         1, description="forward passes in one update, over all processes together"
     )
     learning_rate: Positive = Field(
-        2e-3, description="AdamW's highest learning rate; a cosine lowers it to a tenth"
+        2e-3, description="AdamW's highest learning rate; it falls in a straight line to a fiftieth"
     )
     warmup: Share = Field(
         0.05, lt=1, description="share of the budget in which the learning rate rises"
