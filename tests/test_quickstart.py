@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cards import simulate
 from conftest import tiny_model
 from small_runs import padded_target
 from test_cli import run
 
 from specdistill import models, quickstart
+from specdistill.config import load_config
 from specdistill.data.chat import encoded
 from specdistill.data.prompts import load_prompts
 from specdistill.decoding import SpeculativeDecoder
@@ -22,7 +24,7 @@ from specdistill.errors import InputError, SpecDistillError
 from specdistill.models import LanguageModel
 from specdistill.quickstart import loop
 from specdistill.quickstart import plan as plans
-from specdistill.quickstart.loop import early_stop
+from specdistill.quickstart.loop import early_stop, training_precision
 from specdistill.quickstart.plan import LENGTHS, SHARE, Plan, Speed, Task, choose, divide
 from specdistill.scoring.scorecard import Scorecard
 
@@ -133,6 +135,8 @@ def test_a_command_takes_somebodys_model_to_a_verdict(
     for seconds, what in (("answer", "answers of up to"), ("train", "first 1 of 4 layers")):
         assert f"up to {plan[f'{seconds}_seconds']:.0f} seconds: " in done.err
         assert what in done.err
+    precision = load_config(folder / "config.yaml").training.precision
+    assert precision == training_precision(models.load(str(target)))
     card, draft = Scorecard.read(folder / "scorecard.json"), models.load(str(folder / "draft"))
     assert card.verdict.reason in done.out
     assert (draft.num_layers, draft.vocab_size) == (1, 32)
@@ -155,6 +159,11 @@ def test_a_target_without_an_unused_token_is_refused_a_parallel_draft(
     done = run(*asked, "--drafting", "parallel", "--run-dir", tmp_path / "run")
     assert done.code == 2, done.err
     assert "no unused token for a parallel draft's mask" in " ".join(done.err.split())
+
+
+def test_a_draft_is_trained_in_the_precision_of_its_target() -> None:
+    for dtype, precision in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        assert training_precision(tiny_model(dtype=dtype)) == precision
 
 
 def test_the_least_reach_is_by_the_cost_of_a_draft_step() -> None:

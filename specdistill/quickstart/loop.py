@@ -14,6 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Literal
+
+import torch
 
 from specdistill import models
 from specdistill.config import Parallel
@@ -135,6 +138,7 @@ def quickstart(
             max_seconds=plan.train_seconds,
             batch_tokens=plan.batch_tokens,
             learning_rate=plan.learning_rate,
+            precision=training_precision(target),
             parallel=parallel_training(plan),
         )
     early = early_stop(before, plan)
@@ -154,6 +158,13 @@ def parallel_training(plan: Plan) -> Parallel | None:
     if plan.drafting == "autoregressive":
         return None
     return Parallel(ordinary=0.5, num_draft_tokens=max(plan.num_draft_tokens))
+
+
+def training_precision(target: LanguageModel) -> Literal["fp32", "bf16"]:
+    """Half precision where the target is read in it: the device is then fast in it, and a run makes
+    nearly half as many updates again.
+    """
+    return "bf16" if target.dtype == torch.bfloat16 else "fp32"
 
 
 def early_stop(before: Scorecard, plan: Plan) -> dict[int, float]:
