@@ -25,7 +25,7 @@ from specdistill import models
 from specdistill.data.chat import encode_example, encode_prompt
 from specdistill.data.generation import generate
 from specdistill.data.likeness import split_prompts
-from specdistill.data.messages import said_beside
+from specdistill.data.messages import checked_messages, said_beside
 from specdistill.data.prompts import Prompt, load_prompts, turns_of
 from specdistill.data.rewriting import rewriting
 from specdistill.data.settings import distinct, settings_of
@@ -408,6 +408,50 @@ CALLS = {
         '[TOOL_RESULTS] "21"[/TOOL_RESULTS]',
     ),
 }
+
+
+CALLING = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for c in m.tool_calls %}<call>WRITTEN</call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+AS_JSON = '{"city": "Oslo", "days": 2}'
+
+
+@pytest.mark.parametrize("given", [ARGUMENTS, AS_JSON], ids=["object", "text"])
+@pytest.mark.parametrize(
+    ("written", "seen"),
+    [
+        ("{{ c.function.arguments | tojson }}", AS_JSON),
+        ("{{ c.function | tojson }}", f'{{"name": "weather", "arguments": {AS_JSON}}}'),
+        ("{% for k, v in c.function.arguments.items() %}{{ k }}: {{ v }};{% endfor %}", None),
+        ("{{ c.function.name + '(' + c.function.arguments + ')' }}", f"weather({AS_JSON})"),
+        ("{{ c.function.arguments }}", AS_JSON),
+        ("{{ c.function.name ~ ' ' ~ c.function.arguments }}", f"weather {AS_JSON}"),
+        ("{{ c.function.arguments.city ~ (c.function.arguments['days'] + 1) }}", "Oslo3"),
+    ],
+)
+def test_arguments_are_what_the_template_can_write(
+    written: str, seen: str | None, given: object
+) -> None:
+    """As an object, or as the text of its JSON, whichever form the row has."""
+    tokenizer = byte_tokenizer(CALLING.replace("WRITTEN", written))
+    talk = [user("Warm?"), assistant("", tool_calls=[call(given)]), tool("21"), assistant("Yes.")]
+    calling, telling = conversation(*checked_messages(talk, "talk.jsonl, line 1"))
+    spoken = seen or "city: Oslo;days: 2;"
+    tokens, start = example(tokenizer, calling)
+    assert tokenizer.decode(tokens[start:]) == f"<call>{spoken}</call><|im_end|>"
+    tokens, start = example(tokenizer, telling)
+    assert f"<call>{spoken}</call>" in tokenizer.decode(tokens[:start])
+
+
+def test_arguments_that_no_form_fits_are_refused_for_the_usual_one() -> None:
+    written = (
+        "{{ raise_exception('no ' ~ ('text' if c.function.arguments is string else 'call')) }}"
+    )
+    tokenizer = byte_tokenizer(CALLING.replace("WRITTEN", written))
+    talk = [user("Warm?"), assistant("", tool_calls=[call()]), tool("21"), assistant("Yes.")]
+    with pytest.raises(InputError, match="chat template refuses these messages: no call"):
+        example(tokenizer, conversation(*talk)[1])
 
 
 @pytest.mark.parametrize("name", CALLS)

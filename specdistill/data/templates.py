@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 # What a template that tells the date is told: else the tokens of one file change overnight.
 DATE = datetime.datetime(2026, 1, 1)
+PROBE = {"an argument of no function": True}
 MOST_STEPS = 1_000_000  # that a template may count in one rendering
 
 
@@ -85,7 +87,55 @@ def rendered(
     *,
     header: bool,
 ) -> str:
-    """The text of the messages. Raises `InputError` where the template fails on them."""
+    """The text of the messages. Arguments of tool calls are objects; templates that cannot write
+    those, or write them as Python would, get the text of their JSON. Raises `InputError` where the
+    template fails on them.
+    """
+
+    def written(form: Callable[[Mapping[str, Any]], Any]) -> str:
+        return _rendered(tokenizer, prompt, [_calling(m, form) for m in messages], header)
+
+    def as_text(arguments: Mapping[str, Any]) -> str:
+        return json.dumps(arguments, ensure_ascii=False)
+
+    def by_python() -> bool:
+        """Known arguments show how any are written: JSON has no True."""
+        try:
+            return repr(PROBE) in written(lambda arguments: PROBE)
+        except InputError:  # it reads what these have not
+            return False
+
+    calls = any(message.get("tool_calls") for message in messages)
+    try:
+        text = written(dict)
+    except InputError as fault:
+        if not calls:
+            raise
+        try:
+            return written(as_text)
+        except InputError:
+            raise fault from fault.__cause__  # of the usual form
+    return written(as_text) if calls and by_python() else text
+
+
+def _calling(
+    message: Mapping[str, Any], form: Callable[[Mapping[str, Any]], Any]
+) -> dict[str, Any]:
+    """A message with the arguments of its tool calls in another form."""
+    calls = []
+    for call in message.get("tool_calls", ()):
+        function = call.get("function", call)
+        function = {**function, "arguments": form(function["arguments"])}
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": calls} if calls else dict(message)
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    messages: list[dict[str, Any]],
+    header: bool,
+) -> str:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     template = template_of(tokenizer, prompt)
@@ -95,7 +145,7 @@ def rendered(
         known = _compile_jinja_template(template).environment.globals
         known |= {"strftime_now": DATE.strftime, "range": _Steps()}
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            messages,
             chat_template=template,
             tokenize=False,
             add_generation_prompt=header,
