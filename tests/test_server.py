@@ -508,20 +508,25 @@ def test_a_vllm_server_tells_the_targets_most_probable_tokens(
         assert done.code == 2, done.err
         assert "max allowed: 20" in " ".join(done.out.split()), done.out
     target = models.load(str(world["target"]), dtype="float32")
-    best = []
+    greedy_texts = outside = 0
     for example in read_examples(tmp_path / "out", signal=True):
+        said, signal = torch.tensor(example.response_tokens), example.signal
         states = read_states(target, example.prompt_tokens, example.response_tokens)
+        log_p = target.logits(states.hidden).log_softmax(-1)
         expected, _ = keep(target, states, "top-k:20")
-        assert example.signal.tokens.tolist() == expected.tokens.tolist()
+        kept = signal.tokens.long()
+        # vLLM tells the token it sampled in the place of the last where that is not among them.
+        others = (kept != expected.tokens).nonzero().tolist()
+        assert all(place == 19 and kept[row, 19] == said[row] for row, place in others)
+        outside += len(others)
+        greedy_texts += bool((said == log_p.argmax(-1)).all())
         torch.testing.assert_close(
-            example.signal.log_probs.float(), expected.log_probs.float(), atol=2e-3, rtol=2e-3
+            signal.log_probs.float(), log_p.gather(-1, kept), atol=2e-3, rtol=2e-3
         )
-        torch.testing.assert_close(example.signal.log_tail, expected.log_tail, atol=2e-3, rtol=2e-3)
-        best.append(
-            [t == e for t, e in zip(example.response_tokens, expected.tokens[:, 0], strict=True)]
-        )
-    assert any(all(row) for row in best), "some are greedy, without a penalty"
-    assert not all(all(row) for row in best), "and some are sampled from more than one token"
+        tail = 1 - log_p.gather(-1, kept).exp().sum(-1)
+        torch.testing.assert_close(signal.log_tail.float().exp(), tail, atol=1e-4, rtol=2e-3)
+    assert 0 < greedy_texts < 12, "some are greedy, without a penalty, and some are sampled"
+    assert outside, "and from more than the most probable tokens"
     where = {"target": str(world["target"]), "draft": str(world["made"])}
     where["data"] = str(tmp_path / "out")
     assert distilled(settings(where, tmp_path / "run", signal="kept", heldout=4))
