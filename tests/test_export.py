@@ -221,6 +221,19 @@ def test_a_draft_that_is_not_trimmed_goes_with_its_figures(tmp_path: Path) -> No
     assert {file.name for file in tmp_path.iterdir()} == {"run", "out", "out.part"}
 
 
+def test_the_draft_gets_as_many_rows_for_tokens_as_its_target(tmp_path: Path) -> None:
+    """As vLLM demands, padding included; rows that only pad are out of reach."""
+    save_draft(tiny_model(1, layers=3, vocab=72), tmp_path / "target")
+    save_draft(make_draft(leaning(), [0, 1]), tmp_path / "draft")
+    out = tmp_path / "out"
+    done = export(str(tmp_path / "draft"), out, "vllm", target_name=str(tmp_path / "target"))
+    assert json.loads((out / "config.json").read_text())["vocab_size"] == done.vocab_size == 72
+    target, draft = (models.load(str(folder)) for folder in (tmp_path / "target", out))
+    models.check_sizes(target, draft)
+    logits = draft.logits(draft.hidden(making.random_texts(draft, rows=4) % 64))
+    assert (logits.softmax(-1)[..., 64:] < 1e-9).all()
+
+
 # Parallel drafts
 
 MASK = 62  # not among IDS

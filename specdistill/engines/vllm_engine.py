@@ -20,7 +20,7 @@ from specdistill.engines.vllm_process import (
 )
 from specdistill.errors import DecodingError, InputError
 
-GRACE_SECONDS = 10
+GRACE_SECONDS = 60  # for an engine to give its memory back
 MEMORY_SHARE = 0.9  # of an accelerator, for an engine
 Runner = Literal["V1", "V2"]
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"  # the environment's word for it
@@ -88,6 +88,9 @@ def started(
             _check_memory(weight_bytes, begun["memory_bytes"])
             engine.facts = begun | _loaded(engine, settings, weight_bytes, begun, runner)
             yield engine
+        except BaseException:
+            process.kill()
+            raise
         finally:
             _end(process)
 
@@ -133,7 +136,7 @@ def _check_memory(weight_bytes: int, memory_bytes: int | None) -> None:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Its input ends, so it does; one that is still loading is ended."""
+    """Its input ends, so it does."""
     try:
         process.communicate(timeout=GRACE_SECONDS)
     except subprocess.TimeoutExpired:
