@@ -47,7 +47,7 @@ from specdistill.models import (
 )
 from specdistill.models.checkpoint_files import weight_files
 from specdistill.models.hashes import file_sha256, model_sha256
-from specdistill.models.head_only import load_head
+from specdistill.models.head_only import load_head, load_outline
 from specdistill.models.packed_linear import Joined, packs
 from specdistill.models.packing import PackedLinear, is_packed, pack
 from specdistill_kernels import probabilities
@@ -1112,6 +1112,19 @@ def test_the_head_alone_is_that_of_the_whole_model(tiny: Tiny, tmp_path: Path, k
     assert torch.equal(bare.head.weight, stock.lm_head.weight)
     assert torch.equal(whole.head.weight, stock.lm_head.weight)
     assert bare.sha256() == whole.sha256()
+
+
+@pytest.mark.parametrize("read", [load, load_head, load_outline])
+def test_what_ends_an_answer_may_be_said_in_the_generation_config_alone(
+    tiny: Tiny, tmp_path: Path, read: Any
+) -> None:
+    model = tiny(0)
+    model.model.generation_config.eos_token_id = [0, 17]
+    save_draft(model, tmp_path / "m")
+    assert 17 in read(str(tmp_path / "m"), dtype="float32").eos_ids
+    (tmp_path / "m" / "generation_config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot load"):
+        read(str(tmp_path / "m"), dtype="float32")
 
 
 def test_only_the_files_of_the_model_are_hashed_and_downloaded(

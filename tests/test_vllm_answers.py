@@ -46,6 +46,7 @@ class LLM:
         if given.get("fail"):
             raise RuntimeError(given["fail"])
         assert given["worker_extension_cls"] == "specdistill_vllm.Signal", given
+        assert os.path.isdir(given["model"]), given
         self.llm_engine = self
         model = Names(dtype="torch." + given["dtype"], quantization=given.get("quantization"))
         self.vllm_config = Names(model_config=model)
@@ -159,6 +160,14 @@ def test_every_request_is_answered_once_by_several_workers(
         "dtype": "float64",
         "quantization": None,
     }
+
+
+def test_a_target_is_named_from_where_the_command_runs(
+    target: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(target.path.parent)
+    here = replace(target, path=Path(target.path.name))
+    assert len(answered(here, stand_in(tmp_path), tmp_path / "out", 2)) == 2
 
 
 def test_its_signal_is_kept_as_it_is(target: LanguageModel, tmp_path: Path) -> None:

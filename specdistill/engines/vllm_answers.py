@@ -226,7 +226,7 @@ class Answers(AbstractContextManager["Answers"]):
             "keep": self.keep,
             "top_k": self.top_k,
             "engine": {
-                "model": str(self.target.path),
+                "model": str(self.target.path.absolute()),  # it works in a folder of its own
                 "dtype": str(self.target.dtype).removeprefix("torch."),
                 "max_model_len": self.longest,
                 "max_num_seqs": self.batch_size,

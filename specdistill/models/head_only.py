@@ -15,7 +15,12 @@ from specdistill.errors import ModelError, first_line
 from specdistill.limits import Dtype
 from specdistill.models import LanguageModel, choose_device, choose_dtype, load, locate
 from specdistill.models.checkpoint_files import weight_files
-from specdistill.models.loading import check_numbers, read_tokenizer, read_vocab
+from specdistill.models.loading import (
+    check_numbers,
+    read_generation_config,
+    read_tokenizer,
+    read_vocab,
+)
 from specdistill.models.support import check_decodable, empty_model, read_config
 
 
@@ -58,6 +63,7 @@ def load_head(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> Lang
         setattr(real, label, nn.Parameter(part.to(where, kind), requires_grad=False))
     check_numbers(name, real)
     model.to(kind).set_output_embeddings(real)
+    read_generation_config(name, path, model)
     tokenizer = read_tokenizer(name, path)
     return LanguageModel(name, path, model.eval().requires_grad_(False), tokenizer, vocab)
 
@@ -67,8 +73,6 @@ def load_outline(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> L
     and no pass. `dtype` "auto" is that of `device`. Raises `ModelError` as `load`, but for weights,
     which it does not read.
     """
-    from transformers import GenerationConfig
-
     path = locate(name)
     kind = choose_dtype(dtype, torch.device(choose_device(device)))
     config = read_config(name, path)
@@ -76,11 +80,7 @@ def load_outline(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> L
     weight_files(path)
     vocab = read_vocab(path, config.get_text_config().vocab_size)
     model = empty_model(name, config).to(kind).eval().requires_grad_(False)
-    try:
-        if (path / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load {name}: {first_line(error)}") from error
+    read_generation_config(name, path, model)
     return LanguageModel(name, path, model, read_tokenizer(name, path), vocab)
 
 

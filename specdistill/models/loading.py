@@ -28,7 +28,7 @@ from specdistill.models.randomness import Unfilled
 from specdistill.models.support import check_decodable, read_config, settle_window
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOLERANCE = 1e-4  # of the largest logit, in float32: far above rounding
 
@@ -37,7 +37,7 @@ def load(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageM
     """Load a target or a draft for inference. Raises `ModelError` where it is missing or damaged,
     cannot be decoded step by step, or needs code out of its own folder.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     path = locate(name)
     where = torch.device(choose_device(device))
@@ -72,8 +72,7 @@ def load(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageM
             }
             missing, unexpected = model.load_state_dict(weights, strict=False)
             missing += unexpected
-            if (path / "generation_config.json").exists():
-                model.generation_config = GenerationConfig.from_pretrained(path)
+        read_generation_config(name, path, model)  # Transformers passes over a damaged one
         if missing:  # transformers would fill them with random numbers
             raise ValueError(
                 f"its weights and its config.json disagree on {', '.join(sorted(missing)[:3])}"
@@ -87,6 +86,17 @@ def load(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageM
         raise ModelError(f"cannot load {name}: {first_line(error)}") from error
     vocab = None if vocab is None else vocab.to(where)
     return _with_known_logits(LanguageModel(name, path, model, read_tokenizer(name, path), vocab))
+
+
+def read_generation_config(name: str, path: Path, model: PreTrainedModel) -> None:
+    """Which tokens end an answer may be said there alone. Raises `ModelError`."""
+    from transformers import GenerationConfig
+
+    try:
+        if (path / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {name}: {first_line(error)}") from error
 
 
 def check_all_read(
