@@ -169,7 +169,7 @@ def test_what_one_server_refuses_is_asked_of_the_other(
 
     refused: dict[str, str] = {}
     with serving(patient) as (good_url, good), serving(without) as (bad_url, bad):
-        found = asked(target, [good_url, bad_url], tmp_path / "out", refused)
+        found = asked(target, [bad_url, good_url], tmp_path / "out", refused)
     assert found.keys() == {p.id for p in PROMPTS}
     assert refused == {}
     assert sorted(good.asked) == sorted(p.messages[0]["content"] for p in PROMPTS)
