@@ -220,7 +220,8 @@ def our_step(
     response = torch.ones_like(tokens, dtype=torch.bool)
     response[:, -1] = False
     labels = tokens[:, 1:].flatten()
-    batch = Batch(tokens, torch.ones_like(tokens), response, labels, States(states))
+    lengths = response.sum(1)
+    batch = Batch(tokens, torch.ones_like(tokens), response, lengths, labels, States(states))
     return lambda: distiller.step([batch], 1e-3).loss
 
 
