@@ -99,10 +99,8 @@ def generate(
     target = target if isinstance(target, LanguageModel) else target()
     author = target if writer is None else _writer(writer, target)
     if match is not None and best_of is not None:
-        ratio = target.parameters() / author.parameters() if match == "compute" else match
-        matched = replace(best_of, number=matched_number(best_of.number, ratio))
+        matched = _matched(best_of, match, target, author, note)
         selection = replace(selection, best_of=matched)
-        note(f"{matched.number} answers of {author.name} for {best_of.number} of the target's")
     settings = {
         "max_new_tokens": max_new_tokens,
         "seed": seed,
@@ -114,18 +112,16 @@ def generate(
     }
     manifest = _manifest(target, prompts, settings, signal)
     manifest.writer_parameters = None if writer is None else author.parameters()
-    decoder: AnyDecoder
     other = rereading = None
     if outside is not None:
-        decoder = other = outside.decoder(author, batch_size)
+        other = outside.decoder(author, batch_size)
         rereading = outside.reader and Rereading(outside.reader, outside.name)
-    else:
-        decoder = SpeculativeDecoder(
-            author,
-            batch_size=batch_size,
-            timed=False,
-            keep_hidden=selection.reads_log_probability or (signal != NONE and writer is None),
-        )
+    decoder: AnyDecoder = other or SpeculativeDecoder(
+        author,
+        batch_size=batch_size,
+        timed=False,
+        keep_hidden=selection.reads_log_probability or (signal != NONE and writer is None),
+    )
     questions = {
         p.id: Question(p, _tokens(target, p, max_new_tokens), own_sampling(samplings, seed, p.id))
         for p in prompts
@@ -157,6 +153,20 @@ def generate(
     if rereading is not None and rereading.line:
         note(rereading.line)
     return asking.store
+
+
+def _matched(
+    best_of: BestOf,
+    match: Literal["compute"] | float,
+    target: LanguageModel,
+    author: LanguageModel,
+    note: Note,
+) -> BestOf:
+    """As many answers of the author as cost what `best_of` of the target do."""
+    ratio = target.parameters() / author.parameters() if match == "compute" else match
+    matched = replace(best_of, number=matched_number(best_of.number, ratio))
+    note(f"{matched.number} answers of {author.name} for {best_of.number} of the target's")
+    return matched
 
 
 @dataclass

@@ -95,8 +95,7 @@ def score(
     target_card, draft_card = model_card(target), model_card(draft)
     weight_ratio = draft_card.weight_bytes / target_card.weight_bytes
     verification = Verification.of(mode, lenience)
-    settings = [(t, g) for t in temperatures for g in decoders if g]
-    rows: list[Row] = []
+    settings, rows = [(t, g) for t in temperatures for g in decoders if g], list[Row]()
     for t, g in settings:
         progress("evidence", len(rows), len(settings), "expected acceptance")
         reach = draftings[g].least_reach
