@@ -4,8 +4,8 @@
 
 Starts from the tiles in use and changes one tile after the other, each with its warps, to the pair
 that takes the least time over the calls that it is a part of; times are of CUDA graphs with a cold
-L2 cache. Prints the entry of the kernels' own table, `TILES` in `divergences/triton_backend.py`, to
-be put there, and writes every time tried to DIR/tune.json.
+L2 cache. Prints the entries of the kernels' own tables, `TILES` in `verification/launch.py` and in
+`divergences/triton_backend.py`, to be put there, and writes every time tried to DIR/tune.json.
 `python -m specdistill_kernels.aot` then compiles what the tables may choose. No kernel has a
 product of matrices, so there are no stages of loads to choose.
 """
@@ -71,7 +71,7 @@ def run(session: Session) -> None:
     watch = Stopwatch(session)
     watch.seconds = 0.02
     start = time.monotonic()
-    lines = [tune_losses(session, watch)]
+    lines = [tune_losses(session, watch), tune_verification(session, watch)]
     session.report |= {"table": lines, "tuned_seconds": time.monotonic() - start}
     raised = [entry["what"] for entry in session.report["tried"] if "raised" in entry]
     session.check("tiles were tried", len(raised) < len(session.report["tried"]), raised=raised)
@@ -124,6 +124,55 @@ def tune_losses(session: Session, watch: Stopwatch) -> str:
         found = best(session, watch, f"losses, {name}", getattr(tiles, name), 4, calls)
         tiles = tiles._replace(**{name: backend.Tile(*found)})  # type: ignore[arg-type]
     return f'divergences/triton_backend.py: "{device_class(session.device)}": {tiles},'
+
+
+def tune_verification(session: Session, watch: Stopwatch) -> str:
+    """Each tile that has warps of its own, over calls that filter where it is a filter's; all
+    count, so that none gains at another's cost.
+    """
+    from specdistill_kernels import RowSettings
+    from specdistill_kernels.verification import launch
+    from specdistill_kernels.verification import triton_backend as backend
+
+    num, width = (2, 64) if session.smoke else (5, 151_936)
+    made = []
+    for batch in (2,) if session.smoke else (1, 32):
+        target = session.normal(batch, num + 1, width).to(torch.bfloat16)
+        seeds = session.integers(2**62, batch)
+        warm = torch.full((batch,), 0.7, device=session.device)
+        rows = RowSettings(warm, seeds, torch.zeros_like(seeds))
+        tokens = session.integers(width, batch, num)
+        lengths = torch.full((batch,), num, device=session.device)
+        for settings in (rows, rows._replace(top_p=torch.full_like(warm, 0.95))):
+            made.append(
+                partial(
+                    backend.verify,
+                    tokens,
+                    target[:, :num].clone(),
+                    target,
+                    settings,
+                    lengths=lengths,
+                    draft_vocab=None,
+                    draft_lse=None,
+                    point_mass=None,
+                    mode="token",
+                    lenience=None,
+                )
+            )
+    tiles = launch.tiles_for(session.device, 1, num, width)
+    for name in launch.Tiles._fields:
+        warps = f"{name}_warps"
+        if warps not in launch.Tiles._fields:
+            continue
+
+        def calls(pair: Pair, name: str = name, warps: str = warps, now: Any = tiles) -> list[Any]:
+            changed = now._replace(**{name: pair[0], warps: pair[1]})
+            return [partial(call, tiles=changed) for call in made]
+
+        now = getattr(tiles, name), getattr(tiles, warps)
+        found = best(session, watch, f"verify, {name}", now, 32, calls)
+        tiles = tiles._replace(**{name: found[0], warps: found[1]})
+    return f'verification/launch.py: "{device_class(session.device)}": {tiles},'
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from bench import gpu_tune
 from bench.gpu_session import Session
 from specdistill_kernels.divergences import triton_backend as losses
+from specdistill_kernels.verification import launch
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -55,12 +56,12 @@ def test_the_quickest_is_chosen_and_a_tie_leaves_what_is(tmp_path: Path) -> None
 def test_it_runs_and_prints_entries_of_the_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On tiny shapes, with the two tiles of each that are tried first."""
+    """On tiny shapes, with two tiles of each."""
     monkeypatch.setattr(gpu_tune, "candidates", lambda now, most: [now, (now[0] // 2, now[1])])
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert gpu_tune.main(["--out", str(tmp_path), "--smoke", "--seconds", "600"]) == 0
     report = json.loads((tmp_path / "tune.json").read_text())
     assert not [entry for entry in report["tried"] if "raised" in entry]
-    (of_losses,) = (line.split(".py: ")[1] for line in report["table"])
+    of_losses, of_verification = (line.split(".py: ")[1] for line in report["table"])
     names = {"Tiles": losses.Tiles, "Tile": losses.Tile}
     assert isinstance(eval("{" + of_losses + "}", names)[""], losses.Tiles)
+    assert isinstance(eval("{" + of_verification + "}", {"Tiles": launch.Tiles})[""], launch.Tiles)
