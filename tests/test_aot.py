@@ -38,9 +38,9 @@ from specdistill_kernels import aot
 from specdistill_kernels.verification import triton_backend
 
 kernel, signature, constants, warps, aligned = next(
-    c for c in triton_backend.configurations() if c[0].__name__ == "filter_kernel"
+    c for c in triton_backend.configurations() if c[0].__name__ == "tally_kernel"
 )
-wide = (kernel, signature, {**constants, "PIVOTS": 32}, warps, aligned)
+wide = (kernel, signature, {**constants, "BLOCK": 16384}, warps, aligned)
 wrong = (kernel, signature, {**constants, "BLOCK": 1000}, warps, aligned)
 aot.configurations = lambda: [wide, wrong]
 raise SystemExit(aot.main(["sm_90"]))
@@ -61,7 +61,9 @@ def test_every_kernel_compiles_for_every_target_and_spills_nothing(tmp_path: Pat
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     kernels = lines[-1].split()
-    own = "excess_kernel filter_kernel sample_kernel stats_kernel verdict_kernel"
+    own = (
+        "cut_kernel decide_kernel excess_kernel race_kernel sample_kernel stats_kernel tally_kernel"
+    )
     assert set(own.split()) <= set(kernels)
     for kernel in kernels:
         for target in ("sm_80", "sm_90", "sm_100", "gfx942"):

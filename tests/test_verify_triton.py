@@ -1,7 +1,10 @@
 """The Triton backend against the reference, token for token, under Triton's interpreter."""
 
+import importlib
+import itertools
 import os
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,10 +25,16 @@ import triton.language as tl
 from scipy import stats
 
 import specdistill_kernels
-from specdistill_kernels import Lenience, RowSettings, counter_noise, probabilities
+from specdistill_kernels import (
+    Lenience,
+    RowSettings,
+    counter_noise,
+    probabilities,
+    sample_places,
+)
 from specdistill_kernels.verification import triton_backend
 from specdistill_kernels.verification import triton_noise as noise
-from specdistill_kernels.verification.launch import Tiles
+from specdistill_kernels.verification.launch import Launcher, Tiles
 from specdistill_kernels.verification.noise import COIN, FINAL, coin, exponential
 
 # Of NaN and infinite logits, which the kernels meet and set aside.
@@ -124,6 +133,16 @@ def assert_equal(arguments: dict, tiles: Tiles | None = None) -> None:
     different = (mine.tokens != theirs.tokens).any(-1).nonzero()[:, 0].tolist()
     assert not different, f"{len(different)} of {len(mine.tokens)} requests differ"
     assert torch.equal(mine.num_accepted, theirs.num_accepted)
+
+
+def cut_up(part: int, race: int = 0, tally: int = 0, positions: int = 4, **more: int) -> Tiles:
+    """Tiles that cut a row into parts of so many tokens, and otherwise as said."""
+    race, tally, warps = race or part, tally or part, 4
+    return Tiles(
+        *(part, warps, warps, race, warps, tally, warps, tally, warps),
+        positions=positions,
+        **{"least_parts": 1, "rounds": 2, **more},
+    )
 
 
 def defaults(arguments: dict) -> dict:
@@ -248,6 +267,49 @@ def test_sampling_equals_the_reference(dtype: torch.dtype, settings: dict) -> No
     torch.testing.assert_close(
         mine.logsumexp, theirs.logsumexp, rtol=1e-6, atol=2e-6, equal_nan=True
     )
+
+
+@pytest.mark.parametrize("tiles", [None, cut_up(64, race=32, tally=32)], ids=["", "as on a GPU"])
+@pytest.mark.parametrize("filtered", [False, True], ids=["plain", "filtered"])
+def test_all_places_at_once_are_drawn_as_each_alone(filtered: bool, tiles: Tiles | None) -> None:
+    batch, places = (8, 3) if tiles is None else (3, 2)
+    logits = torch.randn(batch, places, 90, generator=torch.Generator().manual_seed(4)) * 2
+    filters = {"top_k": torch.arange(batch), "min_p": torch.full((batch,), 0.1)} if filtered else {}
+    stream = (torch.arange(batch) * 7, torch.arange(batch))
+    rows = RowSettings(torch.tensor([0.0, 0.5, 1.0]).repeat(3)[:batch], *stream, **filters)
+    mine = triton_backend.sample_places(logits, rows, tiles=tiles)
+    theirs = sample_places(logits, rows, backend="reference")
+    assert torch.equal(mine.tokens, theirs.tokens)
+    torch.testing.assert_close(mine.logsumexp, theirs.logsumexp, rtol=1e-6, atol=2e-6)
+
+
+def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the documentation says, whatever the settings of the rows."""
+    names: list[str] = []
+    launch = Launcher.__call__
+
+    def counted(self, kernel, *arguments, **more):
+        names.append(kernel.__name__)
+        launch(self, kernel, *arguments, **more)
+
+    monkeypatch.setattr(Launcher, "__call__", counted)
+    arguments = problem(4, 2, 30, temperature=torch.tensor([0.0, 1.0, 0.7, 0.0]))
+    logits, places = arguments["target_logits"][:, 0], arguments["target_logits"]
+    rows = RowSettings(*(arguments[name] for name in ("temperature", "seeds", "step")))
+    for draw in (
+        lambda: specdistill_kernels.sample(logits, rows, position=0, backend="triton"),
+        lambda: sample_places(places, rows, backend="triton"),
+    ):
+        names.clear()
+        draw()
+        assert names == ["sample_kernel"]
+    names.clear()
+    verify(**arguments, backend="triton")
+    assert names == ["stats_kernel", "decide_kernel", "race_kernel"]
+    names.clear()
+    verify(**arguments, mode="block", top_p=torch.full((4,), 0.9), backend="triton")
+    filters = ["tally_kernel"] * 2 + ["cut_kernel"]  # four times on a GPU
+    assert names == ["stats_kernel", *filters, "excess_kernel", "decide_kernel", "race_kernel"]
 
 
 def test_what_is_sampled_is_what_is_verified() -> None:
@@ -384,6 +446,113 @@ def test_top_p_and_min_p_keep_the_references_set(dtype: torch.dtype) -> None:
     assert len(different) <= 1
 
 
+def hard_rows(dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Ties, a few equal numbers, all -inf but one, zeros of both signs, numbers that differ in
+    their last bits alone; under filters at their ends and between, and at temperature 0."""
+    torch.manual_seed(3)
+    logits = torch.randn(64, 150) * 3
+    logits[:16] = logits[:16].round()
+    logits[16:20], logits[20:24, 1:], logits[24:28] = 1.5, -torch.inf, -0.0
+    logits[24:28, ::3] = 0.0
+    logits[28:36] = 8 + torch.randint(4, (8, 150)) * 2**-20  # these are equal in 16 bits
+    logits[36:40, 20:] = -torch.inf
+    filters = {
+        "temperature": torch.tensor([0.7, 1.0, 1.9, 0.0])[torch.randint(4, (64,))],
+        "top_k": torch.tensor([0, 1, 2, 40, 149, 150, 9999])[torch.randint(7, (64,))],
+        "top_p": torch.tensor([1.0, 0.97, 0.6, 0.01, 0.0])[torch.randint(5, (64,))],
+        "min_p": torch.tensor([0.0, 0.0, 0.05, 1.0])[torch.randint(4, (64,))],
+    }
+    return logits.to(dtype), filters
+
+
+SPLITS = [
+    cut_up(256, rows=64, filter_rows=64, tally=64, room=16, rounds=4, programs=2),
+    cut_up(64, rows=64, filter_rows=64, tally=256, room=256),  # all is collected at once
+    cut_up(256, rows=64, filter_rows=64, tally=256, room=0, rounds=3),  # and never
+]
+
+
+def check_cuts(dtypes: list[torch.dtype], splits: list[Tiles]) -> None:
+    for dtype, tiles in itertools.product(dtypes, splits):
+        logits, filters = hard_rows(dtype)
+        warm = filters["temperature"] > 0
+        expected = probabilities(logits, **filters) > 0
+        kept = kept_by_kernel(logits, filters, tiles) & (logits > -torch.inf)
+        assert torch.equal(kept[warm], expected[warm]), tiles
+
+
+@pytest.mark.parametrize("tiles", SPLITS, ids=["by and by", "at once", "never"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_any_split_keeps_the_references_set(dtype: torch.dtype, tiles: Tiles) -> None:
+    check_cuts([dtype], [tiles])
+
+
+def test_a_row_and_a_program_as_on_a_gpu_keep_the_references_set() -> None:
+    logits, filters = hard_rows(torch.float32)
+    rows = torch.arange(0, 64, 9)
+    logits, filters = logits[rows], {name: value[rows] for name, value in filters.items()}
+    kept = kept_by_kernel(logits, filters, cut_up(64, room=16)) & (logits > -torch.inf)
+    warm = filters["temperature"] > 0
+    assert torch.equal(kept[warm], (probabilities(logits, **filters) > 0)[warm])
+
+
+FILTER_MUTATIONS = {
+    "a tie with a pivot is lost": ("x[:, None, :] >= pivots", "x[:, None, :] > pivots"),
+    "what the bracket ends with is collected": ("(x < smallest", "(x <= smallest"),
+    "the logits above those collected do not count": ("numbers + beyond", "numbers"),
+    "the mass above those collected does not count": ("sums + mass_beyond", "sums"),
+    "top-k collects up to its bracket": ("((phase == 0) | (x", "((phase < 0) | (x"),
+    "top-p is forgotten after top-k": ("(p < 1.0) & (count", "(p < 0.0) & (count"),
+    "top-p goes on in the bracket of top-k": (
+        "onward, (HIGHEST >> SHIFT), high",
+        "onward, high, high",
+    ),
+    "min-p is forgotten after top-p": ("wanted & (floor_key > low)", "wanted & (floor_key < low)"),
+    "a bracket with two logits is narrow enough": ("count - above <= 1", "count - above <= 2"),
+}
+
+
+@pytest.mark.parametrize("name", FILTER_MUTATIONS)
+def test_broken_filters_are_seen(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = FILTER_MUTATIONS[name]
+    package = "specdistill_kernels.verification"
+    folder = Path(triton_backend.__file__).parent
+    sources = {name: (folder / f"{name}.py").read_text() for name in ("search", "filter")}
+    assert sum(source.count(old) for source in sources.values()) >= 1
+    for module, source in sources.items():
+        source = source.replace(old, new).replace(f"{package}.search", "broken_search")
+        (tmp_path / f"broken_{module}.py").write_text(source)
+        monkeypatch.delitem(sys.modules, f"broken_{module}", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    broken = importlib.import_module("broken_filter")
+    for kernel in ("tally_kernel", "cut_kernel"):
+        monkeypatch.setattr(triton_backend, kernel, getattr(broken, kernel))
+    with pytest.raises(AssertionError, match="Tiles"):
+        check_cuts([torch.bfloat16, torch.float32], SPLITS)
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 5}, {"top_p": 0.8}, {"top_k": 7, "min_p": 0.1}])
+def test_filtered_tokens_follow_the_filtered_target(settings: dict[str, float]) -> None:
+    batch = 5000
+    one = problem(1, 1, 16, seed=6)
+    draft, target = (one[name].expand(batch, -1, -1) for name in ("draft_logits", "target_logits"))
+    filters = {name: torch.full((batch,), value) for name, value in settings.items()}
+    rows = {"temperature": torch.full((batch,), 2.5), "seeds": torch.arange(batch), **filters}
+    rows["step"] = torch.zeros(batch, dtype=torch.int64)
+    drawn = sample(draft[:, 0], position=0, backend="triton", **rows).tokens[:, None]
+    lengths = torch.ones(batch, dtype=torch.int64)
+    out = verify(drawn, draft, target, lengths=lengths, backend="triton", **rows)
+    settings_of_one = {name: value[:1] for name, value in filters.items()}
+    p = probabilities(one["target_logits"][:, 0], rows["temperature"][:1], **settings_of_one)[0]
+    counts = torch.bincount(out.tokens[:, 0], minlength=16)
+    assert (p > 0).sum() in range(3, 16)
+    assert counts[p == 0].sum() == 0
+    expected = p[p > 0].double() / p.double().sum() * batch
+    assert stats.chisquare(counts[p > 0], expected).pvalue > 1e-4
+
+
 def test_filtered_rows_without_a_distribution() -> None:
     arguments = problem(8, 1, 40, top_k=torch.full((8,), 5), top_p=torch.full((8,), 0.9))
     arguments["target_logits"][0, 0] = torch.nan
@@ -467,7 +636,7 @@ def test_more_positions_than_are_looked_at_together(mode: str) -> None:
     arguments["lengths"][::5] = 4
     arguments["draft_tokens"][3, 3] = -1
     for positions in (2, 4):
-        assert_equal(arguments, Tiles(64, 1, 32, 64, 32, positions, 1))
+        assert_equal(arguments, cut_up(64, rows=32, positions=positions))
 
 
 def test_no_requests_no_proposals_and_one_token() -> None:
@@ -520,8 +689,8 @@ def test_results_do_not_depend_on_tiles_or_parts(settings: dict) -> None:
     if "temperature" in settings:
         arguments["target_logits"] = arguments["target_logits"].round()  # the first of equals
     for tiles in (
-        Tiles(64, 1, 16, 128, 32, 4, 4),
-        Tiles(16, 4, 32, 64, 16, 2, 4),
+        cut_up(64, tally=128, rows=16, filter_rows=64),
+        cut_up(16, race=32, tally=64, rows=32, filter_rows=32, positions=2, room=5),
     ):
         assert_equal(arguments, tiles)
 
@@ -533,7 +702,7 @@ def test_one_request_a_program_as_on_a_gpu(settings: dict) -> None:
     arguments = {k: v[-2:] if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
     if "vocab" in settings:
         arguments["draft_vocab"] = problem(8, 2, 30, **settings)["draft_vocab"]
-    assert_equal(arguments, Tiles(16, 1, 1, 32, 1, 2, 2))
+    assert_equal(arguments, cut_up(16, race=32, tally=32, positions=2))
 
 
 @pytest.mark.parametrize("filtered", [False, True], ids=["plain", "filtered"])
@@ -546,7 +715,7 @@ def test_nothing_is_read_before_it_is_written(
     arguments["temperature"] = torch.tensor([0.0, 1.0, 0.7]).repeat(8)
     arguments["lengths"] = torch.arange(24) % 4
     rows = {k: arguments[k] for k in ("temperature", "seeds", "step", *filters)}
-    tiles = Tiles(32, 2, 32, 64, 32, 4, 4)
+    tiles = cut_up(32, tally=128, rows=64, filter_rows=128)
     theirs = sample(arguments["draft_logits"][:, 0], position=0, backend="reference", **rows)
     empty = torch.empty
 
@@ -572,9 +741,9 @@ BYTES = {  # V-bytes per request with bfloat16 logits, 5 proposals and a rejecti
     "block": ({"mode": "block"}, 40),
     "block, `draft_lse`": ({"mode": "block", "draft_lse": 0}, 30),
     "min-p": ({"min_p": torch.full((1,), 0.05)}, 48),
-    "top-k": ({"top_k": torch.full((1,), 50)}, 90),
-    "top-p": ({"top_p": torch.full((1,), 0.9)}, 92),
-    "top-k and top-p": ({"top_k": torch.full((1,), 50), "top_p": torch.full((1,), 0.9)}, 152),
+    "top-k": ({"top_k": torch.full((1,), 50)}, 70),
+    "top-p": ({"top_p": torch.full((1,), 0.9)}, 70),
+    "top-k and top-p": ({"top_k": torch.full((1,), 50), "top_p": torch.full((1,), 0.9)}, 70),
 }
 
 

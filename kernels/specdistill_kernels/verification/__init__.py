@@ -143,10 +143,7 @@ def sample_places(
     if _takes_triton(backend, noise, logits):
         from specdistill_kernels.verification import triton_backend
 
-        drawn = [
-            triton_backend.sample(logits[:, i], rows, position=i) for i in range(logits.shape[1])
-        ]
-        return Drawn(*(torch.stack(parts, 1) for parts in zip(*drawn, strict=True)))
+        return triton_backend.sample_places(logits, rows)
     return reference.sample_places(logits, rows, noise=noise)
 
 

@@ -17,6 +17,7 @@ from specdistill_kernels.verification.rows import (
     numbers,
     offered,
     probability,
+    row_first_maximum,
     row_min,
     row_statistics,
     row_sum,
@@ -204,6 +205,97 @@ def draft_row(q_side, rows, request, draft_options, g, need, SP: tl.constexpr, R
 
 
 @triton.jit(do_not_specialize=INTS)
+def decide_kernel(
+    target,
+    draft,
+    tokens,
+    lengths,
+    temperature,
+    certain,
+    inverse,
+    draft_lse,
+    seeds,
+    steps,
+    peaks,
+    masses,
+    firsts,
+    cuts,
+    decisions,
+    out_tokens,
+    out_accepted,
+    batch,
+    num,
+    width_units,
+    draft_width_units,
+    target_b,
+    target_g,
+    draft_b,
+    draft_g,
+    splits,
+    has_q,
+    has_certain,
+    has_lse,
+    trimmed,
+    filtered,
+    block_mode,
+    power,
+    divisor,
+    UNIT: tl.constexpr,
+    GP: tl.constexpr,
+    SP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """What each request keeps and, of greedy ones, the token after it; of the others what the race
+    for that token needs, in `decisions`. Grid: blocks of requests."""
+    p_side = (target, target_b * UNIT, target_g * UNIT, width_units * UNIT)
+    q_side = (draft, draft_b * UNIT, draft_g * UNIT, draft_width_units * UNIT)
+    rows = (peaks, masses, cuts, splits)
+    b = numbers(ROWS).to(tl.int64)
+    ok = b < batch
+    t = tl.load(temperature + b, mask=ok, other=0.0)
+    greedy = ok & (t == 0.0)
+    warm = ok & ~greedy
+    scale = tl.where(warm, t, 1.0)
+    seed = tl.load(seeds + b, mask=ok, other=0)
+    step = tl.load(steps + b, mask=ok, other=0)
+    sure = tl.load(certain + b, mask=ok & (has_certain != 0), other=0) != 0
+    sure = sure | (has_q == 0)
+    end = offered(tokens, lengths, 1, b, ok, num, GP, ROWS)
+    request = (tokens, b, end, scale, sure | greedy, batch, num, filtered)
+    options = (inverse, trimmed, draft_lse, has_lse)
+    draws = (seed, step, greedy)
+    lenience = (power, divisor)
+    kept, joint = decide(
+        p_side, q_side, rows, request, options, draws, firsts, block_mode, lenience, GP, SP, ROWS
+    )
+
+    # After a rejection the token comes from norm(max(0, joint p - q)), otherwise from p.
+    rejected = warm & (kept < end)
+    known = rejected | (warm & (filtered != 0))
+    row = b * (num + 1) + kept
+    peak, mass, cut = row_statistics(rows, row, known, filtered, SP, ROWS)
+    q_row = draft_row(q_side, rows, request, options, kept, rejected, SP, ROWS)
+    _, _, _, q_peak, q_mass, q_cut, _, _ = q_row
+    at = decisions + b * 8
+    tl.store(at, peak, mask=ok)
+    tl.store(at + 1, tl.where(known, mass, 1.0), mask=ok)
+    tl.store(at + 2, cut, mask=ok)
+    tl.store(at + 3, joint.to(tl.float32), mask=ok)
+    tl.store(at + 4, q_peak, mask=ok)
+    tl.store(at + 5, q_mass, mask=ok)
+    tl.store(at + 6, q_cut, mask=ok)
+    tl.store(at + 7, tl.where(rejected, 1.0, 0.0), mask=ok)
+
+    first = row_first_maximum(peaks, firsts, row, greedy, splits, SP, ROWS)
+    tl.store(out_accepted + b, kept, mask=ok)
+    for start in range(0, num + 1, GP):
+        g = (start + tl.arange(0, GP))[None, :]
+        prefix = tl.load(tokens + b * num + g, mask=ok & (g < kept), other=-1)
+        emitted = tl.where((g == kept) & greedy, first, prefix)
+        tl.store(out_tokens + b * (num + 1) + g, emitted, mask=ok & (g <= num))
+
+
+@triton.jit(do_not_specialize=INTS)
 def excess_kernel(
     target,
     draft,
@@ -224,7 +316,6 @@ def excess_kernel(
     target_g,
     draft_b,
     draft_g,
-    part_tiles,
     splits,
     has_q,
     has_certain,
@@ -253,7 +344,7 @@ def excess_kernel(
     scale = tl.where(ok, t, 1.0)
     sure = tl.load(certain + b, mask=ok & (has_certain != 0), other=0) != 0
     sure = sure | (has_q == 0)
-    end = offered(tokens, lengths, b, ok, num, GP, ROWS)
+    end = offered(tokens, lengths, 1, b, ok, num, GP, ROWS)
     need = ok & (i < end)
     request = (tokens, b, end, scale, sure, batch, num, filtered)
     options = (inverse, trimmed, draft_lse, has_lse)
@@ -265,12 +356,8 @@ def excess_kernel(
     peak, mass, cut = row_statistics(rows, b * (num + 1) + i, need, filtered, SP, ROWS)
     base = target + b * (target_b * UNIT) + i * (target_g * UNIT)
     width = width_units * UNIT
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    first_token = part * part_tiles * BLOCK
-    for start in range(first_token, tl.minimum(first_token + part_tiles * BLOCK, width), BLOCK):
-        c = (start + tl.arange(0, BLOCK))[None, :]
-        x = warped(base + c, need & (c < width), scale, cut)
-        p = probability(x, peak, mass) * joint
-        total += tl.maximum(p - taken(q_row, c, width, scale, sure, token), 0.0)
+    c = (part * BLOCK + tl.arange(0, BLOCK))[None, :]
+    x = warped(base + c, need & (c < width), scale, cut)
+    left = probability(x, peak, mass) * joint - taken(q_row, c, width, scale, sure, token)
     at = (batch * (2 * num + 1) + at) * SP + part
-    tl.store(masses + at, row_sum(total, ROWS), mask=need)
+    tl.store(masses + at, row_sum(tl.maximum(left, 0.0), ROWS), mask=need)

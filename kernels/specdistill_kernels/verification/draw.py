@@ -1,8 +1,7 @@
-"""The last launch of `verify` and of `sample` in Triton: accept a prefix, then draw by a race.
+"""The last launch of `verify` and of `sample` in Triton: a draw by a race.
 
-Every program of a request repeats the decision, which needs few numbers, and races over its own
-part of the vocabulary. The one that finishes last compares the winners of the parts and writes the
-result: no further launch, and the order in which they finish does not matter.
+Every program races over its own tokens of a row. The one that finishes last compares the winners of
+all and writes the result: no further launch, and the order in which they finish does not matter.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -10,18 +9,15 @@ result: no further launch, and the order in which they finish does not matter.
 import triton
 import triton.language as tl
 
-from specdistill_kernels.verification.accept import decide, draft_row, taken
+from specdistill_kernels.verification.accept import taken
 from specdistill_kernels.verification.rows import (
     INF,
     INTS,
     NOWHERE,
     numbers,
-    offered,
     probability,
-    row_first_maximum,
     row_max,
     row_min,
-    row_statistics,
     row_sum,
     some,
     warped,
@@ -48,105 +44,58 @@ def _duel(p, left, bits):
 
 
 @triton.jit
-def _winner(best, at, ROWS: tl.constexpr):
-    """The highest score of each row and its lowest token."""
-    top = row_max(best, ROWS)
-    return top, row_min(tl.where(best == top, at, NOWHERE), ROWS)
+def _winner(score, token, ROWS: tl.constexpr):
+    """The highest score of each row and its lowest token; NOWHERE where no token has one."""
+    top = row_max(score, ROWS)
+    return top, row_min(tl.where((score == top) & (score > NONE), token, NOWHERE), ROWS)
 
 
 @triton.jit
-def _race(
-    row, of_draft, words, part_of, SUBTRACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The race over one part of the vocabulary, of joint p, less q where SUBTRACT: the peak that
-    scores are relative to, the winner's score, the winner; and the mass if not SUBTRACT.
-
-    A row that has statistics is `known`, and its scores are absolute. Another is scored against the
-    highest logit so far, since a race needs no normaliser.
-    """
-    base, need, width, scale, known, peak, mass, cut, joint = row
-    shift, key = words
-    start, stop = part_of
-    highest = tl.where(known, peak, -INF)
-    best = tl.full((ROWS, BLOCK), NONE, tl.float32)
-    winner = tl.full((ROWS, BLOCK), NOWHERE, tl.int32)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for at in range(start, stop, BLOCK):
-        c = (at + tl.arange(0, BLOCK))[None, :]
-        x = warped(base + c, need & (c < width), scale, cut)
-        higher = tl.maximum(highest, row_max(x, ROWS))
-        higher = tl.where(known, peak, higher)
-        anchor = tl.where(tl.abs(higher) < INF, higher, 0.0)
-        fade = tl.exp(highest - anchor)
-        highest = higher
-        p = probability(x, anchor, mass) * joint
-        if SUBTRACT:
-            q_row, sure, token = of_draft
-            left = p - taken(q_row, c, width, scale, sure, token)
-        else:
-            left = p
-            total = total * fade + p
-        score = _duel(p, left, random_bits(shift, key, c))
-        best *= fade
-        winner = tl.where(score > best, c, winner)
-        best = tl.maximum(best, score)
-    score, winner = _winner(tl.where(winner == NOWHERE, NONE, best), winner, ROWS)
-    return tl.where(known, 0.0, highest), score, winner, row_sum(total, ROWS)
+def _store_part(at, part, parts, peak, score, winner, ok):
+    """What a program found, in the planes [B, 4, parts] of the race; the winner is an int32."""
+    tl.store(at + part, peak, mask=ok)
+    tl.store(at + parts + part, score, mask=ok)
+    at = (at + 2 * parts + part).to(tl.pointer_type(tl.int32), bitcast=True)
+    tl.store(at, winner, mask=ok)
 
 
 @triton.jit
-def _store_part(at, result, ok, SUBTRACT: tl.constexpr, SP: tl.constexpr):
-    """What `_race` found, in the four planes [B, 4, SP] of the race; the winner is an int32."""
-    peak, score, winner, mass = result
-    tl.store(at, peak, mask=ok)
-    tl.store(at + SP, score, mask=ok)
-    tl.store((at + 2 * SP).to(tl.pointer_type(tl.int32), bitcast=True), winner, mask=ok)
-    if not SUBTRACT:
-        tl.store(at + 3 * SP, mass, mask=ok)
-
-
-@triton.jit
-def _last_to_arrive(arrived, b, ok, splits):
-    """Whether all other parts of request b have stored their results; then they can be read."""
+def _last_to_arrive(arrived, ok, splits):
+    """Whether all other parts of a row have stored their results; then they can be read."""
     tl.debug_barrier()
-    return ok & (tl.atomic_add(arrived + b, 1, mask=ok, sem="acq_rel") == splits - 1)
+    return ok & (tl.atomic_add(arrived, 1, mask=ok, sem="acq_rel") == splits - 1)
 
 
 @triton.jit
-def _overall_winner(race, b, last, splits, SP: tl.constexpr, ROWS: tl.constexpr):
+def _overall_winner(at, last, splits, greedy, RP: tl.constexpr, ROWS: tl.constexpr):
     """The token that won over all parts, -1 where there is none; the highest peak of a part, and
-    the factors that bring the parts, each of which scored against its own peak, to that one."""
-    k = tl.arange(0, SP)[None, :]
+    the factors that bring the parts, each of which scored against its own peak, to that one (all
+    or nothing in greedy rows)."""
+    k = tl.arange(0, RP)[None, :]
     mask = last & (k < splits)
-    at = race + b * (4 * SP) + k
-    parts = tl.load(at, mask=mask, other=-INF)
-    score = tl.load(at + SP, mask=mask, other=NONE)
-    winner = tl.load(
-        (at + 2 * SP).to(tl.pointer_type(tl.int32), bitcast=True), mask=mask, other=NOWHERE
-    )
+    parts = tl.load(at + k, mask=mask, other=-INF)
+    score = tl.load(at + splits + k, mask=mask, other=NONE)
+    at = (at + 2 * splits + k).to(tl.pointer_type(tl.int32), bitcast=True)
+    winner = tl.load(at, mask=mask, other=NOWHERE)
     peak = row_max(parts, ROWS)
     good = tl.abs(peak) < INF
     factor = tl.exp(parts - tl.where(good, peak, 0.0))
+    factor = tl.where(greedy, tl.where(parts == peak, 1.0, 0.0), factor)
     _, token = _winner(tl.where(winner == NOWHERE, NONE, score * factor), winner, ROWS)
     return tl.where(good & (token != NOWHERE), token, -1), peak, factor
 
 
 @triton.jit(do_not_specialize=INTS)
-def verdict_kernel(
+def race_kernel(
     target,
     draft,
     tokens,
-    lengths,
     temperature,
     certain,
     inverse,
-    draft_lse,
     seeds,
     steps,
-    peaks,
-    masses,
-    firsts,
-    cuts,
+    decisions,
     race,
     arrived,
     out_tokens,
@@ -159,94 +108,73 @@ def verdict_kernel(
     target_g,
     draft_b,
     draft_g,
-    part_tiles,
-    splits,
     has_q,
     has_certain,
-    has_lse,
     trimmed,
     filtered,
-    block_mode,
-    power,
-    divisor,
     UNIT: tl.constexpr,
-    GP: tl.constexpr,
-    SP: tl.constexpr,
+    RP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The verdict on each request. Grid: blocks of requests, parts of the vocabulary."""
-    p_side = (target, target_b * UNIT, target_g * UNIT, width_units * UNIT)
-    q_side = (draft, draft_b * UNIT, draft_g * UNIT, draft_width_units * UNIT)
-    rows = (peaks, masses, cuts, splits)
+    """The token after what `decide_kernel` keeps of a sampled request: from max(0, joint p - q) at
+    a rejection, otherwise from p. Grid: blocks of requests, parts of the vocabulary."""
     b = numbers(ROWS).to(tl.int64)
     part = tl.program_id(1)
+    splits = tl.num_programs(1)
     ok = b < batch
     t = tl.load(temperature + b, mask=ok, other=0.0)
-    greedy = ok & (t == 0.0)
-    warm = ok & ~greedy
-    scale = tl.where(warm, t, 1.0)
-    seed = tl.load(seeds + b, mask=ok, other=0)
-    step = tl.load(steps + b, mask=ok, other=0)
-    sure = tl.load(certain + b, mask=ok & (has_certain != 0), other=0) != 0
-    sure = sure | (has_q == 0)
-    end = offered(tokens, lengths, b, ok, num, GP, ROWS)
-    request = (tokens, b, end, scale, sure | greedy, batch, num, filtered)
-    options = (inverse, trimmed, draft_lse, has_lse)
-    kept, joint = decide(
-        p_side,
-        q_side,
-        rows,
-        request,
-        options,
-        (seed, step, greedy),
-        firsts,
-        block_mode,
-        (power, divisor),
-        GP,
-        SP,
-        ROWS,
-    )
+    ok = ok & (t > 0.0)
+    if some(ok, ROWS) > 0:
+        scale = tl.where(ok, t, 1.0)
+        seed = tl.load(seeds + b, mask=ok, other=0)
+        step = tl.load(steps + b, mask=ok, other=0)
+        kept = tl.load(out_accepted + b, mask=ok, other=0)
+        at = decisions + b * 8
+        peak = tl.load(at, mask=ok, other=0.0)
+        mass = tl.load(at + 1, mask=ok, other=0.0)
+        cut = tl.load(at + 2, mask=ok, other=0.0)
+        joint = tl.load(at + 3, mask=ok, other=0.0)
+        q_peak = tl.load(at + 4, mask=ok, other=0.0)
+        q_mass = tl.load(at + 5, mask=ok, other=0.0)
+        q_cut = tl.load(at + 6, mask=ok, other=0.0)
+        rejected = ok & (tl.load(at + 7, mask=ok, other=0.0) > 0.0)
+        sure = tl.load(certain + b, mask=rejected & (has_certain != 0), other=0) != 0
+        sure = rejected & (sure | (has_q == 0))
+        token = tl.load(tokens + b * num + kept, mask=rejected, other=0)
+        base = target + b * (target_b * UNIT) + kept * (target_g * UNIT)
+        q_base = draft + b * (draft_b * UNIT) + kept * (draft_g * UNIT)
+        width = width_units * UNIT
+        q_width = draft_width_units * UNIT
+        q_row = (q_base, rejected & ~sure, q_width, q_peak, q_mass, q_cut, inverse, trimmed)
 
-    # After a rejection the token comes from norm(max(0, joint p - q)), otherwise from p.
-    rejected = warm & (kept < end)
-    known = rejected | (warm & (filtered != 0))
-    row = b * (num + 1) + kept
-    peak, mass, cut = row_statistics(rows, row, known, filtered, SP, ROWS)
-    mass = tl.where(known, mass, 1.0)
-    q_row = draft_row(q_side, rows, request, options, kept, rejected, SP, ROWS)
-    token = tl.load(tokens + b * num + kept, mask=rejected, other=0)
-    base = target + b * (target_b * UNIT) + kept * (target_g * UNIT)
-    width = width_units * UNIT
-    row_of = (base, warm, width, scale, known, peak, mass, cut, joint.to(tl.float32))
-    of_draft = (q_row, sure & rejected, token)
-    words = stream(seed, step, kept, FINAL)
-    start = part * part_tiles * BLOCK
-    part_of = (start, tl.minimum(start + part_tiles * BLOCK, width) * some(warm, ROWS))
-    result = _race(row_of, of_draft, words, part_of, True, ROWS, BLOCK)
-    _store_part(race + b * (4 * SP) + part, result, ok, True, SP)
+        # A row that has statistics is known, and its scores are absolute. Another is scored
+        # against the highest logit of the part, since a race needs no normaliser.
+        c = (part * BLOCK + tl.arange(0, BLOCK))[None, :]
+        x = warped(base + c, ok & (c < width), scale, cut)
+        known = rejected | (ok & (filtered != 0))
+        highest = tl.where(known, 0.0, row_max(x, ROWS))
+        anchor = tl.where(known, peak, tl.where(tl.abs(highest) < INF, highest, 0.0))
+        p = probability(x, anchor, mass) * joint
+        left = p - taken(q_row, c, width, scale, sure, token)
+        shift, key = stream(seed, step, kept, FINAL)
+        score, winner = _winner(_duel(p, left, random_bits(shift, key, c)), c, ROWS)
+        at = race + b * (4 * splits)
+        _store_part(at, part, splits, highest, score, winner, ok)
 
-    last = _last_to_arrive(arrived, b, ok, splits)
-    drawn, _, _ = _overall_winner(race, b, last, splits, SP, ROWS)
-    first = row_first_maximum(peaks, firsts, row, greedy, splits, SP, ROWS)
-    drawn = tl.where(greedy, first, drawn)
-    tl.store(out_accepted + b, kept, mask=last)
-    for start in range(0, num + 1, GP):
-        g = (start + tl.arange(0, GP))[None, :]
-        prefix = tl.load(tokens + b * num + g, mask=last & (g < kept), other=-1)
-        emitted = tl.where(g == kept, drawn, prefix)
-        tl.store(out_tokens + b * (num + 1) + g, emitted, mask=last & (g <= num))
+        last = _last_to_arrive(arrived + b, ok, splits)
+        drawn, _, _ = _overall_winner(at, last, splits, False, RP, ROWS)
+        tl.store(out_tokens + b * (num + 1) + kept, drawn, mask=last)
 
 
 @triton.jit(do_not_specialize=INTS)
 def sample_kernel(
-    logits,
+    target,
     temperature,
     seeds,
     steps,
     peaks,
     masses,
-    firsts,
     cuts,
     logsumexps,
     race,
@@ -254,49 +182,57 @@ def sample_kernel(
     out_tokens,
     out_lse,
     batch,
+    num,
     width_units,
     target_b,
-    part_tiles,
-    splits,
+    target_g,
     filtered,
     position,
     UNIT: tl.constexpr,
     SP: tl.constexpr,
+    RP: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One draw from each row, with its logsumexp. Grid: blocks of rows, parts of the vocabulary."""
-    rows = (peaks, masses, cuts, splits)
-    b = numbers(ROWS).to(tl.int64)
+    """One draw from each of num + 1 rows of a request, at places of the round from `position` on,
+    with its logsumexp. Grid: blocks of rows, parts of the vocabulary."""
+    row = numbers(ROWS).to(tl.int64)
+    b = row // (num + 1)
+    g = row % (num + 1)
     part = tl.program_id(1)
+    splits = tl.num_programs(1)
     ok = b < batch
     t = tl.load(temperature + b, mask=ok, other=0.0)
     greedy = ok & (t == 0.0)
-    warm = ok & ~greedy
-    scale = tl.where(warm, t, 1.0)
+    scale = tl.where(greedy | ~ok, 1.0, t)
     seed = tl.load(seeds + b, mask=ok, other=0)
     step = tl.load(steps + b, mask=ok, other=0)
-    known = warm & (filtered != 0)
-    peak, mass, cut = row_statistics(rows, b, known, filtered, SP, ROWS)
-    mass = tl.where(known, mass, 1.0)
-    base = logits + b * (target_b * UNIT)
-    width = width_units * UNIT
-    row_of = (base, warm, width, scale, known, peak, mass, cut, 1.0)
-    words = stream(seed, step, step * 0 + position, DRAFT)
-    start = part * part_tiles * BLOCK
-    part_of = (start, tl.minimum(start + part_tiles * BLOCK, width) * some(warm, ROWS))
-    result = _race(row_of, None, words, part_of, False, ROWS, BLOCK)
-    _store_part(race + b * (4 * SP) + part, result, ok, False, SP)
+    known = ok & ~greedy & (filtered != 0)
+    peak = tl.load(peaks + row * SP, mask=known, other=0.0)
+    mass = tl.load(masses + row * SP, mask=known, other=1.0)
+    cut = tl.load(cuts + row, mask=known, other=-INF)
 
-    last = _last_to_arrive(arrived, b, ok, splits)
-    drawn, highest, factor = _overall_winner(race, b, last, splits, SP, ROWS)
-    first = row_first_maximum(peaks, firsts, b, greedy, splits, SP, ROWS)
-    tl.store(out_tokens + b, tl.maximum(tl.where(greedy, first, drawn), 0), mask=last)
-    k = tl.arange(0, SP)[None, :]
-    at = race + b * (4 * SP) + 3 * SP + k
-    masses_of_parts = tl.load(at, mask=last & (k < splits), other=0.0)
-    mass = row_sum(masses_of_parts * factor, ROWS)
+    c = (part * BLOCK + tl.arange(0, BLOCK))[None, :]
+    base = target + b * (target_b * UNIT) + g * (target_g * UNIT)
+    x = warped(base + c, ok & (c < width_units * UNIT), scale, cut)
+    highest = tl.where(known, 0.0, row_max(x, ROWS))
+    anchor = tl.where(known, peak, tl.where(tl.abs(highest) < INF, highest, 0.0))
+    p = probability(x, anchor, mass)
+    shift, key = stream(seed, step, g + position, DRAFT)
+    score = _duel(p, p, random_bits(shift, key, c))
+    score = tl.where(greedy, tl.where(x == highest, 1.0, NONE), score)
+    score, winner = _winner(score, c, ROWS)
+    at = race + row * (4 * splits)
+    _store_part(at, part, splits, highest, score, winner, ok)
+    tl.store(at + 3 * splits + part, row_sum(p, ROWS), mask=ok)
+
+    last = _last_to_arrive(arrived + row, ok, splits)
+    drawn, highest, factor = _overall_winner(at, last, splits, greedy, RP, ROWS)
+    tl.store(out_tokens + row, tl.maximum(drawn, 0), mask=last)
+    k = tl.arange(0, RP)[None, :]
+    sums = tl.load(at + 3 * splits + k, mask=last & (k < splits), other=0.0)
+    mass = row_sum(sums * factor, ROWS)
     good = (tl.abs(highest) < INF) & (mass > 0.0)
     lse = tl.where(good, highest + tl.log(tl.where(good, mass, 1.0)), float("nan"))
-    lse = tl.where(known, tl.load(logsumexps + b, mask=last & known, other=0.0), lse)
-    tl.store(out_lse + b, tl.where(greedy, 0.0, lse), mask=last)
+    lse = tl.where(known, tl.load(logsumexps + row, mask=last & known, other=0.0), lse)
+    tl.store(out_lse + row, tl.where(greedy, 0.0, lse), mask=last)

@@ -1,7 +1,15 @@
-"""Top-k, top-p and min-p in Triton: each row's cut, found by passes over the raw logits.
+"""Top-k, top-p and min-p in Triton: each row's cut, found in passes over the raw logits that many
+programs share.
 
 No probability is written and nothing is sorted. The rule is that of `probabilities`: temperature,
 top-k, renormalise, top-p, min-p, renormalise; what ties with a threshold is kept.
+
+Top-k and top-p each keep all logits from a threshold on: the largest at or above which there are k
+logits, then the largest at or above which there is p of their mass. A bracket [low, high) of
+order-preserving integer keys holds it, of 16 bits for bfloat16. A fixed number of launches of
+`tally_kernel` narrow it by PIVOTS keys each, or, once it holds few logits, collect these;
+`cut_kernel` searches what was collected. Only where that never came to pass, since more logits than
+have room lie within a few keys, it goes on over the whole row: slower, with the same result.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -12,141 +20,166 @@ import triton.language as tl
 from specdistill_kernels.verification.rows import (
     INF,
     INTS,
+    WORDS,
+    most,
     offered,
-    row_max,
-    row_min,
     row_of_program,
     row_statistics,
     row_sum,
     some,
 )
-
-LOWEST = tl.constexpr(-0x7F800001)  # the key of -inf
-HIGHEST = tl.constexpr(0x7F800000)  # the key of +inf
-
-
-@triton.jit
-def _key(x):
-    """float32 to int32 of the same order; -0 and 0 share one."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def _smallest_with(key, SHIFT: tl.constexpr):
-    """The smallest float32 whose key, shifted, is `key`."""
-    whole = (key << SHIFT).to(tl.int32)
-    bits = tl.where(whole < 0, whole ^ 0x7FFFFFFF, whole)
-    return tl.where(key <= (LOWEST >> SHIFT), -INF, bits.to(tl.float32, bitcast=True))
+from specdistill_kernels.verification.search import (
+    FILLED,
+    TALLIES,
+    UNITS,
+    after_round,
+    begun,
+    floor_key_of,
+    narrowed,
+    pivots_of,
+    smallest_with,
+    store_search,
+)
 
 
 @triton.jit
-def _tally(
-    row,
-    need,
-    pivots,
-    SHIFT: tl.constexpr,
-    PIVOTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _asked(
+    options, settings, b, g, is_draft, width, batch, num, GP: tl.constexpr, ROWS: tl.constexpr
 ):
-    """How many logits of a row lie at or above each pivot [R, P], and their mass."""
-    base, width, scale, peak = row
-    counts = tl.zeros((ROWS, PIVOTS, BLOCK), tl.int32)
-    masses = tl.zeros((ROWS, PIVOTS, BLOCK), tl.float32)
-    for start in range(0, width, BLOCK):
-        c = (start + tl.arange(0, BLOCK))[None, :]
-        raw = tl.load(base + c, mask=need & (c < width), other=-INF).to(tl.float32)
-        w = tl.exp(raw / scale - peak)
-        above = (_key(raw) >> SHIFT)[:, None, :] >= pivots[:, :, None]
-        counts += above.to(tl.int32)
-        masses += tl.where(above, w[:, None, :], 0.0)
-    return tl.sum(counts, 2), tl.sum(masses, 2)
+    """Which rows are drawn from at a temperature above 0, which of them a filter touches, and their
+    scale, k, p and floor."""
+    tokens, lengths, temperature, certain, has_tokens, has_certain = options
+    top_k, top_p, min_p, has_k, has_p, has_min = settings
+    ok = b < batch
+    t = tl.load(temperature + b, mask=ok, other=0.0)
+    warm = ok & (t > 0.0)
+    sure = tl.load(certain + b, mask=ok & is_draft & (has_certain != 0), other=0) != 0
+    end = offered(tokens, lengths, has_tokens, b, ok, num, GP, ROWS)
+    need = warm & ~sure & ((g < end) | ((g == end) & (is_draft == 0)))
+    k = tl.load(top_k + b, mask=need & (has_k != 0), other=0).to(tl.int32)
+    p = tl.load(top_p + b, mask=need & (has_p != 0), other=1.0)
+    floor = tl.load(min_p + b, mask=need & (has_min != 0), other=0.0)
+    wanted = need & (((k > 0) & (k < width)) | (p < 1.0) | (floor > 0.0))
+    return need, wanted, tl.where(warm, t, 1.0), k, p, floor
 
 
 @triton.jit
-def _threshold(
-    row,
-    need,
-    mass,
-    k,
-    p,
-    SHIFT: tl.constexpr,
-    PIVOTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The threshold key of top-k and then top-p, and the mass at or above it.
-
-    Both keep all logits from a threshold on: the largest at or above which there are k logits, then
-    the largest at or above which there is p of their mass. A bracket [low, high) that holds it is
-    searched with PIVOTS keys at a time, order-preserving integers of 16 bits for bfloat16. The
-    first pivots lie 2 nats apart below the peak; the later ones divide the bracket evenly, by turns
-    in value, which is quick, and in keys, which ends: half of all keys lie between -1 and 1. It is
-    narrow enough when it holds one key or one logit, or when just k logits are above it.
-    """
-    _, width, scale, peak = row
-    nothing = k * 0
-    low = nothing.to(tl.int64) + (LOWEST >> SHIFT)
-    count = nothing + width
-    j = (1 + tl.arange(0, PIVOTS))[None, :]
-    top = peak * scale
-    for phase in range(2):
-        by_mass = (nothing + phase) == 1
-        goal = p * mass
-        high = nothing.to(tl.int64) + (HIGHEST >> SHIFT)
-        above = nothing  # the number of logits at or above high
-        active = need & tl.where(by_mass, p < 1.0, (k > 0) & (k < width)) & (count > 1)
-        turn = nothing
-        while some(active, ROWS) > 0:
-            least = tl.maximum(_smallest_with(low, SHIFT), top - 9.0 * PIVOTS * scale)
-            most = tl.minimum(_smallest_with(high, SHIFT), top)
-            even = least + (most - least) * (j / (PIVOTS + 1.0))
-            value = tl.where(turn == 0, top - 2.0 * j * scale, even)
-            pivots = low + (high - low) * j // (PIVOTS + 1)
-            by_value = (turn == 0) | (turn % 2 == 1)
-            pivots = tl.where(by_value, (_key(value) >> SHIFT).to(tl.int64), pivots)
-            pivots = tl.maximum(tl.minimum(pivots, high - 1), low + 1)
-            counts, masses = _tally(row, active, pivots.to(tl.int32), SHIFT, PIVOTS, ROWS, BLOCK)
-            enough = tl.where(by_mass, (masses >= goal) & (masses > 0.0), counts >= k)
-            new_low = row_max(tl.where(active & enough, pivots, low), ROWS)
-            here = active & enough & (pivots == new_low)
-            moved = row_max(here.to(tl.int32), ROWS) > 0
-            count = tl.where(moved, row_max(tl.where(here, counts, 0), ROWS), count)
-            mass = tl.where(moved, row_max(tl.where(here, masses, 0.0), ROWS), mass)
-            new_high = row_min(tl.where(active & ~enough, pivots, high), ROWS)
-            here = active & ~enough & (pivots == new_high)
-            moved = row_max(here.to(tl.int32), ROWS) > 0
-            above = tl.where(moved, row_max(tl.where(here, counts, 0), ROWS), above)
-            low = new_low
-            high = new_high
-            active = active & (high - low > 1) & (count - above > 1) & (by_mass | (count != k))
-            turn += 1
-    return low, mass
+def _tally(x, pivots, w):
+    """How many logits [R, N] lie at or above each pivot [R, P], and their mass; w is theirs."""
+    above = x[:, None, :] >= pivots[:, :, None]
+    return tl.sum(above.to(tl.int32), 2), tl.sum(tl.where(above, w[:, None, :], 0), 2)
 
 
 @triton.jit
-def _min_p(row, need, cut, mass, floor, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Cut and mass after min-p, where `floor` is above 0: one more pass."""
-    base, width, scale, peak = row
-    wanted = need & (floor > 0.0)
-    if some(wanted, ROWS) > 0:
-        sums = tl.zeros((ROWS, BLOCK), tl.float32)
-        least = tl.full((ROWS, BLOCK), INF, tl.float32)
-        for start in range(0, width, BLOCK):
-            c = (start + tl.arange(0, BLOCK))[None, :]
-            raw = tl.load(base + c, mask=wanted & (c < width), other=-INF).to(tl.float32)
-            w = tl.exp(raw / scale - peak)
-            kept = (raw >= cut) & (w >= floor)
-            sums += tl.where(kept, w, 0.0)
-            least = tl.where(kept, tl.minimum(least, raw), least)
-        mass = tl.where(wanted, row_sum(sums, ROWS), mass)
-        cut = tl.where(wanted, row_min(least, ROWS), cut)
-    return cut, mass
+def _append(to, filled, x, chosen, collects, ROWS: tl.constexpr):
+    """The chosen of x [R, N] to each row's candidates, in any order."""
+    many = row_sum(chosen.to(tl.int32), ROWS)
+    if some(many, ROWS) > 0:
+        begin = tl.atomic_add(filled, many.to(tl.int64), mask=collects, sem="relaxed")
+        tl.store(to + begin + tl.cumsum(chosen.to(tl.int32), 1) - 1, x, mask=chosen)
 
 
 @triton.jit(do_not_specialize=INTS)
-def filter_kernel(
+def tally_kernel(
+    target,
+    draft,
+    tokens,
+    lengths,
+    temperature,
+    certain,
+    top_k,
+    top_p,
+    min_p,
+    peaks,
+    masses,
+    cuts,
+    search,
+    candidates,
+    batch,
+    num,
+    width_units,
+    draft_width_units,
+    target_b,
+    target_g,
+    draft_b,
+    draft_g,
+    splits,
+    has_tokens,
+    has_certain,
+    has_k,
+    has_p,
+    has_min,
+    turn,
+    room,
+    UNIT: tl.constexpr,
+    GP: tl.constexpr,
+    SP: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PIVOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One round over each row that a filter touches: count against the pivots, or collect what the
+    bracket holds (in the phase of top-k all from low on, among which top-p then searches). Grid:
+    blocks of rows, programs that share their tiles; how many has no influence on the result."""
+    p_side = (target, target_b * UNIT, target_g * UNIT, width_units * UNIT)
+    q_side = (draft, draft_b * UNIT, draft_g * UNIT, draft_width_units * UNIT)
+    base, width, row, b, g, is_draft = row_of_program(p_side, q_side, batch, num, ROWS)
+    options = (tokens, lengths, temperature, certain, has_tokens, has_certain)
+    settings = (top_k, top_p, min_p, has_k, has_p, has_min)
+    _need, wanted, scale, k, p, floor = _asked(
+        options, settings, b, g, is_draft, width, batch, num, GP, ROWS
+    )
+    if some(wanted, ROWS) > 0:
+        peak, mass, _cut = row_statistics((peaks, masses, cuts, splits), row, wanted, 0, SP, ROWS)
+        wanted = wanted & (mass > 0.0)
+        floor_key = floor_key_of(floor, peak, scale, SHIFT, ROWS)
+        words = search + row * WORDS
+        now = begun(k, p, width, SHIFT)
+        if turn > 0:
+            now = after_round(
+                words, turn - 1, wanted, peak, scale, p, floor_key, SHIFT, PIVOTS, ROWS
+            )
+        phase, _goal, low, high, count, above, mass, _mass_above, collected = now
+        active = wanted & ((turn == 0) | ((phase < 2) & (collected == 0)))
+        inside = count - tl.where(phase == 1, above, 0)
+        collects = active & (turn > 0) & (inside <= room)
+        counts = active & ~collects
+
+        part = tl.program_id(1)
+        at = words + turn * 16
+        first = wanted & (part == 0)
+        store_search(at, now, tl.where(collects, 1, collected), first)
+
+        if some(active, ROWS) > 0:
+            pivots = pivots_of(now, turn, peak, scale, floor_key, SHIFT, PIVOTS)
+            numbers = tl.zeros((ROWS, PIVOTS), tl.int64)
+            sums = tl.zeros((ROWS, PIVOTS), tl.int64)
+            stride = tl.num_programs(1) * BLOCK
+            c = (part * BLOCK + tl.arange(0, BLOCK))[None, :]
+            ahead = tl.load(base + c, mask=active & (c < width), other=-INF)
+            for _ in range(part * BLOCK, width, stride):
+                x = ahead.to(tl.float32)
+                here = c < width
+                c += stride  # the next tile is on its way while this one is counted
+                ahead = tl.load(base + c, mask=active & (c < width), other=-INF)
+                if some(counts, ROWS) > 0:
+                    w = tl.exp(x / scale - peak)
+                    more, heavier = _tally(x, smallest_with(pivots, SHIFT), w)
+                    numbers += more
+                    sums += (heavier * UNITS).to(tl.int64)
+                if some(collects, ROWS) > 0:
+                    chosen = collects & here & (x >= smallest_with(low, SHIFT))
+                    chosen = chosen & ((phase == 0) | (x < smallest_with(high, SHIFT)))
+                    _append(candidates + row * room, words + FILLED, x, chosen, collects, ROWS)
+            tallies = words + TALLIES + turn * 16 + tl.arange(0, PIVOTS)[None, :]
+            mask = counts & (pivots == pivots)
+            tl.atomic_add(tallies, numbers, mask=mask, sem="relaxed")
+            tl.atomic_add(tallies + 8, sums, mask=mask, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=INTS)
+def cut_kernel(
     target,
     draft,
     tokens,
@@ -160,6 +193,8 @@ def filter_kernel(
     masses,
     cuts,
     logsumexps,
+    search,
+    candidates,
     batch,
     num,
     width_units,
@@ -169,10 +204,13 @@ def filter_kernel(
     draft_b,
     draft_g,
     splits,
+    has_tokens,
     has_certain,
     has_k,
     has_p,
     has_min,
+    turn,
+    room,
     UNIT: tl.constexpr,
     GP: tl.constexpr,
     SP: tl.constexpr,
@@ -181,33 +219,64 @@ def filter_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each sampled row's cut, with its mass replaced by that of what the cut keeps, and the
-    logsumexp it had before. Grid: blocks of rows; a program goes over its rows alone.
-    """
+    """The cut of each row that is drawn from at a temperature above 0, with its mass replaced by
+    that of what the cut keeps, and the logsumexp it had before; turn is that of the last round.
+    Grid: blocks of rows."""
     p_side = (target, target_b * UNIT, target_g * UNIT, width_units * UNIT)
     q_side = (draft, draft_b * UNIT, draft_g * UNIT, draft_width_units * UNIT)
     base, width, row, b, g, is_draft = row_of_program(p_side, q_side, batch, num, ROWS)
-    ok = b < batch
-    t = tl.load(temperature + b, mask=ok, other=0.0)
-    warm = ok & (t > 0.0)
-    scale = tl.where(warm, t, 1.0)
-    sure = tl.load(certain + b, mask=ok & is_draft & (has_certain != 0), other=0) != 0
-    end = offered(tokens, lengths, b, ok, num, GP, ROWS)
-    need = warm & ~sure & ((g < end) | ((g == end) & (is_draft == 0)))
+    options = (tokens, lengths, temperature, certain, has_tokens, has_certain)
+    settings = (top_k, top_p, min_p, has_k, has_p, has_min)
+    need, wanted, scale, _k, p, floor = _asked(
+        options, settings, b, g, is_draft, width, batch, num, GP, ROWS
+    )
+    if some(need, ROWS) > 0:
+        peak, whole, _cut = row_statistics((peaks, masses, cuts, splits), row, need, 0, SP, ROWS)
+        good = whole > 0.0
+        lse = peak + tl.log(tl.where(good, whole, 1.0))
+        wanted = wanted & good
+        floor_key = floor_key_of(floor, peak, scale, SHIFT, ROWS)
+        words = search + row * WORDS
+        now = after_round(words, turn, wanted, peak, scale, p, floor_key, SHIFT, PIVOTS, ROWS)
+        phase, goal, low, high, count, above, mass, mass_above, collected = now
+        few = collected != 0
+        tokens_there = tl.where(few, tl.load(words + FILLED, mask=wanted & few, other=0), width)
+        beyond = tl.where(few & (phase == 1), above, 0)
+        mass_beyond = tl.where(few & (phase == 1), mass_above, 0)
+        active = wanted & (phase < 2)
+        turn = 2 * turn + 1  # in value first
+        while some(active, ROWS) > 0:
+            now = (phase, goal, low, high, count, above, mass, mass_above, collected)
+            pivots = pivots_of(now, turn, peak, scale, floor_key, SHIFT, PIVOTS)
+            least = smallest_with(pivots, SHIFT)
+            numbers = tl.zeros((ROWS, PIVOTS), tl.int64)
+            sums = tl.zeros((ROWS, PIVOTS), tl.int64)
+            stop = most(tl.where(active, tokens_there, 0), ROWS)
+            for start in range(0, stop, BLOCK):
+                c = start + tl.arange(0, BLOCK)[None, :]
+                there = active & (c < tokens_there)
+                x = tl.load(base + c, mask=there & ~few, other=-INF).to(tl.float32)
+                y = tl.load(candidates + row * room + c, mask=there & few, other=-INF)
+                x = tl.where(few, y, x)
+                w = (tl.exp(x / scale - peak) * UNITS).to(tl.int64)
+                more, heavier = _tally(x, least, w)
+                numbers += more
+                sums += heavier
+            phase, goal, low, high, count, above, mass, mass_above, collected = narrowed(
+                now, turn, active, pivots, numbers + beyond, sums + mass_beyond, p, SHIFT, ROWS
+            )
+            active = active & (phase < 2)
+            turn += 1
 
-    peak, mass, _ = row_statistics((peaks, masses, cuts, splits), row, need, 0, SP, ROWS)
-    good = need & (mass > 0.0)
-    lse = peak + tl.log(tl.where(good, mass, 1.0))
-    tl.store(logsumexps + row, tl.where(good, lse, float("nan")), mask=need)
-    k = tl.load(top_k + b, mask=ok & (has_k != 0), other=0).to(tl.int32)
-    p = tl.load(top_p + b, mask=ok & (has_p != 0), other=1.0)
-    floor = tl.load(min_p + b, mask=ok & (has_min != 0), other=0.0)
-    of_row = (base, width, scale, peak)
-    key, mass = _threshold(of_row, good, mass, k, p, SHIFT, PIVOTS, ROWS, BLOCK)
-    cut, mass = _min_p(of_row, good, _smallest_with(key, SHIFT), mass, floor, ROWS, BLOCK)
-    tl.debug_barrier()  # no thread may still be reading the parts that are replaced here
-    part = tl.arange(0, SP)[None, :]
-    store = good & (part < splits)
-    tl.store(peaks + row * SP + part, tl.where(part == 0, peak, -INF), mask=store)
-    tl.store(masses + row * SP + part, tl.where(part == 0, mass, 0.0), mask=store)
-    tl.store(cuts + row, cut, mask=need)
+        floored = wanted & (floor_key > low)
+        at_floor = tl.load(words + TALLIES + 9, mask=floored, other=0)
+        left = tl.where(floored, at_floor, mass).to(tl.float32) * (1.0 / UNITS)
+        left = tl.where(wanted, left, whole)
+        cut = smallest_with(tl.where(floored, floor_key, low), SHIFT)
+        tl.debug_barrier()  # no thread may still be reading the parts that are replaced here
+        part = tl.arange(0, SP)[None, :]
+        store = need & (part < splits)
+        tl.store(peaks + row * SP + part, tl.where(part == 0, peak, -INF), mask=store)
+        tl.store(masses + row * SP + part, tl.where(part == 0, left, 0.0), mask=store)
+        tl.store(cuts + row, tl.where(wanted, cut, -INF), mask=need)
+        tl.store(logsumexps + row, tl.where(good, lse, float("nan")), mask=need)

@@ -14,34 +14,56 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Tiles(NamedTuple):
-    """How the work is cut up. Neither the batch nor the other model's vocabulary has a say in how a
-    row is, so that its statistics are the same to the last bit wherever it is met."""
+    """How the work is cut up, all of it: what a tuner may choose. Neither the batch nor the other
+    model's vocabulary has a say in how a row is, so that its statistics are the same to the last
+    bit wherever it is met. Only the filters' programs take more than one tile, one after the other.
+    """
 
-    block: int  # tokens in a tile
-    part_tiles: int  # tiles of a part of the vocabulary; each program takes one part
-    rows: int  # rows or requests of a program
-    filter_block: int
-    filter_rows: int
-    positions: int  # proposals looked at together
-    max_parts: int  # power of two
+    part: int  # tokens whose statistics (and, in mode "block", excess) a program takes
+    part_warps: int
+    excess_warps: int
+    race: int  # tokens a program races
+    race_warps: int
+    tally: int  # tokens at once that a program counts against the pivots of a filter
+    tally_warps: int
+    cut: int  # tokens at once, of a row's candidates, that the last step of a filter takes
+    cut_warps: int
+    programs: int = 528  # that count, if there are not more rows: four on each of 132 processors
+    rounds: int = 4  # of tallies, at most 4: a row's words have room for these
+    room: int = 4096  # candidates a row may have
+    rows: int = 1  # rows or requests of a program, but
+    filter_rows: int = 1  # rows of one that filters
+    positions: int = 8  # proposals looked at together
+    least_parts: int = 64  # so that widths up to 262,144 share one compiled form
+
+    def parts(self, tokens: int, width: int) -> int:
+        """For how many parts of so many tokens a kernel is compiled, a power of two."""
+        return max(self.least_parts, triton.next_power_of_2(triton.cdiv(width, tokens)))
 
 
-BLOCK, FILTER_BLOCK, POSITIONS = 1024, 1024, 8
-PART_TILES, MAX_PARTS = 4, 64  # for up to 262,144 tokens; more parts beyond
-WARPS, FILTER_WARPS = 4, 16
+TILES = {  # by compute capability; "" is any other device
+    "": Tiles(4096, 4, 8, 2048, 4, 1024, 4, 1024, 16),
+}
 
 
-def tiles_for(batch: int, num: int, width: int) -> Tiles:
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        parts = max(MAX_PARTS, triton.next_power_of_2(triton.cdiv(width, BLOCK * PART_TILES)))
-        return Tiles(BLOCK, PART_TILES, 1, FILTER_BLOCK, 1, POSITIONS, parts)
+def tiles_for(device: torch.device, batch: int, num: int, width: int) -> Tiles:
+    if device.type == "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return TILES.get("sm_{}{}".format(*torch.cuda.get_device_capability(device)), TILES[""])
     # The interpreter pays by the operation: one tile holds as much as a tensor may.
     block = min(triton.next_power_of_2(width), 2**16)
     rows = min(triton.next_power_of_2(batch * (num + 1)), 2**18 // block)
     parts = triton.next_power_of_2(triton.cdiv(width, block))
     positions = triton.next_power_of_2(num + 1)
-    rows = max(1, min(rows, 2**18 // (parts * positions)))
-    return Tiles(block, 1, rows, block, max(1, min(rows, 2**17 // block)), positions, parts)
+    rows = max(1, min(rows, 2**18 // (parts * positions), 2**12))
+    filtered = max(1, min(rows, 2**17 // block))
+    return Tiles(
+        *(block, 4, 4, block, 4, block, 4, block, 4),
+        rounds=2,
+        rows=rows,
+        filter_rows=filtered,
+        positions=positions,
+        least_parts=1,
+    )
 
 
 class Side(NamedTuple):
@@ -65,13 +87,14 @@ class Side(NamedTuple):
 
 
 def workspace(device: torch.device, sizes: dict[str, int]) -> dict[str, Tensor]:
-    """One allocation of 4-byte numbers for all, each aligned to 16 of them. `firsts` and `arrived`
-    are int32, the others float32."""
-    padded = [triton.cdiv(size, 16) * 16 for size in sizes.values()]
+    """One allocation for all, each aligned to 64 bytes. `firsts` and `arrived` are int32, `search`
+    is int64, the others float32."""
+    kinds = {"firsts": torch.int32, "arrived": torch.int32, "search": torch.int64}
+    words = [size * (2 if name == "search" else 1) for name, size in sizes.items()]
+    padded = [triton.cdiv(count, 16) * 16 for count in words]
     parts = torch.empty(sum(padded), dtype=torch.float32, device=device).split(padded)
-    integers = ("firsts", "arrived")
     return {
-        name: part.view(torch.int32) if name in integers else part
+        name: part.view(kinds.get(name, torch.float32))
         for name, part in zip(sizes, parts, strict=True)
     }
 
@@ -96,11 +119,12 @@ class Launcher:
     def __init__(self, tiles: Tiles, **arguments: Any) -> None:
         self.tiles = tiles
         self.arguments = arguments
+        self.races = triton.cdiv(arguments["width_units"] * arguments["UNIT"], tiles.race)
 
-    def __call__(self, kernel: Any, grid: tuple[int, ...], **more: Any) -> None:
-        tiles = self.tiles
-        constants = {"GP": tiles.positions, "SP": tiles.max_parts, "ROWS": tiles.rows}
-        known = {**self.arguments, **constants, "BLOCK": tiles.block, "num_warps": WARPS, **more}
+    def __call__(
+        self, kernel: Any, grid: tuple[int, ...], block: int, warps: int, **more: Any
+    ) -> None:
+        constants = {"GP": self.tiles.positions, "ROWS": self.tiles.rows, "BLOCK": block}
+        known = {**self.arguments, **constants, **more}
         names = [name for name in kernel.arg_names if name in known]
-        options = {"num_warps": known["num_warps"]}
-        kernel[grid](**{name: known[name] for name in names}, **options)
+        kernel[grid](**{name: known[name] for name in names}, num_warps=warps)

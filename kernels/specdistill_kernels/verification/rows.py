@@ -19,10 +19,11 @@ import triton.language as tl
 
 INF = tl.constexpr(float("inf"))
 NOWHERE = tl.constexpr(0x7FFFFFFF)  # an index no token has
+WORDS = tl.constexpr(256)  # of a row in the workspace of the filters
 INTS = [  # not to be compiled for their values
-    *("batch", "num", "width_units", "draft_width_units", "part_tiles", "splits", "position"),
+    *("batch", "num", "width_units", "draft_width_units", "splits", "position", "turn", "room"),
     *("target_b", "target_g", "draft_b", "draft_g", "has_q", "has_lse", "has_certain"),
-    *("has_k", "has_p", "has_min", "trimmed", "filtered", "block_mode"),
+    *("has_tokens", "has_k", "has_p", "has_min", "trimmed", "filtered", "block_mode"),
 ]
 
 
@@ -66,10 +67,19 @@ def some(flags, ROWS: tl.constexpr):
 
 
 @triton.jit
-def offered(tokens, lengths, b, ok, num, GP: tl.constexpr, ROWS: tl.constexpr):
-    """How many proposals of request b count: up to its length and its first -1."""
+def most(values, ROWS: tl.constexpr):
+    """The largest number of a column."""
+    return values if ROWS == 1 else tl.max(values)
+
+
+@triton.jit
+def offered(tokens, lengths, has_tokens, b, ok, num, GP: tl.constexpr, ROWS: tl.constexpr):
+    """How many proposals of request b count: up to its length and its first -1. All rows do where
+    there are none, in `sample`."""
+    every = tl.where(ok & (has_tokens == 0), num, 0)
+    ok = ok & (has_tokens != 0)
     end = tl.minimum(tl.load(lengths + b, mask=ok, other=0), num).to(tl.int32)
-    end = tl.maximum(end, 0)
+    end = tl.maximum(end, every)
     for start in range(0, num, GP):
         g = (start + tl.arange(0, GP))[None, :]
         token = tl.load(tokens + b * num + g, mask=ok & (g < num), other=0)
@@ -174,6 +184,7 @@ def stats_kernel(
     masses,
     firsts,
     arrived,
+    search,
     batch,
     num,
     width_units,
@@ -182,7 +193,7 @@ def stats_kernel(
     target_g,
     draft_b,
     draft_g,
-    part_tiles,
+    has_tokens,
     has_certain,
     filtered,
     UNIT: tl.constexpr,
@@ -195,7 +206,8 @@ def stats_kernel(
     greedy rows the first maximum. Grid: blocks of rows, parts.
 
     The row after the last proposal of a sampled request is left out unless it must be filtered:
-    drawing from it needs no normaliser.
+    drawing from it needs no normaliser. Nor does `sample` need any of a greedy row. What later
+    launches count with is set to 0.
     """
     p_side = (target, target_b * UNIT, target_g * UNIT, width_units * UNIT)
     q_side = (draft, draft_b * UNIT, draft_g * UNIT, draft_width_units * UNIT)
@@ -205,33 +217,27 @@ def stats_kernel(
     t = tl.load(temperature + b, mask=ok, other=0.0)
     greedy = t == 0.0
     scale = tl.where(greedy, 1.0, t)
-    end = offered(tokens, lengths, b, ok, num, GP, ROWS)
+    end = offered(tokens, lengths, has_tokens, b, ok, num, GP, ROWS)
     if is_draft:
         sure = tl.load(certain + b, mask=ok & (has_certain != 0), other=0) != 0
         need = ok & (g < end) & ~greedy & ~sure
     else:
         need = ok & ((g < end) | ((g == end) & (greedy | (filtered != 0))))
+        need = need & ((has_tokens != 0) | ~greedy)
         tl.store(arrived + b, 0, mask=ok & (g == 0) & (part == 0))
+    words = tl.arange(0, WORDS)[None, :]
+    clears = ok & (filtered != 0) & (part == 0)
+    tl.store(search + row * WORDS + words, 0, mask=clears & (words >= 0))
 
-    peak = tl.where(need, -INF, -INF)
-    mass = tl.zeros((ROWS, BLOCK), tl.float32)
-    first = tl.where(need, NOWHERE, NOWHERE)
-    first_token = part * part_tiles * BLOCK
-    for start in range(first_token, tl.minimum(first_token + part_tiles * BLOCK, width), BLOCK):
-        c = (start + tl.arange(0, BLOCK))[None, :]
-        raw = tl.load(base + c, mask=need & (c < width), other=-INF).to(tl.float32)
-        x = raw / scale
-        x = tl.where(x == x, x, INF)  # a NaN spoils its row, as +inf does
-        top = row_max(x, ROWS)
-        better = greedy & (top > peak)
-        if some(better, ROWS) > 0:
-            here = row_min(tl.where(x == top, c, NOWHERE), ROWS)
-            first = tl.where(better, here, first)
-        top = tl.maximum(top, peak)
-        anchor = tl.where(tl.abs(top) < INF, top, 0.0)
-        mass = mass * tl.exp(peak - anchor) + tl.exp(x - anchor)
-        peak = top
+    c = (part * BLOCK + tl.arange(0, BLOCK))[None, :]
+    raw = tl.load(base + c, mask=need & (c < width), other=-INF).to(tl.float32)
+    x = raw / scale
+    x = tl.where(x == x, x, INF)  # a NaN spoils its row, as +inf does
+    peak = row_max(x, ROWS)
+    mass = row_sum(tl.exp(x - tl.where(tl.abs(peak) < INF, peak, 0.0)), ROWS)
     at = row * SP + part
     tl.store(peaks + at, peak, mask=need)
-    tl.store(masses + at, row_sum(mass, ROWS), mask=need)
-    tl.store(firsts + at, first, mask=need & greedy)
+    tl.store(masses + at, mass, mask=need)
+    if some(need & greedy, ROWS) > 0:
+        first = row_min(tl.where(x == peak, c, NOWHERE), ROWS)
+        tl.store(firsts + at, first, mask=need & greedy)

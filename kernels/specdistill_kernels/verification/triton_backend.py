@@ -1,29 +1,27 @@
-"""`verify` and `sample` in Triton: launches, workspaces, tile sizes. Agrees with `reference` token
-for token under the same noise.
+"""`verify` and `sample` in Triton: launches and workspaces. Agrees with `reference` token for token
+under the same noise.
 
 Logits are read as they are, in their own dtype and strides; nothing of their size is written.
-`stats_kernel` goes over the rows, `filter_kernel` (with top-k, top-p or min-p alone) finds each
-row's cut, `excess_kernel` (in mode "block" alone) sums what block verification needs, and
-`verdict_kernel` or `sample_kernel` decides and draws.
+`verify`: `stats_kernel` goes over the rows; with top-k, top-p or min-p alone, `tally_kernel` a few
+times and `cut_kernel` find each row's cut; in mode "block" alone, `excess_kernel` sums what block
+verification needs; `decide_kernel` accepts and `race_kernel` draws. `sample`: without filters
+`sample_kernel` alone.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import triton
 from torch import Tensor
 
 from specdistill_kernels.aot import Configuration
-from specdistill_kernels.verification.accept import excess_kernel
-from specdistill_kernels.verification.draw import sample_kernel, verdict_kernel
-from specdistill_kernels.verification.filter import filter_kernel
+from specdistill_kernels.verification.accept import decide_kernel, excess_kernel
+from specdistill_kernels.verification.draw import race_kernel, sample_kernel
+from specdistill_kernels.verification.filter import cut_kernel, tally_kernel
 from specdistill_kernels.verification.launch import (
-    BLOCK,
-    FILTER_BLOCK,
-    FILTER_WARPS,
-    MAX_PARTS,
-    POSITIONS,
-    WARPS,
+    TILES,
     Launcher,
     Side,
     Tiles,
@@ -32,11 +30,13 @@ from specdistill_kernels.verification.launch import (
     workspace,
 )
 from specdistill_kernels.verification.reference import Drawn, Lenience, Mode, RowSettings, Verdict
-from specdistill_kernels.verification.rows import INTS, stats_kernel
+from specdistill_kernels.verification.rows import INTS, WORDS, stats_kernel
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 KEY_SHIFT = {"fp32": 0, "bf16": 16, "fp16": 13}  # low bits that are 0 in float32 of this dtype
 PIVOTS = 8
+DECIDE_WARPS = 16
+LARGEST = 2**18
 
 
 def verify(
@@ -53,7 +53,7 @@ def verify(
     lenience: Lenience | None,
     tiles: Tiles | None = None,
 ) -> Verdict:
-    """As `reference.verify`, with `counter_noise`. Two launches, one more with filters and one
+    """As `reference.verify`, with `counter_noise`. Three launches, five more with filters and one
     more in mode "block". `verification` has checked the arguments.
     """
     target = Side.of(target_logits)
@@ -64,7 +64,7 @@ def verify(
     accepted = torch.empty(batch, dtype=torch.int64, device=device)
     if batch == 0:
         return Verdict(tokens, accepted)
-    tiles = tiles or tiles_for(batch, num, target.width)
+    tiles = tiles or tiles_for(device, batch, num, target.width)
     kind, epsilon = ("lin", 1.0) if lenience is None else (lenience.kind, lenience.epsilon)
     lengths = lengths.to(torch.int64).contiguous()
     temperature = rows.temperature.to(torch.float32).contiguous()
@@ -73,6 +73,7 @@ def verify(
     launch.arguments |= {
         "tokens": draft_tokens.to(torch.int64).contiguous(),
         "lengths": lengths,
+        "has_tokens": 1,
         "seeds": rows.seeds.to(torch.int64).contiguous(),
         "steps": rows.step.to(torch.int64).contiguous(),
         "certain": _or(point_mass, lengths.view(torch.int8), torch.int8),
@@ -91,42 +92,46 @@ def verify(
     draft_rows = batch * num if draft_logits is not None else 0
     if draft_lse is not None and not rows.filtered:
         draft_rows = 0
-    parts = launch.arguments["splits"]
+    requests = triton.cdiv(batch, tiles.rows)
     with torch.cuda.device_of(target_logits):
         _statistics(launch, batch * (num + 1), draft_rows, rows)
         if mode == "block" and num > 1:
-            launch(excess_kernel, (triton.cdiv(batch * (num - 1), tiles.rows), parts))
-        # Rows without alignment take more registers; with whole tiles some targets would spill.
-        pieces = 4 if launch.arguments["UNIT"] == 1 and tiles.block >= 4 else 1
-        launch(
-            verdict_kernel,
-            (triton.cdiv(batch, tiles.rows), parts),
-            BLOCK=tiles.block // pieces,
-            part_tiles=tiles.part_tiles * pieces,
-        )
+            grid = (triton.cdiv(batch * (num - 1), tiles.rows), launch.arguments["splits"])
+            launch(excess_kernel, grid, tiles.part, tiles.excess_warps)
+        launch(decide_kernel, (requests,), 0, DECIDE_WARPS)
+        launch(race_kernel, (requests, launch.races), tiles.race, tiles.race_warps)
     return Verdict(tokens, accepted)
 
 
 def sample(
     logits: Tensor, rows: RowSettings, *, position: int, tiles: Tiles | None = None
 ) -> Drawn:
-    """As `reference.sample`, with `counter_noise`. Two launches, one more with filters. The
+    """As `reference.sample`, with `counter_noise`. One launch, six more with filters. The
     arguments have been checked."""
-    batch = len(logits)
-    tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
-    logsumexp = torch.empty(batch, dtype=torch.float32, device=logits.device)
-    if batch == 0:
+    drawn = sample_places(logits[:, None], rows, position=position, tiles=tiles)
+    return Drawn(*(part[:, 0] for part in drawn))
+
+
+def sample_places(
+    logits: Tensor, rows: RowSettings, *, position: int = 0, tiles: Tiles | None = None
+) -> Drawn:
+    """As `reference.sample_places`, with `counter_noise`, at places from `position` on; in as many
+    launches as `sample`."""
+    batch, places = logits.shape[:2]
+    tokens = torch.empty(batch, places, dtype=torch.int64, device=logits.device)
+    logsumexp = torch.empty(batch, places, dtype=torch.float32, device=logits.device)
+    if tokens.numel() == 0:
         return Drawn(tokens, logsumexp)
-    side = Side.of(logits[:, None])
-    tiles = tiles or tiles_for(batch, 0, side.width)
+    side = Side.of(logits)
+    tiles = tiles or tiles_for(logits.device, batch, places - 1, side.width)
     temperature = rows.temperature.to(torch.float32).contiguous()
     seeds = rows.seeds.to(torch.int64).contiguous()
-    launch = _launcher(side, side, batch, 0, tiles, temperature, rows.filtered)
+    launch = _launcher(side, side, batch, places - 1, tiles, temperature, rows.filtered)
     launch.arguments |= {
-        "logits": logits,
-        "tokens": seeds,  # There are no proposals, whatever these two say.
+        "tokens": seeds,  # Without proposals, these three are not looked at.
         "lengths": seeds,
         "certain": seeds.view(torch.int8),
+        "has_tokens": 0,
         "has_certain": 0,
         "seeds": seeds,
         "steps": rows.step.to(torch.int64).contiguous(),
@@ -135,9 +140,13 @@ def sample(
         "out_lse": logsumexp,
     }
     with torch.cuda.device_of(logits):
-        _statistics(launch, batch, 0, rows)
-        grid = (triton.cdiv(batch, tiles.rows), launch.arguments["splits"])
-        launch(sample_kernel, grid)
+        if rows.filtered:
+            _statistics(launch, batch * places, 0, rows)
+        # The draws count arrivals from 0 in memory of their own: a counter that calls shared would
+        # be wrong where two streams draw at once.
+        arrived = torch.zeros(batch * places, dtype=torch.int32, device=logits.device)
+        grid = (triton.cdiv(batch * places, tiles.rows), launch.races)
+        launch(sample_kernel, grid, tiles.race, tiles.race_warps, arrived=arrived)
     return Drawn(tokens, logsumexp)
 
 
@@ -158,18 +167,22 @@ def _launcher(
     unit = 16 if target.aligned() and draft.aligned() else 1
     width, target_b, target_g = target.in_units(unit)
     draft_width, draft_b, draft_g = draft.in_units(unit)
-    parts = tiles.max_parts
+    parts = tiles.parts(tiles.part, target.width)
     rows = batch * (2 * num + 1)
+    candidates = rows * tiles.room if filtered else 0
     space = workspace(
         target.logits.device,
         {
+            "search": rows * WORDS.value if filtered else 0,
             "peaks": rows * parts,
             "masses": (rows + batch * num) * parts,  # the last of them for block verification
             "firsts": batch * (num + 1) * parts,
             "cuts": rows,
             "logsumexps": rows,
-            "race": batch * 4 * parts,
+            "decisions": batch * 8,
+            "race": batch * (num + 1) * 4 * triton.cdiv(target.width, tiles.race),
             "arrived": batch,
+            "candidates": candidates,
         },
     )
     return Launcher(
@@ -185,10 +198,11 @@ def _launcher(
         target_g=target_g,
         draft_b=draft_b,
         draft_g=draft_g,
-        part_tiles=tiles.part_tiles,
-        splits=triton.cdiv(target.width, tiles.part_tiles * tiles.block),
+        splits=triton.cdiv(target.width, tiles.part),
         filtered=int(filtered),
         UNIT=unit,
+        SP=parts,
+        RP=tiles.parts(tiles.race, target.width),
         **space,
     )
 
@@ -201,68 +215,78 @@ def _statistics(
 ) -> None:
     """The launches that leave each row's peak, mass and cut in the workspace."""
     tiles, arguments = launch.tiles, launch.arguments
-    blocks = triton.cdiv(target_rows, tiles.rows) + triton.cdiv(draft_rows, tiles.rows)
-    launch(stats_kernel, (blocks, arguments["splits"]))
+
+    def blocks(rows: int) -> int:
+        return triton.cdiv(target_rows, rows) + triton.cdiv(draft_rows, rows)
+
+    launch(stats_kernel, (blocks(tiles.rows), arguments["splits"]), tiles.part, tiles.part_warps)
     if not arguments["filtered"]:
         return
-    rows = tiles.filter_rows
-    dtype = DTYPES[arguments["target"].dtype]
-    launch(
-        filter_kernel,
-        (triton.cdiv(target_rows, rows) + triton.cdiv(draft_rows, rows),),
-        top_k=_or(settings.top_k, arguments["lengths"], torch.int64),
-        top_p=_or(settings.top_p, arguments["temperature"], torch.float32),
-        min_p=_or(settings.min_p, arguments["temperature"], torch.float32),
-        has_k=int(settings.top_k is not None),
-        has_p=int(settings.top_p is not None),
-        has_min=int(settings.min_p is not None),
-        SHIFT=KEY_SHIFT[dtype],
-        PIVOTS=PIVOTS,
-        ROWS=rows,
-        BLOCK=tiles.filter_block,
-        num_warps=FILTER_WARPS,
-    )
+    more = {
+        "top_k": _or(settings.top_k, arguments["lengths"], torch.int64),
+        "top_p": _or(settings.top_p, arguments["temperature"], torch.float32),
+        "min_p": _or(settings.min_p, arguments["temperature"], torch.float32),
+        "has_k": int(settings.top_k is not None),
+        "has_p": int(settings.top_p is not None),
+        "has_min": int(settings.min_p is not None),
+        "room": tiles.room,
+        "SHIFT": KEY_SHIFT[DTYPES[arguments["target"].dtype]],
+        "PIVOTS": PIVOTS,
+        "ROWS": tiles.filter_rows,
+    }
+    rows = blocks(tiles.filter_rows)
+    width = arguments["width_units"] * arguments["UNIT"]
+    tallies = max(1, min(triton.cdiv(width, tiles.tally), tiles.programs // rows))
+    for more["turn"] in range(tiles.rounds):
+        launch(tally_kernel, (rows, tallies), tiles.tally, tiles.tally_warps, **more)
+    launch(cut_kernel, (rows,), tiles.cut, tiles.cut_warps, **more)
 
 
-_LOGITS = ("target", "draft", "logits")
+_LOGITS = ("target", "draft")
 _POINTERS = dict.fromkeys(
-    ("tokens", "lengths", "seeds", "steps", "top_k", "out_tokens", "out_accepted"), "*i64"
-) | {"certain": "*i8", "inverse": "*i32", "firsts": "*i32"}
-_POINTERS |= {"arrived": "*i32"} | dict.fromkeys(
+    ("tokens", "lengths", "seeds", "steps", "top_k", "search", "out_tokens", "out_accepted"), "*i64"
+) | {"certain": "*i8", "inverse": "*i32", "firsts": "*i32", "arrived": "*i32"}
+_POINTERS |= dict.fromkeys(
     ("temperature", "top_p", "min_p", "draft_lse", "peaks", "masses", "cuts", "logsumexps"), "*fp32"
 )
-_POINTERS |= {"race": "*fp32", "out_lse": "*fp32"}
+_POINTERS |= dict.fromkeys(("decisions", "race", "candidates", "out_lse"), "*fp32")
 
 
 def configurations() -> list[Configuration]:
-    """Every one of them up to 262,144 tokens, for compiling ahead of time: a kernel, a dtype, and
-    whether all rows start and end on 16 entries. No integer is compiled for its value.
+    """Every one of them up to 262,144 tokens, for compiling ahead of time: a kernel, a dtype,
+    whether all rows start and end on 16 entries, and each choice of `TILES`. No integer is compiled
+    for its value.
     """
-    found = []
-    for kernel in (stats_kernel, filter_kernel, excess_kernel, verdict_kernel, sample_kernel):
-        for dtype in DTYPES.values():
-            for unit in (16, 1):
-                filtering = kernel is filter_kernel
-                unaligned = kernel is verdict_kernel and unit == 1
-                constants = {
-                    "UNIT": unit,
-                    "GP": POSITIONS,
-                    "SP": MAX_PARTS,
-                    "ROWS": 1,
-                    "BLOCK": FILTER_BLOCK if filtering else BLOCK // (4 if unaligned else 1),
-                    "SHIFT": KEY_SHIFT[dtype],
-                    "PIVOTS": PIVOTS,
-                }
-                types = _POINTERS | dict.fromkeys(_LOGITS, f"*{dtype}")
-                types |= dict.fromkeys(INTS, "i32") | {"power": "fp32", "divisor": "fp32"}
-                names = kernel.arg_names
-                found.append(
-                    Configuration(
-                        kernel,
-                        {name: types[name] for name in names if name not in constants},
-                        {name: constants[name] for name in names if name in constants},
-                        FILTER_WARPS if filtering else WARPS,
-                        (),
-                    )
-                )
-    return found
+    found: dict[str, Configuration] = {}
+    for tiles, dtype, unit in itertools.product(TILES.values(), DTYPES.values(), (16, 1)):
+        for kernel, block, warps in (
+            (stats_kernel, tiles.part, tiles.part_warps),
+            (tally_kernel, tiles.tally, tiles.tally_warps),
+            (cut_kernel, tiles.cut, tiles.cut_warps),
+            (excess_kernel, tiles.part, tiles.excess_warps),
+            (decide_kernel, 0, DECIDE_WARPS),
+            (race_kernel, tiles.race, tiles.race_warps),
+            (sample_kernel, tiles.race, tiles.race_warps),
+        ):
+            constants = {
+                "UNIT": unit,
+                "GP": tiles.positions,
+                "SP": tiles.parts(tiles.part, LARGEST),
+                "RP": tiles.parts(tiles.race, LARGEST),
+                "ROWS": 1,
+                "BLOCK": block,
+                "SHIFT": KEY_SHIFT[dtype],
+                "PIVOTS": PIVOTS,
+            }
+            types = _POINTERS | dict.fromkeys(_LOGITS, f"*{dtype}")
+            types |= dict.fromkeys(INTS, "i32") | {"power": "fp32", "divisor": "fp32"}
+            names = kernel.arg_names
+            configuration = Configuration(
+                kernel,
+                {name: types[name] for name in names if name not in constants},
+                {name: constants[name] for name in names if name in constants},
+                warps,
+                (),
+            )
+            found[str(configuration)] = configuration
+    return list(found.values())
