@@ -42,7 +42,7 @@ class Tiles(NamedTuple):
 
 
 TILES = {  # by compute capability; "" is any other device
-    "": Tiles(4096, 4, 8, 2048, 4, 1024, 4, 1024, 16),
+    "": Tiles(4096, 4, 4, 2048, 4, 1024, 4, 1024, 16),
 }
 
 
