@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,20 @@ def begun(file: Path, seconds: float, threads: int) -> dict[str, Any]:
     device = device_name(torch.device(choose_device("auto")))
     facts = {"git": git_commit(), "device": device, "versions": versions()}
     return document | {"seconds": seconds, "threads": threads} | facts
+
+
+def append(
+    file: Path,
+    document: dict[str, Any],
+    rows: Sequence[Any],
+    text: Callable[[list[dict[str, Any]]], str],
+) -> None:
+    """Add rows, dataclasses, to a measurement and write it, with what `text` makes of all its rows
+    in Markdown beside it.
+    """
+    document["rows"] += json.loads(json.dumps([asdict(row) for row in rows]))
+    file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    file.with_suffix(".md").write_text(text(document["rows"]), encoding="utf-8")
 
 
 def measure(arm: Arm, out: Path, target: str, seconds: float, threads: int) -> list[Measured]:
@@ -308,18 +323,13 @@ def main() -> None:
     file = options.out / "methods.json"
     document = begun(file, options.seconds, options.threads)
     done = {row["arm"] for row in document["rows"]}
-
-    def add(rows: list[Measured]) -> None:
-        document["rows"] += map(asdict, rows)
-        file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        file.with_suffix(".md").write_text(table(document["rows"]), encoding="utf-8")
-
     for arm in ARMS:
         if arm.name not in done and (arm.name in wanted or arm.name == "baseline"):
-            add(measure(arm, options.out, options.target, options.seconds, options.threads))
+            rows = measure(arm, options.out, options.target, options.seconds, options.threads)
+            append(file, document, rows, table)
     if "n-gram" in wanted and "n-gram" not in done:
         draft = options.out / "baseline" / "run" / "draft"
-        add(look_ups(options.target, draft, options.threads))
+        append(file, document, look_ups(options.target, draft, options.threads), table)
     print(table(document["rows"]))
 
 

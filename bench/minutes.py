@@ -12,10 +12,9 @@ one call can be compared, no others.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.methods import begun
+from bench.methods import append, begun
 from specdistill import models
 from specdistill.data.generation import generate
 from specdistill.data.prompts import load_prompts
@@ -254,9 +253,7 @@ def main() -> None:
             if (arm.name, seed) in done or arm.name not in wanted:
                 continue
             rows = run(arm, seed, target, options.out, options.seconds, rate)
-            document["rows"] += json.loads(json.dumps([asdict(row) for row in rows]))
-            file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-            file.with_suffix(".md").write_text(table(document["rows"]), encoding="utf-8")
+            append(file, document, rows, table)
     print(table(document["rows"]))
 
 

@@ -10,8 +10,7 @@ compared, no others.
 """
 
 import argparse
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from bench.methods import begun, specdistill
+from bench.methods import append, begun, specdistill
 from specdistill.run_folder import read_metrics
 from specdistill.scoring.scorecard import Scorecard
 
@@ -231,10 +230,7 @@ def main() -> None:
         if arm.name in done or arm.name not in wanted:
             continue
         rows = measure(arm, options.out, options.target, options.seconds, options.threads)
-        document["rows"] += map(asdict, rows)
-        file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        text = table(document["rows"]) + "\n" + at_costs(document["rows"])
-        file.with_suffix(".md").write_text(text, encoding="utf-8")
+        append(file, document, rows, lambda all_: f"{table(all_)}\n{at_costs(all_)}")
     print(file.with_suffix(".md").read_text(encoding="utf-8"))
 
 
