@@ -34,6 +34,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.samples = path / "samples"
+        self.trackers = path / "trackers"
         self.draft = path / "draft"
         self.scorecard = path / "scorecard.json"
         self.scorecard_before = path / "scorecard_before.json"

@@ -27,6 +27,7 @@ from specdistill.errors import InputError, ModelError, StorageError, TrainingErr
 from specdistill.models import LanguageModel, origin, set_origin
 from specdistill.models.packing import pack
 from specdistill.run_folder import config_sha256
+from specdistill.training import distiller as distiller_module
 from specdistill.training.answers import read_given, split
 from specdistill.training.batches import length_buckets, make_batch, updates
 from specdistill.training.distiller import Distiller
@@ -166,6 +167,32 @@ def test_bf16_is_the_drafts_body_alone(world: dict[str, str], recomputed: bool) 
         assert all(p.dtype == torch.float32 for p in draft.model.parameters())
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
     assert losses["bf16"] != losses["fp32"]
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_short_texts_attend_by_products_in_bf16(
+    world: dict[str, str], monkeypatch: pytest.MonkeyPatch, recomputed: bool
+) -> None:
+    """On a CPU, and where a layer is run again in the same way; longer ones by PyTorch's own."""
+    losses = []
+    examples = read_examples(Path(world["data"]), signal=True)[:4]
+    for most, precision, kind in (
+        (512, "bf16", "eager"),
+        (4, "bf16", "sdpa"),
+        (512, "fp32", "sdpa"),
+    ):
+        monkeypatch.setattr(distiller_module, "SHORT", most)
+        target, draft = (models.load(world[n], dtype="float32") for n in ("target", "draft"))
+        training = {"precision": precision, "activation_checkpointing": recomputed}
+        distiller = Distiller(target, draft, settings(world, Path("unused"), training=training))
+        kinds: list[str] = []
+        draft.model.model.layers[0].self_attn.register_forward_hook(
+            lambda module, *_, kinds=kinds: kinds.append(module.config._attn_implementation)
+        )
+        losses.append(distiller.step([make_batch(examples, 0, draft.device)], 1e-3).loss)
+        assert kinds == [kind] * (1 + recomputed)
+        assert draft.config._attn_implementation == "sdpa"
+    assert losses == pytest.approx([losses[-1]] * 3, rel=0.02)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # Whether of batch row b (and head h) row q sees row k, by their numbers, as FlexAttention asks.
 Sees = Callable[[Tensor, Tensor | None, Tensor, Tensor], Tensor]
 TILE = 128  # FlexAttention skips tiles of so many rows and columns
+# Up to so many rows plain products ("eager") attend sooner than PyTorch's own attention on a CPU in
+# bfloat16, in down to a third of the time (bench/LOG.md).
+SHORT = 512
 
 
 def whole_tiles(rows: int, device: torch.device) -> int:
@@ -62,13 +65,19 @@ def attending(
         return torch.zeros_like(seen, dtype=model.dtype).masked_fill_(~seen, unseen)
 
     masks = by_kind_of_layer(model, mask)
-    if flex:
-        model.model.set_attn_implementation("flex_attention")
-    try:
+    with attention_by(model, "flex_attention" if flex else None):
         yield masks
+
+
+@contextmanager
+def attention_by(model: LanguageModel, kind: str | None) -> Iterator[None]:
+    """Within it the model attends by Transformers' implementation of that name, if one is named."""
+    before = model.config._attn_implementation
+    model.model.set_attn_implementation(kind or before)
+    try:
+        yield
     finally:
-        if flex:
-            model.model.set_attn_implementation(before)
+        model.model.set_attn_implementation(before)
 
 
 def _by_flex(model: LanguageModel) -> bool:

@@ -51,6 +51,11 @@ class Batch:
     blocks: Blocks | None = None
     weights: Tensor | None = None
 
+    @property
+    def shape(self) -> torch.Size:
+        """[B, S] of a pass over it, masks included."""
+        return (self.tokens if self.blocks is None else self.blocks.places).shape
+
 
 def make_batch(
     examples: list[Example],

@@ -18,6 +18,8 @@ from specdistill.data.signal import Signal, States, TopK, positions_of
 from specdistill.drafts.making import decoder_layers
 from specdistill.models import LanguageModel
 from specdistill.models.randomness import seeded
+from specdistill.run_folder import RunFolder
+from specdistill.training.attention import SHORT, attention_by
 from specdistill.training.batches import Batch
 from specdistill.training.fsdp import cut, shard, whole
 from specdistill.training.hints import HintLoss
@@ -36,8 +38,6 @@ from specdistill.training.processes import check_launch
 from specdistill.training.reward import policy_loss
 from specdistill.training.windows import pieces, spans
 from specdistill_kernels import Head, TargetStates, TargetTopK, draft_columns
-
-TRACKERS = "trackers"  # in the run folder
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Distiller:
             mixed_precision="no",  # `loss_of` decides
             cpu=draft.device.type == "cpu",
             log_with=config.trackers or None,
-            project_dir=Path(config.run_dir) / TRACKERS,
+            project_dir=RunFolder(Path(config.run_dir)).trackers,
         )
         self.adapted = None
         if config.parallel is not None:
@@ -212,7 +212,7 @@ class Distiller:
 
     @torch.no_grad()
     def read(self, batch: Batch) -> None:
-        with self.computing():
+        with self.computing(batch):
             self.states(batch)
 
     def spans(self, batch: Batch) -> list[slice]:
@@ -229,13 +229,15 @@ class Distiller:
         return None if shares or self.config.parallel else training.batch_tokens
 
     @contextmanager
-    def computing(self) -> Iterator[None]:
+    def computing(self, batch: Batch) -> Iterator[None]:
         """How the draft's body computes: in a lower precision where one is asked for."""
         training, device = self.config.training, self.draft.device.type
-        checkpointing = training.activation_checkpointing
+        narrow = training.precision == "bf16"
+        short = batch.prefix is None and batch.shape[1] <= SHORT
         with (
-            recomputed(decoder_layers(self.draft)) if checkpointing else nullcontext(),
-            torch.autocast(device, torch.bfloat16, enabled=training.precision == "bf16"),
+            recomputed(self.draft) if training.activation_checkpointing else nullcontext(),
+            torch.autocast(device, torch.bfloat16, enabled=narrow),
+            attention_by(self.draft, "eager" if device == "cpu" and narrow and short else None),
             nullcontext() if self.mask is None else self.mask.read_by(self.draft),
         ):
             yield
@@ -245,7 +247,7 @@ class Distiller:
         is trained. Where a lower precision is asked for, the draft's body runs in it, and on a GPU
         the heads too.
         """
-        with self.computing():
+        with self.computing(batch):
             states = self.states(batch)
         at = self.positions(batch, states.hidden, batch.signal)
         loss = total_loss(at, self.objective)
@@ -278,8 +280,7 @@ class Distiller:
         columns = draft_columns(batch.labels, len(self.vocab), self.draft_vocab)
         rows = len(batch.labels) if batch.blocks is None else len(batch.blocks.rows)
         weight = rows if batch.weights is None else batch.weights.double().sum().item()
-        passed = batch.tokens if batch.blocks is None else batch.blocks.places
-        return weight, len(batch.labels), int((columns < 0).sum()), passed.numel()
+        return weight, len(batch.labels), int((columns < 0).sum()), batch.shape.numel()
 
     def finish(self) -> None:
         """Make the draft an ordinary model that nobody trains."""

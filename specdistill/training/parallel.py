@@ -27,6 +27,7 @@ from specdistill.data.token_store import Example
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, choose_mask_token, set_parallel
 from specdistill.training.attention import Sees, attending, whole_tiles
+from specdistill.training.last_layer import only_at
 from specdistill.training.losses import survival
 
 Depths = Callable[[Example], Tensor]  # how many masks follow each visible prefix of an answer, [n]
@@ -165,7 +166,11 @@ def states_of_blocks(draft: LanguageModel, tokens: Tensor, blocks: Blocks) -> Te
     shape = (len(tokens), blocks.places.shape[1] - tokens.shape[1])
     assert draft.mask_token is not None
     masks = tokens.new_full(shape, draft.mask_token)
-    with attending(draft, partial(block_rule, blocks), blocks.places.shape) as attention_mask:
+    rule = partial(block_rule, blocks)
+    with (
+        attending(draft, rule, blocks.places.shape) as attention_mask,
+        only_at(draft, blocks.rows),
+    ):
         hidden = draft.hidden(
             torch.cat([tokens, masks], 1),
             position_ids=blocks.positions.clamp(max=draft.max_length - 1),

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from specdistill.data.signal import States
 from specdistill.decoding.cache import attention_mask
+from specdistill.drafts.making import decoder_layers
 from specdistill.models import LanguageModel
-from specdistill.training.attention import Sees, attending
+from specdistill.training.attention import Sees, attending, attention_by
 from specdistill.training.batches import Batch
+from specdistill.training.last_layer import Forwards, forwards_of, only_at, running
 from specdistill.training.windows import Prefix, piece, spans
 
 
 def states_of(
-    model: LanguageModel, tokens: Tensor, batch: Batch, layers: list[int], window: int | None = None
+    model: LanguageModel,
+    tokens: Tensor,
+    batch: Batch,
+    layers: list[int],
+    window: int | None = None,
 ) -> States:
     """[N, d], final and of `layers`. A text of more than `window` tokens is read a window at a
     time, without a gradient: with one, see `Distiller.pieces`.
     """
     cuts = spans(batch, window)
     if len(cuts) == 1:
-        with _arguments(model, batch) as how:
-            return _states(model, tokens, batch, layers, how)
+        rows = batch.response.flatten().nonzero()[:, 0]
+        with _arguments(model, batch) as how, only_at(model, rows):
+            return _states(model, tokens, rows, layers, how)
     assert not torch.is_grad_enabled()
     prefix, parts = Prefix(), []
     for span in cuts:
@@ -39,12 +46,13 @@ def states_of(
 
 
 def _states(
-    model: LanguageModel, tokens: Tensor, batch: Batch, layers: list[int], how: dict[str, Any]
+    model: LanguageModel, tokens: Tensor, rows: Tensor, layers: list[int], how: dict[str, Any]
 ) -> States:
     if not layers:
-        return States(model.hidden(tokens, **how)[batch.response])
+        return States(model.hidden(tokens, **how).flatten(0, 1)[rows])
     wanted = [*layers, model.num_layers]
-    by_layer = [states[batch.response] for states in model.hidden_after(tokens, wanted, **how)]
+    passed = model.hidden_after(tokens, wanted, **how)
+    by_layer = [states.flatten(0, 1)[rows] for states in passed]
     return States(by_layer[-1], inner=dict(zip(layers, by_layer[:-1], strict=True)))
 
 
@@ -95,15 +103,26 @@ def after(layer: int, model: LanguageModel, states: States) -> Tensor:
 
 
 @contextmanager
-def recomputed(layers: Iterable[nn.Module]) -> Iterator[None]:
+def recomputed(draft: LanguageModel) -> Iterator[None]:
     """Within it the layers keep no activations for the backward pass, but are run again there
-    (1604.06174).
+    (1604.06174), in the way of their own pass.
     """
-    layers = list(layers)
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        kind, forwards = draft.config._attn_implementation, forwards_of(draft)
+        return nullcontext(), _again(draft, kind, forwards)
+
+    layers = decoder_layers(draft)
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
     try:
         yield
     finally:
         for layer in layers:
             del layer.forward  # the class's own again
+
+
+@contextmanager
+def _again(draft: LanguageModel, kind: str, forwards: Forwards) -> Iterator[None]:
+    with attention_by(draft, kind), running(forwards):
+        yield
