@@ -59,14 +59,14 @@ def measured(target: LanguageModel, examples: list[Example], block: dict[str, fl
     draft = trainable(make_draft(target, 2, torch.arange(100, 3172)))
     distiller = Distiller(target, draft, config)
     make = partial(make_batch, examples, 0, draft.device)
-    distiller.step([make(depths_of(config.parallel, 1.0, "first"))], 1e-4)  # the optimiser's memory
+    distiller.step([make(depths_of(config.parallel, "first"))], 1e-4)  # the optimiser's memory
     seconds, peaks, rows = [], [], 0
     for step in range(STEPS):
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what is free would count as held
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         before, start = kilobytes("VmRSS"), time.perf_counter()
-        batch = make(depths_of(config.parallel, 1.0, str(step)))
+        batch = make(depths_of(config.parallel, str(step)))
         distiller.step([batch], 1e-4)
         seconds.append(time.perf_counter() - start)
         peaks.append(kilobytes("VmHWM") - before)

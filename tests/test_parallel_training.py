@@ -27,17 +27,16 @@ from specdistill.drafts.export import export
 from specdistill.drafts.making import save_draft
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, origin, trained_draft_tokens
-from specdistill.training import batches, parallel
+from specdistill.training import parallel
 from specdistill.training.attention import block_mask, boolean_mask
-from specdistill.training.batches import make_batch
-from specdistill.training.distiller import Distiller
+from specdistill.training.batches import Batch, make_batch
+from specdistill.training.distiller import Distiller, StepMetrics
 from specdistill.training.evaluation import Evaluation
 from specdistill.training.parallel import (
     Blocks,
     block_rule,
     dropped,
     lay_out,
-    no_masks,
     pass_rows,
     refuse_mask,
     undropped,
@@ -538,34 +537,32 @@ def test_a_parallel_draft_that_is_to_stop_early_is_refused_before_any_update(
 def test_half_of_a_run_may_be_an_ordinary_drafts(
     world: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The masks begin with the second half, and the learning rate again; before, a step is one of
-    an ordinary draft.
+    """The masks begin with the second half. Before, a step is one of an ordinary draft, and its
+    batches leave no room for masks.
     """
-    masks: list[int] = []
+    stepped: list[list[Batch]] = []
 
-    def counted(*args: Any) -> Blocks:
-        blocks = lay_out(*args)
-        masks.append(int((blocks.lengths - 1).sum()))
-        return blocks
+    def step(distiller: Distiller, batches: list[Batch], learning_rate: float) -> StepMetrics:
+        stepped.append(batches)
+        return plain_step(distiller, batches, learning_rate)
 
-    monkeypatch.setattr(batches, "lay_out", counted)
+    plain_step = Distiller.step
+    monkeypatch.setattr(Distiller, "step", step)
     block = BLOCK.model_copy(update={"ordinary": 0.5}).model_dump()
-    rows = run(settled(world, tmp_path / "run", parallel=block, decode=None, evaluate_every=99))
-    rates = [row["learning_rate"] for row in rows if "learning_rate" in row]
-    assert len(rates) == 12
-    assert rates[:6] == pytest.approx(rates[6:])
-    of_updates = masks[-12:]  # the evaluation comes first, and the last row repeats it
-    assert of_updates[:6] == [0] * 6
-    assert min(of_updates[6:]) > 0
+    half = {"parallel": block, "decode": None, "evaluate_every": 99}
+    rows = run(settled(world, tmp_path / "run", **half))
+    assert len(stepped) == 12
+    assert all(batch.blocks is None for update in stepped[:6] for batch in update)
+    assert all(batch.blocks is not None for update in stepped[6:] for batch in update)
 
-    examples = examples_of(world)
-    moved = []
-    for depths, more in ((no_masks, {}), (None, {"parallel": None})):
-        distiller, _ = double(world, loss="fkl", **more)
-        distiller.step([make_batch(examples, 0, torch.device("cpu"), depths)], 1e-3)
-        moved.append(distiller.draft.model.state_dict())
-    first, second = moved
-    assert all(torch.allclose(first[n], second[n], atol=1e-12) for n in first if "embed" not in n)
+    with pytest.raises(KeyboardInterrupt):
+        run(settled(world, tmp_path / "broken", **half), stop_at=9)
+    assert strip(run(settled(world, tmp_path / "broken", **half), resume=True)) == strip(rows)
+
+    ordinary = {**half, "parallel": None}
+    plain = run(settled(world, tmp_path / "plain", **ordinary, training={"max_steps": 6}))
+    tokens = [[row["response_tokens"] for row in r if "loss" in row][:6] for r in (rows, plain)]
+    assert tokens[0] == tokens[1]
 
 
 @pytest.mark.parametrize("kind", ["frozen", "trained", "lora", "tied", "draft"])

@@ -193,7 +193,7 @@ class Parallel(Section):
     ordinary: Share = Field(
         0.0,
         description="share of the training in which the draft learns from the rows without masks "
-        "alone; then the masks begin, and the learning rate again",
+        "alone, in batches without room for masks",
     )
     mask_token: MaskToken = Field(
         "auto", description="id of the mask, which no text holds; auto finds an unused one"

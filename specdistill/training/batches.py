@@ -211,23 +211,28 @@ def updates(
 
 
 def schedule(
-    examples: Callable[[int], list[Example]], config: DistillConfig, step: int
+    examples: Callable[[int], list[Example]],
+    config: DistillConfig,
+    step: int,
+    masks_since: int | None = 0,
 ) -> Iterator[list[list[Example]]]:
     """The micro-batches of each update from `step` on, without end, over `examples(step)`, which
-    are asked for anew at every multiple of the policy's `refresh_every`.
+    are asked for anew at every multiple of the policy's `refresh_every`. Those of a parallel draft
+    leave room for its masks where these began, at the step `masks_since`, and are dealt anew there.
     """
     training, period = config.training, config.policy.refresh_every
     while True:
-        first = 0 if period is None else step - step % period
+        refresh = 0 if period is None else step - step % period
+        first = max(refresh, masks_since or 0)
         stream = updates(
-            examples(first),
+            examples(refresh),
             training.batch_tokens,
             training.accumulate,
             config.seed + first,
             step - first,
-            config.parallel,
+            None if masks_since is None else config.parallel,
             packing=training.packing,
         )
-        for groups in islice(stream, None if period is None else first + period - step):
+        for groups in islice(stream, None if period is None else refresh + period - step):
             yield groups
             step += 1

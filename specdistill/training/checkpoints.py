@@ -38,7 +38,8 @@ def _of_a_step(best: dict[str, Any]) -> dict[str, Any]:
 class RunState:
     """state.json: how far a run has come; seconds are those of its updates, best is the row of its
     best evaluation so far, empty before the first. origins: hashes of what it started from, by the
-    key of the configuration that names it.
+    key of the configuration that names it. masks_since: the step at which those of a parallel draft
+    began.
     """
 
     step: Annotated[int, Field(ge=1)]
@@ -47,6 +48,7 @@ class RunState:
     best: Annotated[dict[str, Any], AfterValidator(_of_a_step)]
     origins: dict[str, str]
     config_sha256: str | None = None
+    masks_since: Annotated[int, Field(ge=0)] | None = None
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore", allow_inf_nan=False)
 
 

@@ -39,17 +39,9 @@ def undropped(parallel: Parallel, example: Example) -> Tensor:
     return torch.arange(num - 1, -1, -1).clamp(max=parallel.num_draft_tokens - 1)
 
 
-def depths_of(parallel: Parallel | None, spent: float, key: str) -> Depths | None:
-    """Those of an update after a share `spent` of the training, by a lot that depends on `key` and
-    the example alone.
-    """
-    if parallel is None:
-        return None
-    return no_masks if spent < parallel.ordinary else partial(dropped, parallel, key)
-
-
-def no_masks(example: Example) -> Tensor:
-    return torch.zeros(len(example.response_tokens), dtype=torch.long)
+def depths_of(parallel: Parallel | None, key: str) -> Depths | None:
+    """Those of an update, by a lot that depends on `key` and the example alone."""
+    return None if parallel is None else partial(dropped, parallel, key)
 
 
 def dropped(parallel: Parallel, key: str, example: Example) -> Tensor:

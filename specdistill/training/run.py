@@ -138,11 +138,9 @@ def begun(config: DistillConfig, resume: bool) -> Iterator[None]:
 
 def rate(spent: float, config: DistillConfig) -> float:
     """Learning rate once a share `spent` of the budget is used: warm-up, then a straight line to a
-    fiftieth (2502.15938); of a draft that is an ordinary one first, once for each part.
+    fiftieth (2502.15938).
     """
     peak, warmup = config.training.learning_rate, config.training.warmup
-    if config.parallel is not None and (first := config.parallel.ordinary):
-        spent = spent / first if spent < first else (spent - first) / (1 - first)
     if spent < warmup:
         return peak * max(spent / warmup, 0.01)
     return peak * max(1 - (spent - warmup) / (1 - warmup), 0.02)
@@ -203,21 +201,26 @@ class Run:
     def to_the_end(self) -> Path:
         """Update after update until the budget is used, then the best weights to RUN/draft."""
         config, state, accelerator = self.config, self.state, self.accelerator
+        parallel = config.parallel
         self.progress("distil", self.spent, 1.0, self.announcement())
         if state.step == 0:
             self.record(self.evaluate())
-        updates = schedule(self.examples, config, state.step)
+        updates = schedule(self.examples, config, state.step, state.masks_since)
         while (spent := self.spent) < 1:
             start, learning_rate = time.perf_counter(), rate(spent, config)
+            if parallel and state.masks_since is None and spent >= parallel.ordinary:
+                state.masks_since = state.step
+                updates = schedule(self.examples, config, state.step, state.masks_since)
             groups = self.with_signal(next(updates))
             if self.show is not None and state.step == 0:
                 self.show(groups[0][0])
+            masks = None if state.masks_since is None else parallel
             batches = dealt(
                 groups,
                 accelerator.process_index,
                 accelerator.num_processes,
                 self.draft.device,
-                depths_of(config.parallel, spent, f"{config.seed}-{state.step}"),
+                depths_of(masks, f"{config.seed}-{state.step}"),
                 packed=config.training.packing,
             )
             metrics = self.distiller.step(batches, learning_rate)
