@@ -79,10 +79,10 @@ def prompts_needed(ratio: Ratio, num_prompts: int) -> float:
     """How many prompts, more than the `num_prompts` that were measured, would show four times out
     of five a ratio as large: the least m with (t of 97.5% + t of 80%, of m − 1 degrees of freedom)
     · standard error · √(n / m) ≤ log ratio, the error being the logarithm's, from the interval.
-    Infinite for a ratio of 1, NaN without an interval.
+    Infinite for a ratio of 1, to a millionth; NaN without an interval.
     """
     effect = math.log(ratio.value)
-    if effect == 0 or math.isnan(ratio.low):
+    if abs(effect) < 1e-6 or math.isnan(ratio.low):
         return math.nan if math.isnan(ratio.low) else math.inf
     error = math.log(ratio.high / ratio.low) / (2 * stats.t.isf(0.025, num_prompts - 1))
     spread = num_prompts * (error / effect) ** 2
