@@ -352,6 +352,20 @@ def test_up_to_which_load_the_draft_pays_is_in_the_verdict(run_dir: Path) -> Non
     text = report(run_dir, replace(card, load=Load([plain], [row])))
     (why,) = (line for line in text.splitlines() if line.startswith("Why: "))
     assert "the draft does not pay at 4 at a time" in why
+    assert Load([plain]).lines == [], "no draft was measured"
+
+
+def test_what_is_no_draft_of_ours_is_served_as_it_was_scored(run_dir: Path) -> None:
+    """By its speculative config: there is no checkpoint of that name."""
+    config = {"method": "ngram", "prompt_lookup_max": 4}
+    card = replace(make_after(), draft=replace(make_after().draft, name="ngram", vocab_size=49152))
+    facts = card.provenance | {"engine": "vllm", "speculative_config": config}
+    text = report(run_dir, replace(card, provenance=facts))
+    score, serve = map(shlex.split, code(text, "sh"))
+    assert json.loads(score[score.index("--speculative-config") + 1]) == config
+    assert "--draft" not in score
+    assert json.loads(serve[-1]) == config | {"num_speculative_tokens": 4}
+    assert code(text, "python") == []
 
 
 def test_a_trimmed_draft_is_exported_before_other_engines_load_it(run_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from specdistill.drafts.serve_commands import (
     command,
     fenced,
     name_elsewhere,
+    vllm_command,
 )
 from specdistill.quoting import block, code
 from specdistill.scoring.card_rows import Row
@@ -26,8 +28,12 @@ def serving(card: Scorecard, best: Row, target: str, folder: Path) -> str:
     draft = str(folder) if folder.is_dir() else card.draft.name
     trimmed = card.draft.vocab_size < card.target.vocab_size
     gamma = str(best.num_draft_tokens)
-    score = ["specdistill", "score", "--target", target, "--draft", draft]
+    config = card.provenance.get("speculative_config")  # of what else proposes, in vLLM
+    score = ["specdistill", "score", "--target", target]
+    score += ["--draft", draft] if config is None else ["--speculative-config", json.dumps(config)]
     score += ["--prompts", "PROMPTS.jsonl", "--out", "CARD.json", "--num-draft-tokens", gamma]
+    if config is not None:
+        score += ["--engine", "vllm", "--engine-python", "PYTHON"]
     if card.verification.mode != "token":
         score += ["--verification", card.verification.mode]
     if card.verification.lenience:
@@ -63,21 +69,19 @@ def serving(card: Scorecard, best: Row, target: str, folder: Path) -> str:
             "SGLang take a pass for every proposed token. `specdistill export` writes the "
             "checkpoint that they load, in which its mask token is never proposed."
         )
-    for engine in PROGRAMS:
+    programs: tuple[Engine, ...] = PROGRAMS if config is None else ("vllm",)
+    for engine in programs:
         parts.append(f"With {NAMES[engine]}:")
         exported = f"{draft}-{engine}" if trimmed or mask is not None else draft
         if exported != draft:
             export = ["specdistill", "export", "--draft", draft, "--out", exported]
             parts.append(_shell(*export, "--for", engine))
-        text = command(
-            engine,
-            outside,
-            exported,
-            card.fixed_gamma,
-            card.target.dtype,
-            mask if engine in IN_PARALLEL else None,
-            Served.of(card),
-        )
+        masked = mask if engine in IN_PARALLEL else None
+        served, dtype = Served.of(card), card.target.dtype
+        if config is None:
+            text = command(engine, outside, exported, card.fixed_gamma, dtype, masked, served)
+        else:
+            text = vllm_command(outside, config, card.fixed_gamma, served)
         parts.append(fenced(engine, text))
     return "\n\n".join(parts)
 

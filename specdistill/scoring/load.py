@@ -109,10 +109,10 @@ class Load:
     @property
     def lines(self) -> list[str]:
         """Up to which concurrency the draft pays, a sentence for each temperature; none where plain
-        decoding was not measured.
+        decoding, or a draft, was not measured.
         """
         temperatures = dict.fromkeys(row.temperature for row in self.plain)
-        return [_line(temperature, self.best(temperature)) for temperature in temperatures]
+        return [_line(t, best) for t in temperatures if (best := self.best(t))]
 
 
 def _line(temperature: float, best: Mapping[int, Drafted]) -> str:
