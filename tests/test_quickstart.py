@@ -16,6 +16,7 @@ from small_runs import padded_target
 from test_cli import run
 
 from specdistill import models, quickstart
+from specdistill.cli.quickstart import _next_step
 from specdistill.config import load_config
 from specdistill.data.chat import encoded
 from specdistill.data.prompts import load_prompts
@@ -150,6 +151,16 @@ def test_a_command_takes_somebodys_model_to_a_verdict(
     assert len(scored) >= 4
     assert not scored & {id_ for part in answered for id_ in part["ids"]}
     assert run(*asked).code == 2, "a finished run is not begun again"
+
+
+def test_more_time_is_asked_for_with_what_was_asked_before() -> None:
+    card = simulate({(0.0, 2): 0.1})
+    task = Task("t", "p.txt", minutes=5, layers=3, vocab_size=512, drafting="autoregressive")
+    assert _next_step(Path("run"), task, card) == (
+        "With more time: specdistill quickstart --target t --prompts p.txt --layers 3 "
+        "--vocab-size 512 --drafting autoregressive --minutes 10"
+    )
+    assert "export --draft run/draft" in _next_step(Path("run"), task, simulate({(0.0, 2): 0.9}))
 
 
 def test_a_target_without_an_unused_token_is_refused_a_parallel_draft(

@@ -123,7 +123,9 @@ def _next_step(folder: Path, task: Task, card: Scorecard) -> str:
     if card.verdict.pays:
         words = ["export", "--draft", str(RunFolder(folder).draft), "--for", "vllm"]
         return f"Next: {shlex.join(['specdistill', *words, '--out', f'{folder}/served'])}"
-    words = ["--target", task.target, "--prompts", task.prompts]
-    words += [] if task.heldout is None else ["--heldout", task.heldout]
+    words = ["specdistill", "quickstart"]
+    for name in ("target", "prompts", "heldout", "layers", "vocab_size", "drafting"):
+        if (value := getattr(task, name)) is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
     words += ["--minutes", f"{2 * (task.minutes or MINUTES):g}"]
-    return f"With more time: {shlex.join(['specdistill', 'quickstart', *words])}"
+    return f"With more time: {shlex.join(words)}"
