@@ -44,6 +44,9 @@ from specdistill.training.run import distill
 
 PLAN = "plan.json"  # in the run folder
 STAGES = ("data", "undistilled", "draft")  # folders in it
+# Updates. The rate ends at next to nothing, so the last weights are the best, and more evaluations
+# would take the time of a fifth of the updates.
+EVALUATE_EVERY = 400
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,8 @@ def quickstart(
             resume=True,
             progress=progress,
             seed=task.seed,
-            heldout=max(1, min(32, len(read_manifest(data).ids) // 4)),
+            heldout=max(1, min(16, len(read_manifest(data).ids) // 4)),
+            evaluate_every=EVALUATE_EVERY,
             decode=None,  # it is scored before and after
             max_seconds=plan.train_seconds,
             batch_tokens=plan.batch_tokens,
