@@ -456,12 +456,12 @@ MUTATIONS = [
     Mutation(
         "another place's logits for the q of a parallel draft",
         "stream, parallel",
-        [(ParallelStream.propose, "    logits,\n", "    logits.roll(1, 1),\n")],
+        [(ParallelStream._draw, "logits, logsumexp, self", "logits.roll(1, 1), logsumexp, self")],
     ),
     Mutation(
         "another place's logsumexp for the q of a parallel draft",
         "stream, parallel",
-        [(ParallelStream.propose, "    logsumexp,\n", "    logsumexp.roll(1, 1),\n")],
+        [(ParallelStream._draw, "logits, logsumexp, self", "logits, logsumexp.roll(1, 1), self")],
     ),
     Mutation(
         "one noise for all places of a parallel round",

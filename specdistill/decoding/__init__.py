@@ -5,7 +5,7 @@ round loop; text from tokens.
 from specdistill.decoding.detokenizer import Detokenizer
 from specdistill.decoding.drafters import CombinedDrafter, Drafter, ModelDrafter, NgramDrafter
 from specdistill.decoding.engine import SpeculativeDecoder
-from specdistill.decoding.parallel import Drafting, ParallelDrafter, TextDrafter, drafter_for
+from specdistill.decoding.parallel import Drafting, ParallelDrafter, drafter_for
 from specdistill.decoding.records import CacheSize, Generation, Output, Request, Round, RowRound
 from specdistill.decoding.sampling import GREEDY, Sampling
 
@@ -26,6 +26,5 @@ __all__ = [
     "RowRound",
     "Sampling",
     "SpeculativeDecoder",
-    "TextDrafter",
     "drafter_for",
 ]

@@ -116,9 +116,8 @@ class ModelDrafter:
         if draft.vocab is None and draft.vocab_size > target_vocab_size:
             self.width = target_vocab_size  # rows that pad the draft's embedding
         elif draft.vocab is None and draft.vocab_size < target_vocab_size:
-            self.vocab = torch.arange(
-                draft.vocab_size, device=draft.device
-            )  # rows that pad the target's
+            # Rows beyond pad the target's.
+            self.vocab = torch.arange(draft.vocab_size, device=draft.device)
 
     def readable(self, tokens: Tensor) -> Tensor:
         """Target ids as the draft reads them. An id that only pads the target's embedding may be
@@ -129,6 +128,10 @@ class ModelDrafter:
     def columns(self, logits: Tensor) -> Tensor:
         """Of the draft's logits [..., Vd] those of tokens that the target has."""
         return logits[..., : self.width]
+
+    def ids(self, tokens: Tensor) -> Tensor:
+        """Of tokens as `columns` has them, the target's ids."""
+        return tokens if self.vocab is None else self.vocab[tokens]
 
     def cache_bytes(self, batch: int, capacity: int) -> int:
         return cache_bytes(self.draft, batch, capacity)
@@ -186,7 +189,7 @@ class ModelStream:
             hidden = self.cached.run(drafter.readable(inputs), positions, visible)[:, -1]
             logits = drafter.columns(self.cached.logits(hidden))
             drawn = sample(logits, settings, position=i)
-            tokens.append(drawn.tokens if drafter.vocab is None else drafter.vocab[drawn.tokens])
+            tokens.append(drafter.ids(drawn.tokens))
             all_logits.append(logits)
             logsumexp.append(drawn.logsumexp)
             inputs, positions = tokens[-1][:, None], places[:, i + 2 : i + 3]
@@ -222,7 +225,7 @@ class ModelStream:
             hidden = self.cached.run(readable, positions, context.longest + i + 1)[:, -1]
             logits = drafter.columns(self.cached.logits(hidden))
             drawn = sample(logits, context.settings, position=i)
-            tokens.append(drawn.tokens if drafter.vocab is None else drafter.vocab[drawn.tokens])
+            tokens.append(drafter.ids(drawn.tokens))
             all_logits.append(logits)
             logsumexp.append(drawn.logsumexp)
             inputs, positions = tokens[-1][:, None], context.lengths[:, None] + i + 1

@@ -16,13 +16,7 @@ from specdistill.decoding.capturable import CapturableDrafter
 from specdistill.decoding.captured import CapturedStream, Workspace
 from specdistill.decoding.drafters import Context, Draft, Drafter
 from specdistill.decoding.graphs import CannotCaptureError, Graphs, warn_of_eager_rounds
-from specdistill.decoding.records import (
-    CacheSize,
-    Generation,
-    Output,
-    Request,
-    Round,
-)
+from specdistill.decoding.records import CacheSize, Generation, Output, Request, Round
 from specdistill.decoding.row import Row
 from specdistill.decoding.sampling import GREEDY, Sampling, row_seed, row_settings
 from specdistill.decoding.watch import Watch
@@ -64,30 +58,26 @@ class SpeculativeDecoder:
     _spaces: list[Workspace] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        drafter, num_draft_tokens = self.drafter, self.num_draft_tokens
-        mode, lenience = self.mode, self.lenience
-        if (drafter is None) != (num_draft_tokens == 0):
+        num, mode, lenience = self.num_draft_tokens, self.mode, self.lenience
+        if (self.drafter is None) != (num == 0):
             raise InputError(
-                f"num_draft_tokens is {num_draft_tokens}: 0 exactly for plain decoding without "
-                "a drafter"
+                f"num_draft_tokens is {num}: 0 exactly for plain decoding without a drafter"
             )
-        if not 0 <= num_draft_tokens <= MAX_DRAFT_TOKENS:
-            raise InputError(
-                f"num_draft_tokens must be 1 to {MAX_DRAFT_TOKENS}; got {num_draft_tokens}"
-            )
-        if drafter is None and (mode != "token" or lenience is not None):
+        if not 0 <= num <= MAX_DRAFT_TOKENS:
+            raise InputError(f"num_draft_tokens must be 1 to {MAX_DRAFT_TOKENS}; got {num}")
+        if self.drafter is None and (mode != "token" or lenience is not None):
             raise InputError("plain decoding verifies nothing: mode and lenience need a drafter")
         if mode not in ("token", "block"):
             raise InputError(f"mode must be 'token' or 'block'; got {mode!r}")
-        if lenience is not None and mode != "token":
-            raise InputError(f"lenience is a rule for single tokens; got mode {mode!r}")
-        if lenience is not None and not (
-            lenience.kind in ("lin", "sq", "exp") and 0 < lenience.epsilon <= 1
-        ):
-            raise InputError(
-                f"lenience must be lin, sq or exp with 0 < epsilon <= 1; got {lenience.kind} with "
-                f"{lenience.epsilon}"
-            )
+        if lenience is not None:
+            kind, epsilon = lenience
+            if mode != "token":
+                raise InputError(f"lenience is a rule for single tokens; got mode {mode!r}")
+            if kind not in ("lin", "sq", "exp") or not 0 < epsilon <= 1:
+                raise InputError(
+                    f"lenience must be lin, sq or exp with 0 < epsilon <= 1; got {kind} with "
+                    f"{epsilon}"
+                )
         if self.batch_size < 1:
             raise InputError(f"batch_size must be at least 1; got {self.batch_size}")
 
@@ -241,10 +231,7 @@ class _Stream:
     """
 
     def __init__(
-        self,
-        decoder: SpeculativeDecoder,
-        requests: Sequence[Request],
-        graphs: Graphs | None = None,
+        self, decoder: SpeculativeDecoder, requests: Sequence[Request], graphs: Graphs | None = None
     ) -> None:
         self.decoder = decoder
         self.target = decoder.target

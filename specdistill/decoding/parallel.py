@@ -7,23 +7,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from specdistill.decoding.drafters import Context, Draft, ModelDrafter, ModelStream
+from specdistill.decoding.graphs import Graphs
 from specdistill.decoding.rounds import Filters, Proposals, RowState
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
 from specdistill.models.packing import pack
 from specdistill.models.parallel import trained_draft_tokens
-from specdistill_kernels import sample_places
+from specdistill_kernels import RowSettings, sample_places
 
 Way = Literal["auto", "parallel", "autoregressive"]
 
 
-class ParallelDrafter:
+class ParallelDrafter(ModelDrafter):
     """A draft with a mask token. A round is one pass over what its cache lacks of a text, the last
     token of it, and γ - 1 masks at the positions that follow: the states there give the γ tokens,
     each drawn from its own q, which no other draw of the round changes. The mask token itself is
@@ -33,27 +34,19 @@ class ParallelDrafter:
     def __init__(
         self, draft: LanguageModel, target_vocab_size: int, *, cuda_graphs: bool = False
     ) -> None:
-        self.draft, self.mask_token = draft, mask_token(draft)
-        self.model = ModelDrafter(draft, target_vocab_size, cuda_graphs=cuda_graphs)
-        self.width, self.vocab = self.model.width, self.model.vocab
+        super().__init__(draft, target_vocab_size, cuda_graphs=cuda_graphs)
+        self.mask_token = mask_token(draft)
         self.mask_column = self._mask_column()
 
-    def cache_bytes(self, batch: int, capacity: int) -> int:
-        return self.model.cache_bytes(batch, capacity)
-
     def open(self, batch: int, capacity: int) -> ParallelStream:
-        return ParallelStream(self, self.model.open(batch, capacity))
-
-    @property
-    def hindrance(self) -> str:
-        return ""
+        return ParallelStream(self, batch, capacity, Graphs() if self.cuda_graphs else None)
 
     def open_captured(self, batch: int, capacity: int) -> ParallelStream:
-        return ParallelStream(self, self.model.open_captured(batch, capacity))
+        return ParallelStream(self, batch, capacity)
 
     def columns(self, logits: Tensor) -> Tensor:
         """`ModelDrafter.columns`, with the mask token out of reach."""
-        logits = self.model.columns(logits)
+        logits = ModelDrafter.columns(self, logits)
         if self.mask_column is not None:
             logits[..., self.mask_column].fill_(-math.inf)
         return logits
@@ -65,21 +58,13 @@ class ParallelDrafter:
         return int(at[0]) if len(at) else None
 
 
-class ParallelStream:
+class ParallelStream(ModelStream):
     """The cache of a parallel draft's model. Masks are not text: the next round writes over their
     slots before it reads them.
     """
 
-    def __init__(self, drafter: ParallelDrafter, model: ModelStream) -> None:
-        self.drafter = drafter
-        self.model = model
-        self.most = 0  # tokens of a round, that weights are packed for
-
-    def prefill(self, rows: Tensor, prompts: list[list[int]]) -> None:
-        self.model.prefill(rows, prompts)
-
-    def keep(self, rows: list[int]) -> None:
-        self.model.keep(rows)
+    drafter: ParallelDrafter
+    most = 0  # tokens of a round, that weights are packed for
 
     def propose(self, context: Context, num_tokens: int) -> Draft:
         """Rows that lack less than others read some of their text again, which writes the same
@@ -87,23 +72,8 @@ class ParallelStream:
         shape.
         """
         hidden = self.run(context, num_tokens)
-        logits = self.drafter.columns(self.model.cached.logits(hidden))
-        tokens, logsumexp = sample_places(logits, context.settings)
-        vocab = self.drafter.vocab
-        return Draft(
-            tokens if vocab is None else vocab[tokens],
-            [num_tokens] * len(tokens),
-            logits,
-            logsumexp,
-            vocab,
-            steps=1,
-        )
-
-    def compact(self, rows: list[int]) -> None:
-        self.model.compact(rows)
-
-    def reset(self, batch: int) -> None:
-        self.model.reset(batch)
+        drawn = self._draw(hidden, context.settings)
+        return Draft(drawn.tokens, [num_tokens] * len(hidden), *drawn[1:], steps=1)
 
     def passes(self, num_tokens: int) -> int:
         return 1
@@ -115,35 +85,37 @@ class ParallelStream:
         settings, text = state.settings(filters), state.tail[:, -1 - num_tokens :]
         masks = text.new_full((len(text), num_tokens - 1), self.drafter.mask_token)
         places = torch.arange(-num_tokens, num_tokens, device=text.device)
-        hidden = self.model.cached.run(
-            torch.cat([self.drafter.model.readable(text), masks], 1),
+        hidden = self.cached.run(
+            torch.cat([self.drafter.readable(text), masks], 1),
             (state.lengths[:, None] + places).clamp(min=0),
             visible,
         )[:, num_tokens:]
-        logits = self.drafter.columns(self.model.cached.logits(hidden))
+        return self._draw(hidden, settings)
+
+    def _draw(self, hidden: Tensor, settings: RowSettings) -> Proposals:
+        """By the states [B, G, d] that predict the places of a round."""
+        logits = self.drafter.columns(self.cached.logits(hidden))
         tokens, logsumexp = sample_places(logits, settings)
-        vocab = self.drafter.vocab
-        tokens = tokens if vocab is None else vocab[tokens]
-        return Proposals(tokens, logits, logsumexp, vocab)
+        return Proposals(self.drafter.ids(tokens), logits, logsumexp, self.drafter.vocab)
 
     def run(self, context: Context, num_tokens: int) -> Tensor:
         """The states [B, G, d] that predict each row's next `num_tokens` tokens."""
-        drafter, model = self.drafter.model, self.model
-        model.rewind(context)
-        lacking = [len(row) - known for row, known in zip(context.tokens, model.known, strict=True)]
+        drafter = self.drafter
+        self.rewind(context)
+        lacking = [len(row) - known for row, known in zip(context.tokens, self.known, strict=True)]
         width = max(*lacking, num_tokens + 1 if drafter.cuda_graphs else 1)
         if num_tokens > self.most:
             self.most = num_tokens
             pack(drafter.draft, 2 * num_tokens * len(lacking))
         text, places = context.tail(width)
-        masks = text.new_full((len(text), num_tokens - 1), self.drafter.mask_token)
+        masks = text.new_full((len(text), num_tokens - 1), drafter.mask_token)
         ahead = context.lengths[:, None] + torch.arange(1, num_tokens, device=text.device)
-        hidden = model.cached.run(
+        hidden = self.cached.run(
             torch.cat([drafter.readable(text), masks], 1),
             torch.cat([places, ahead], 1),
             context.longest + num_tokens,
         )
-        model.known = [len(row) for row in context.tokens]
+        self.known = [len(row) for row in context.tokens]
         return hidden[:, width - 1 :]
 
 
@@ -169,9 +141,6 @@ def untrained_places(draft: LanguageModel, num_draft_tokens: Sequence[int]) -> s
         "its pass and the verification wider; acceptance by position in the card shows what it is "
         "worth"
     )
-
-
-TextDrafter: TypeAlias = ModelDrafter | ParallelDrafter
 
 
 @dataclass(frozen=True)
@@ -206,7 +175,7 @@ def drafter_for(
     drafting: Drafting = AUTO,
     *,
     cuda_graphs: bool = False,
-) -> TextDrafter:
+) -> ModelDrafter:
     """The drafter that a draft model gets. Raises `InputError` where it cannot draft so."""
     if drafting.in_parallel(draft):
         return ParallelDrafter(draft, target_vocab_size, cuda_graphs=cuda_graphs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specdistill.decoding import Drafting, ModelDrafter, ParallelDrafter, TextDrafter, drafter_for
+from specdistill.decoding import Drafting, ModelDrafter, ParallelDrafter, drafter_for
 from specdistill.decoding.cache import CachedModel
 from specdistill.decoding.drafters import Context
 from specdistill.decoding.parallel import AUTO
@@ -72,7 +72,7 @@ def acceptance_chances(
     return torch.cat(chances)
 
 
-def draft_states(drafter: TextDrafter, prompt: list[int], output: Output) -> Tensor:
+def draft_states(drafter: ModelDrafter, prompt: list[int], output: Output) -> Tensor:
     """The draft's hidden states [n, d] from which it proposes, or would, each token of an answer:
     for a parallel draft after the round's first token behind masks, round by round.
     """

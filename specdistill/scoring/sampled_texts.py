@@ -15,7 +15,6 @@ from specdistill.decoding import (
     Request,
     Sampling,
     SpeculativeDecoder,
-    TextDrafter,
     drafter_for,
 )
 from specdistill.decoding.parallel import AUTO
@@ -165,7 +164,7 @@ def distribution_p_value(
     return combined_p_value([_p_value(tokens, p[i]) for i, tokens in enumerate(emitted)])
 
 
-def _columns(drafter: TextDrafter) -> Tensor:
+def _columns(drafter: ModelDrafter) -> Tensor:
     """The target id of each column of the draft's logits [Vd]."""
     if drafter.vocab is not None:
         return drafter.vocab
