@@ -214,9 +214,8 @@ class SpeculativeDecoder:
         if total > self.target.max_length:
             raise InputError(
                 f"request {request.id}: {len(request.tokens)} prompt tokens + "
-                f"{request.max_new_tokens} new ones exceed "
-                f"the {self.target.max_length} positions of {self.target.name}; shorten the prompt "
-                "or ask for fewer new tokens"
+                f"{request.max_new_tokens} new ones exceed the {self.target.max_length} positions "
+                f"of {self.target.name}; shorten the prompt or ask for fewer new tokens"
             )
         if self.lenience is not None and request.sampling.temperature == 0:
             raise InputError(

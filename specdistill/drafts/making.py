@@ -91,9 +91,8 @@ def make_draft(
     config = copy.deepcopy(target.model.config)
     text = config.get_text_config()
     for name, value in vars(text).items():
-        if (
-            isinstance(value, list) and len(value) == target.num_layers
-        ):  # settings by layer, such as layer_types
+        # Settings by layer, such as layer_types.
+        if isinstance(value, list) and len(value) == target.num_layers:
             setattr(text, name, [value[i] for i in layers])
     text.num_hidden_layers = len(layers)
     if shared := getattr(text, "num_kv_shared_layers", None):

@@ -15,6 +15,7 @@ from torch import Tensor
 from specdistill.errors import ModelError
 from specdistill.models.gguf_contents import FACTORS, SPECIAL, Contents
 
+BASE = 10_000.0  # of rotary frequencies, where a file does not say
 _LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -77,9 +78,8 @@ def settle(config: Any, contents: Contents) -> None:
     """Make the configuration say what the file does, or refuse by the key's name."""
     settings = contents.settings
     for key, value in settings.items():
-        harmless = key in _REMARKS or key in _ELSEWHERE or _WITHOUT_EFFECT.get(key) == value
-        if key == "expert_gating_func" and hasattr(config, "scoring_func"):
-            continue
+        harmless = key in _REMARKS | _ELSEWHERE or _WITHOUT_EFFECT.get(key) == value
+        harmless |= key == "expert_gating_func" and hasattr(config, "scoring_func")
         if key in _SETTINGS:
             if (name := _setting(config, key)) is not None:
                 setattr(config, name, _scalar(contents, key, value))
@@ -100,9 +100,8 @@ def settle(config: Any, contents: Contents) -> None:
     _settle_rope(config, contents)
     for name, key in SPECIAL.items():
         setattr(config, f"{name}_id", contents.token_id(key))
-    config.eos_token_id = (
-        contents.ends if len(contents.ends) > 1 else next(iter(contents.ends), None)
-    )
+    ends = contents.ends
+    config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
 
 
 def _setting(config: Any, key: str) -> str | None:
@@ -158,11 +157,9 @@ def _settle_rope(config: Any, contents: Contents) -> None:
         return
     config.rope_parameters = ropes = json.loads(json.dumps(ropes))
     rope = ropes.get("full_attention", ropes)  # what windows see is not scaled
-    rope["rope_theta"] = float(settings.get("rope.freq_base", 10_000.0))
-    dims, head = (
-        int(settings.get("rope.dimension_count", _head_width(contents))),
-        _head_width(contents),
-    )
+    rope["rope_theta"] = float(settings.get("rope.freq_base", BASE))
+    head = _head_width(contents)
+    dims = int(settings.get("rope.dimension_count", head))
     if dims != head or "partial_rotary_factor" in rope:
         rope["partial_rotary_factor"] = dims / head
     kind, factor, original = _scaling(contents)
@@ -189,12 +186,10 @@ def _scaling(contents: Contents) -> tuple[str, float, int]:
     """Kind, factor and positions before the scaling, by llama.cpp's rules for what is not said."""
     settings = contents.settings
     kind = settings.get("rope.scaling.type", "linear")
-    factor = float(
-        settings.get("rope.scaling.factor", settings.get("rope.scale_linear", 0.0)) or 1.0
-    )
-    original = int(
-        settings.get("rope.scaling.original_context_length") or settings["context_length"]
-    )
+    scale = settings.get("rope.scaling.factor", settings.get("rope.scale_linear"))
+    factor = float(scale or 1.0)
+    before = settings.get("rope.scaling.original_context_length")
+    original = int(before or settings["context_length"])
     if kind not in ("none", "linear", "yarn"):
         raise _unknown(contents, "rope.scaling.type", kind)
     if not math.isfinite(factor) or factor <= 0 or (kind == "yarn" and factor < 1):
@@ -208,8 +203,7 @@ def _scaled_by(factors: Tensor, theta: float, positions: int) -> dict[str, Any]:
     """The settings by which Transformers divides each frequency by its factor: Llama 3's where they
     make the same, else the factors themselves.
     """
-    dims = 2 * len(factors)
-    plain = 1.0 / theta ** (torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    plain = _frequencies(theta, 2 * len(factors))
     factor = round(factors.max().item(), 4)
     low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
     before = _LLAMA3["original_max_position_embeddings"]
@@ -229,6 +223,11 @@ def _scaled_by(factors: Tensor, theta: float, positions: int) -> dict[str, Any]:
     }
 
 
+def _frequencies(theta: float, dims: int) -> Tensor:
+    """Before any scaling, [dims / 2] float64."""
+    return 1.0 / theta ** (torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+
+
 def check_frequencies(model: Any, contents: Contents) -> None:
     """Compare the model's rotary frequencies with llama.cpp's from the file's keys."""
     settings = contents.settings
@@ -240,18 +239,18 @@ def check_frequencies(model: Any, contents: Contents) -> None:
     if not wide:
         return
     dims = int(settings.get("rope.dimension_count", _head_width(contents)))
-    theta = float(settings.get("rope.freq_base", 10_000.0))
+    theta = float(settings.get("rope.freq_base", BASE))
     kind, factor, _ = _scaling(contents)
-    expected = 1.0 / theta ** (torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    expected = _frequencies(theta, dims)
     if contents.factors is not None:
         expected /= contents.factors
     if kind == "linear":
         expected /= factor
     for frequencies in wide:
         same = len(frequencies) == len(expected)
-        if not same or (
-            kind != "yarn" and not torch.allclose(frequencies, expected, rtol=1e-4, atol=0)
-        ):
+        if same and kind != "yarn":
+            same = torch.allclose(frequencies, expected, rtol=1e-4, atol=0)
+        if not same:
             raise contents.refusal(
                 f"has rotary positions ({kind}, {dims} dimensions, base {theta:g}) that the "
                 "converted model would not have"
@@ -264,9 +263,6 @@ def check_config(config: Any, contents: Contents) -> None:
         if key not in _SETTINGS or (name := _setting(config, key)) is None:
             continue
         written, wanted = getattr(config, name), _scalar(contents, key, value)
-        if written != wanted and not (
-            isinstance(wanted, float)
-            and isinstance(written, float)
-            and math.isclose(written, wanted, rel_tol=1e-6)
-        ):
+        floats = isinstance(wanted, float) and isinstance(written, float)
+        if written != wanted and not (floats and math.isclose(written, wanted, rel_tol=1e-6)):
             raise _unknown(contents, key, value)

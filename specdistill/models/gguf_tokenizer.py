@@ -34,7 +34,7 @@ def convert_tokenizer(contents: Contents, folder: Path) -> None:
 
 
 def _check_splitting(contents: Contents) -> None:
-    kind, pre = (contents.said.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    kind, pre = (contents.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if kind != "gpt2" or pre in _LIKE_GPT2:
         return
     try:
@@ -70,10 +70,10 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, contents: Contents) -> 
             raise contents.refusal(
                 f"says tokenizer.ggml.{key}: {wanted}, which would become {written}"
             )
-    template = contents.said.get("tokenizer.chat_template")
+    template = contents.metadata.get("tokenizer.chat_template")
     if template is not None and tokenizer.chat_template != template:
         raise contents.refusal("has a chat template that its tokenizer would not take")
-    wanted = contents.said.get("tokenizer.ggml.add_bos_token")
+    wanted = contents.metadata.get("tokenizer.ggml.add_bos_token")
     if wanted is not None and tokenizer.bos_token_id is not None:
         begins = tokenizer(contents.tokens[-1])["input_ids"][:1] == [tokenizer.bos_token_id]
         if begins != wanted:

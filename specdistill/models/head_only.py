@@ -5,6 +5,7 @@ target, and what is to be known of a pair that another program loads.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,15 +31,10 @@ def load_head(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> Lang
     than in its modules is read whole, with a warning, and its body dropped. Raises
     `ModelError` as `load`.
     """
-    path = locate(name)
-    where = torch.device(choose_device(device))
-    kind = choose_dtype(dtype, where)
-    config = read_config(name, path)
-    model = empty_model(name, config)
-    files = weight_files(path)
+    outline = load_outline(name, dtype=dtype, device=device)
+    model, head, vocab = outline.model, outline.head, outline.vocab
+    files = weight_files(outline.path)
     try:
-        vocab = read_vocab(path, config.get_text_config().vocab_size)
-        head = model.get_output_embeddings()
         parts = [_read(files, model, part) for part in head.parameters()]
     except ModelError:
         raise
@@ -57,15 +53,14 @@ def load_head(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> Lang
             f"{name} has {len(parts[0])} rows in its head and {len(vocab)} tokens in its trimmed "
             "vocabulary; make the draft anew"
         )
+    where, kind = torch.device(choose_device(device)), outline.dtype
     real = nn.Linear(head.in_features, head.out_features, len(parts) > 1, device="meta")
     for (label, _), part in zip(list(real.named_parameters()), parts, strict=True):
         assert part is not None
         setattr(real, label, nn.Parameter(part.to(where, kind), requires_grad=False))
     check_numbers(name, real)
-    model.to(kind).set_output_embeddings(real)
-    read_generation_config(name, path, model)
-    tokenizer = read_tokenizer(name, path)
-    return LanguageModel(name, path, model.eval().requires_grad_(False), tokenizer, vocab)
+    model.set_output_embeddings(real)
+    return replace(outline, model=model)
 
 
 def load_outline(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageModel:

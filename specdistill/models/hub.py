@@ -61,9 +61,7 @@ def _download(name: str) -> Path:
         return fetch(*(indexed_files(index) if index.exists() else [WEIGHTS]))
     except ModelError:
         raise
-    except (
-        Exception
-    ) as error:  # the hub client raises many kinds: not found, gated, offline, bad name
+    except Exception as error:  # many kinds: not found, gated, offline, bad name
         raise ModelError(
             f"{name!r} is neither a local folder nor a model the hub would give (it said: "
             f"{first_line(error)})"

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOLERANCE = 1e-4  # of the largest logit, in float32: far above rounding
+_DTYPES: dict[Dtype, torch.dtype] = {
+    name: getattr(torch, name) for name in get_args(Dtype) if name != "auto"
+}
 
 
 def load(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageModel:
@@ -171,13 +174,8 @@ def stored_dtype(name: str) -> Dtype:
     say. It is what a checkpoint made of another is written in: "auto" would round by the machine.
     Raises `ModelError`.
     """
-    kind = read_config(name, locate(name)).dtype
-    known: dict[torch.dtype | None, Dtype] = {
-        torch.float64: "float64",
-        torch.bfloat16: "bfloat16",
-        torch.float16: "float16",
-    }
-    return known.get(kind, "float32")
+    written = read_config(name, locate(name)).dtype
+    return next((kind for kind, dtype in _DTYPES.items() if dtype == written), "float32")
 
 
 def choose_device(device: str) -> str:
@@ -203,28 +201,16 @@ def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
     """ "auto" is bfloat16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AMX or
     AVX512-BF16) and float32 elsewhere: emulated bfloat16 is several times slower than float32.
     """
+    if dtype in _DTYPES:
+        return _DTYPES[dtype]
     if dtype != "auto":
-        known = {
-            "float32": torch.float32,
-            "float64": torch.float64,
-            "bfloat16": torch.bfloat16,
-            "float16": torch.float16,
-        }
-        if dtype not in known:
-            raise ModelError(f"dtype must be auto, {', '.join(known)}; got {dtype!r}")
-        return known[dtype]
+        raise ModelError(f"dtype must be auto, {', '.join(_DTYPES)}; got {dtype!r}")
     if device.type == "cuda":
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
-    capabilities = torch.cpu.get_capabilities()
-    return (
-        torch.bfloat16
-        if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
-        else torch.float32
-    )
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
+    cpu = torch.cpu.get_capabilities()
+    native = cpu.get("amx_bf16") or cpu.get("avx512_bf16")
+    return torch.bfloat16 if native else torch.float32
 
 
 def read_vocab(path: Path, tokens: int) -> Tensor | None:

@@ -24,11 +24,10 @@ def check_pair(target: LanguageModel, draft: LanguageModel) -> None:
         differing = sum(1 for token, index in ours.items() if theirs.get(token) != index)
         raise ModelError(
             f"the draft's vocabulary ({len(theirs)} tokens, {draft.name}) differs from the "
-            f"target's ({len(ours)} tokens, "
-            f"{target.name}): {differing} of the target's tokens are missing or have another "
-            "id. Take a draft of the "
-            "target's family, make one from the target with `specdistill init`, or distil from the "
-            "target's text alone: signal: none, loss: ce"
+            f"target's ({len(ours)} tokens, {target.name}): {differing} of the target's tokens are "
+            "missing or have another id. Take a draft of the target's family, make one from the "
+            "target with `specdistill init`, or distil from the target's text alone: signal: none, "
+            "loss: ce"
         )
     if draft.full_vocab_size < min(len(ours), target.full_vocab_size):
         raise ModelError(

@@ -38,10 +38,8 @@ class Unfilled(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        name = getattr(
-            func, "__name__", ""
-        )  # Transformers has functions of its own in torch's place
-        if name.endswith(_FILLS):
+        # By the name, since Transformers has functions of its own in torch's place.
+        if getattr(func, "__name__", "").endswith(_FILLS):
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         if func in _DRAWS:
             kwargs.pop("generator", None)

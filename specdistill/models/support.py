@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -96,18 +96,8 @@ def check_decodable(name: str, config: Any) -> None:
         raise ModelError(
             f"{name} is an encoder-decoder model; only decoder-only models are supported"
         )
-    state = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    obstacle = None
-    if not state:
-        model = empty_model(name, config)
-        if model._is_stateful:
-            state = {"recurrent layers"}
-        else:
-            obstacle = _obstacle(text, model)
-    if state:
-        obstacle = (
-            f"has layers that cannot be rewound after a rejection ({', '.join(sorted(state))})"
-        )
+    others = set(getattr(text, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    obstacle = _rewinds_no(others) if others else _obstacle(text, empty_model(name, config))
     if obstacle is not None:
         raise ModelError(
             f"{name} ({text.model_type}) {obstacle}; supported are models of full and sliding "
@@ -115,8 +105,14 @@ def check_decodable(name: str, config: Any) -> None:
         )
 
 
+def _rewinds_no(layers: Iterable[str]) -> str:
+    return f"has layers that cannot be rewound after a rejection ({', '.join(sorted(layers))})"
+
+
 def _obstacle(config: Any, model: Any) -> str | None:
-    """What in a model without recurrent layers would make the engine compute something else."""
+    """What in a model would make the engine compute something else."""
+    if model._is_stateful:
+        return _rewinds_no(["recurrent layers"])
     body, head = model.base_model, model.get_output_embeddings()
     known = {id(p) for module in (body, head) if module is not None for p in module.parameters()}
     between = [key for key, p in model.named_parameters() if id(p) not in known]
