@@ -25,19 +25,9 @@ OPTIONAL = (
 
 def versions() -> dict[str, str]:
     """Of Python, of this package and of the libraries that decide a result."""
-    by_package = {"python": platform.python_version()}
-    for name in (
-        "specdistill",
-        "torch",
-        "transformers",
-        "accelerate",
-        "datasets",
-        "numpy",
-        "triton",
-    ):
-        if has := installed(name):
-            by_package[name] = has
-    return by_package
+    libraries = ("torch", "transformers", "accelerate", "datasets", "numpy", "triton")
+    here = {name: installed(name) for name in ("specdistill", *libraries)}
+    return {"python": platform.python_version()} | {k: v for k, v in here.items() if v}
 
 
 def installed(package: str) -> str | None:
@@ -58,25 +48,19 @@ def device_name(device: torch.device) -> str:
 
 def git_commit() -> str | None:
     """The commit of the checkout this package runs from; None for an installed wheel."""
-    folder = Path(__file__).parent
+    file = Path(__file__)
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=file.parent, capture_output=True, text=True, check=True, timeout=10
+        )
+        return done.stdout.strip()
+
     try:
-        revision = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-        tracked = subprocess.run(
-            ["git", "ls-files", "--error-unmatch", Path(__file__).name],
-            cwd=folder,
-            capture_output=True,
-            timeout=10,
-        )
+        git("ls-files", "--error-unmatch", file.name)  # or it is the checkout of another project
+        return git("rev-parse", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return None
-    return revision.stdout.strip() if tracked.returncode == 0 else None
 
 
 @dataclass(frozen=True)

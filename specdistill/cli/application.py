@@ -140,28 +140,24 @@ def _last_words(error: Exception) -> tuple[str, int]:
         return str(error), 2
     reason = " ".join(str(error).split()) or type(error).__name__
     # By name, as importing torch for its error would take seconds.
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or any(words in reason for words in _OUT_OF_MEMORY)
-    ):
-        return (
+    kind, code = type(error).__name__, 2
+    out_of_memory = isinstance(error, MemoryError) or kind == "OutOfMemoryError"
+    if out_of_memory or any(words in reason for words in _OUT_OF_MEMORY):
+        line = (
             f"the memory does not suffice ({reason[:200]}); take fewer rows at once (--batch-size, "
-            "training.batch_tokens), shorter texts, a lower dtype or a smaller model",
-            2,
+            "training.batch_tokens), shorter texts, a lower dtype or a smaller model"
         )
-    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
-        return (
-            f"{error.filename or 'a file'}: {error.strerror}; make room, or name another place",
-            2,
+    elif isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        line = f"{error.filename or 'a file'}: {error.strerror}; make room, or name another place"
+    elif any(words in reason for words in _FULL):
+        line = f"a file cannot be written ({reason[:200]}); make room, or name another place"
+    else:
+        code = 70
+        line = (
+            f"{kind}: {reason[:500]}; this is a fault of SpecDistill itself: run with --debug to "
+            "see where, and report it"
         )
-    if any(words in reason for words in _FULL):
-        return f"a file cannot be written ({reason[:200]}); make room, or name another place", 2
-    return (
-        f"{type(error).__name__}: {reason[:500]}; this is a fault of SpecDistill itself: run with "
-        "--debug to see where, and report it",
-        70,
-    )
+    return line, code
 
 
 def _version(wanted: bool) -> None:

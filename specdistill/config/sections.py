@@ -205,12 +205,7 @@ class Parallel(Section):
     )
 
 
-_SAMPLED = {
-    "refresh_every": 100,
-    "prompts": 64,
-    "max_new_tokens": 64,
-    "sample_temperature": 1.0,
-}
+_SAMPLED = {"refresh_every": 100, "prompts": 64, "max_new_tokens": 64, "sample_temperature": 1.0}
 # The settings each policy has, and their defaults.
 POLICY_SETTINGS: dict[str, dict[str, Any]] = {
     "target": {},

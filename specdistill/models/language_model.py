@@ -207,13 +207,8 @@ class LanguageModel:
         mixture's experts the share that a token is sent to (`num_experts_per_tok` of them; shared
         ones are read by every token). A batch reads more of them, up to all.
         """
-        looked_up = {
-            id(p)
-            for m in self.model.modules()
-            if isinstance(m, nn.Embedding)
-            for p in m.parameters()
-        }
-        looked_up.discard(id(self.head.weight))
+        tables = [m.weight for m in self.model.modules() if isinstance(m, nn.Embedding)]
+        looked_up = {id(table) for table in tables} - {id(self.head.weight)}
         share = active_experts(self.config)
         return round(
             sum(

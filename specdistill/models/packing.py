@@ -71,11 +71,15 @@ def _layer_products(model: LanguageModel) -> list[Joined]:
 
 
 def _replace_linears(model: LanguageModel) -> None:
-    for parent in list(model.model.modules()):
-        for name, child in list(parent.named_children()):
-            # A subclass may compute something else.
-            if type(child) is nn.Linear and child is not model.head:
-                setattr(parent, name, PackedLinear(child))
+    for parent, name, child in _children(model.model):
+        # A subclass may compute something else.
+        if type(child) is nn.Linear and child is not model.head:
+            setattr(parent, name, PackedLinear(child))
+
+
+def _children(model: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
+    """Every module within, after the one that has it and its name there."""
+    return [(parent, *named) for parent in model.modules() for named in parent.named_children()]
 
 
 def is_packed(model: LanguageModel) -> bool:
@@ -85,10 +89,9 @@ def is_packed(model: LanguageModel) -> bool:
 
 def unpacked(model: Module) -> Module:
     """The model with ordinary linear layers of the same weights, in place."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, PackedLinear):
-                setattr(parent, name, child.product.linears[0])
+    for parent, name, child in _children(model):
+        if isinstance(child, PackedLinear):
+            setattr(parent, name, child.product.linears[0])
     return model
 
 
