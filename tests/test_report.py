@@ -349,7 +349,11 @@ def test_up_to_which_load_the_draft_pays_is_in_the_verdict(run_dir: Path) -> Non
     times = Latency(0.1, 0.2)
     plain = Plain(0.0, 4, [10.0, 11.0], times, times)
     row = Drafted(0.0, 4, 2, 60, 9.0, 0.86, False, times, times, [0.5])
-    text = report(run_dir, replace(card, load=Load([plain], [row])))
+    card = replace(card, load=Load([plain], [row]))
+    card.write(run_dir / "scorecard.json")
+    assert run_dir / "plots" / "load.png" in plot_all(run_dir)
+    text = report(run_dir)
+    assert "](plots/load.png)" in text
     (why,) = (line for line in text.splitlines() if line.startswith("Why: "))
     assert "the draft does not pay at 4 at a time" in why
     assert Load([plain]).lines == [], "no draft was measured"

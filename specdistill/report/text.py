@@ -27,6 +27,8 @@ CAPTIONS = {
     "survival.png": "How far rounds get: the share in which at least so many draft tokens were "
     "accepted. Dotted: what the draft's α would give if acceptance were independent.",
     "time.png": "What the time of one emitted token is spent on.",
+    "load.png": "Speedup over plain decoding by the number of requests at a time. Filled marks: "
+    "the draft was faster than every plain run.",
     "text.png": "One answer, the first prompt's, in the fastest setting: every token is the "
     "draft's, or the target's after a rejection, or a bonus.",
     "training.png": "The loss during training, and what it bought on held-out prompts.",
