@@ -66,7 +66,7 @@ def check_row() -> None:
     runs, _ = without_stalls({(0.0, 0): [[prompt_runs(0)] * 2], (0.0, 4): [[prompt_runs(4)]]})
     drafted, plain = runs[0.0, 4], runs[0.0, 0]
     counted = row((0.0, 4), drafted.counts(4), plain.counts(0), 0.1, 0)
-    found = with_costs(counted, drafted, plain, [(0.0, 0)])
+    found = with_costs(counted, drafted, plain, math.nan)
     assert found.block_efficiency == 3.5
     assert found.cost_ratio == pytest.approx(0.25)
     assert found.verify_ratio == pytest.approx(1.25), "(1.4 + 1.1) / 2"

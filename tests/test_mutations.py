@@ -664,7 +664,7 @@ MUTATIONS = [
     Mutation(
         "greedy texts that differ without a reason do not count",
         "a verdict that failed",
-        [(card_evidence._unexplained, "if count <= 0:", "if True:")],
+        [(card_evidence._failures, "if unexplained > 0:", "if False:")],
     ),
     Mutation(
         "evidence that failed leaves the verdict as it was",
@@ -684,7 +684,7 @@ MUTATIONS = [
     Mutation(
         "intervals are believed",
         "a card's figures",
-        [(contradictions.changed_figures, "_interval(row, prompts, seed)", "[]")],
+        [(contradictions.changed_figures, "not all(map(math.isnan, row.speedup_ci95))", "False")],
     ),
 ]
 

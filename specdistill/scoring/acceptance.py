@@ -15,20 +15,6 @@ from specdistill.models import LanguageModel
 from specdistill_kernels import Lenience, probabilities
 
 
-def expected_acceptance(
-    target: LanguageModel,
-    draft: LanguageModel,
-    prompt: list[int],
-    output: Output,
-    temperature: float,
-    lenience: Lenience | None = None,
-    drafting: Drafting = AUTO,
-) -> tuple[float, int]:
-    """Σ over the tested positions of `acceptance_chances`, and their number."""
-    chances = acceptance_chances(target, draft, prompt, output, temperature, lenience, drafting)
-    return chances.sum().item(), len(chances)
-
-
 @torch.inference_mode()
 def acceptance_chances(
     target: LanguageModel,

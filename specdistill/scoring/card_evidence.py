@@ -45,10 +45,7 @@ class Float32:
     @property
     def failures(self) -> list[str]:
         """What speaks against losslessness, a clause each."""
-        reasons = _unexplained(self.greedy_identical, self.ties, " in float32")
-        if self.identity_acceptance <= LEAST_IDENTITY:
-            reasons.append(_rejected(self.identity_acceptance, " in float32"))
-        return reasons
+        return _failures(self, LEAST_IDENTITY, " in float32")
 
 
 @with_config(Strict)
@@ -72,9 +69,7 @@ class Lossless:
     @property
     def failures(self) -> list[str]:
         """What speaks against it, a clause each."""
-        reasons = _unexplained(self.greedy_identical, self.ties, "")
-        if self.identity_acceptance <= self.least_identity_acceptance:
-            reasons.append(_rejected(self.identity_acceptance, ""))
+        reasons = _failures(self, self.least_identity_acceptance, "")
         if self.float32 is not None:
             reasons += self.float32.failures
         if self.distribution_p_value <= LEAST_P_VALUE:
@@ -91,16 +86,17 @@ class Lossless:
         return not self.failures and not absent
 
 
-def _unexplained(identical: tuple[int, int], ties: list[dict[str, Any]], where: str) -> list[str]:
-    same, compared = identical
-    count = compared - same - sum(bool(tie["within_rounding"]) for tie in ties)
-    if count <= 0:
-        return []
-    return [
-        f"{count} of {compared} greedy texts differ from those of plain decoding{where}, and "
-        "rounding does not explain it"
-    ]
-
-
-def _rejected(acceptance: float, where: str) -> str:
-    return f"as its own draft the target accepts {acceptance:.3f} of its own tokens{where}"
+def _failures(proof: Lossless | Float32, least_acceptance: float, where: str) -> list[str]:
+    same, compared = proof.greedy_identical
+    unexplained = compared - same - sum(bool(tie["within_rounding"]) for tie in proof.ties)
+    reasons = []
+    if unexplained > 0:
+        reasons.append(
+            f"{unexplained} of {compared} greedy texts differ from those of plain decoding{where}, "
+            "and rounding does not explain it"
+        )
+    if (accepted := proof.identity_acceptance) <= least_acceptance:
+        reasons.append(
+            f"as its own draft the target accepts {accepted:.3f} of its own tokens{where}"
+        )
+    return reasons

@@ -8,13 +8,13 @@ judged at the setting that was the fastest on the other half, and the halves are
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, NamedTuple
 
 from specdistill.errors import InputError
-from specdistill.scoring.statistics import Ratio, ratio_of_sums
+from specdistill.scoring.statistics import Columns, Ratio, ratio_of_sums
 
 if TYPE_CHECKING:
     from specdistill.scoring.card_rows import PromptRow, Row
@@ -70,7 +70,7 @@ def choose(per_prompt: Sequence[PromptRow]) -> Choice:
         judge = {True: _fastest(settings, other), False: _fastest(settings, one)}
         rows = [settings[judge[id_ in one]][id_] for id_ in ids]
         halves = (len(one), len(other))
-    speedup = speedup_of(rows, WIDER if halves[0] else 1.0)
+    speedup = speedup_of(rows, wider=WIDER if halves[0] else 1.0)
     return Choice(fastest, speedup, rows, *halves)
 
 
@@ -96,22 +96,24 @@ def chosen(chosen_on: int, judged_on: int) -> str:
     return f"γ chosen on {one}, judged on {other}, and the other way round"
 
 
-def speedup_of(rows: Sequence[PromptRow], wider: float = 1.0) -> Ratio:
-    """Tokens per second over those of plain decoding, with a paired interval over the prompts."""
-    return ratio_of_sums(
+def speed_columns(rows: Sequence[PromptRow]) -> Columns:
+    """Of the speedup, as `ratio_of_sums` takes them."""
+    return (
         [[row.emitted for row in rows], [row.baseline_seconds for row in rows]],
         [[row.seconds for row in rows], [row.baseline_emitted for row in rows]],
-        0,
-        wider,
     )
 
 
-def _fastest(settings: Mapping[Setting, Mapping[str, PromptRow]], ids: Iterable[str]) -> Setting:
+def speedup_of(rows: Sequence[PromptRow], seed: int = 0, wider: float = 1.0) -> Ratio:
+    """Tokens per second over those of plain decoding, with a paired interval over the prompts."""
+    return ratio_of_sums(*speed_columns(rows), seed, wider)
+
+
+def _fastest(settings: Mapping[Setting, Mapping[str, PromptRow]], ids: Collection[str]) -> Setting:
     """The first in order where several are as fast."""
-    asked = list(ids)
 
     def speed(setting: Setting) -> float:
-        rows = [settings[setting][id_] for id_ in asked]
+        rows = [settings[setting][id_] for id_ in ids]
         over = sum(r.emitted for r in rows) * sum(r.baseline_seconds for r in rows)
         under = sum(r.seconds for r in rows) * sum(r.baseline_emitted for r in rows)
         return over / under if under > 0 else -math.inf

@@ -4,7 +4,7 @@ engine and machine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 
@@ -55,14 +55,8 @@ def obstacles(cards: Cards) -> list[str]:
     reasons = reasons or _slowed(cards)
     if reasons:
         return reasons
-    (first, one), *others = cards.items()
-    for name, other in others:
-        reasons += [
-            f"{field} differs: {mine} in {first}, {its} in {name}"
-            for field, (mine, its) in _different(one, other).items()
-        ]
-    reasons += _no_temperature(cards)
-    return reasons or _baselines(cards)
+    differing = _differing(cards, _conditions) + _no_temperature(cards)
+    return differing or _baselines(cards)
 
 
 def _slowed(cards: Cards) -> list[str]:
@@ -79,12 +73,18 @@ def _slowed(cards: Cards) -> list[str]:
     return reasons
 
 
-def _different(one: Scorecard, other: Scorecard) -> dict[str, tuple[str, str]]:
-    """The conditions in which two cards differ, with both values."""
-    ours, theirs = _conditions(one), _conditions(other)
-    if one.target.sha256 == other.target.sha256:  # under whatever name
-        theirs["target"] = ours["target"]
-    return _unlike(ours, theirs)
+def _differing(cards: Cards, facts_of: Callable[[Scorecard], dict[str, str]]) -> list[str]:
+    """In what the others differ from the first card, a sentence each with both values."""
+    (first, one), *others = cards.items()
+    mine = facts_of(one)
+    return [
+        f"{field} differs: {mine[field]} in {first}, {its} in {name}"
+        for name, other in others
+        for field, its in facts_of(other).items()
+        if its != mine[field]
+        # A target is the same under whatever name.
+        and not (field == "target" and other.target.sha256 == one.target.sha256)
+    ]
 
 
 def _conditions(card: Scorecard) -> dict[str, str]:
@@ -106,12 +106,7 @@ def _conditions(card: Scorecard) -> dict[str, str]:
 
 def remarks(cards: Cards) -> list[str]:
     """In what comparable cards differ that may tell in their figures, a sentence each."""
-    (first, one), *others = cards.items()
-    return [
-        f"{field} differs: {mine} in {first}, {its} in {name}"
-        for name, other in others
-        for field, (mine, its) in _unlike(_circumstances(one), _circumstances(other)).items()
-    ]
+    return _differing(cards, _circumstances)
 
 
 def _circumstances(card: Scorecard) -> dict[str, str]:
@@ -127,10 +122,6 @@ def _circumstances(card: Scorecard) -> dict[str, str]:
         "vLLM's model runner": str(card.provenance.get("runner") or "unknown"),
         "γ": ", ".join(grid[num] for num in sorted(grid)),
     }
-
-
-def _unlike(ours: Mapping[str, str], theirs: Mapping[str, str]) -> dict[str, tuple[str, str]]:
-    return {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
 
 
 def common_temperatures(cards: Cards) -> list[float]:

@@ -12,11 +12,11 @@ from typing import Any
 
 from specdistill.errors import InputError
 from specdistill.scoring.by_cost import ByCost, by_cost
-from specdistill.scoring.card_rows import PromptRow, Row
-from specdistill.scoring.choice import choose
+from specdistill.scoring.card_rows import Row
+from specdistill.scoring.choice import choose, speed_columns
 from specdistill.scoring.comparable import Cards, common_temperatures, obstacles, remarks
 from specdistill.scoring.scorecard import Scorecard, nullable
-from specdistill.scoring.statistics import Ratio, prompts_needed, ratio_of_sums
+from specdistill.scoring.statistics import prompts_needed, ratio_of_sums
 from specdistill.scoring.verdict import prompts as count_of
 
 SCHEMA = "specdistill.comparison/1"
@@ -102,16 +102,8 @@ class Comparison:
     def document(self) -> dict[str, Any]:
         """As JSON can hold it: what cannot be said is null."""
         differences = [{**asdict(each), "sentence": each.sentence} for each in self.differences]
-        return nullable(
-            {
-                "schema": SCHEMA,
-                "comparable": True,
-                "standings": [asdict(standing) for standing in self.standings],
-                "differences": differences,
-                "remarks": self.remarks,
-                "by_cost": [pair.document() for pair in self.by_cost],
-            }
-        )
+        raw = {"schema": SCHEMA, "comparable": True, **asdict(self), "differences": differences}
+        return dict(nullable(raw | {"by_cost": [pair.document() for pair in self.by_cost]}))
 
 
 def refusal(reasons: Sequence[str]) -> dict[str, Any]:
@@ -179,49 +171,23 @@ def _difference(
         name: choose([p for p in cards[name].per_prompt if p.temperature == temperature])
         for name in (faster, slower)
     }
-    fast, slow = (_by_prompt(chosen[name].rows) for name in (faster, slower))
+    fast, slow = ({row.prompt_id: row for row in chosen[name].rows} for name in (faster, slower))
     if fast.keys() != slow.keys():
         raise Incomparable(
             [f"{faster} and {slower} name the same prompts differently; score one of them again"]
         )
-    pairs = [(fast[key], slow[key]) for key in fast]
+    ahead, behind = speed_columns([*fast.values()]), speed_columns([slow[id_] for id_ in fast])
     ratio = ratio_of_sums(
-        [
-            [a.emitted for a, _ in pairs],
-            [a.baseline_seconds for a, _ in pairs],
-            [b.seconds for _, b in pairs],
-            [b.baseline_emitted for _, b in pairs],
-        ],
-        [
-            [b.emitted for _, b in pairs],
-            [b.baseline_seconds for _, b in pairs],
-            [a.seconds for a, _ in pairs],
-            [a.baseline_emitted for a, _ in pairs],
-        ],
+        [*ahead[0], *behind[1]],
+        [*behind[0], *ahead[1]],
         seed,
         max(each.wider for each in chosen.values()),
     )
-    return _judged(faster, slower, temperature, ratio, len(pairs))
-
-
-def _judged(
-    faster: str, slower: str, temperature: float, ratio: Ratio, num_prompts: int
-) -> Difference:
-    shown = ratio.low > 1
+    count, shown = len(fast), ratio.low > 1
+    needed = count if shown else prompts_needed(ratio, count)
     return Difference(
-        faster,
-        slower,
-        temperature,
-        ratio.value,
-        (ratio.low, ratio.high),
-        num_prompts,
-        shown,
-        num_prompts if shown else prompts_needed(ratio, num_prompts),
+        faster, slower, temperature, ratio.value, (ratio.low, ratio.high), count, shown, needed
     )
-
-
-def _by_prompt(rows: Sequence[PromptRow]) -> dict[str, PromptRow]:
-    return {row.prompt_id: row for row in rows}
 
 
 def _percent(ratio: float) -> str:

@@ -15,9 +15,10 @@ from specdistill.scoring.card_rows import (
     of_setting,
     setting_of,
 )
+from specdistill.scoring.choice import speedup_of
 from specdistill.scoring.scorecard import Scorecard, Verdict
 from specdistill.scoring.slices import by_category, by_prompt_length
-from specdistill.scoring.statistics import Ratio, planned_speedup, ratio_of_sums
+from specdistill.scoring.statistics import Ratio, planned_speedup
 from specdistill.scoring.verdict import verdict
 
 
@@ -34,8 +35,10 @@ def changed_figures(card: Scorecard) -> list[str]:
         base = plain.get(row.temperature)
         if not prompts or (base is None and card.baseline):
             continue
-        faults += _differing(setting_of(row), _derived(row, base, prompts, weights))
-        faults += _interval(row, prompts, seed)
+        faults += differing(setting_of(row), _derived(row, base, prompts, weights))
+        if not all(map(math.isnan, row.speedup_ci95)):
+            interval = speedup_of(prompts, seed)
+            faults += _differing_interval(setting_of(row), row.speedup_ci95, interval)
         if base is not None:
             faults += _plain_steps(row, base, prompts)
         faults += _counts(row, prompts)
@@ -95,7 +98,7 @@ def _plain_steps(row: Row, base: Baseline, prompts: Sequence[PromptRow]) -> list
     figures = [("seconds of all steps", base.seconds_per_step * base.tokens, seconds)]
     if base.seconds:
         figures.append(("seconds by part", sum(base.seconds.values()), seconds))
-    faults = _differing(where, figures)
+    faults = differing(where, figures)
     if bool(base.seconds) != bool(row.seconds):
         faults.append(f"{setting_of(row)}: only one of draft and plain decoding tells its parts")
     parts = [*base.seconds.values(), *row.seconds.values()]
@@ -144,24 +147,14 @@ def _counts(row: Row, prompts: Sequence[PromptRow]) -> list[str]:
     return faults
 
 
-def _differing(where: str, figures: Sequence[Figure]) -> list[str]:
+def differing(where: str, figures: Sequence[Figure]) -> list[str]:
+    """A sentence on each figure that is not what it is computed to be."""
     return [
         f"{where}: the card tells {name} of {claimed:.4g}, its rows by prompt give "
         f"{computed:.4g}; it was changed after the measurement"
         for name, claimed, computed in figures
         if not math.isclose(claimed, computed, rel_tol=1e-6, abs_tol=1e-9)
     ]
-
-
-def _interval(row: Row, prompts: Sequence[PromptRow], seed: int) -> list[str]:
-    if all(map(math.isnan, row.speedup_ci95)):
-        return []
-    emitted, seconds, plain_emitted, plain_seconds = (
-        [getattr(prompt, name) for prompt in prompts]
-        for name in ("emitted", "seconds", "baseline_emitted", "baseline_seconds")
-    )
-    computed = ratio_of_sums([emitted, plain_seconds], [plain_emitted, seconds], seed)
-    return _differing_interval(setting_of(row), row.speedup_ci95, computed)
 
 
 def _differing_interval(where: str, claimed: tuple[float, float], computed: Ratio) -> list[str]:
@@ -199,7 +192,7 @@ def _slices(card: Scorecard, seed: int) -> list[str]:
             figures = (*counts, "acceptance_rate", "block_efficiency", "speedup")
             pairs = [(f, getattr(row, f), getattr(computed, f)) for f in figures]
             shown = [(f.replace("_", " "), a, b) for f, a, b in pairs if not math.isnan(a)]
-            faults += _differing(where, shown)
+            faults += differing(where, shown)
             ratio = Ratio(computed.speedup, *computed.speedup_ci95)
             faults += _differing_interval(where, row.speedup_ci95, ratio)
     return faults
@@ -287,6 +280,6 @@ def changed_verdict(card: Scorecard, distrusted: bool) -> list[str]:
             ("a choice by prompts", claimed.chosen_on, again.chosen_on),
             ("a judgement by prompts", claimed.judged_on, again.judged_on),
         ]
-    faults = _differing(where, [f for f in figures if not math.isnan(f[1])])
+    faults = differing(where, [f for f in figures if not math.isnan(f[1])])
     ratio = Ratio(again.best.speedup, *again.speedup_ci95)
     return faults or (_differing_interval(where, claimed.speedup_ci95, ratio) if halves else [])

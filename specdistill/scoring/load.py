@@ -82,12 +82,12 @@ class Load:
 
     def best(self, temperature: float) -> dict[int, Drafted]:
         """By concurrency the fastest γ."""
-        found: dict[int, Drafted] = {}
+        fastest: dict[int, Drafted] = {}
         for row in self.drafted:
-            known = found.get(row.concurrency)
+            known = fastest.get(row.concurrency)
             if row.temperature == temperature and (not known or row.speedup > known.speedup):
-                found[row.concurrency] = row
-        return dict(sorted(found.items()))
+                fastest[row.concurrency] = row
+        return dict(sorted(fastest.items()))
 
     def schedule(self, temperature: float) -> list[list[int]]:
         """The fastest γ by the number of requests under way, as ranges [first, last, γ] from each

@@ -135,18 +135,14 @@ def greedy_pairs(
         for id_, prompt in prompts
     ]
     drafter = drafter_for(draft, target.vocab_size, drafting)
-    plain, speculative = (
-        decoder.run(requests).outputs
-        for decoder in (
-            SpeculativeDecoder(target, batch_size=batch_size),
-            SpeculativeDecoder(
-                target, drafter, num_draft_tokens=num_draft_tokens, batch_size=batch_size
-            ),
-        )
+    plain = SpeculativeDecoder(target, batch_size=batch_size)
+    speculative = SpeculativeDecoder(
+        target, drafter, num_draft_tokens=num_draft_tokens, batch_size=batch_size
     )
+    answers = plain.run(requests).outputs, speculative.run(requests).outputs
     return [
         GreedyPair(id_, prompt, one, other)
-        for (id_, prompt), one, other in zip(prompts, plain, speculative, strict=True)
+        for (id_, prompt), one, other in zip(prompts, *answers, strict=True)
     ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +29,7 @@ from specdistill.progress import Progress, silent
 from specdistill.provenance import device_name, git_commit, versions
 from specdistill.scoring import lossless
 from specdistill.scoring import rows as rows_of
-from specdistill.scoring.acceptance import expected_acceptance
+from specdistill.scoring.acceptance import acceptance_chances
 from specdistill.scoring.card_rows import LEAST_VERIFY_RATIO, DraftingWay, ModelCard, Row
 from specdistill.scoring.choice import Setting
 from specdistill.scoring.rows import Runs, Timed
@@ -100,11 +101,13 @@ def score(
         progress("evidence", len(rows), len(settings), "expected acceptance")
         reach = draftings[g].least_reach
         row = rows_of.row((t, g), counts[t, g], counts[t, 0], weight_ratio, seed, reach, way)
-        expected = [
-            expected_acceptance(target, draft, p.tokens, o, t, lenience, draftings[g])
-            for p, o in zip(prompts, runs[t, g].outputs, strict=True)
-            if mode == "token"  # a block's acceptance is not that of its tokens
-        ]
+        expected = math.nan  # a block's acceptance is not that of its tokens
+        if mode == "token":
+            chances = [
+                acceptance_chances(target, draft, p.tokens, o, t, lenience, draftings[g])
+                for p, o in zip(prompts, runs[t, g].outputs, strict=True)
+            ]
+            expected = torch.cat(chances).mean().item()
         rows.append(rows_of.with_costs(row, runs[t, g], runs[t, 0], expected))
     progress("evidence", len(rows), len(settings), "losslessness")
     baseline = [rows_of.baseline(t, counts[t, 0]) for t in temperatures]
@@ -220,7 +223,7 @@ def _slowed(runs: Mapping[Setting, Runs]) -> float | None:
     plain = {t: run.tokens_per_second for (t, g), run in runs.items() if not g}
     drafted = [setting for setting in runs if setting[1]]
     t, g = max(drafted, key=lambda s: rows_of.ratio(runs[s].tokens_per_second, plain[s[0]]))
-    slow = rows_of.verify_ratio(runs[t, g], runs[t, 0]) < LEAST_VERIFY_RATIO
+    slow = rows_of.ratio(runs[t, g].step, runs[t, 0].step) < LEAST_VERIFY_RATIO
     return t if slow else None
 
 

@@ -118,7 +118,7 @@ class Runs:
 
     @property
     def step(self) -> float:
-        """Seconds of one pass of the target."""
+        """Seconds of one pass of the target: a verify pass, or a plain step."""
         return sum(parts["target"] for parts in self.parts) / self.rounds
 
 
@@ -259,11 +259,6 @@ def example(
     return DecodedText(prompt_id, temperature, num, pieces)
 
 
-def shares(counted: Sequence[int], of: Sequence[int]) -> list[float]:
-    """By position, as far as there is anything to count."""
-    return [a / b for a, b in zip(counted, of, strict=True) if b]
-
-
 def survival(conditional: Sequence[float]) -> list[float]:
     """The share of rounds accepted up to each position, from the rates given that all earlier ones
     were: their products, since a round cut short by its answer's end tells nothing of what it did
@@ -312,7 +307,7 @@ def row(
     seconds, plain_seconds = ([c.seconds for c in some] for some in (counts, plain))
     rounds = sum(c.rounds for c in counts)
     block_efficiency = sum(emitted) / rounds
-    conditional = shares(accepted, tested)
+    conditional = [a / b for a, b in zip(accepted, tested, strict=True) if b]
     steps = draft_steps(num, sum(offered) / rounds, least_reach, way)
     return Row(
         temperature=temperature,
@@ -345,11 +340,10 @@ def row(
     )
 
 
-def with_costs(row: Row, runs: Runs, plain: Runs, expected: Sequence[tuple[float, int]]) -> Row:
+def with_costs(row: Row, runs: Runs, plain: Runs, expected: float) -> Row:
     """A row with what our engine knows beside the counts: the time of its passes, and the
-    `expected_acceptance` of each prompt.
+    `expected` acceptance rate.
     """
-    positions = sum(n for _, n in expected)
     spent, step = row.seconds, plain.step
     draft_step = spent["draft"] / runs.draft_steps if runs.draft_steps else math.nan
     verify_pass = spent["target"] / runs.rounds
@@ -357,9 +351,9 @@ def with_costs(row: Row, runs: Runs, plain: Runs, expected: Sequence[tuple[float
     cost_ratio = ratio(draft_step, step)
     return replace(
         row,
-        acceptance_rate_expected=sum(s for s, _ in expected) / positions if positions else math.nan,
+        acceptance_rate_expected=expected,
         cost_ratio=cost_ratio,
-        verify_ratio=verify_ratio(runs, plain),
+        verify_ratio=ratio(runs.step, step),
         predicted_speedup=ratio(row.block_efficiency * step, drafting + verify_pass),
         planned_speedup=math.nan
         if row.least_reach
@@ -367,8 +361,3 @@ def with_costs(row: Row, runs: Runs, plain: Runs, expected: Sequence[tuple[float
             row.acceptance_rate, row.num_draft_tokens, cost_ratio, row.draft_steps
         ),
     )
-
-
-def verify_ratio(runs: Runs, plain: Runs) -> float:
-    """Time of a verify pass over that of a plain step, the target's passes alone."""
-    return ratio(runs.step, plain.step)

@@ -9,19 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    with_config,
-)
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, with_config
 
 from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
@@ -247,7 +242,7 @@ class Scorecard:
         """As JSON can hold it: what could not be measured (NaN) is null."""
         raw = asdict(self)
         raw["verification"]["lossy"] = self.verification.lossy
-        return nullable(raw)
+        return dict(nullable(raw))
 
     def write(self, path: str | Path) -> None:
         """Raises `StorageError` where the file cannot be written; an older one then stays."""
@@ -304,25 +299,17 @@ def _check_lists(card: Scorecard) -> None:
     """Raises `ValueError` for what is there twice, by more positions than were proposed, or without
     what it is computed from.
     """
-    lists: list[tuple[str, Iterable[Hashable]]] = [
-        ("baseline", [base.temperature for base in card.baseline]),
-        ("rows", [(row.temperature, row.num_draft_tokens) for row in card.rows]),
-        (
-            "per_prompt",
-            [(row.temperature, row.num_draft_tokens, row.prompt_id) for row in card.per_prompt],
-        ),
-    ]
-    for name, part in (
-        ("by_category", card.by_category),
-        ("by_prompt_length", card.by_prompt_length),
+    setting = ("temperature", "num_draft_tokens")
+    for name, fields in (
+        ("baseline", setting[:1]),
+        ("rows", setting),
+        ("per_prompt", (*setting, "prompt_id")),
+        ("by_category", (*setting, "category")),
+        ("by_prompt_length", (*setting, "category")),
     ):
-        lists.append((name, [(r.temperature, r.num_draft_tokens, r.category) for r in part]))
-    for name, keys in lists:
-        seen = set()
-        for key in keys:
-            if key in seen:
+        for key, times in Counter(map(attrgetter(*fields), getattr(card, name))).items():
+            if times > 1:
                 raise ValueError(f"{name} has {key} twice")
-            seen.add(key)
     if not card.baseline and not all(math.isnan(row.speedup) for row in card.rows):
         raise ValueError("its rows tell a speedup, and there is no plain decoding")
     if len({row.drafting for row in card.rows}) > 1:
@@ -354,13 +341,13 @@ def _failed(verdict: Verdict, failures: list[str]) -> Verdict:
     return replace(verdict, pays=False, reason=reason)
 
 
-def nullable(document: dict[str, Any]) -> dict[str, Any]:
-    """With null for every number that JSON cannot hold."""
-    return dict(
-        _map_leaves(
-            document, lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
-        )
-    )
+def nullable(value: Any) -> Any:
+    """With null for every number in nested dictionaries and lists that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: nullable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [nullable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(document: dict[str, Any], path: Path) -> None:
@@ -372,12 +359,3 @@ def write_json(document: dict[str, Any], path: Path) -> None:
         raise StorageError(
             f"cannot write {path}: {error.strerror}; free space or choose another folder"
         ) from error
-
-
-def _map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Apply `change` to every leaf of nested dictionaries and lists."""
-    if isinstance(value, dict):
-        return {key: _map_leaves(item, change) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_map_leaves(item, change) for item in value]
-    return change(value)

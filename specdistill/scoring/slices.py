@@ -8,7 +8,7 @@ from math import nan
 from typing import Any
 
 from specdistill.scoring.card_rows import CategoryRow, PromptRow
-from specdistill.scoring.statistics import ratio_of_sums
+from specdistill.scoring.choice import speedup_of
 
 LEAST_FOR_INTERVAL = 3  # the interval of two spans orders of magnitude
 
@@ -59,11 +59,7 @@ def _category_row(
 ) -> CategoryRow:
     tested = sum(row.tested or 0 for row in rows)
     accepted = sum(row.accepted or 0 for row in rows)
-    speedup = ratio_of_sums(
-        [[row.emitted for row in rows], [row.baseline_seconds for row in rows]],
-        [[row.seconds for row in rows], [row.baseline_emitted for row in rows]],
-        seed,
-    )
+    speedup = speedup_of(rows, seed)
     return CategoryRow(
         category=category,
         temperature=temperature,

@@ -18,6 +18,9 @@ class Ratio(NamedTuple):
     high: float
 
 
+Columns = tuple[list[Sequence[float]], list[Sequence[float]]]  # over, and under, of a ratio
+
+
 def ratio_of_sums(
     over: Sequence[Sequence[float]],
     under: Sequence[Sequence[float]],

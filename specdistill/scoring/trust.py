@@ -18,13 +18,17 @@ from specdistill.scoring.card_rows import (
     of_setting,
     setting_of,
 )
-from specdistill.scoring.contradictions import changed_figures, changed_verdict, verdict_again
+from specdistill.scoring.contradictions import (
+    changed_figures,
+    changed_verdict,
+    differing,
+    verdict_again,
+)
 from specdistill.scoring.scorecard import Scorecard
-from specdistill.scoring.statistics import ratio_of_sums
+from specdistill.scoring.statistics import Columns, ratio_of_sums
 from specdistill.scoring.verdict import slow_verifying
 
 NOISE = 0.1  # what timings of the same work may differ by beyond their intervals
-Columns = tuple[list[Sequence[float]], list[Sequence[float]]]
 
 
 def doubts(
@@ -33,14 +37,10 @@ def doubts(
     """Sentences on what does not fit; none for a sound card."""
     if not rows:
         return ["nothing was measured: there are no rows"]
-    return [
-        *_totals(baseline, rows, per_prompt),
-        *(
-            doubt
-            for row in rows
-            for doubt in _slowed(row, of_setting(per_prompt, row.temperature, row.num_draft_tokens))
-        ),
-    ]
+    faults = _totals(baseline, rows, per_prompt)
+    for row in rows:
+        faults += _slowed(row, of_setting(per_prompt, row.temperature, row.num_draft_tokens))
+    return faults
 
 
 def objections(card: Scorecard) -> list[str]:
@@ -168,22 +168,14 @@ def _sums(row: Row, base: Baseline | None, prompts: Sequence[PromptRow]) -> list
                 ("plain tokens per second", base.tokens_per_second, plain),
                 ("speedup", row.speedup, speed / plain),
             ]
-        for name, claimed, computed in figures:
-            if not math.isclose(claimed, computed, rel_tol=1e-6):
-                faults.append(
-                    f"{setting_of(row)}: the card tells {name} of {claimed:.4g}, its rows by "
-                    f"prompt give {computed:.4g}; it was changed after the measurement"
-                )
+        faults += differing(setting_of(row), figures)
     return faults
 
 
 def _slowed(row: Row, prompts: Sequence[PromptRow]) -> list[str]:
     """A round does all that a plain step does and more, so it cannot take less time."""
     columns = round_cost(prompts)
-    if columns is None:
-        return []
-    cost = ratio_of_sums(*columns, seed=0)
-    if not cost.high < 1 - NOISE:
+    if columns is None or not (cost := ratio_of_sums(*columns, seed=0)).high < 1 - NOISE:
         return []
     return [
         f"{setting_of(row)}: a round without its draft steps took {cost.value:.2f} times as long "
