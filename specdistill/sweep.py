@@ -155,7 +155,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         except InputError as error:
             raise InputError(f"{path}, run {name}: {error}") from None
         points[name] = point
-    shared = [folder / name for name in (DOCUMENT, SCORE, DATA, "sweep.png")]
+    shared = [folder / name for name in (DOCUMENT, SCORE, DATA, PICTURE)]
     for config in configs.values():
         run = Path(config.run_dir)
         written = [*shared, *RunFolder(run).outputs(), RunFolder(run).scorecard]
@@ -317,7 +317,7 @@ def document(sweep: Sweep, result: Result) -> dict[str, Any]:
         for name, point in sweep.points.items()
     }
     compared = comparison.document() if isinstance(comparison, Comparison) else refusal(comparison)
-    return nullable({"schema": SCHEMA, "runs": runs, "comparison": compared})
+    return dict(nullable({"schema": SCHEMA, "runs": runs, "comparison": compared}))
 
 
 def _draw(sweep: Sweep, result: Result, note: Note) -> None:

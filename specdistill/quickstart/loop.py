@@ -7,7 +7,6 @@ there, so an interrupted run goes on.
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -29,8 +28,8 @@ from specdistill.decoding import Sampling
 from specdistill.documents import read_json
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.drafts.vocabulary import vocabulary_from
-from specdistill.errors import InputError, StorageError
-from specdistill.files import holding, keep_apart, write_whole
+from specdistill.errors import InputError
+from specdistill.files import holding, keep_apart
 from specdistill.models import LanguageModel
 from specdistill.progress import Note, Progress, silent, unsaid
 from specdistill.quickstart.plan import LEAST_ANSWERS, Plan, Task, announcement, choose
@@ -38,7 +37,7 @@ from specdistill.report import write_report
 from specdistill.report.plots import plot_all
 from specdistill.run_folder import RunFolder
 from specdistill.scoring.measure import score
-from specdistill.scoring.scorecard import Scorecard
+from specdistill.scoring.scorecard import Scorecard, write_json
 from specdistill.scoring.turns import MIN_PROMPTS
 from specdistill.training.run import distill
 
@@ -87,7 +86,7 @@ def quickstart(
     elif plan is None:
         asked = encoded(target.tokenizer, train)
         plan = choose(task, target, asked, questions, began, progress)
-    _write_plan(run_dir, _Begun(task, plan))
+    write_json(asdict(_Begun(task, plan)), run_dir / PLAN)
     for line in announcement(target, plan):
         note(line)
 
@@ -207,15 +206,6 @@ def check_run(run_dir: Path, task: Task) -> _Begun | None:
                 "first command, or give another --run-dir"
             )
     return begun
-
-
-def _write_plan(run_dir: Path, run: _Begun) -> None:
-    try:
-        write_whole(run_dir / PLAN, json.dumps(asdict(run), indent=1) + "\n")
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {run_dir / PLAN}: {error.strerror}; free space or give another --run-dir"
-        ) from error
 
 
 def read_prompts(task: Task, note: Note) -> tuple[list[Prompt], list[Prompt]]:
