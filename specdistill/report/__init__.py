@@ -10,9 +10,8 @@ from specdistill.documents import parse_yaml
 from specdistill.errors import InputError, StorageError
 from specdistill.files import write_whole
 from specdistill.report.page import page
-from specdistill.report.plots import read_metrics
 from specdistill.report.text import document, title
-from specdistill.run_folder import RunFolder
+from specdistill.run_folder import RunFolder, read_metrics
 from specdistill.scoring.trust import sound_card
 
 
@@ -31,16 +30,14 @@ def write_report(run_dir: Path) -> Path:
     config, target = _read_config(run.config)
     target = target or card.target.name
     text = document(card, before, metrics, config, target, run_dir)
-    _write(run.report_page, page(title(card, target), text, card, run_dir))
-    _write(run.report, text)  # last: a run that has it is finished
+    html = page(title(card, target), text, card, run_dir)
+    # The report last: a run that has it is finished.
+    for file, words in ((run.report_page, html), (run.report, text)):
+        try:
+            write_whole(file, words)
+        except OSError as error:
+            raise StorageError(f"cannot write {file}: {error.strerror}; is there room?") from error
     return run.report
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_whole(path, text)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}; is there room?") from error
 
 
 def _read_config(path: Path) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,12 @@ def document(
     Raises `InputError` for a card without the row its verdict names.
     """
     best = card.verdict_row()
+    fastest_first = sorted(card.slices("by_category"), key=lambda row: -row.speedup)
     sections = [
         _verdict(card, best, target),
         _what_was_done(card, best, target, metrics),
         _before_after(card, before),
-        _slices("category of prompts", _fastest_first(card.slices("by_category")), best),
+        _slices("category of prompts", fastest_first, best),
         _slices("length of prompts", card.slices("by_prompt_length"), best),
         _all_settings(card),
         _lossless(card),
@@ -146,15 +148,13 @@ def _before_after(card: Scorecard, before: Scorecard | None) -> str:
         if before and old_rows:
             name = labelled("before distillation", before, prose)
             lines.append([t, name, *_headline(before.best_row(temperature))])
-        lines.append(
-            [t, labelled("this draft", card, prose), *_headline(card.best_row(temperature))]
-        )
-        for old in old_rows:
-            for new in card.rows:
-                if new.temperature == temperature and gamma(new) == gamma(old):
-                    expected = (old.acceptance_rate_expected, new.acceptance_rate_expected)
-                    change = " to ".join(number(value, 2) for value in expected)
-                    gains.append(f"{change} at T = {t}, γ = {new.num_draft_tokens}")
+        name = labelled("this draft", card, prose)
+        lines.append([t, name, *_headline(card.best_row(temperature))])
+        for old, new in product(old_rows, card.rows):
+            if (new.temperature, gamma(new)) == (temperature, gamma(old)):
+                before_after = old.acceptance_rate_expected, new.acceptance_rate_expected
+                change = " to ".join(number(value, 2) for value in before_after)
+                gains.append(f"{change} at T = {t}, γ = {new.num_draft_tokens}")
     note = "Each line shows the γ that was fastest at that temperature."
     if gains and before and before.verification == card.verification:
         note += f" At equal γ, distillation took expected α from {'; from '.join(gains)}."
@@ -172,10 +172,6 @@ def _headline(row: Row) -> list[str]:
         number(row.block_efficiency, 2),
         speedup(row),
     ]
-
-
-def _fastest_first(rows: Sequence[CategoryRow]) -> list[CategoryRow]:
-    return sorted(rows, key=lambda row: row.speedup, reverse=True)
 
 
 def _slices(what: str, rows: Sequence[CategoryRow], best: Row) -> str:

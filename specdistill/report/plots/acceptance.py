@@ -21,7 +21,7 @@ def figure_acceptance(card: Scorecard, before: Scorecard | None = None) -> Figur
     largest fixed γ, given that all earlier ones were accepted (solid, with 95% intervals) and over
     all rounds (dashed)."""
     figure, (left, right) = style.panels(2, style.PANEL_HEIGHT)
-    styles = style.temperature_styles(card)
+    styles = style.styles(style.by_temperature(card.rows))
     before_rows = before.rows if before else []
     for temperature, rows in style.by_temperature(before_rows).items():
         marker = styles.get(temperature, (style.GREY, "X"))[1]
@@ -141,7 +141,7 @@ def _figure_of_drafts(
     """
     temperatures = sorted({row.temperature for card in cards.values() for row in card.rows})
     figure, panels = style.panels(len(temperatures), style.PANEL_HEIGHT, share_y=True)
-    looks = dict(zip(cards, style.styles(), strict=False))
+    looks = style.styles(cards)
     fixed = {name: with_fixed_gamma(card.rows) for name, card in cards.items()}
     longest = max((row.num_draft_tokens for rows in fixed.values() for row in rows), default=1)
     shown: dict[int, list[float]] = {index: [] for index in range(len(panels))}
@@ -150,9 +150,7 @@ def _figure_of_drafts(
         for name, card in cards.items():
             if rows := style.by_temperature(card.rows).get(temperature):
                 shown[index] += draw(axes, with_fixed_gamma(rows)[-1], name, *looks[name])
-        axes.set_title(
-            style.t_is(temperature), fontsize=style.POINTS, fontweight="bold", loc="left"
-        )
+        style.title(axes, temperature)
         axes.set_xlabel(labels[0])
     for index, axes in enumerate(panels):
         style.integer_ticks(axes, [*before, *range(1, longest + 1)])

@@ -15,20 +15,16 @@ def figure_load(card: Scorecard) -> Figure:
     temperatures = list(dict.fromkeys(row.temperature for row in card.load.plain))
     figure, panels = style.panels(len(temperatures), style.PANEL_HEIGHT, share_y=True)
     gammas = sorted({row.num_draft_tokens for row in card.load.drafted})
-    looks = dict(zip(gammas, style.styles(), strict=False))
+    looks = style.styles(gammas)
     for axes, temperature in zip(panels, temperatures, strict=False):
         axes.axhline(1.0, color=style.BLACK, lw=0.9, label="plain decoding")
         rows = [row for row in card.load.drafted if row.temperature == temperature]
+        rows.sort(key=lambda row: row.concurrency)
         for num in gammas:
-            line = sorted(
-                (row for row in rows if row.num_draft_tokens == num),
-                key=lambda row: row.concurrency,
-            )
+            line = [row for row in rows if row.num_draft_tokens == num]
             colour, marker = looks[num]
-            places = [row.concurrency for row in line]
-            axes.plot(
-                places, [row.speedup for row in line], **style.mark(colour, marker, f"γ = {num}")
-            )
+            look = style.mark(colour, marker, f"γ = {num}")
+            axes.plot([row.concurrency for row in line], [row.speedup for row in line], **look)
             for row in line:
                 if not row.pays:
                     axes.plot([row.concurrency], [row.speedup], marker, color=colour, mfc="white")
@@ -37,9 +33,7 @@ def figure_load(card: Scorecard) -> Figure:
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
         axes.set_xlabel("requests at a time")
-        axes.set_title(
-            style.t_is(temperature), fontsize=style.POINTS, fontweight="bold", loc="left"
-        )
+        style.title(axes, temperature)
         style.finish(axes, [row.speedup for row in rows])
         axes.legend(fontsize=style.POINTS)
     panels[0].set_ylabel("speedup (×)")

@@ -30,9 +30,10 @@ def figure_speedup(card: Scorecard) -> Figure:
     predicted from measured times (dashed), planned by the closed form (dotted). A row whose plain
     decoding was slowed down has no speedup to draw."""
     groups = style.by_temperature([judged(row, ()) for row in card.rows])
+    looks = style.styles(groups)
     figure, panels = style.panels(len(groups), style.PANEL_HEIGHT, share_y=True)
     for axes, (temperature, rows) in zip(panels, groups.items(), strict=False):
-        colour, marker = style.temperature_styles(card)[temperature]
+        colour, marker = looks[temperature]
         axes.axhline(1.0, color=style.BLACK, lw=0.9, label="plain decoding")
         for line in style.lines(rows):
             gammas = [row.num_draft_tokens for row in line]
@@ -48,9 +49,7 @@ def figure_speedup(card: Scorecard) -> Figure:
             axes.plot(gammas, [row.speedup for row in line], **measured)
         style.integer_ticks(axes, [row.num_draft_tokens for row in card.rows])
         axes.set_xlabel(style.GAMMA_LABEL)
-        axes.set_title(
-            style.t_is(temperature), fontsize=style.POINTS, fontweight="bold", loc="left"
-        )
+        style.title(axes, temperature)
     panels[0].set_ylabel("speedup (×)")
     if groups:  # beside the first row of panels, where no curve can run into the words
         end = panels[min(len(panels), style.MAX_COLUMNS) - 1]
@@ -98,9 +97,7 @@ def figure_time(card: Scorecard) -> Figure:
         axes.set_ylim(bars - 0.5, -0.5)  # downwards, and bars equally thick in every panel
         axes.margins(x=0.15)
         axes.set_xlabel("time per emitted token (ms)")
-        axes.set_title(
-            style.t_is(temperature), fontsize=style.POINTS, fontweight="bold", loc="left"
-        )
+        style.title(axes, temperature)
     for axes, rows in zip(panels, groups.values() or [[]], strict=True):
         style.finish(
             axes, [_milliseconds_per_token(row, part) for row in rows for part in looks], "x"

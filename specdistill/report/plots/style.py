@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -27,6 +27,7 @@ from specdistill.quoting import drawn
 from specdistill.scoring.card_rows import Row
 from specdistill.scoring.scorecard import Scorecard
 
+T = TypeVar("T")
 BLACK, GREY, LIGHT_GREY = "#000000", "#767676", "#BBBBBB"
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = OKABE_ITO
@@ -43,6 +44,10 @@ GAMMA_LABEL = "draft tokens per round, γ"
 
 def t_is(temperature: float) -> str:
     return f"T = {temperature:g}"
+
+
+def title(axes: Axes, temperature: float) -> None:
+    axes.set_title(t_is(temperature), fontsize=POINTS, fontweight="bold", loc="left")
 
 
 def by_temperature(rows: Iterable[Row]) -> dict[float, list[Row]]:
@@ -70,11 +75,6 @@ def early_keys(rows: Iterable[Row]) -> list[Artist]:
     return [key("γ at most, stops early", BLACK, "", "o", **fill(row)) for row in early]
 
 
-def temperature_styles(card: Scorecard) -> dict[float, tuple[str, str]]:
-    """Colour and marker of each temperature of the card."""
-    return dict(zip(by_temperature(card.rows), styles(), strict=False))
-
-
 def panels(
     count: int, height: float, share_x: bool = False, share_y: bool = False
 ) -> tuple[Figure, list[Axes]]:
@@ -90,9 +90,9 @@ def panels(
     return figure, list(grid.flat[:count])
 
 
-def styles() -> Iterable[tuple[str, str]]:
-    """Colour and marker of one thing after the other, without end."""
-    return cycle(STYLES)
+def styles(things: Iterable[T]) -> dict[T, tuple[str, str]]:
+    """Colour and marker of each; they begin anew after the last of `STYLES`."""
+    return dict(zip(things, cycle(STYLES), strict=False))
 
 
 def label(*cards: Scorecard) -> str:

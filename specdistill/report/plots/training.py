@@ -9,6 +9,7 @@ from itertools import accumulate
 from operator import mul
 from typing import Any
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -37,35 +38,36 @@ def figure_training(metrics: list[dict[str, Any]]) -> Figure:
     kept_step = next((row["kept_step"] for row in metrics if "kept_step" in row), None)
     decoded = any("block_efficiency" in row for row in held_out)
     figure, (left, right, *third) = style.panels(3 if decoded else 2, style.PANEL_HEIGHT)
-    losses = [row["loss"] for row in logged]
+    tokens, losses = ([row[key] for row in logged] for key in ("tokens", "loss"))
     dot = "." if len(losses) == 1 else ""
-    left.plot(
-        [row["tokens"] for row in logged],
-        losses,
-        **style.mark(style.BLUE, dot, "loss") | {"lw": 1.2},
-    )
+    left.plot(tokens, losses, **style.mark(style.BLUE, dot, "loss") | {"lw": 1.2})
     left.set_ylabel("training loss per token")
     drawn = [(left, losses)]
     shown = [_held_out(right, held_out, kept_step, *share) for share in shares]
     drawn.append((right, [value for values in shown for value in values]))
     right.set_ylabel("share of held-out tokens")
     right.set_ylim(-0.03, 1.03)
-    if named := [line for line in right.get_lines() if line.get_label() != "kept"]:
-        ring = (
-            [style.key("kept", style.BLACK, "", "o", mfc="none")] if kept_step is not None else []
-        )
-        style.legend(right, [*named, *ring])
+    named: list[Artist] = [line for line in right.get_lines() if line.get_label() != "kept"]
+    if named:
+        if kept_step is not None:
+            named.append(style.key("kept", style.BLACK, "", "o", mfc="none"))
+        style.legend(right, named)
     for axes in third:
         tau = ("block_efficiency", "τ", style.GREEN, "D")
         drawn.append((axes, _held_out(axes, held_out, kept_step, *tau)))
         num = next(row["num_draft_tokens"] for row in held_out if "num_draft_tokens" in row)
         axes.set_ylabel(f"tokens per target call τ, γ = {num}")
     for axes, values in drawn:
-        axes.set_xlim(left=0)
-        axes.set_xlabel("training tokens seen")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        style.finish(axes, values)
+        _finish(axes, values)
     return figure
+
+
+def _finish(axes: Axes, values: Sequence[float]) -> None:
+    """A panel over the tokens seen."""
+    axes.set_xlim(left=0)
+    axes.set_xlabel("training tokens seen")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    style.finish(axes, values)
 
 
 def _held_out(
@@ -99,7 +101,7 @@ def figure_runs(
     metrics.jsonl's.
     """
     figure, (left, right) = style.panels(2, style.PANEL_HEIGHT)
-    looks = dict(zip(runs, style.styles(), strict=False))
+    looks = style.styles(runs)
     held_out = {
         name: [r for r in rows if "expected_alpha" in r and "kept_step" not in r]
         for name, rows in runs.items()
@@ -122,10 +124,7 @@ def figure_runs(
     right.set_ylabel(f"measured τ at γ = {num}" if measured else f"expected τ at γ = {num}, from α")
     right.set_ylim(0.9, num + 1.1)
     for axes in (left, right):
-        axes.set_xlim(left=0)
-        axes.set_xlabel("training tokens seen")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        style.finish(axes, alphas)
+        _finish(axes, alphas)
     style.legend(figure, [style.key(n, c, "-", m) for n, (c, m) in looks.items()])
     return figure
 
