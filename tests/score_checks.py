@@ -3,17 +3,48 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
 from specdistill.data.chat import EncodedPrompt
+from specdistill.decoding import watch
+from specdistill.decoding.cache import CachedModel
 from specdistill.decoding.records import Generation, Output, RowRound
+from specdistill.models import LanguageModel
+from specdistill.scoring import measure, sampled_texts
 from specdistill.scoring.card_rows import PromptRow
 from specdistill.scoring.choice import choose
 from specdistill.scoring.rows import Timed, by_prompt, counted, row, with_costs, without_stalls
+from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.statistics import ratio_of_sums
+
+Cost = Callable[[int, bool, int], float]  # of the n-th pass: by the target?, its tokens
+
+
+def score_by_clock(
+    pair: Sequence[LanguageModel], cost: Cost, prompts: Sequence[EncodedPrompt], **settings: Any
+) -> Scorecard:
+    """A card by a clock that only the models' passes move."""
+    clock = SimpleNamespace(now=0.0, passes=0)
+    stopped = SimpleNamespace(perf_counter=lambda: clock.now)
+    real = CachedModel.run
+
+    def run(self, tokens, *rest, **others):  # type: ignore[no-untyped-def]
+        clock.now += cost(clock.passes, self.model is pair[0], tokens.shape[1])
+        clock.passes += 1
+        return real(self, tokens, *rest, **others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "time", stopped)
+        patch.setattr(watch, "time", stopped)
+        patch.setattr(CachedModel, "run", run)
+        patch.setattr(sampled_texts, "distribution_p_value", lambda *_, **__: 0.5)  # slow
+        return measure.score(*pair, prompts, **settings)
 
 
 def check_interval() -> None:

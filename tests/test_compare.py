@@ -131,6 +131,7 @@ def test_every_pair_at_every_common_temperature() -> None:
             assert difference.ratio_ci95[0] < difference.ratio < difference.ratio_ci95[1]
 
 
+VERSIONS = {"specdistill": "0.1.0", "torch": "2.12.0", "transformers": "5.23.0"}
 CHANGES: dict[str, tuple[Callable[[Scorecard], Scorecard], tuple[str, str]]] = {
     "target": (
         lambda card: replace(card, target=replace(card.target, name="x/y", sha256="ef" * 32)),
@@ -147,6 +148,7 @@ CHANGES: dict[str, tuple[Callable[[Scorecard], Scorecard], tuple[str, str]]] = {
         ("exact", "LOSSY, lenience lin:0.5"),
     ),
     "engine": (lambda card: told(card, engine="vllm"), ("specdistill 0.1.0", "vllm")),
+    "engine ": (lambda card: told(card, versions=VERSIONS), ("torch 2.13.0", "torch 2.12.0")),
     "machine": (lambda card: told(card, threads=8), ("2 threads", "a processor, 8 threads")),
 }
 
@@ -158,18 +160,10 @@ def test_other_conditions_are_refused_with_both_values(
     change, values = CHANGES[field]
     cards = {"good": good, "bad": change(bad)}
     (reason,) = obstacles(cards)
-    assert reason.startswith(f"{field} differs: ")
+    assert reason.startswith(f"{field.strip()} differs: ")
     assert all(value in reason for value in values)
-    with pytest.raises(InputError, match=f"{field} differs"):
+    with pytest.raises(InputError, match=f"{field.strip()} differs"):
         compare(cards)
-
-
-def test_other_versions_are_other_engines(good: Scorecard, bad: Scorecard) -> None:
-    versions = {**bad.provenance["versions"], "torch": "2.12.0"}
-    (reason,) = obstacles({"good": good, "bad": told(bad, versions=versions)})
-    assert reason.startswith("engine differs")
-    assert "torch 2.13.0" in reason
-    assert "torch 2.12.0" in reason
 
 
 def test_a_target_is_the_same_under_another_name(good: Scorecard, bad: Scorecard) -> None:
@@ -261,10 +255,7 @@ def test_a_truncated_prompt_set_is_caught(good: Scorecard) -> None:
 def test_figures_changed_afterwards_are_caught(good: Scorecard) -> None:
     rows = [replace(good.rows[0], speedup=9.0), *good.rows[1:]]
     (reason,) = obstacles({"good": good, "proud": replace(good, rows=rows)})
-    assert "the card tells speedup of 9, its rows by prompt give " in reason
-    base = [replace(good.baseline[0], tokens_per_second=1.0)]
-    reasons = obstacles({"good": good, "proud": replace(good, baseline=base)})
-    assert any("plain tokens per second of 1," in reason for reason in reasons)
+    assert reason.startswith("proud: T = 0, γ = 2: the card tells speedup of 9, its rows by prompt")
     assert "no rows" in obstacles({"good": good, "empty": replace(good, rows=[])})[0]
     assert "no plain decoding" in obstacles({"good": good, "b": replace(good, baseline=[])})[0]
 

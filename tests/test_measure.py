@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_model
-from score_checks import check_interval, check_row
+from score_checks import Cost, check_interval, check_row, score_by_clock
 
 from specdistill.cli.tables import rows_table
-from specdistill.decoding import watch
-from specdistill.decoding.cache import CachedModel
+from specdistill.data.chat import EncodedPrompt
 from specdistill.decoding.records import Generation, Output, RowRound
 from specdistill.drafts.making import make_draft
 from specdistill.engines import transformers
@@ -24,13 +21,12 @@ from specdistill.models import LanguageModel
 from specdistill.report.plots.acceptance import figure_acceptance, figure_survival
 from specdistill.report.plots.speed import figure_speedup, figure_time
 from specdistill.report.text import document
-from specdistill.scoring import measure, sampled_texts, turns
+from specdistill.scoring import turns
 from specdistill.scoring.rows import PARTS, Runs, Timed, without_stalls
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.turns import cpu_times, stolen
 
-PROMPTS = [measure.EncodedPrompt(str(i), [5 + i, 9, 30 - i]) for i in range(6)]
-Cost = Callable[[int, bool, int], float]  # of the n-th pass: by the target?, its tokens
+PROMPTS = [EncodedPrompt(str(i), [5 + i, 9, 30 - i]) for i in range(6)]
 
 
 def usual(_: int, target: bool, tokens: int) -> float:
@@ -43,24 +39,14 @@ def pair() -> tuple[LanguageModel, LanguageModel]:
     return target, make_draft(target, [0, 1])
 
 
-def score(pair: tuple[LanguageModel, LanguageModel], cost: Cost, **more: Any) -> Scorecard:
-    """A card of passes that cost so much."""
-    clock = SimpleNamespace(now=0.0, passes=0)
-    stopped = SimpleNamespace(perf_counter=lambda: clock.now)
-    real = CachedModel.run
-
-    def run(self, tokens, *rest, **others):  # type: ignore[no-untyped-def]
-        clock.now += cost(clock.passes, self.model is pair[0], tokens.shape[1])
-        clock.passes += 1
-        return real(self, tokens, *rest, **others)
-
+def score(
+    pair: tuple[LanguageModel, LanguageModel],
+    cost: Cost,
+    prompts: list[EncodedPrompt] = PROMPTS,
+    **more: Any,
+) -> Scorecard:
     settings = {"num_draft_tokens": [1, 3], "temperature": [0.0], "max_new_tokens": 16, **more}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "time", stopped)
-        patch.setattr(watch, "time", stopped)
-        patch.setattr(CachedModel, "run", run)
-        patch.setattr(sampled_texts, "distribution_p_value", lambda *_, **__: 0.5)  # slow
-        return measure.score(*pair, settings.pop("prompts", PROMPTS), **settings)
+    return score_by_clock(pair, cost, prompts, **settings)
 
 
 @pytest.fixture(scope="module")

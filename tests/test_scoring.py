@@ -1,38 +1,37 @@
 """The score: counts, rates and intervals against computations by hand; evidence that can fail."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from scipy import stats
 
 from specdistill.cli.tables import evidence_line
-from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
+from specdistill.data.chat import EncodedPrompt
+from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
 from specdistill.decoding.cache import CachedModel
+from specdistill.decoding.records import Output, RowRound
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, load, packing
 from specdistill.scoring import lossless, measure, sampled_texts
 from specdistill.scoring.acceptance import acceptance_chances
 from specdistill.scoring.card_evidence import Float32
+from specdistill.scoring.rows import example
 from specdistill.scoring.scorecard import Scorecard, Verification
-from specdistill.scoring.statistics import (
-    acceptance_for,
-    break_even,
-    planned_speedup,
-    speedup_interval,
-)
+from specdistill.scoring.statistics import acceptance_for, break_even, planned_speedup
 from specdistill.scoring.trust import objections, sound_card
 from specdistill.scoring.verdict import verdict
 from specdistill_kernels import Lenience
+from specdistill_kernels.verification.reference import Verdict
 
 Tiny = Callable[..., LanguageModel]
-PROMPTS = [measure.EncodedPrompt(str(i), [5 + i, 9, 30 - i]) for i in range(4)]
+PROMPTS = [EncodedPrompt(str(i), [5 + i, 9, 30 - i], ("even", "odd")[i % 2]) for i in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -52,20 +51,14 @@ def card(pair: tuple[LanguageModel, ...]) -> Scorecard:
 
 def test_the_card_counts_what_the_engine_did(pair, card: Scorecard) -> None:
     target, draft = pair
-    assert [(r.temperature, r.num_draft_tokens) for r in card.rows] == [
-        (0.0, 1),
-        (0.0, 3),
-        (1.0, 1),
-        (1.0, 3),
-    ]
+    settings = [(r.temperature, r.num_draft_tokens) for r in card.rows]
+    assert settings == [*product((0.0, 1.0), (1, 3))]
     for row in card.rows:
         decoder = SpeculativeDecoder(
             target, ModelDrafter(draft, 64), num_draft_tokens=row.num_draft_tokens
         )
         rounds, emitted = [], 0
         for prompt in PROMPTS:
-            from specdistill.decoding import Request
-
             request = Request(prompt.id, prompt.tokens, 20, Sampling(row.temperature), 4)
             out = decoder.run([request]).outputs[0]
             rounds += out.rounds
@@ -88,21 +81,6 @@ def test_the_card_counts_what_the_engine_did(pair, card: Scorecard) -> None:
         assert row.mbsu == pytest.approx(mbsu)
 
 
-def test_speeds_come_from_the_prompts(card: Scorecard) -> None:
-    for row in card.rows:
-        mine = [
-            p
-            for p in card.per_prompt
-            if (p.temperature, p.num_draft_tokens) == (row.temperature, row.num_draft_tokens)
-        ]
-        speed = sum(p.emitted for p in mine) / sum(p.seconds for p in mine)
-        plain = sum(p.baseline_emitted for p in mine) / sum(p.baseline_seconds for p in mine)
-        assert row.tokens_per_second == pytest.approx(speed)
-        assert row.speedup == pytest.approx(speed / plain)
-        assert row.speedup_ci95[0] <= row.speedup <= row.speedup_ci95[1]
-        assert sum(row.seconds.values()) == pytest.approx(sum(p.seconds for p in mine))
-
-
 def test_greedy_is_identical_and_the_evidence_holds(card: Scorecard) -> None:
     assert card.lossless.greedy_identical == (8, 8)
     assert card.lossless.identity_acceptance > 0.99
@@ -113,8 +91,8 @@ def test_greedy_is_identical_and_the_evidence_holds(card: Scorecard) -> None:
 def test_a_card_survives_the_file(card: Scorecard, tmp_path: Path) -> None:
     card.write(tmp_path / "a" / "scorecard.json")
     assert Scorecard.read(tmp_path / "a" / "scorecard.json") == card
-    unknown = dataclasses.replace(card.rows[0], speedup_ci95=(math.nan, math.nan))
-    dataclasses.replace(card, rows=[unknown]).write(tmp_path / "nan.json")
+    unknown = replace(card.rows[0], speedup_ci95=(math.nan, math.nan))
+    replace(card, rows=[unknown]).write(tmp_path / "nan.json")
     assert "NaN" not in (tmp_path / "nan.json").read_text()
     assert math.isnan(Scorecard.read(tmp_path / "nan.json").rows[0].speedup_ci95[0])
     raw = json.loads((tmp_path / "a" / "scorecard.json").read_text())
@@ -122,14 +100,6 @@ def test_a_card_survives_the_file(card: Scorecard, tmp_path: Path) -> None:
     (tmp_path / "new.json").write_text(json.dumps(raw))
     with pytest.raises(InputError, match="scorecard/9"):
         Scorecard.read(tmp_path / "new.json")
-    (tmp_path / "half.json").write_text('{"schema": "specdistill.scorecard/1"}')
-    with pytest.raises(InputError, match="not a complete"):
-        Scorecard.read(tmp_path / "half.json")
-    for name, text in (("no.json", None), ("bad.json", "{")):
-        if text:
-            (tmp_path / name).write_text(text)
-        with pytest.raises(InputError):
-            Scorecard.read(tmp_path / name)
 
 
 def test_the_card_says_where_it_came_from(card: Scorecard) -> None:
@@ -143,7 +113,6 @@ def test_the_card_says_where_it_came_from(card: Scorecard) -> None:
 def test_a_wrong_verify_function_shows_in_the_evidence(pair, monkeypatch) -> None:
     """Accepting every proposal is caught by the distribution test and by the greedy texts."""
     target, draft = pair
-    from specdistill_kernels.verification.reference import Verdict
 
     def gullible(draft_tokens, draft_logits, target_logits, rows, *, lengths, **rest):
         bonus = target_logits[:, -1].argmax(-1, keepdim=True)
@@ -266,7 +235,7 @@ def test_a_block_is_scored_as_exact_and_says_so(pair, tmp_path: Path, monkeypatc
 
 
 def test_a_prompt_too_long_is_named_before_any_work(pair) -> None:
-    long = measure.EncodedPrompt("the long one", [5] * 500)
+    long = EncodedPrompt("the long one", [5] * 500)
     settings = {"num_draft_tokens": [3], "temperature": [0.0], "max_new_tokens": 24}
     with pytest.raises(InputError, match=r"the long one: 500 prompt tokens \+ 24 new"):
         measure.score(*pair, [*PROMPTS, long], **settings, progress=None)
@@ -336,17 +305,13 @@ def test_a_card_without_the_field_was_exact(card: Scorecard, tmp_path: Path) -> 
     assert raw.pop("verification") == {"mode": "token", "lenience": None, "lossy": False}
     (tmp_path / "old.json").write_text(json.dumps(raw))
     assert Scorecard.read(tmp_path / "old.json") == card
-    raw["verification"] = {"mode": "tokens"}
-    (tmp_path / "half.json").write_text(json.dumps(raw))
-    with pytest.raises(InputError, match="not a complete"):
-        Scorecard.read(tmp_path / "half.json")
 
 
 def test_the_cache_of_a_score_is_a_row_for_every_setting(pair) -> None:
     target, draft = pair
     size = measure.cache_size(*pair, PROMPTS, [5, 2], 20)
     assert (size.rows, size.slots) == (3, 3 + 20 + 5 + 1)
-    request = measure.Request("0", PROMPTS[0].tokens, 20)
+    request = Request("0", PROMPTS[0].tokens, 20)
     plain = SpeculativeDecoder(target).cache_size([request]).bytes
     both = SpeculativeDecoder(target, ModelDrafter(draft, 64), num_draft_tokens=2)
     assert size.bytes == plain + 2 * both.cache_size([request]).bytes
@@ -382,16 +347,16 @@ def test_a_tie_is_told_from_an_error(tiny: Tiny, monkeypatch: pytest.MonkeyPatch
     wrong = [*pair.speculative.tokens]
     wrong[at] = next(t for t in range(64) if t not in (pair.plain.tokens[at], wrong[at]))
     plain, speculative = pair.plain, pair.speculative
-    swapped = dataclasses.replace(
+    swapped = replace(
         pair,
-        plain=dataclasses.replace(plain, tokens=speculative.tokens),
-        speculative=dataclasses.replace(speculative, tokens=plain.tokens),
+        plain=replace(plain, tokens=speculative.tokens),
+        speculative=replace(speculative, tokens=plain.tokens),
     )
-    answer = dataclasses.replace(speculative, tokens=wrong)
-    for other in (dataclasses.replace(pair, speculative=answer), swapped):
+    answer = replace(speculative, tokens=wrong)
+    for other in (replace(pair, speculative=answer), swapped):
         assert not lossless.explain_difference(target, other)["within_rounding"]
-    shorter = dataclasses.replace(pair.plain, tokens=pair.plain.tokens[:at])
-    cut = lossless.explain_difference(target, dataclasses.replace(pair, plain=shorter))
+    shorter = replace(pair.plain, tokens=pair.plain.tokens[:at])
+    cut = lossless.explain_difference(target, replace(pair, plain=shorter))
     assert (cut["within_rounding"], cut["top_two_gap"]) == (False, None)
 
 
@@ -416,7 +381,7 @@ def test_half_precision_is_shown_in_float32_too(pair, monkeypatch: pytest.Monkey
     assert "; 4 of 4 in float32" in evidence_line(card)
     assert evidence_line(card).startswith("greedy outputs token-identical: ")
     wrong = Float32((3, 4), [], 1.0)
-    failed = dataclasses.replace(card.lossless, float32=wrong).failures
+    failed = replace(card.lossless, float32=wrong).failures
     assert failed == [
         "1 of 4 greedy texts differ from those of plain decoding in float32, and rounding does not "
         "explain it"
@@ -425,9 +390,7 @@ def test_half_precision_is_shown_in_float32_too(pair, monkeypatch: pytest.Monkey
     none = lossless.greedy_in_float32(*half, [("a", [5, 9])], 2, 0)
     assert "are free on cpu" in none.missing
     assert not none.failures
-    line = evidence_line(
-        dataclasses.replace(card, lossless=dataclasses.replace(card.lossless, float32=none))
-    )
+    line = evidence_line(replace(card, lossless=replace(card.lossless, float32=none)))
     assert "not shown in float32: copies of both models take" in line
 
 
@@ -459,7 +422,7 @@ def test_texts_of_the_engine_are_tested_at_the_drafts_own_columns(tiny: Tiny) ->
     shuffled = torch.randperm(48, generator=torch.Generator().manual_seed(0))
     twice = torch.arange(48).clamp(max=40)
     for vocab in (shuffled, twice):
-        wrong = dataclasses.replace(draft, vocab=vocab)
+        wrong = replace(draft, vocab=vocab)
         assert sampled_texts.emitted_p_value(target, wrong, [5, 9, 30], 0, "token") < 1e-4
 
 
@@ -475,21 +438,6 @@ def test_planned_speedup_and_break_even_are_inverse() -> None:
     assert math.isnan(break_even(math.nan, 3, 1.0))
 
 
-def test_the_interval_covers_the_true_ratio_about_as_often_as_it_says() -> None:
-    """Simulated timings, true speedup 1.5: a drift shared by both runs of a prompt cancels."""
-    rng = np.random.default_rng(0)
-    hits, trials = 0, 200
-    for trial in range(trials):
-        tokens = rng.integers(20, 60, 24)
-        drift = rng.uniform(0.5, 2.0, 24)
-        plain = tokens * 0.05 * drift * rng.normal(1, 0.05, 24)
-        fast = tokens * 0.05 / 1.5 * drift * rng.normal(1, 0.15, 24)
-        low, high = speedup_interval(list(tokens), list(fast), list(tokens), list(plain), trial)
-        hits += low <= 1.5 <= high
-    assert stats.binomtest(hits, trials, 0.93).pvalue > 1e-3
-    assert all(map(math.isnan, speedup_interval([5], [1.0], [5], [2.0], 0)))
-
-
 @pytest.mark.parametrize(
     ("speedup", "interval", "words"),
     [
@@ -501,8 +449,8 @@ def test_the_interval_covers_the_true_ratio_about_as_often_as_it_says() -> None:
     ],
 )
 def test_the_verdict_follows_the_interval(card: Scorecard, speedup, interval, words) -> None:
-    row = dataclasses.replace(card.rows[0], speedup=speedup, speedup_ci95=interval)
-    slow = dataclasses.replace(card.rows[1], speedup=0.1, speedup_ci95=(0.05, 0.2))
+    row = replace(card.rows[0], speedup=speedup, speedup_ci95=interval)
+    slow = replace(card.rows[1], speedup=0.1, speedup_ci95=(0.05, 0.2))
     found = verdict([slow, row])
     assert words in found.reason
     assert found.pays == (words == "The draft pays")
@@ -518,11 +466,6 @@ def test_score_refuses_nothing_to_do(pair) -> None:
 
 def test_an_example_tells_where_each_token_came_from(tiny: Tiny) -> None:
     """Pieces join to the text; a character of several tokens belongs to its last."""
-    from types import SimpleNamespace
-
-    from specdistill.decoding.records import Output, RowRound
-    from specdistill.scoring.rows import example
-
     raw = "aé€z!".encode()
     tokenizer = SimpleNamespace(decode=lambda ids, **_: bytes(ids).decode(errors="replace"))
     rounds = [
@@ -532,16 +475,8 @@ def test_an_example_tells_where_each_token_came_from(tiny: Tiny) -> None:
     ]
     output = Output("p", list(raw), rounds)
     found = example(tokenizer, "p", (0.0, 3), output)  # type: ignore[arg-type]
-    assert found.pieces == [
-        ("a", "accepted"),
-        ("", "accepted"),
-        ("é", "residual"),
-        ("", "accepted"),
-        ("", "accepted"),
-        ("€", "accepted"),
-        ("z", "bonus"),
-        ("!", "accepted"),
-    ]
+    kinds = ["accepted"] * 2 + ["residual"] + ["accepted"] * 3 + ["bonus", "accepted"]
+    assert found.pieces == list(zip(["a", "", "é", "", "", "€", "z", "!"], kinds, strict=True))
 
 
 # Drafting that stops early
