@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -16,9 +17,10 @@ from specdistill.scoring.card_rows import (
     Row,
     draft_steps,
 )
+from specdistill.scoring.choice import speedup_of
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.slices import by_category
-from specdistill.scoring.statistics import planned_speedup, speedup_interval
+from specdistill.scoring.statistics import planned_speedup
 from specdistill.scoring.verdict import verdict
 
 STEP = 0.05  # seconds of a plain step
@@ -99,18 +101,7 @@ def simulate(
                 )
                 for i in range(prompts)
             ]
-            rows.append(
-                _row(
-                    t,
-                    gamma,
-                    per_prompt[-prompts:],
-                    float(proposing.sum()),
-                    float(verifying.sum()),
-                    float(plain.sum() / lengths.sum()),
-                    intervals,
-                    drafting,
-                )
-            )
+            rows.append(_row(per_prompt[-prompts:], intervals, drafting))
     greedy = sum(row.temperature == 0 for row in per_prompt)
     return Scorecard(
         target=ModelCard("my/target", 1_000_000, 4_000_000, "float32", 512, "ab" * 32),
@@ -136,24 +127,16 @@ def simulate(
     )
 
 
-def _row(
-    temperature: float,
-    gamma: int,
-    prompts: list[PromptRow],
-    proposing: float,
-    verifying: float,
-    step: float,
-    intervals: bool,
-    drafting: DraftingWay,
-) -> Row:
-    emitted, rounds = (sum(getattr(p, name) for p in prompts) for name in ("emitted", "rounds"))
-    tested, accepted = (sum(getattr(p, n) or 0 for p in prompts) for n in ("tested", "accepted"))
-    seconds, plain = (sum(getattr(p, n) for p in prompts) for n in ("seconds", "baseline_seconds"))
-    speedup = (emitted / seconds) / (sum(p.baseline_emitted for p in prompts) / plain)
-    columns = ("emitted", "seconds", "baseline_emitted", "baseline_seconds")
-    interval = (math.nan, math.nan)
-    if intervals:
-        interval = speedup_interval(*([getattr(p, c) for p in prompts] for c in columns), 0)
+def _row(prompts: list[PromptRow], intervals: bool, drafting: DraftingWay) -> Row:
+    def total(name: str) -> Any:
+        return sum(getattr(prompt, name) for prompt in prompts)
+
+    temperature, gamma = prompts[0].temperature, prompts[0].num_draft_tokens
+    emitted, rounds, tested, accepted = map(total, ("emitted", "rounds", "tested", "accepted"))
+    seconds, verifying, plain = map(total, ("seconds", "verifying_seconds", "baseline_seconds"))
+    step = plain / total("baseline_emitted")
+    proposing = seconds - verifying
+    interval = speedup_of(prompts)[1:] if intervals else (math.nan, math.nan)
     rate = accepted / tested
     steps = draft_steps(gamma, gamma, 0.0, drafting)
     survival = [rate ** (i + 1) for i in range(gamma)]
@@ -173,11 +156,11 @@ def _row(
         survival_by_position=survival,
         block_efficiency=emitted / rounds,
         tokens_per_second=emitted / seconds,
-        speedup=speedup,
+        speedup=emitted / seconds * step,
         speedup_ci95=interval,
         cost_ratio=DRAFT_STEP,
         verify_ratio=verifying / rounds / step,
-        predicted_speedup=emitted * step / (proposing + verifying),
+        predicted_speedup=emitted * step / seconds,
         planned_speedup=planned_speedup(rate, gamma, DRAFT_STEP, steps),
         mbsu=emitted / rounds / (steps * 0.1 + 1),
         seconds={"prefill": 0.0, "draft": proposing, "target": verifying},
