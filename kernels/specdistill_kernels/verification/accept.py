@@ -1,6 +1,6 @@
 """The acceptance rules of `reference` in Triton, on the few numbers they need.
 
-Inside, `request` is (tokens, b, end, scale, sure, batch, num, filtered): `end` [R, 1] proposals
+Inside, `request` is (tokens, b, end, inv_t, sure, batch, num, filtered): `end` [R, 1] proposals
 count, `sure` marks requests whose draft proposes with certainty (and greedy ones, which never look
 at the draft's logits). `draft_options` is (inverse, trimmed, draft_lse, has_lse).
 """
@@ -22,10 +22,13 @@ from specdistill_kernels.verification.rows import (
     row_statistics,
     row_sum,
     single,
+    some,
     statistics,
     warped,
 )
-from specdistill_kernels.verification.triton_noise import COIN, random_bits, stream
+from specdistill_kernels.verification.triton_noise import COIN, FINAL, random_bits, stream
+
+DECISION = tl.constexpr(16)  # words of a request, for the race
 
 
 @triton.jit
@@ -46,14 +49,15 @@ def _chances(p_side, q_side, rows, request, draft_options, g, SP: tl.constexpr):
     """The proposals at positions g [1, K] of requests b [R, 1], with their p and q: [R, K]."""
     target, target_b, target_g, width = p_side
     draft, draft_b, draft_g, _ = q_side
-    tokens, b, end, scale, sure, batch, num, filtered = request
+    tokens, b, end, inv_t, sure, batch, num, filtered = request
     inverse, trimmed, draft_lse, has_lse = draft_options
     live = g < end
     token = tl.load(tokens + b * num + g, mask=live, other=0)
     inside = live & (token < width)
     peak, mass, cut = statistics(rows, b * (num + 1) + g, live, filtered, SP)
-    x = warped(target + b * target_b + g * target_g + token, inside, scale, cut)
-    p_x = tl.where(inside, probability(x, peak, mass), 0.0)
+    good = inside & (mass > 0.0)
+    x = warped(target + b * target_b + g * target_g + token, good, inv_t, cut, filtered)
+    p_x = probability(x, peak, mass)
 
     asked = inside & ~sure
     column = token
@@ -63,8 +67,9 @@ def _chances(p_side, q_side, rows, request, draft_options, g, SP: tl.constexpr):
     at = b * num + g
     row = batch * (num + 1) + at
     peak, mass, cut = draft_statistics(rows, draft_lse, has_lse, row, at, asked, filtered, SP)
-    x = warped(draft + b * draft_b + g * draft_g + column, asked, scale, cut)
-    q_x = tl.where(asked, probability(x, peak, mass), 0.0)
+    good = asked & (mass > 0.0)
+    x = warped(draft + b * draft_b + g * draft_g + column, good, inv_t, cut, filtered)
+    q_x = probability(x, peak, mass)
     return token, p_x, tl.where(sure, 1.0, q_x)
 
 
@@ -173,18 +178,19 @@ def decide(
 
 
 @triton.jit
-def taken(q_row, c, width, scale, sure, token):
+def taken(q_row, c, width, inv_t, filtered, sure, token, ROWS: tl.constexpr):
     """What the draft proposed over tokens c [1, BLOCK]: q, or all of it at the one token."""
     base, asked, draft_width, peak, mass, cut, inverse, trimmed = q_row
+    asked = asked & (mass > 0.0)
     if trimmed != 0:
         column = tl.load(inverse + c, mask=c < width, other=-1)
-        mask = asked & (column >= 0)
-        x = warped(base + column, mask, scale, cut)
+        x = warped(base + column, asked & (column >= 0), inv_t, cut, filtered)
     else:
-        mask = asked & (c < draft_width)
-        x = warped(base + c, mask, scale, cut)
-    q = tl.where(mask, probability(x, peak, mass), 0.0)
-    return tl.where(sure & (c == token), 1.0, q)
+        x = warped(base + c, asked & (c < draft_width), inv_t, cut, filtered)
+    q = probability(x, peak, mass)
+    if some(sure, ROWS) > 0:
+        q = tl.where(sure & (c == token), 1.0, q)
+    return q
 
 
 @triton.jit
@@ -255,13 +261,13 @@ def decide_kernel(
     t = tl.load(temperature + b, mask=ok, other=0.0)
     greedy = ok & (t == 0.0)
     warm = ok & ~greedy
-    scale = tl.where(warm, t, 1.0)
+    inv_t = 1.0 / tl.where(warm, t, 1.0)
     seed = tl.load(seeds + b, mask=ok, other=0)
     step = tl.load(steps + b, mask=ok, other=0)
     sure = tl.load(certain + b, mask=ok & (has_certain != 0), other=0) != 0
     sure = sure | (has_q == 0)
     end = offered(tokens, lengths, 1, b, ok, num, GP, ROWS)
-    request = (tokens, b, end, scale, sure | greedy, batch, num, filtered)
+    request = (tokens, b, end, inv_t, sure | greedy, batch, num, filtered)
     options = (inverse, trimmed, draft_lse, has_lse)
     draws = (seed, step, greedy)
     lenience = (power, divisor)
@@ -276,15 +282,19 @@ def decide_kernel(
     peak, mass, cut = row_statistics(rows, row, known, filtered, SP, ROWS)
     q_row = draft_row(q_side, rows, request, options, kept, rejected, SP, ROWS)
     _, _, _, q_peak, q_mass, q_cut, _, _ = q_row
-    at = decisions + b * 8
+    at = decisions + b * DECISION
     tl.store(at, peak, mask=ok)
     tl.store(at + 1, tl.where(known, mass, 1.0), mask=ok)
     tl.store(at + 2, cut, mask=ok)
-    tl.store(at + 3, joint.to(tl.float32), mask=ok)
+    tl.store(at + 3, tl.where(rejected, joint, 1.0).to(tl.float32), mask=ok)
     tl.store(at + 4, q_peak, mask=ok)
     tl.store(at + 5, q_mass, mask=ok)
     tl.store(at + 6, q_cut, mask=ok)
     tl.store(at + 7, tl.where(rejected, 1.0, 0.0), mask=ok)
+    shift, key = stream(seed, step, kept, FINAL)
+    words = (at + 8).to(tl.pointer_type(tl.uint32), bitcast=True)
+    tl.store(words, shift, mask=ok)
+    tl.store(words + 1, key, mask=ok)
 
     first = row_first_maximum(peaks, firsts, row, greedy, splits, SP, ROWS)
     tl.store(out_accepted + b, kept, mask=ok)
@@ -341,12 +351,12 @@ def excess_kernel(
     ok = b < batch
     t = tl.load(temperature + b, mask=ok, other=0.0)
     ok = ok & (t > 0.0)
-    scale = tl.where(ok, t, 1.0)
+    inv_t = 1.0 / tl.where(ok, t, 1.0)
     sure = tl.load(certain + b, mask=ok & (has_certain != 0), other=0) != 0
     sure = sure | (has_q == 0)
     end = offered(tokens, lengths, 1, b, ok, num, GP, ROWS)
     need = ok & (i < end)
-    request = (tokens, b, end, scale, sure, batch, num, filtered)
+    request = (tokens, b, end, inv_t, sure, batch, num, filtered)
     options = (inverse, trimmed, draft_lse, has_lse)
     joint = _joint_before(p_side, q_side, rows, request, options, i, GP, SP, ROWS).to(tl.float32)
 
@@ -357,7 +367,8 @@ def excess_kernel(
     base = target + b * (target_b * UNIT) + i * (target_g * UNIT)
     width = width_units * UNIT
     c = (part * BLOCK + tl.arange(0, BLOCK))[None, :]
-    x = warped(base + c, need & (c < width), scale, cut)
-    left = probability(x, peak, mass) * joint - taken(q_row, c, width, scale, sure, token)
+    x = warped(base + c, need & (mass > 0.0) & (c < width), inv_t, cut, filtered)
+    left = probability(x, peak, mass / joint)
+    left -= taken(q_row, c, width, inv_t, filtered, sure & need, token, ROWS)
     at = (batch * (2 * num + 1) + at) * SP + part
     tl.store(masses + at, row_sum(tl.maximum(left, 0.0), ROWS), mask=need)

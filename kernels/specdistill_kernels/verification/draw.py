@@ -9,7 +9,7 @@ all and writes the result: no further launch, and the order in which they finish
 import triton
 import triton.language as tl
 
-from specdistill_kernels.verification.accept import taken
+from specdistill_kernels.verification.accept import DECISION, taken
 from specdistill_kernels.verification.rows import (
     INF,
     INTS,
@@ -19,35 +19,35 @@ from specdistill_kernels.verification.rows import (
     row_max,
     row_min,
     row_sum,
+    rsqrt,
     some,
     warped,
 )
 from specdistill_kernels.verification.triton_noise import (
     DRAFT,
-    FINAL,
     exponential,
     random_bits,
     stream,
 )
 
-NONE = tl.constexpr(-3.0e38)  # below every score
-
-
-@triton.jit
-def _duel(p, left, bits):
-    """A score for each token, highest wins: left / E where something is left; below all of those
-    -E / p, the race of p itself, for the rows where nothing is left of any token."""
-    e = exponential(bits)
-    above = left > 0.0
-    score = tl.where(above, left, e) / tl.where(above, e, tl.where(p > 0.0, p, 1.0))
-    return tl.where(above, score, tl.where(p > 0.0, -score, NONE))
+# Scores of what is left of p after q, and of p itself: any of the former above 2**-86 beats all of
+# the latter, and neither leaves the range of float32 over an exponential of 2**-33 to 24.
+LEFT, WHOLE = tl.constexpr(2.0**90), tl.constexpr(2.0**-30)
 
 
 @triton.jit
 def _winner(score, token, ROWS: tl.constexpr):
-    """The highest score of each row and its lowest token; NOWHERE where no token has one."""
+    """The highest score of each row and its lowest token; NOWHERE where none is above 0."""
     top = row_max(score, ROWS)
-    return top, row_min(tl.where((score == top) & (score > NONE), token, NOWHERE), ROWS)
+    winner = row_min(tl.where(score == top, token, NOWHERE), ROWS)
+    return top, tl.where(top > 0.0, winner, NOWHERE)
+
+
+@triton.jit
+def _score(weight, shift, key, token):
+    """weight / E, of which the highest wins."""
+    root = rsqrt(exponential(random_bits(shift, key, token)))
+    return weight * root * root
 
 
 @triton.jit
@@ -74,14 +74,14 @@ def _overall_winner(at, last, splits, greedy, RP: tl.constexpr, ROWS: tl.constex
     k = tl.arange(0, RP)[None, :]
     mask = last & (k < splits)
     parts = tl.load(at + k, mask=mask, other=-INF)
-    score = tl.load(at + splits + k, mask=mask, other=NONE)
+    score = tl.load(at + splits + k, mask=mask, other=0.0)
     at = (at + 2 * splits + k).to(tl.pointer_type(tl.int32), bitcast=True)
     winner = tl.load(at, mask=mask, other=NOWHERE)
     peak = row_max(parts, ROWS)
     good = tl.abs(peak) < INF
     factor = tl.exp(parts - tl.where(good, peak, 0.0))
     factor = tl.where(greedy, tl.where(parts == peak, 1.0, 0.0), factor)
-    _, token = _winner(tl.where(winner == NOWHERE, NONE, score * factor), winner, ROWS)
+    _, token = _winner(tl.where(winner == NOWHERE, 0.0, score * factor), winner, ROWS)
     return tl.where(good & (token != NOWHERE), token, -1), peak, factor
 
 
@@ -93,8 +93,6 @@ def race_kernel(
     temperature,
     certain,
     inverse,
-    seeds,
-    steps,
     decisions,
     race,
     arrived,
@@ -126,11 +124,9 @@ def race_kernel(
     t = tl.load(temperature + b, mask=ok, other=0.0)
     ok = ok & (t > 0.0)
     if some(ok, ROWS) > 0:
-        scale = tl.where(ok, t, 1.0)
-        seed = tl.load(seeds + b, mask=ok, other=0)
-        step = tl.load(steps + b, mask=ok, other=0)
+        inv_t = 1.0 / tl.where(ok, t, 1.0)
         kept = tl.load(out_accepted + b, mask=ok, other=0)
-        at = decisions + b * 8
+        at = decisions + b * DECISION
         peak = tl.load(at, mask=ok, other=0.0)
         mass = tl.load(at + 1, mask=ok, other=0.0)
         cut = tl.load(at + 2, mask=ok, other=0.0)
@@ -139,6 +135,9 @@ def race_kernel(
         q_mass = tl.load(at + 5, mask=ok, other=0.0)
         q_cut = tl.load(at + 6, mask=ok, other=0.0)
         rejected = ok & (tl.load(at + 7, mask=ok, other=0.0) > 0.0)
+        words = (at + 8).to(tl.pointer_type(tl.uint32), bitcast=True)
+        shift = tl.load(words, mask=ok, other=0)
+        key = tl.load(words + 1, mask=ok, other=0)
         sure = tl.load(certain + b, mask=rejected & (has_certain != 0), other=0) != 0
         sure = rejected & (sure | (has_q == 0))
         token = tl.load(tokens + b * num + kept, mask=rejected, other=0)
@@ -150,15 +149,18 @@ def race_kernel(
 
         # A row that has statistics is known, and its scores are absolute. Another is scored
         # against the highest logit of the part, since a race needs no normaliser.
-        c = (part * BLOCK + tl.arange(0, BLOCK))[None, :]
-        x = warped(base + c, ok & (c < width), scale, cut)
         known = rejected | (ok & (filtered != 0))
-        highest = tl.where(known, 0.0, row_max(x, ROWS))
+        c = (part * BLOCK + tl.arange(0, BLOCK))[None, :]
+        x = warped(base + c, ok & (mass > 0.0) & (c < width), inv_t, cut, filtered)
+        highest = mass * 0.0
+        if some(ok & ~known, ROWS) > 0:
+            highest = tl.where(known, 0.0, row_max(tl.where(x == x, x, INF), ROWS))
         anchor = tl.where(known, peak, tl.where(tl.abs(highest) < INF, highest, 0.0))
-        p = probability(x, anchor, mass) * joint
-        left = p - taken(q_row, c, width, scale, sure, token)
-        shift, key = stream(seed, step, kept, FINAL)
-        score, winner = _winner(_duel(p, left, random_bits(shift, key, c)), c, ROWS)
+        weight = probability(x, anchor, mass / joint)
+        if some(rejected, ROWS) > 0:
+            left = weight - taken(q_row, c, width, inv_t, filtered, sure, token, ROWS)
+            weight = tl.where(left > 0.0, left * LEFT, weight * WHOLE)
+        score, winner = _winner(_score(weight, shift, key, c), c, ROWS)
         at = race + b * (4 * splits)
         _store_part(at, part, splits, highest, score, winner, ok)
 
@@ -204,7 +206,7 @@ def sample_kernel(
     ok = b < batch
     t = tl.load(temperature + b, mask=ok, other=0.0)
     greedy = ok & (t == 0.0)
-    scale = tl.where(greedy | ~ok, 1.0, t)
+    inv_t = 1.0 / tl.where(greedy | ~ok, 1.0, t)
     seed = tl.load(seeds + b, mask=ok, other=0)
     step = tl.load(steps + b, mask=ok, other=0)
     known = ok & ~greedy & (filtered != 0)
@@ -214,17 +216,20 @@ def sample_kernel(
 
     c = (part * BLOCK + tl.arange(0, BLOCK))[None, :]
     base = target + b * (target_b * UNIT) + g * (target_g * UNIT)
-    x = warped(base + c, ok & (c < width_units * UNIT), scale, cut)
+    x = warped(base + c, ok & (mass > 0.0) & (c < width_units * UNIT), inv_t, cut, filtered)
     highest = tl.where(known, 0.0, row_max(x, ROWS))
     anchor = tl.where(known, peak, tl.where(tl.abs(highest) < INF, highest, 0.0))
     p = probability(x, anchor, mass)
+    total = row_sum(p, ROWS)
     shift, key = stream(seed, step, g + position, DRAFT)
-    score = _duel(p, p, random_bits(shift, key, c))
-    score = tl.where(greedy, tl.where(x == highest, 1.0, NONE), score)
+    score = _score(p, shift, key, c)
+    if some(greedy, ROWS) > 0:
+        score = tl.where(greedy, tl.where(x == highest, 1.0, 0.0), score)
     score, winner = _winner(score, c, ROWS)
+    highest = tl.where(total == total, highest, INF)  # a NaN spoils its row, as +inf does
     at = race + row * (4 * splits)
     _store_part(at, part, splits, highest, score, winner, ok)
-    tl.store(at + 3 * splits + part, row_sum(p, ROWS), mask=ok)
+    tl.store(at + 3 * splits + part, total, mask=ok)
 
     last = _last_to_arrive(arrived + row, ok, splits)
     drawn, highest, factor = _overall_winner(at, last, splits, greedy, RP, ROWS)

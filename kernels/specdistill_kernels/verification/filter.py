@@ -21,6 +21,7 @@ from specdistill_kernels.verification.rows import (
     INF,
     INTS,
     WORDS,
+    exp,
     most,
     offered,
     row_of_program,
@@ -47,7 +48,7 @@ def _asked(
     options, settings, b, g, is_draft, width, batch, num, GP: tl.constexpr, ROWS: tl.constexpr
 ):
     """Which rows are drawn from at a temperature above 0, which of them a filter touches, and their
-    scale, k, p and floor."""
+    temperature, k, p and floor."""
     tokens, lengths, temperature, certain, has_tokens, has_certain = options
     top_k, top_p, min_p, has_k, has_p, has_min = settings
     ok = b < batch
@@ -133,6 +134,7 @@ def tally_kernel(
     if some(wanted, ROWS) > 0:
         peak, mass, _cut = row_statistics((peaks, masses, cuts, splits), row, wanted, 0, SP, ROWS)
         wanted = wanted & (mass > 0.0)
+        inv_t = 1.0 / scale
         floor_key = floor_key_of(floor, peak, scale, SHIFT, ROWS)
         words = search + row * WORDS
         now = begun(k, p, width, SHIFT)
@@ -164,7 +166,7 @@ def tally_kernel(
                 c += stride  # the next tile is on its way while this one is counted
                 ahead = tl.load(base + c, mask=active & (c < width), other=-INF)
                 if some(counts, ROWS) > 0:
-                    w = tl.exp(x / scale - peak)
+                    w = exp(x * inv_t - peak)
                     more, heavier = _tally(x, smallest_with(pivots, SHIFT), w)
                     numbers += more
                     sums += (heavier * UNITS).to(tl.int64)
@@ -235,6 +237,7 @@ def cut_kernel(
         good = whole > 0.0
         lse = peak + tl.log(tl.where(good, whole, 1.0))
         wanted = wanted & good
+        inv_t = 1.0 / scale
         floor_key = floor_key_of(floor, peak, scale, SHIFT, ROWS)
         words = search + row * WORDS
         now = after_round(words, turn, wanted, peak, scale, p, floor_key, SHIFT, PIVOTS, ROWS)
@@ -258,7 +261,7 @@ def cut_kernel(
                 x = tl.load(base + c, mask=there & ~few, other=-INF).to(tl.float32)
                 y = tl.load(candidates + row * room + c, mask=there & few, other=-INF)
                 x = tl.where(few, y, x)
-                w = (tl.exp(x / scale - peak) * UNITS).to(tl.int64)
+                w = (exp(x * inv_t - peak) * UNITS).to(tl.int64)
                 more, heavier = _tally(x, least, w)
                 numbers += more
                 sums += heavier

@@ -3,7 +3,11 @@
 A row of logits becomes its peak and its mass, the maximum of logits / T and the sum of
 exp(logits / T - peak), as partial results over parts of the vocabulary; and, after filters, its
 cut, the smallest raw logit that is kept. `statistics`, `warped` and `probability` give p back
-wherever it is needed.
+wherever it is needed. A row without a distribution has mass 0, and nothing is loaded of it then.
+
+What is done for every token of the vocabulary decides the time, more than its bytes: a logit is
+multiplied by 1 / T and not divided, `exp` flushes numbers below 1e-38 to 0, and 1 / E is the square
+of a reciprocal root: one instruction in place of four, and three in place of eleven.
 
 Rows are numbered: target row (b, g) is b * (G+1) + g, draft row (b, g) is B * (G+1) + b * G + g.
 A number that belongs to a row or a request is kept in a column: [R, 1] where a program has several
@@ -14,9 +18,14 @@ the compiler would find a layout and have every thread load it many times). A si
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
+import os
+
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
+# The interpreter knows nothing of libdevice.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 INF = tl.constexpr(float("inf"))
 NOWHERE = tl.constexpr(0x7FFFFFFF)  # an index no token has
 WORDS = tl.constexpr(256)  # of a row in the workspace of the filters
@@ -25,6 +34,16 @@ INTS = [  # not to be compiled for their values
     *("target_b", "target_g", "draft_b", "draft_g", "has_q", "has_lse", "has_certain"),
     *("has_tokens", "has_k", "has_p", "has_min", "trimmed", "filtered", "block_mode"),
 ]
+
+
+@triton.jit
+def exp(x):
+    return tl.exp(x) if INTERPRETED else libdevice.fast_expf(x)
+
+
+@triton.jit
+def rsqrt(x):
+    return tl.rsqrt(x) if INTERPRETED else libdevice.rsqrt(x)
 
 
 @triton.jit
@@ -88,19 +107,19 @@ def offered(tokens, lengths, has_tokens, b, ok, num, GP: tl.constexpr, ROWS: tl.
 
 
 @triton.jit
-def warped(pointers, mask, scale, cut):
-    """Logits after temperature and filters, float32; +inf where they are NaN."""
+def warped(pointers, mask, inv_t, cut, filtered):
+    """Logits after temperature and filters, float32."""
     raw = tl.load(pointers, mask=mask, other=-INF).to(tl.float32)
-    x = raw / scale
-    x = tl.where(x == x, x, INF)
-    return tl.where(raw < cut, -INF, x)
+    x = raw * inv_t
+    if filtered != 0:
+        x = tl.where(raw < cut, -INF, x)
+    return x
 
 
 @triton.jit
 def probability(x, peak, mass):
-    """p of warped logits; 0 everywhere in a row without a distribution, whose mass is 0."""
-    p = tl.exp(x - peak) * (1.0 / tl.where(mass > 0.0, mass, 1.0))
-    return tl.where(mass > 0.0, tl.where(p > 0.0, p, 0.0), 0.0)
+    """p of warped logits; 0 where they were not loaded."""
+    return exp(x - peak) * (1.0 / tl.where(mass > 0.0, mass, 1.0))
 
 
 @triton.jit
@@ -216,7 +235,7 @@ def stats_kernel(
     ok = b < batch
     t = tl.load(temperature + b, mask=ok, other=0.0)
     greedy = t == 0.0
-    scale = tl.where(greedy, 1.0, t)
+    inv_t = 1.0 / tl.where(greedy, 1.0, t)
     end = offered(tokens, lengths, has_tokens, b, ok, num, GP, ROWS)
     if is_draft:
         sure = tl.load(certain + b, mask=ok & (has_certain != 0), other=0) != 0
@@ -225,19 +244,18 @@ def stats_kernel(
         need = ok & ((g < end) | ((g == end) & (greedy | (filtered != 0))))
         need = need & ((has_tokens != 0) | ~greedy)
         tl.store(arrived + b, 0, mask=ok & (g == 0) & (part == 0))
-    words = tl.arange(0, WORDS)[None, :]
-    clears = ok & (filtered != 0) & (part == 0)
-    tl.store(search + row * WORDS + words, 0, mask=clears & (words >= 0))
+    if filtered != 0:
+        words = tl.arange(0, WORDS)[None, :]
+        tl.store(search + row * WORDS + words, 0, mask=ok & (part == 0) & (words >= 0))
 
     c = (part * BLOCK + tl.arange(0, BLOCK))[None, :]
     raw = tl.load(base + c, mask=need & (c < width), other=-INF).to(tl.float32)
-    x = raw / scale
-    x = tl.where(x == x, x, INF)  # a NaN spoils its row, as +inf does
-    peak = row_max(x, ROWS)
-    mass = row_sum(tl.exp(x - tl.where(tl.abs(peak) < INF, peak, 0.0)), ROWS)
+    peak = row_max(raw, ROWS) * inv_t
+    mass = row_sum(exp(raw * inv_t - tl.where(tl.abs(peak) < INF, peak, 0.0)), ROWS)
+    peak = tl.where(mass == mass, peak, INF)  # a NaN spoils its row, as +inf does
     at = row * SP + part
     tl.store(peaks + at, peak, mask=need)
     tl.store(masses + at, mass, mask=need)
     if some(need & greedy, ROWS) > 0:
-        first = row_min(tl.where(x == peak, c, NOWHERE), ROWS)
+        first = row_min(tl.where(raw == peak, c, NOWHERE), ROWS)
         tl.store(firsts + at, first, mask=need & greedy)

@@ -36,12 +36,15 @@ def smallest_with(key, SHIFT: tl.constexpr):
 
 @triton.jit
 def floor_key_of(floor, peak, scale, SHIFT: tl.constexpr, ROWS: tl.constexpr):
-    """The lowest key that min-p keeps."""
+    """The lowest key that min-p keeps: x / T >= peak + log(floor), which holds of the peak itself
+    at a floor of 1."""
+    inv_t = 1.0 / scale
+    least = peak + tl.log(tl.where(floor > 0.0, floor, 1.0))
     low = (floor * 0.0).to(tl.int64) + (LOWEST >> SHIFT)
     high = low - (LOWEST >> SHIFT) + (HIGHEST >> SHIFT)
     for _ in range(33 * some(floor > 0.0, ROWS)):
         middle = (low + high) >> 1
-        enough = tl.exp(smallest_with(middle, SHIFT) / scale - peak) >= floor
+        enough = smallest_with(middle, SHIFT) * inv_t >= least
         low = tl.where(enough, low, middle)
         high = tl.where(enough, middle, high)
     return tl.where(floor > 0.0, high, (LOWEST >> SHIFT))

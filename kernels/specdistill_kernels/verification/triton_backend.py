@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from specdistill_kernels.aot import Configuration
-from specdistill_kernels.verification.accept import decide_kernel, excess_kernel
+from specdistill_kernels.verification.accept import DECISION, decide_kernel, excess_kernel
 from specdistill_kernels.verification.draw import race_kernel, sample_kernel
 from specdistill_kernels.verification.filter import cut_kernel, tally_kernel
 from specdistill_kernels.verification.launch import (
@@ -179,7 +179,7 @@ def _launcher(
             "firsts": batch * (num + 1) * parts,
             "cuts": rows,
             "logsumexps": rows,
-            "decisions": batch * 8,
+            "decisions": batch * DECISION.value,
             "race": batch * (num + 1) * 4 * triton.cdiv(target.width, tiles.race),
             "arrived": batch,
             "candidates": candidates,

@@ -4,6 +4,9 @@
 
 import triton
 import triton.language as tl
+from triton.language import core
+
+from specdistill_kernels.verification.rows import INTERPRETED
 
 GOLDEN = tl.constexpr(0x9E3779B1)
 DRAFT = tl.constexpr(1)
@@ -13,10 +16,11 @@ FINAL = tl.constexpr(3)
 
 @triton.jit
 def _mix(x, key):
-    """The 32-bit finaliser; uint32 products wrap by themselves. key = 0 is none."""
+    """The 32-bit finaliser; uint32 products wrap by themselves. key = 0 is none. Shifts and `xor`
+    commute, so that the key costs a token nothing."""
     x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) ^ key
-    x = x ^ (x >> 15)
+    x = x * 0x7FEB352D
+    x = x ^ (x >> 15) ^ (key ^ (key >> 15))
     x = x * 0x846CA68B
     return x ^ (x >> 16)
 
@@ -43,19 +47,28 @@ def random_bits(shift, key, token):
     return _mix(token.to(tl.uint32) * GOLDEN + shift, key)
 
 
+@core.extern
+def _fast_log2(x, _semantic=None):
+    """libdevice has it for CUDA alone: one instruction, off by at most 2**-22."""
+    if _semantic.builder.options.backend_name != "cuda":
+        return tl.log2(x, _semantic=_semantic)
+    symbol = {(tl.float32,): ("__nv_fast_log2f", tl.float32)}
+    return core.extern_elementwise("", "", [x], symbol, is_pure=True, _semantic=_semantic)
+
+
+@triton.jit
+def log2(x):
+    return tl.log2(x) if INTERPRETED else _fast_log2(x)
+
+
 @triton.jit
 def exponential(bits):
-    """Standard exponential, -log(1 - u) for u = (bits + 1/2) / 2**32, exact in the small values.
-
-    1 - u = f / k with k a power of two and f in [sqrt(1/2), sqrt(2)). f - 1 = (k - 1) - k u needs
-    no rounding where u is small (k = 1), which log(1 - u) would. log f = 2 atanh((f-1) / (f+1)).
+    """Standard exponential in units of log 2, as a race asks for none: -log2(1 - u) for u =
+    (bits + 1/2) / 2**32. Where u is small 1 - u would round it away: there u times a polynomial,
+    within 4e-8 of the quotient.
     """
-    u = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    u = tl.minimum(u, 0.999999940395355224609375)
-    exponent = ((1.0 - u).to(tl.int32, bitcast=True) - 0x3F3504F3) >> 23
-    k = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
-    t = (k - 1.0) - k * u
-    z = t / (2.0 + t)
-    w = z * z
-    odd = 1.0 + w * (0.33333334 + w * (0.2 + w * (0.14285715 + w * 0.11111111)))
-    return -(exponent.to(tl.float32) * 0.6931472 + 2.0 * z * odd)
+    u = bits.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    series = 0.20762555 + u * 0.49022421
+    series = 1.442695 + u * (0.72136265 + u * (0.48021063 + u * (0.37192595 + u * series)))
+    log = log2(tl.maximum(1.0 - u, 5.9604644775390625e-08))
+    return tl.where(u < 0.25, u * series, -log)
