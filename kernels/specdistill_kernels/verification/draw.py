@@ -165,8 +165,9 @@ def race_kernel(
         _store_part(at, part, splits, highest, score, winner, ok)
 
         last = _last_to_arrive(arrived + b, ok, splits)
-        drawn, _, _ = _overall_winner(at, last, splits, False, RP, ROWS)
-        tl.store(out_tokens + b * (num + 1) + kept, drawn, mask=last)
+        if some(last, ROWS) > 0:
+            drawn, _, _ = _overall_winner(at, last, splits, False, RP, ROWS)
+            tl.store(out_tokens + b * (num + 1) + kept, drawn, mask=last)
 
 
 @triton.jit(do_not_specialize=INTS)
@@ -232,12 +233,13 @@ def sample_kernel(
     tl.store(at + 3 * splits + part, total, mask=ok)
 
     last = _last_to_arrive(arrived + row, ok, splits)
-    drawn, highest, factor = _overall_winner(at, last, splits, greedy, RP, ROWS)
-    tl.store(out_tokens + row, tl.maximum(drawn, 0), mask=last)
-    k = tl.arange(0, RP)[None, :]
-    sums = tl.load(at + 3 * splits + k, mask=last & (k < splits), other=0.0)
-    mass = row_sum(sums * factor, ROWS)
-    good = (tl.abs(highest) < INF) & (mass > 0.0)
-    lse = tl.where(good, highest + tl.log(tl.where(good, mass, 1.0)), float("nan"))
-    lse = tl.where(known, tl.load(logsumexps + row, mask=last & known, other=0.0), lse)
-    tl.store(out_lse + row, tl.where(greedy, 0.0, lse), mask=last)
+    if some(last, ROWS) > 0:
+        drawn, highest, factor = _overall_winner(at, last, splits, greedy, RP, ROWS)
+        tl.store(out_tokens + row, tl.maximum(drawn, 0), mask=last)
+        k = tl.arange(0, RP)[None, :]
+        sums = tl.load(at + 3 * splits + k, mask=last & (k < splits), other=0.0)
+        mass = row_sum(sums * factor, ROWS)
+        good = (tl.abs(highest) < INF) & (mass > 0.0)
+        lse = tl.where(good, highest + tl.log(tl.where(good, mass, 1.0)), float("nan"))
+        lse = tl.where(known, tl.load(logsumexps + row, mask=last & known, other=0.0), lse)
+        tl.store(out_lse + row, tl.where(greedy, 0.0, lse), mask=last)
