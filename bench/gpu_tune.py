@@ -4,10 +4,9 @@
 
 Starts from the tiles in use and changes one tile after the other, each with its warps, to the pair
 that takes the least time over the calls that it is a part of; times are of CUDA graphs with a cold
-L2 cache. Prints the entries of the kernels' own tables, `TILES` in `verification/launch.py` and in
-`divergences/triton_backend.py`, to be put there, and writes every time tried to DIR/tune.json.
-`python -m specdistill_kernels.aot` then compiles what the tables may choose. No kernel has a
-product of matrices, so there are no stages of loads to choose.
+L2 cache. Prints this device's entry of `TILES` in `specdistill_kernels/tiles.py`, to be put there,
+and writes every time tried to DIR/tune.json. `python -m specdistill_kernels.aot` then compiles what
+the table may choose. No kernel multiplies matrices, so there are no stages of loads to choose.
 """
 
 import argparse
@@ -23,45 +22,48 @@ import torch
 
 from bench.gpu_session import Session, describe
 from bench.gpu_timing import Stopwatch
+from specdistill_kernels.tiles import Tile, Tiles, device_class, tiles_for
 
-Pair = tuple[int, int]  # entries of a tile, its warps
+Calls = Callable[[Tiles], list[Any]]  # those that a tile is a part of
 WARPS = (4, 8, 16)
 LEAST = 2  # entries a thread
+MOST_OF_LOSSES, MOST = 4, 32  # entries a thread: the losses hold several numbers of each
 
 
-def candidates(now: Pair, most: int) -> list[Pair]:
+def candidates(now: Tile, most: int) -> list[Tile]:
     """Half, once and twice the tile, with as many warps as give a thread 2 to `most` entries; the
-    pair in use first, so that a tie leaves it.
+    one in use first, so that a tie leaves it.
     """
-    tiles = [now[0], now[0] // 2, now[0] * 2]
-    pairs = [(t, w) for t in tiles for w in WARPS if LEAST <= t / (32 * w) <= most]
-    return [now, *(pair for pair in pairs if pair != now)]
+    blocks = [now.block, now.block // 2, now.block * 2]
+    tiles = [Tile(b, w) for b in blocks for w in WARPS if LEAST <= b / (32 * w) <= most]
+    return [now, *(tile for tile in tiles if tile != now)]
 
 
 def best(
     session: Session,
     watch: Stopwatch,
     name: str,
-    now: Pair,
+    now: Tiles,
     most: int,
-    calls: Callable[[Pair], list[Any]],
-) -> Pair:
-    """The pair of the least total time over the calls that it makes; one that does not run, as it
-    takes more than the device has, is noted and left.
+    calls: Calls,
+) -> Tiles:
+    """With the tile of the least total time over the calls that it is a part of; one that does not
+    run, as it takes more than the device has, is noted and left.
     """
-    times: dict[Pair, float] = {}
-    for pair in candidates(now, most):
-        what = f"{name}: {pair[0]} entries, {pair[1]} warps"
+    times: dict[Tiles, float] = {}
+    for tile in candidates(getattr(now, name), most):
+        tiles = now._replace(**{name: tile})  # type: ignore[arg-type]
+        what = f"{name}: {tile.block} entries, {tile.warps} warps"
         if times and session.out_of_time(what):
             break
         try:
-            each = [watch.time(call)["cold"] for call in calls(pair)]
+            each = [watch.time(call)["cold"] for call in calls(tiles)]
         except Exception as error:  # the compiler's errors have no common base
             session.add("tried", what=what, raised=f"{type(error).__name__}: {error}"[:500])
             continue
-        times[pair] = sum(each)
+        times[tiles] = sum(each)
         session.add("tried", what=what, microseconds=each)
-    return min(times, key=lambda pair: times[pair]) if times else now
+    return min(times, key=lambda tiles: times[tiles]) if times else now
 
 
 def run(session: Session) -> None:
@@ -71,22 +73,19 @@ def run(session: Session) -> None:
     watch = Stopwatch(session)
     watch.seconds = 0.02
     start = time.monotonic()
-    lines = [tune_losses(session, watch), tune_verification(session, watch)]
-    session.report |= {"table": lines, "tuned_seconds": time.monotonic() - start}
+    tiles = tiles_for(session.device)
+    for most, made in ((MOST_OF_LOSSES, loss_calls(session)), (MOST, verify_calls(session))):
+        for name, calls in made.items():
+            tiles = best(session, watch, name, tiles, most, calls)
+    line = f'tiles.py: "{device_class(session.device)}": {tiles},'
+    session.report |= {"table": [line], "tuned_seconds": time.monotonic() - start}
     raised = [entry["what"] for entry in session.report["tried"] if "raised" in entry]
     session.check("tiles were tried", len(raised) < len(session.report["tried"]), raised=raised)
-    for line in lines:
-        print(f"  {line}", flush=True)
+    print(f"  {line}", flush=True)
 
 
-def device_class(device: torch.device) -> str:
-    """The key of the kernels' tables."""
-    if device.type != "cuda":
-        return ""
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-
-
-def tune_losses(session: Session, watch: Stopwatch) -> str:
+def loss_calls(session: Session) -> dict[str, Calls]:
+    """Of each form of the losses' kernel, by the name of its tile."""
     from specdistill_kernels.divergences import triton_backend as backend
     from specdistill_kernels.divergences.reference import Dense, Lumped, mixture
     from specdistill_kernels.divergences.targets import keep_top_k
@@ -102,38 +101,26 @@ def tune_losses(session: Session, watch: Stopwatch) -> str:
         "tight": [(lumped, None, "tvd")],
         "tightest": [(Dense(other, None), labels, {"tvd": 0.9, "ce": 0.1})],
     }
-    tiles = backend.tiles_for(session.device)
-    for name, cases in forms.items():
 
-        def calls(pair: Pair, cases: list[Any] = cases) -> list[Any]:
-            tile = backend.Tile(*pair)
-            return [
-                partial(
-                    backend.row_gradients,
-                    draft,
-                    target,
-                    chosen,
-                    weights,
-                    mixture(loss),
-                    1.0,
-                    tile=tile,
-                )
-                for target, chosen, loss in cases
-            ]
+    def run(tiles: Tiles, name: str, target: Any, chosen: Any, loss: Any) -> Any:
+        parts, tile = mixture(loss), getattr(tiles, name)
+        return backend.row_gradients(draft, target, chosen, weights, parts, 1.0, tile=tile)
 
-        found = best(session, watch, f"losses, {name}", getattr(tiles, name), 4, calls)
-        tiles = tiles._replace(**{name: backend.Tile(*found)})  # type: ignore[arg-type]
-    return f'divergences/triton_backend.py: "{device_class(session.device)}": {tiles},'
+    def calls(name: str) -> Calls:
+        return lambda tiles: [partial(run, tiles, name, *case) for case in forms[name]]
+
+    return {name: calls(name) for name in forms}
 
 
-def tune_verification(session: Session, watch: Stopwatch) -> str:
-    """Each tile that has warps of its own, over calls that filter where it is a filter's; all
-    count, so that none gains at another's cost.
+def verify_calls(session: Session) -> dict[str, Calls]:
+    """Of verification, with and without a filter: all count, so that no tile gains at another's
+    cost.
     """
     from specdistill_kernels import RowSettings
-    from specdistill_kernels.verification import launch
     from specdistill_kernels.verification import triton_backend as backend
+    from specdistill_kernels.verification.launch import division_for
 
+    names = ("stats", "race", "tally", "cut")
     num, width = (2, 64) if session.smoke else (5, 151_936)
     made = []
     for batch in (2,) if session.smoke else (1, 32):
@@ -143,36 +130,19 @@ def tune_verification(session: Session, watch: Stopwatch) -> str:
         rows = RowSettings(warm, seeds, torch.zeros_like(seeds))
         tokens = session.integers(width, batch, num)
         lengths = torch.full((batch,), num, device=session.device)
+        absent = dict.fromkeys(("draft_vocab", "draft_lse", "point_mass", "lenience"))
         for settings in (rows, rows._replace(top_p=torch.full_like(warm, 0.95))):
-            made.append(
-                partial(
-                    backend.verify,
-                    tokens,
-                    target[:, :num].clone(),
-                    target,
-                    settings,
-                    lengths=lengths,
-                    draft_vocab=None,
-                    draft_lse=None,
-                    point_mass=None,
-                    mode="token",
-                    lenience=None,
-                )
-            )
-    tiles = launch.tiles_for(session.device, 1, num, width)
-    for name in launch.Tiles._fields:
-        warps = f"{name}_warps"
-        if warps not in launch.Tiles._fields:
-            continue
+            draft = target[:, :num].clone()
+            given = (tokens, draft, target, settings)
+            made.append(partial(backend.verify, *given, lengths=lengths, mode="token", **absent))
 
-        def calls(pair: Pair, name: str = name, warps: str = warps, now: Any = tiles) -> list[Any]:
-            changed = now._replace(**{name: pair[0], warps: pair[1]})
-            return [partial(call, tiles=changed) for call in made]
+    usual = division_for(session.device, 1, num, width)
 
-        now = getattr(tiles, name), getattr(tiles, warps)
-        found = best(session, watch, f"verify, {name}", now, 32, calls)
-        tiles = tiles._replace(**{name: found[0], warps: found[1]})
-    return f'verification/launch.py: "{device_class(session.device)}": {tiles},'
+    def calls(tiles: Tiles) -> list[Any]:
+        division = usual._replace(**{name: getattr(tiles, name) for name in names})
+        return [partial(call, division=division) for call in made]
+
+    return dict.fromkeys(names, calls)
 
 
 def main(arguments: list[str] | None = None) -> int:

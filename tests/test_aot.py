@@ -47,6 +47,21 @@ raise SystemExit(aot.main(["sm_90"]))
 """
 
 
+DIVISIONS = """
+from specdistill_kernels import aot
+from specdistill_kernels.verification import triton_backend
+
+for kernel, signature, constants, warps, aligned in triton_backend.configurations():
+    if "BLOCK" in constants and signature["target"] == "*bf16" and constants["UNIT"] == 16:
+        if kernel.__name__ != "cut_kernel":  # of few tokens
+            configuration = aot.Configuration(kernel, signature, constants, warps, aligned)
+            ptx = aot.compiled(configuration, "sm_90").asm["ptx"]
+            slow = max(ptx.count("div.full.f32"), ptx.count("div.rn.f32"))
+            slow = max(slow, ptx.count("ex2.approx.f32"), ptx.count("lg2.approx.f32"))
+            print(kernel.__name__, slow, constants["BLOCK"] // (32 * warps))
+"""
+
+
 def run(folder: Path, *arguments: str, interpret: bool = False) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder)}
@@ -68,6 +83,15 @@ def test_every_kernel_compiles_for_every_target_and_spills_nothing(tmp_path: Pat
     for kernel in kernels:
         for target in ("sm_80", "sm_90", "sm_100", "gfx942"):
             assert any(line.split()[:2] == [target, kernel] for line in lines)
+
+
+def test_no_token_costs_a_division_or_a_slow_exponential(tmp_path: Path) -> None:
+    """Some are left, for a row or a part of one."""
+    done = run(tmp_path, "-c", DIVISIONS)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 5
+    assert all(int(slow) < max(int(tokens), 12) for _, slow, tokens in lines), lines
 
 
 def test_spills_and_kernels_that_do_not_compile_fail(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from specdistill_kernels.divergences import divergence, fused_divergence, refere
 from specdistill_kernels.divergences.reference import LOSSES as ALL
 from specdistill_kernels.divergences.reference import Dense, Lumped, Mixture, mixture
 from specdistill_kernels.divergences.targets import Head, TargetStates, keep_top_k
-from specdistill_kernels.divergences.triton_backend import Tile
+from specdistill_kernels.tiles import Tile, Tiles
 
 # numpy says so of every -inf that the kernel masks.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -398,8 +398,10 @@ def test_automatic_is_torch_on_a_cpu() -> None:
 def test_every_launch_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernels are launched with here, in the form in which it is compiled for a GPU, also
     where a device class has tiles of its own."""
-    other = triton_backend.Tiles(Tile(2048, 16), Tile(256, 2), Tile(128, 2), Tile(64, 2))
-    monkeypatch.setattr(triton_backend, "TILES", {"": triton_backend.Tiles(), "sm_90": other})
+    forms = ("plain", "sums", "tight", "tightest")
+    sizes = (Tile(2048, 16), Tile(256, 2), Tile(128, 2), Tile(64, 2))
+    other = Tiles(**dict(zip(forms, sizes, strict=True)))
+    monkeypatch.setattr(triton_backend, "TILES", {"": Tiles(), "sm_90": other})
     found = triton_backend.configurations()
     listed = {
         (
@@ -410,12 +412,12 @@ def test_every_launch_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -> Non
         for c in found
     }
     assert len(listed) == 2 * 2 * (2 * 2 * 2 + 1)
-    forms = {
+    dtypes = {
         (c.signature["draft"], c.signature["target"], c.constexprs["LUMPED"])
         for c in found
         if "draft" in c.signature
     }
-    assert len(forms) == 5
+    assert len(dtypes) == 5
     monkeypatch.setattr(
         triton_backend,
         "_constants",
@@ -437,7 +439,7 @@ def test_every_launch_is_a_configuration(monkeypatch: pytest.MonkeyPatch) -> Non
                 if len(arguments) > 6:
                     kinds = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
                     pair = tuple(kinds[x.dtype] for x in arguments[:2])
-                    assert (*pair, constants["LUMPED"]) in forms
+                    assert (*pair, constants["LUMPED"]) in dtypes
                 self.kernel[grid](*arguments, num_warps=num_warps, **constants)
 
             return launch

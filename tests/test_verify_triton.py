@@ -6,7 +6,7 @@ import math
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -33,9 +33,10 @@ from specdistill_kernels import (
     probabilities,
     sample_places,
 )
+from specdistill_kernels.tiles import Tile
 from specdistill_kernels.verification import triton_backend
 from specdistill_kernels.verification import triton_noise as noise
-from specdistill_kernels.verification.launch import Launcher, Tiles
+from specdistill_kernels.verification.launch import Division, Launcher
 from specdistill_kernels.verification.noise import COIN, FINAL, coin, exponential
 
 # Of NaN and infinite logits, which the kernels meet and set aside.
@@ -123,27 +124,23 @@ def near_tie(arguments: dict, b: int, mine, theirs) -> bool:
     return bool((score[x] - score[y]).abs() < 1e-6 * (p[x] / e[x] + p[y] / e[y]))
 
 
-def assert_equal(arguments: dict, tiles: Tiles | None = None) -> None:
+def assert_equal(arguments: dict, division: Division | None = None) -> None:
     """Kernel and reference give the same verdicts, all of them."""
     theirs = verify(**arguments, backend="reference")
-    if tiles is None:
+    if division is None:
         mine = verify(**arguments, backend="triton")
     else:
-        mine = triton_verify(**defaults(arguments), tiles=tiles)
+        mine = triton_verify(**defaults(arguments), division=division)
     assert mine.tokens.dtype == mine.num_accepted.dtype == torch.int64
     different = (mine.tokens != theirs.tokens).any(-1).nonzero()[:, 0].tolist()
     assert not different, f"{len(different)} of {len(mine.tokens)} requests differ"
     assert torch.equal(mine.num_accepted, theirs.num_accepted)
 
 
-def cut_up(part: int, race: int = 0, tally: int = 0, positions: int = 4, **more: int) -> Tiles:
-    """Tiles that cut a row into parts of so many tokens, and otherwise as said."""
-    race, tally, warps = race or part, tally or part, 4
-    return Tiles(
-        *(part, warps, warps, race, warps, tally, warps, tally, warps),
-        positions=positions,
-        **{"least_parts": 1, "rounds": 2, **more},
-    )
+def cut_up(part: int, race: int = 0, tally: int = 0, positions: int = 4, **more: int) -> Division:
+    """Of a row into parts of so many tokens, and otherwise as said."""
+    tiles = [Tile(block or part, 4) for block in (part, race, tally, tally)]
+    return Division(*tiles, positions=positions, **{"least_parts": 1, "rounds": 2, **more})
 
 
 def defaults(arguments: dict) -> dict:
@@ -270,15 +267,17 @@ def test_sampling_equals_the_reference(dtype: torch.dtype, settings: dict) -> No
     )
 
 
-@pytest.mark.parametrize("tiles", [None, cut_up(64, race=32, tally=32)], ids=["", "as on a GPU"])
+@pytest.mark.parametrize("division", [None, cut_up(64, race=32, tally=32)], ids=["", "as on a GPU"])
 @pytest.mark.parametrize("filtered", [False, True], ids=["plain", "filtered"])
-def test_all_places_at_once_are_drawn_as_each_alone(filtered: bool, tiles: Tiles | None) -> None:
-    batch, places = (8, 3) if tiles is None else (3, 2)
+def test_all_places_at_once_are_drawn_as_each_alone(
+    filtered: bool, division: Division | None
+) -> None:
+    batch, places = (8, 3) if division is None else (3, 2)
     logits = torch.randn(batch, places, 90, generator=torch.Generator().manual_seed(4)) * 2
     filters = {"top_k": torch.arange(batch), "min_p": torch.full((batch,), 0.1)} if filtered else {}
     stream = (torch.arange(batch) * 7, torch.arange(batch))
     rows = RowSettings(torch.tensor([0.0, 0.5, 1.0]).repeat(3)[:batch], *stream, **filters)
-    mine = triton_backend.sample_places(logits, rows, tiles=tiles)
+    mine = triton_backend.sample_places(logits, rows, division=division)
     theirs = sample_places(logits, rows, backend="reference")
     assert torch.equal(mine.tokens, theirs.tokens)
     torch.testing.assert_close(mine.logsumexp, theirs.logsumexp, rtol=1e-6, atol=2e-6)
@@ -391,7 +390,9 @@ def test_emitted_tokens_follow_the_target(apart: float, mode: str) -> None:
 # Filters.
 
 
-def kept_by_kernel(logits: torch.Tensor, filters: dict, tiles: Tiles | None = None) -> torch.Tensor:
+def kept_by_kernel(
+    logits: torch.Tensor, filters: dict, division: Division | None = None
+) -> torch.Tensor:
     """The set that the cut of each row keeps, read from the workspace."""
     found = {}
     original = triton_backend._launcher
@@ -403,24 +404,9 @@ def kept_by_kernel(logits: torch.Tensor, filters: dict, tiles: Tiles | None = No
     zeros = torch.zeros(len(logits), dtype=torch.int64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_backend, "_launcher", remember)
-        triton_sample(logits, seeds=zeros, step=zeros, position=0, tiles=tiles, **filters)
+        triton_sample(logits, seeds=zeros, step=zeros, position=0, division=division, **filters)
     cuts = found["launch"].arguments["cuts"][: len(logits)]
     return logits.float() >= cuts[:, None]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_top_k_keeps_exactly_the_references_set(dtype: torch.dtype) -> None:
-    torch.manual_seed(1)
-    logits = (torch.randn(96, 700) * 3).to(dtype)
-    logits[:24] = logits[:24].round()  # ties, zeros of both signs
-    logits[24:28] = 0.0
-    logits[28:32, 1:] = -torch.inf
-    logits[32:40] *= 1e-3
-    k = torch.tensor([1, 2, 7, 350, 699, 700, 5000, 0]).repeat(12)
-    temperature = torch.tensor([0.4, 1.0, 1.9]).repeat(32)
-    kept = kept_by_kernel(logits, {"temperature": temperature, "top_k": k})
-    expected = probabilities(logits, temperature, top_k=k) > 0
-    assert torch.equal(kept & (logits > -torch.inf), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -473,19 +459,21 @@ SPLITS = [
 ]
 
 
-def check_cuts(dtypes: list[torch.dtype], splits: list[Tiles]) -> None:
-    for dtype, tiles in itertools.product(dtypes, splits):
+def check_cuts(dtypes: list[torch.dtype], splits: Sequence[Division | None]) -> None:
+    for dtype, division in itertools.product(dtypes, splits):
         logits, filters = hard_rows(dtype)
         warm = filters["temperature"] > 0
         expected = probabilities(logits, **filters) > 0
-        kept = kept_by_kernel(logits, filters, tiles) & (logits > -torch.inf)
-        assert torch.equal(kept[warm], expected[warm]), tiles
+        kept = kept_by_kernel(logits, filters, division) & (logits > -torch.inf)
+        assert torch.equal(kept[warm], expected[warm]), division
 
 
-@pytest.mark.parametrize("tiles", SPLITS, ids=["by and by", "at once", "never"])
+@pytest.mark.parametrize(
+    "division", [*SPLITS, None], ids=["by and by", "at once", "never", "as it comes"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_any_split_keeps_the_references_set(dtype: torch.dtype, tiles: Tiles) -> None:
-    check_cuts([dtype], [tiles])
+def test_any_split_keeps_the_references_set(dtype: torch.dtype, division: Division | None) -> None:
+    check_cuts([dtype], [division])
 
 
 def test_a_row_and_a_program_as_on_a_gpu_keep_the_references_set() -> None:
@@ -530,7 +518,7 @@ def test_broken_filters_are_seen(
     broken = importlib.import_module("broken_filter")
     for kernel in ("tally_kernel", "cut_kernel"):
         monkeypatch.setattr(triton_backend, kernel, getattr(broken, kernel))
-    with pytest.raises(AssertionError, match="Tiles"):
+    with pytest.raises(AssertionError, match="Division"):
         check_cuts([torch.bfloat16, torch.float32], SPLITS)
 
 
@@ -689,11 +677,11 @@ def test_results_do_not_depend_on_tiles_or_parts(settings: dict) -> None:
     arguments = problem(8, 3, 150, **settings)
     if "temperature" in settings:
         arguments["target_logits"] = arguments["target_logits"].round()  # the first of equals
-    for tiles in (
+    for division in (
         cut_up(64, tally=128, rows=16, filter_rows=64),
         cut_up(16, race=32, tally=64, rows=32, filter_rows=32, positions=2, room=5),
     ):
-        assert_equal(arguments, tiles)
+        assert_equal(arguments, division)
 
 
 @pytest.mark.parametrize("settings", CUTS, ids=lambda s: "-".join(s) or "token")
@@ -716,7 +704,7 @@ def test_nothing_is_read_before_it_is_written(
     arguments["temperature"] = torch.tensor([0.0, 1.0, 0.7]).repeat(8)
     arguments["lengths"] = torch.arange(24) % 4
     rows = {k: arguments[k] for k in ("temperature", "seeds", "step", *filters)}
-    tiles = cut_up(32, tally=128, rows=64, filter_rows=128)
+    division = cut_up(32, tally=128, rows=64, filter_rows=128)
     theirs = sample(arguments["draft_logits"][:, 0], position=0, backend="reference", **rows)
     empty = torch.empty
 
@@ -725,8 +713,8 @@ def test_nothing_is_read_before_it_is_written(
         return made.fill_(float("nan") if made.is_floating_point() else -(2**31))
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    assert_equal(arguments, tiles)
-    mine = triton_sample(arguments["draft_logits"][:, 0], position=0, tiles=tiles, **rows)
+    assert_equal(arguments, division)
+    mine = triton_sample(arguments["draft_logits"][:, 0], position=0, division=division, **rows)
     assert torch.equal(mine.tokens, theirs.tokens)
     torch.testing.assert_close(mine.logsumexp, theirs.logsumexp, rtol=1e-6, atol=2e-6)
 

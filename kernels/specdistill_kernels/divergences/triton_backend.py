@@ -5,8 +5,7 @@ the interface of `reference.py`.
 from __future__ import annotations
 
 import itertools
-import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -15,33 +14,7 @@ from torch import Tensor
 from specdistill_kernels.aot import Configuration
 from specdistill_kernels.divergences.kernel import divergence_kernel, logsumexp_kernel
 from specdistill_kernels.divergences.reference import LOSSES, Dense, Lumped, Mixture
-
-
-class Tile(NamedTuple):
-    """Entries of a row that a program takes at once, and its warps."""
-
-    block: int
-    warps: int
-
-
-class Tiles(NamedTuple):
-    """What a tuner may choose: a tile for each form of the kernels. Four entries a thread, as with
-    eight some would spill registers; many warps a row, as a chunk has few rows for a large GPU.
-    """
-
-    plain: Tile = Tile(1024, 8)  # fkl, ce and logsumexp
-    sums: Tile = Tile(1024, 8)  # another loss of the whole target, in aligned rows
-    tight: Tile = Tile(512, 4)  # another loss otherwise: of lumped tails, or in other rows
-    tightest: Tile = Tile(256, 4)  # another loss beside ce
-
-
-TILES = {"": Tiles()}  # by compute capability; "" is any other device
-
-
-def tiles_for(device: torch.device) -> Tiles:
-    if device.type != "cuda":
-        return TILES[""]
-    return TILES.get("sm_{}{}".format(*torch.cuda.get_device_capability(device)), TILES[""])
+from specdistill_kernels.tiles import INTERPRETED, TILES, Tile, tiles_for
 
 
 def form(*, sums: bool, ce: bool, lumped: bool, unit: int) -> str:
@@ -182,15 +155,11 @@ def _needs_sums(parts: Mixture) -> bool:
     return bool(set(parts.weights) - {"fkl", "ce"})
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _constants(
     num: int, width: int, tile: Tile | None, rows: int | None, chosen: Tile
 ) -> dict[str, int]:
     """On a GPU one row a program. The interpreter pays by the operation, so it gets large tiles."""
-    if not _interpreted():
+    if not INTERPRETED:
         tile = tile or chosen
         return {"BLOCK": tile.block, "ROWS": rows or 1, "num_warps": tile.warps}
     block = tile.block if tile else min(16384, triton.next_power_of_2(width))

@@ -1,10 +1,9 @@
-"""What the launches of `triton_backend` share: tile sizes, the logits as the kernels take them, the
-workspace, and passing arguments by name.
+"""What the launches of `triton_backend` share: how work is cut up, the logits as the kernels take
+them, the workspace, and passing arguments by name.
 """
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import torch
@@ -12,22 +11,19 @@ import triton
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from specdistill_kernels.tiles import INTERPRETED, Tile, Tiles, tiles_for
 
-class Tiles(NamedTuple):
-    """How the work is cut up, all of it: what a tuner may choose. Neither the batch nor the other
-    model's vocabulary has a say in how a row is, so that its statistics are the same to the last
-    bit wherever it is met. Only the filters' programs take more than one tile, one after the other.
+
+class Division(NamedTuple):
+    """How the work of a call is cut up, all of it. Neither the batch nor the other model's
+    vocabulary has a say in how a row is, so that its statistics are the same to the last bit
+    wherever it is met. Only the filters' programs take more than one tile, one after the other.
     """
 
-    part: int  # tokens whose statistics (and, in mode "block", excess) a program takes
-    part_warps: int
-    excess_warps: int
-    race: int  # tokens a program races
-    race_warps: int
-    tally: int  # tokens at once that a program counts against the pivots of a filter
-    tally_warps: int
-    cut: int  # tokens at once, of a row's candidates, that the last step of a filter takes
-    cut_warps: int
+    stats: Tile
+    race: Tile
+    tally: Tile
+    cut: Tile
     programs: int = 528  # that count, if there are not more rows: four on each of 132 processors
     rounds: int = 4  # of tallies, at most 4: a row's words have room for these
     room: int = 4096  # candidates a row may have
@@ -36,19 +32,19 @@ class Tiles(NamedTuple):
     positions: int = 8  # proposals looked at together
     least_parts: int = 64  # so that widths up to 262,144 share one compiled form
 
-    def parts(self, tokens: int, width: int) -> int:
-        """For how many parts of so many tokens a kernel is compiled, a power of two."""
-        return max(self.least_parts, triton.next_power_of_2(triton.cdiv(width, tokens)))
+    @classmethod
+    def of(cls, tiles: Tiles) -> Division:
+        """On a GPU."""
+        return cls(tiles.stats, tiles.race, tiles.tally, tiles.cut)
+
+    def parts(self, tile: Tile, width: int) -> int:
+        """For how many parts a kernel is compiled, a power of two."""
+        return max(self.least_parts, triton.next_power_of_2(triton.cdiv(width, tile.block)))
 
 
-TILES = {  # by compute capability; "" is any other device
-    "": Tiles(4096, 4, 4, 2048, 4, 1024, 4, 1024, 16),
-}
-
-
-def tiles_for(device: torch.device, batch: int, num: int, width: int) -> Tiles:
-    if device.type == "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return TILES.get("sm_{}{}".format(*torch.cuda.get_device_capability(device)), TILES[""])
+def division_for(device: torch.device, batch: int, num: int, width: int) -> Division:
+    if not INTERPRETED:
+        return Division.of(tiles_for(device))
     # The interpreter pays by the operation: one tile holds as much as a tensor may.
     block = min(triton.next_power_of_2(width), 2**16)
     rows = min(triton.next_power_of_2(batch * (num + 1)), 2**18 // block)
@@ -56,8 +52,9 @@ def tiles_for(device: torch.device, batch: int, num: int, width: int) -> Tiles:
     positions = triton.next_power_of_2(num + 1)
     rows = max(1, min(rows, 2**18 // (parts * positions), 2**12))
     filtered = max(1, min(rows, 2**17 // block))
-    return Tiles(
-        *(block, 4, 4, block, 4, block, 4, block, 4),
+    tile = Tile(block, 4)
+    return Division(
+        *(tile, tile, tile, tile),
         rounds=2,
         rows=rows,
         filter_rows=filtered,
@@ -116,15 +113,14 @@ def inverse_of(vocab: Tensor, width: int) -> Tensor:
 class Launcher:
     """Passes arguments to kernels by name; what is not a tensor of this call is a number."""
 
-    def __init__(self, tiles: Tiles, **arguments: Any) -> None:
-        self.tiles = tiles
+    def __init__(self, division: Division, **arguments: Any) -> None:
+        self.division = division
         self.arguments = arguments
-        self.races = triton.cdiv(arguments["width_units"] * arguments["UNIT"], tiles.race)
+        width = arguments["width_units"] * arguments["UNIT"]
+        self.races = triton.cdiv(width, division.race.block)
 
-    def __call__(
-        self, kernel: Any, grid: tuple[int, ...], block: int, warps: int, **more: Any
-    ) -> None:
-        constants = {"GP": self.tiles.positions, "ROWS": self.tiles.rows, "BLOCK": block}
+    def __call__(self, kernel: Any, grid: tuple[int, ...], tile: Tile, **more: Any) -> None:
+        constants = {"GP": self.division.positions, "ROWS": self.division.rows, "BLOCK": tile.block}
         known = {**self.arguments, **constants, **more}
         names = [name for name in kernel.arg_names if name in known]
-        kernel[grid](**{name: known[name] for name in names}, num_warps=warps)
+        kernel[grid](**{name: known[name] for name in names}, num_warps=tile.warps)

@@ -18,14 +18,13 @@ the compiler would find a layout and have every thread load it many times). A si
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
-import os
-
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-# The interpreter knows nothing of libdevice.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+from specdistill_kernels import tiles
+
+INTERPRETED = tl.constexpr(tiles.INTERPRETED)  # by what knows nothing of libdevice
 INF = tl.constexpr(float("inf"))
 NOWHERE = tl.constexpr(0x7FFFFFFF)  # an index no token has
 WORDS = tl.constexpr(256)  # of a row in the workspace of the filters

@@ -17,16 +17,16 @@ import triton
 from torch import Tensor
 
 from specdistill_kernels.aot import Configuration
+from specdistill_kernels.tiles import TILES, Tile
 from specdistill_kernels.verification.accept import DECISION, decide_kernel, excess_kernel
 from specdistill_kernels.verification.draw import race_kernel, sample_kernel
 from specdistill_kernels.verification.filter import cut_kernel, tally_kernel
 from specdistill_kernels.verification.launch import (
-    TILES,
+    Division,
     Launcher,
     Side,
-    Tiles,
+    division_for,
     inverse_of,
-    tiles_for,
     workspace,
 )
 from specdistill_kernels.verification.reference import Drawn, Lenience, Mode, RowSettings, Verdict
@@ -35,7 +35,7 @@ from specdistill_kernels.verification.rows import INTS, WORDS, stats_kernel
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 KEY_SHIFT = {"fp32": 0, "bf16": 16, "fp16": 13}  # low bits that are 0 in float32 of this dtype
 PIVOTS = 8
-DECIDE_WARPS = 16
+DECIDE = Tile(0, 16)  # a request, whatever the vocabulary
 LARGEST = 2**18
 
 
@@ -51,7 +51,7 @@ def verify(
     point_mass: Tensor | None,
     mode: Mode,
     lenience: Lenience | None,
-    tiles: Tiles | None = None,
+    division: Division | None = None,
 ) -> Verdict:
     """As `reference.verify`, with `counter_noise`. Three launches, five more with filters and one
     more in mode "block". `verification` has checked the arguments.
@@ -64,12 +64,12 @@ def verify(
     accepted = torch.empty(batch, dtype=torch.int64, device=device)
     if batch == 0:
         return Verdict(tokens, accepted)
-    tiles = tiles or tiles_for(device, batch, num, target.width)
+    division = division or division_for(device, batch, num, target.width)
     kind, epsilon = ("lin", 1.0) if lenience is None else (lenience.kind, lenience.epsilon)
     lengths = lengths.to(torch.int64).contiguous()
     temperature = rows.temperature.to(torch.float32).contiguous()
     inverse = None if draft_vocab is None else inverse_of(draft_vocab, target.width)
-    launch = _launcher(target, draft, batch, num, tiles, temperature, rows.filtered)
+    launch = _launcher(target, draft, batch, num, division, temperature, rows.filtered)
     launch.arguments |= {
         "tokens": draft_tokens.to(torch.int64).contiguous(),
         "lengths": lengths,
@@ -92,28 +92,28 @@ def verify(
     draft_rows = batch * num if draft_logits is not None else 0
     if draft_lse is not None and not rows.filtered:
         draft_rows = 0
-    requests = triton.cdiv(batch, tiles.rows)
+    requests = triton.cdiv(batch, division.rows)
     with torch.cuda.device_of(target_logits):
         _statistics(launch, batch * (num + 1), draft_rows, rows)
         if mode == "block" and num > 1:
-            grid = (triton.cdiv(batch * (num - 1), tiles.rows), launch.arguments["splits"])
-            launch(excess_kernel, grid, tiles.part, tiles.excess_warps)
-        launch(decide_kernel, (requests,), 0, DECIDE_WARPS)
-        launch(race_kernel, (requests, launch.races), tiles.race, tiles.race_warps)
+            grid = (triton.cdiv(batch * (num - 1), division.rows), launch.arguments["splits"])
+            launch(excess_kernel, grid, division.stats)
+        launch(decide_kernel, (requests,), DECIDE)
+        launch(race_kernel, (requests, launch.races), division.race)
     return Verdict(tokens, accepted)
 
 
 def sample(
-    logits: Tensor, rows: RowSettings, *, position: int, tiles: Tiles | None = None
+    logits: Tensor, rows: RowSettings, *, position: int, division: Division | None = None
 ) -> Drawn:
     """As `reference.sample`, with `counter_noise`. One launch, six more with filters. The
     arguments have been checked."""
-    drawn = sample_places(logits[:, None], rows, position=position, tiles=tiles)
+    drawn = sample_places(logits[:, None], rows, position=position, division=division)
     return Drawn(*(part[:, 0] for part in drawn))
 
 
 def sample_places(
-    logits: Tensor, rows: RowSettings, *, position: int = 0, tiles: Tiles | None = None
+    logits: Tensor, rows: RowSettings, *, position: int = 0, division: Division | None = None
 ) -> Drawn:
     """As `reference.sample_places`, with `counter_noise`, at places from `position` on; in as many
     launches as `sample`."""
@@ -123,10 +123,10 @@ def sample_places(
     if tokens.numel() == 0:
         return Drawn(tokens, logsumexp)
     side = Side.of(logits)
-    tiles = tiles or tiles_for(logits.device, batch, places - 1, side.width)
+    division = division or division_for(logits.device, batch, places - 1, side.width)
     temperature = rows.temperature.to(torch.float32).contiguous()
     seeds = rows.seeds.to(torch.int64).contiguous()
-    launch = _launcher(side, side, batch, places - 1, tiles, temperature, rows.filtered)
+    launch = _launcher(side, side, batch, places - 1, division, temperature, rows.filtered)
     launch.arguments |= {
         "tokens": seeds,  # Without proposals, these three are not looked at.
         "lengths": seeds,
@@ -145,8 +145,8 @@ def sample_places(
         # The draws count arrivals from 0 in memory of their own: a counter that calls shared would
         # be wrong where two streams draw at once.
         arrived = torch.zeros(batch * places, dtype=torch.int32, device=logits.device)
-        grid = (triton.cdiv(batch * places, tiles.rows), launch.races)
-        launch(sample_kernel, grid, tiles.race, tiles.race_warps, arrived=arrived)
+        grid = (triton.cdiv(batch * places, division.rows), launch.races)
+        launch(sample_kernel, grid, division.race, arrived=arrived)
     return Drawn(tokens, logsumexp)
 
 
@@ -160,16 +160,16 @@ def _launcher(
     draft: Side,
     batch: int,
     num: int,
-    tiles: Tiles,
+    division: Division,
     temperature: Tensor,
     filtered: bool,
 ) -> Launcher:
     unit = 16 if target.aligned() and draft.aligned() else 1
     width, target_b, target_g = target.in_units(unit)
     draft_width, draft_b, draft_g = draft.in_units(unit)
-    parts = tiles.parts(tiles.part, target.width)
+    parts = division.parts(division.stats, target.width)
     rows = batch * (2 * num + 1)
-    candidates = rows * tiles.room if filtered else 0
+    candidates = rows * division.room if filtered else 0
     space = workspace(
         target.logits.device,
         {
@@ -180,13 +180,13 @@ def _launcher(
             "cuts": rows,
             "logsumexps": rows,
             "decisions": batch * DECISION.value,
-            "race": batch * (num + 1) * 4 * triton.cdiv(target.width, tiles.race),
+            "race": batch * (num + 1) * 4 * triton.cdiv(target.width, division.race.block),
             "arrived": batch,
             "candidates": candidates,
         },
     )
     return Launcher(
-        tiles,
+        division,
         target=target.logits,
         draft=draft.logits,
         temperature=temperature,
@@ -198,11 +198,11 @@ def _launcher(
         target_g=target_g,
         draft_b=draft_b,
         draft_g=draft_g,
-        splits=triton.cdiv(target.width, tiles.part),
+        splits=triton.cdiv(target.width, division.stats.block),
         filtered=int(filtered),
         UNIT=unit,
         SP=parts,
-        RP=tiles.parts(tiles.race, target.width),
+        RP=division.parts(division.race, target.width),
         **space,
     )
 
@@ -214,12 +214,12 @@ def _statistics(
     settings: RowSettings,
 ) -> None:
     """The launches that leave each row's peak, mass and cut in the workspace."""
-    tiles, arguments = launch.tiles, launch.arguments
+    division, arguments = launch.division, launch.arguments
 
     def blocks(rows: int) -> int:
         return triton.cdiv(target_rows, rows) + triton.cdiv(draft_rows, rows)
 
-    launch(stats_kernel, (blocks(tiles.rows), arguments["splits"]), tiles.part, tiles.part_warps)
+    launch(stats_kernel, (blocks(division.rows), arguments["splits"]), division.stats)
     if not arguments["filtered"]:
         return
     more = {
@@ -229,17 +229,17 @@ def _statistics(
         "has_k": int(settings.top_k is not None),
         "has_p": int(settings.top_p is not None),
         "has_min": int(settings.min_p is not None),
-        "room": tiles.room,
+        "room": division.room,
         "SHIFT": KEY_SHIFT[DTYPES[arguments["target"].dtype]],
         "PIVOTS": PIVOTS,
-        "ROWS": tiles.filter_rows,
+        "ROWS": division.filter_rows,
     }
-    rows = blocks(tiles.filter_rows)
+    rows = blocks(division.filter_rows)
     width = arguments["width_units"] * arguments["UNIT"]
-    tallies = max(1, min(triton.cdiv(width, tiles.tally), tiles.programs // rows))
-    for more["turn"] in range(tiles.rounds):
-        launch(tally_kernel, (rows, tallies), tiles.tally, tiles.tally_warps, **more)
-    launch(cut_kernel, (rows,), tiles.cut, tiles.cut_warps, **more)
+    tallies = max(1, min(triton.cdiv(width, division.tally.block), division.programs // rows))
+    for more["turn"] in range(division.rounds):
+        launch(tally_kernel, (rows, tallies), division.tally, **more)
+    launch(cut_kernel, (rows,), division.cut, **more)
 
 
 _LOGITS = ("target", "draft")
@@ -259,22 +259,23 @@ def configurations() -> list[Configuration]:
     """
     found: dict[str, Configuration] = {}
     for tiles, dtype, unit in itertools.product(TILES.values(), DTYPES.values(), (16, 1)):
-        for kernel, block, warps in (
-            (stats_kernel, tiles.part, tiles.part_warps),
-            (tally_kernel, tiles.tally, tiles.tally_warps),
-            (cut_kernel, tiles.cut, tiles.cut_warps),
-            (excess_kernel, tiles.part, tiles.excess_warps),
-            (decide_kernel, 0, DECIDE_WARPS),
-            (race_kernel, tiles.race, tiles.race_warps),
-            (sample_kernel, tiles.race, tiles.race_warps),
+        division = Division.of(tiles)
+        for kernel, tile in (
+            (stats_kernel, tiles.stats),
+            (tally_kernel, tiles.tally),
+            (cut_kernel, tiles.cut),
+            (excess_kernel, tiles.stats),
+            (decide_kernel, DECIDE),
+            (race_kernel, tiles.race),
+            (sample_kernel, tiles.race),
         ):
             constants = {
                 "UNIT": unit,
-                "GP": tiles.positions,
-                "SP": tiles.parts(tiles.part, LARGEST),
-                "RP": tiles.parts(tiles.race, LARGEST),
+                "GP": division.positions,
+                "SP": division.parts(division.stats, LARGEST),
+                "RP": division.parts(division.race, LARGEST),
                 "ROWS": 1,
-                "BLOCK": block,
+                "BLOCK": tile.block,
                 "SHIFT": KEY_SHIFT[dtype],
                 "PIVOTS": PIVOTS,
             }
@@ -285,7 +286,7 @@ def configurations() -> list[Configuration]:
                 kernel,
                 {name: types[name] for name in names if name not in constants},
                 {name: constants[name] for name in names if name in constants},
-                warps,
+                tile.warps,
                 (),
             )
             found[str(configuration)] = configuration
