@@ -37,8 +37,8 @@ from specdistill.data.scorers import BestOf
 from specdistill.data.text_store import ANSWERS, REPLIES, read_answers
 from specdistill.data.token_store import MANIFEST
 from specdistill.decoding import GREEDY, Sampling, SpeculativeDecoder
-from specdistill.engines import openai
-from specdistill.engines.openai import Server
+from specdistill.engines import openai, openai_servers
+from specdistill.engines.openai_servers import Server
 from specdistill.errors import InputError, ServerError, StorageError
 
 KEY = "sk-this-must-not-be-seen"
@@ -56,7 +56,7 @@ def in_haste(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(openai, "BACKOFF", 0.01)
+    monkeypatch.setattr(openai_servers, "BACKOFF", 0.01)
     monkeypatch.setattr(openai, "GRACE", 1.0)
     monkeypatch.setattr(_base_client, "INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setattr(_base_client, "MAX_RETRY_DELAY", 0.02)
@@ -75,9 +75,11 @@ def echo(body: dict[str, Any], before: int) -> Reply:
 
 
 def ask(url: str, folder: Path, prompts: list[Prompt] = PROMPTS, **changes: Any) -> Any:
-    server = Server(url, "big", changes.pop("concurrency", 4))
+    """Of one server, or of several whose addresses are apart by a space."""
+    concurrency = changes.pop("concurrency", 4)
+    servers = [Server(each, "big", concurrency) for each in url.split(" ")]
     settings = {"max_new_tokens": 32, "samplings": [GREEDY], **changes}
-    return openai.ask(server, prompts, folder, **settings)
+    return openai.ask(servers, prompts, folder, **settings)
 
 
 def texts(folder: Path) -> dict[str, str]:
@@ -221,7 +223,7 @@ def test_errors_that_do_not_pass_end_the_run(tmp_path: Path) -> None:
     with serving(lambda body, before: failure(500, "out of order")) as (url, fake):
         with pytest.raises(ServerError, match=r"out of order.*run the same command again"):
             ask(url, tmp_path / "data", concurrency=1)
-        assert len(fake.asked) == openai.CLIENT_RETRIES + 1
+        assert len(fake.asked) == openai_servers.CLIENT_RETRIES + 1
     with pytest.raises(ServerError, match=f"cannot reach {url}: .+ kept, run"):
         ask(url, tmp_path / "data", concurrency=1)
 
@@ -261,6 +263,38 @@ def test_a_prompt_that_is_refused_is_counted_and_asked_again_later(tmp_path: Pat
         assert len(fake.asked) == 14
 
 
+def test_several_servers_share_the_work_and_one_that_fails_loses_nothing(tmp_path: Path) -> None:
+    """What both refuse was asked of both."""
+
+    def choosy(body: dict[str, Any], before: int) -> Reply:
+        long = body["messages"][-1]["content"] == "question 5"
+        return failure(400, "too long") if long else echo(body, before)
+
+    def failing(body: dict[str, Any], before: int) -> Reply:
+        return choosy(body, before) if len(bad.asked) < 3 else failure(500, "out of order")
+
+    (tmp_path / "prompts.txt").write_text("".join(f"question {i}\n" for i in range(12)))
+    asked = ["ask", "--target", "big", "--prompts", tmp_path / "prompts.txt", "--json"]
+    with serving(choosy) as (one, good), serving(choosy) as (other, same):
+        both = ["--base-url", one, "--base-url", other, "--concurrency", 1]
+        done = run(*asked, *both, "--out", tmp_path / "a")
+        assert (done.code, done.document["answers"], done.document["refused"]) == (0, 11, 1)
+        assert good.times_asked("question 5") == same.times_asked("question 5") == 1
+        assert len(good.asked) + len(same.asked) == 11 + 2
+        assert min(len(good.asked), len(same.asked)) > 1
+    assert f"{one}, {other}" in (tmp_path / "a" / MANIFEST).read_text()
+    with serving(choosy) as (one, good), serving(failing) as (other, bad):
+        both = ["--base-url", one, "--base-url", other, "--concurrency", 1]
+        done = run(*asked, *both, "--out", tmp_path / "b")
+        assert (done.code, done.document["answers"]) == (0, 11)
+        assert bad.asked
+    with serving(lambda body, before: failure(500, "out of order")) as (bad_url, _):
+        both = ["--base-url", bad_url, "--base-url", bad_url, "--concurrency", 1]
+        done = run(*asked, *both, "--out", tmp_path / "c")
+        assert done.code == 2
+        assert "out of order" in done.err
+
+
 def test_a_run_that_failed_at_its_start_can_be_begun_otherwise(tmp_path: Path) -> None:
     with (
         serving(lambda body, before: failure(404, "which?")) as (url, _),
@@ -287,7 +321,7 @@ def test_a_server_that_refuses_everything_is_no_server(
     with serving(lambda body, before: failure(400, "no seed here")) as (url, fake):
         with pytest.raises(ServerError, match=r"answered nothing; the last reason: .*no seed here"):
             ask(url, tmp_path / "data")
-        monkeypatch.setattr(openai, "REFUSALS", 5)
+        monkeypatch.setattr(openai_servers, "REFUSALS", 5)
         with pytest.raises(ServerError, match=r"refused 5 prompts in a row, .*no seed here"):
             ask(url, tmp_path / "more", concurrency=1)
         assert len(fake.asked) == 12 + 5
@@ -295,7 +329,7 @@ def test_a_server_that_refuses_everything_is_no_server(
     with serving(lambda body, before: (200, {"Content-Type": "text/html"}, page)) as (url, fake):
         with pytest.raises(ServerError, match=r"3 replies without an answer.*welcome"):
             ask(url, tmp_path / "page", PROMPTS[:2])
-        assert len(fake.asked) == 2 * openai.REPLIES
+        assert len(fake.asked) == 2 * openai_servers.REPLIES
 
 
 # What an answer is
@@ -453,7 +487,7 @@ def test_a_prompt_that_is_refused_does_not_end_a_run_of_many_replies_each(tmp_pa
         return failure(400, "too long") if asked == "question 3" else echo(body, before)
 
     with serving(reply) as (url, _):
-        best = {"best_of": BestOf(openai.REFUSALS, "majority"), **WARM}
+        best = {"best_of": BestOf(openai_servers.REFUSALS, "majority"), **WARM}
         _, refused = ask(url, tmp_path / "data", concurrency=1, **best)
         assert refused.keys() == {"p3"}
         assert texts(tmp_path / "data") == {i: t for i, t in EVERYTHING.items() if i != "p3"}
@@ -912,7 +946,7 @@ def test_a_real_server_answers_as_the_engine_does(
         Prompt(f"p{i}", ({"role": "user", "content": f"w{5 + i} w{9 + 2 * i} w30"},))
         for i in range(6)
     ]
-    _, refused = openai.ask(real, prompts, tmp_path / "d", max_new_tokens=8, samplings=[GREEDY])
+    _, refused = openai.ask([real], prompts, tmp_path / "d", max_new_tokens=8, samplings=[GREEDY])
     assert refused == {}
     target = models.load(str(tiny_folder), dtype="float32")
     ids = [encode_prompt(target.tokenizer, p) for p in prompts]
@@ -927,7 +961,7 @@ def test_a_real_server_answers_as_the_engine_does(
 def test_a_real_servers_replies_are_filtered(real: Server, tmp_path: Path) -> None:
     prompts = [Prompt(f"p{i}", ({"role": "user", "content": f"w{5 + i} w9"},)) for i in range(8)]
     settled, refused = openai.ask(
-        real,
+        [real],
         prompts,
         tmp_path / "d",
         max_new_tokens=20,

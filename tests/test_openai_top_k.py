@@ -24,14 +24,14 @@ from specdistill.data.outside import Outside
 from specdistill.data.prompts import Prompt
 from specdistill.data.signal import keep, read_states
 from specdistill.data.token_store import Example, read_examples, read_manifest
-from specdistill.decoding import GREEDY
+from specdistill.decoding import GREEDY, Request
 from specdistill.drafts.making import make_draft, save_draft
-from specdistill.engines import openai
-from specdistill.engines.openai import Server
 from specdistill.engines.openai_replies import NoAnswer
-from specdistill.engines.openai_top_k import Tokens, TopKAnswers
+from specdistill.engines.openai_servers import REPLIES, Server
+from specdistill.engines.openai_top_k import Tokens, TopKAnswers, read_top_k
 from specdistill.errors import ServerError
 from specdistill.models import LanguageModel
+from specdistill_kernels import TargetTopK
 
 K = 4
 PROMPTS = [
@@ -156,7 +156,7 @@ def test_what_one_server_refuses_is_asked_of_the_other(
     target: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server without log-probabilities among those that have them is left alone after a while."""
-    monkeypatch.setattr("specdistill.engines.openai_top_k.REFUSALS", 3)
+    monkeypatch.setattr("specdistill.engines.openai_servers.REFUSALS", 3)
     served, begun = Served(target), threading.Event()
 
     def without(body: dict[str, Any], before: int) -> Reply:
@@ -236,7 +236,7 @@ def test_a_reply_that_tells_it_wrongly_is_refused(
     refused: dict[str, str] = {}
     with serving(reply) as (url, fake):
         found = asked(target, [url], tmp_path / "out", refused)
-        assert fake.times_asked("w7 w13") == openai.REPLIES
+        assert fake.times_asked("w7 w13") == REPLIES
     assert found.keys() == {p.id for p in PROMPTS} - {"p2"}
     with pytest.raises(AssertionError, match=SPOILT[how]):
         raise AssertionError(refused["p2"])
@@ -248,7 +248,7 @@ def test_a_reply_that_tells_it_wrongly_is_refused(
 def test_a_server_that_caps_them_says_so_and_is_no_server(
     target: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specdistill.engines.openai_top_k.REFUSALS", 3)
+    monkeypatch.setattr("specdistill.engines.openai_servers.REFUSALS", 3)
     words = "Requested 4 logprobs, which is greater than max allowed: 2"
     with (
         serving(lambda body, before: failure(400, words)) as (url, _),
@@ -281,6 +281,30 @@ def test_tokens_are_known_by_their_bytes() -> None:
     ]
 
 
+def test_a_sampled_token_that_is_not_among_the_most_probable() -> None:
+    """vLLM tells it in the place of the last, others beside them: what is told is exact."""
+    tokens = Tokens(SimpleNamespace(name="T", vocab_size=64, tokenizer=None))
+    told = {7: 0.01, 1: 0.4, 2: 0.3, 3: 0.1}
+
+    def entry(id_: int, chance: float) -> SimpleNamespace:
+        return SimpleNamespace(token=f"token_id:{id_}", logprob=log(chance))
+
+    def read(k: int) -> TargetTopK:
+        sampled = entry(7, told[7])
+        sampled.top_logprobs = [entry(*each) for each in told.items()]
+        choice = SimpleNamespace(logprobs=SimpleNamespace(content=[sampled]))
+        row = read_top_k(SimpleNamespace(choices=[choice]), tokens, Request("a", [5], 1), k)
+        assert row.tokens == [7]
+        assert row.log_prob == pytest.approx(log(0.01))
+        return row.top
+
+    for k, ids, tail in ((4, [1, 2, 3, 7], 0.19), (3, [1, 2, 3], 0.2)):
+        top = read(k)
+        assert top.tokens.tolist() == [ids]
+        assert top.log_probs.exp()[0].tolist() == pytest.approx([told[id_] for id_ in ids])
+        assert top.log_tail.exp().tolist() == pytest.approx([tail])
+
+
 def test_by_command_and_learnt_from(
     tiny_folder: Path, target: LanguageModel, tmp_path: Path
 ) -> None:
@@ -299,10 +323,17 @@ def test_by_command_and_learnt_from(
     world["data"] = str(tmp_path / "out")
     distilled(settings(world, tmp_path / "run", signal="kept"))
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    with serving(lambda body, before: spoilt(Served(target).document(body), "none at all")) as (
+        url,
+        _,
+    ):
+        asking[2], asking[asking.index("--out") + 1] = url, tmp_path / "without"
+        done = run(*asking, tiny_folder)
+        assert done.code == 2
+        assert "no log-probabilities; serve with them" in done.err
     for more, words in [
         (["--signal", "top-k:4"], "--signal and --checkpoint go together"),
         (["--signal", "states", "--checkpoint", tiny_folder], "a server tells its most probable"),
-        (["--base-url", "http://localhost:1/v1"], "several --base-url go with --signal"),
     ]:
         asking = ["ask", "--base-url", "http://localhost:9/v1", "--target", "big"]
         done = run(*asking, "--prompts", prompts, "--out", tmp_path / "none", *more)

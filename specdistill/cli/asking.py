@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from specdistill.data.outside import OutsideDecoder
     from specdistill.data.prompts import Prompt
     from specdistill.data.text_store import Settled
-    from specdistill.engines.openai import Server
+    from specdistill.engines.openai_servers import Server
     from specdistill.models import LanguageModel
 
 
@@ -27,7 +27,7 @@ def ask(
     base_url: Annotated[
         list[str],
         typer.Option(
-            help="The server's, such as http://localhost:8000/v1; with --signal more than one."
+            help="The server's, such as http://localhost:8000/v1; more than one share the work."
         ),
     ],
     target: Annotated[str, typer.Option(help="The model's name there.")],
@@ -79,19 +79,18 @@ def ask(
             "--signal and --checkpoint go together: the server's tokens are checked against the "
             "target's tokenizer, and a draft learns with its head"
         )
-    if signal is None and len(base_url) > 1:
-        raise InputError("several --base-url go with --signal; for text alone name one")
     if signal is not None and min_words:
         raise InputError("--min-words counts the words of text alone; leave it out with --signal")
     from specdistill.data.filters import Filters
     from specdistill.decoding import Sampling
     from specdistill.engines import openai
+    from specdistill.engines.openai_servers import Server
 
     samplings = [Sampling(t, top_p=top_p) for t in parsing.temperatures(temperature)]
     filters = Filters(min_words, max_repetition, drop_truncated, drop_duplicates, retries)
     choice = answers.choice(best_of, scorer)
     read = answers.read(prompts, split, column, limit, response_column, scorer)
-    servers = [openai.Server(url, target, concurrency) for url in base_url]
+    servers = [Server(url, target, concurrency) for url in base_url]
     asked = answers.put(read, style, examples, shots, seed)
     if signal is not None:
         assert checkpoint is not None
@@ -101,7 +100,7 @@ def ask(
         return
     with console.progress() as progress:
         settled, refused = openai.ask(
-            servers[0],
+            servers,
             asked,
             out,
             max_new_tokens=max_new_tokens,
@@ -128,7 +127,7 @@ def _ask_top_k(
     from specdistill.data.generation import generate
     from specdistill.data.outside import Outside
     from specdistill.data.signal import kept_tokens
-    from specdistill.engines.openai import check_askable
+    from specdistill.engines.openai_servers import check_askable
     from specdistill.engines.openai_top_k import TopKAnswers
 
     if (k := kept_tokens(signal)) is None:

@@ -29,10 +29,11 @@ class AtServer:
         engine: str,
         engine_python: Path | None,
         num_draft_tokens: str,
-        threads: int | None,
-        runner: str,
+        **others: bool,
     ) -> None:
-        """Raises `InputError` for options that would have no effect, or contradict each other."""
+        """Raises `InputError` for options that would have no effect, or contradict each other;
+        `others` are options that a server was started with, and whether they were given.
+        """
         if self.base_url is None:
             if self.plain_base_url is not None:
                 raise InputError(
@@ -52,16 +53,12 @@ class AtServer:
                 "--base-url and --plain-base-url are the same server: vLLM cannot leave the draft "
                 "out of single requests; name a second one, of the target alone"
             )
-        from specdistill.engines.openai import Server
+        from specdistill.engines.openai_servers import Server
 
         for url in filter(None, (self.base_url, self.plain_base_url)):
             Server(url, "")  # before anything is loaded
-        ours = {
-            "--num-draft-tokens": num_draft_tokens != ALL_GAMMAS,
-            "--threads": threads is not None,
-            "--runner": runner != "auto",
-        }
-        if given := [name for name, on in ours.items() if on]:
+        others = {"num_draft_tokens": num_draft_tokens != ALL_GAMMAS, **others}
+        if given := [f"--{name.replace('_', '-')}" for name, on in others.items() if on]:
             raise InputError(
                 f"{' and '.join(given)} would have no effect with --base-url: the server was "
                 "started with its own; leave it out"

@@ -10,8 +10,7 @@ import asyncio
 import queue
 import re
 import threading
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
 from math import exp, isfinite
@@ -23,9 +22,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from specdistill.data.prompts import Prompt
 from specdistill.decoding import Request, Round, RowRound, SpeculativeDecoder
 from specdistill.decoding.sampling import row_seed
-from specdistill.engines.openai import REFUSALS, Line, Refused, Server, question
 from specdistill.engines.openai_replies import NoAnswer
-from specdistill.errors import ServerError
+from specdistill.engines.openai_servers import Crew, Line, Server, question
 from specdistill.models import LanguageModel
 from specdistill_kernels import TargetTopK
 
@@ -52,10 +50,10 @@ class Tokens:
                 raise NoAnswer(f"token id {id_}, and {self.name} has 0 to {self.size - 1}")
             return id_
         spelt = getattr(entry, "bytes", None)
-        found = self.by_bytes.get(bytes(spelt) if spelt else name.encode())
-        if found is None:
+        id_ = self.by_bytes.get(bytes(spelt) if spelt else name.encode(), -1)
+        if id_ < 0:
             raise NoAnswer(f"the token {name!r}, which is no one token of {self.name}'s tokenizer")
-        return found
+        return id_
 
     @cached_property
     def by_bytes(self) -> dict[bytes, int]:
@@ -95,8 +93,8 @@ def read_top_k(reply: Any, tokens: Tokens, request: Request, k: int) -> RowRound
     if not isinstance(entries, list) or not entries:
         raise NoAnswer("no log-probabilities; serve with them, or ask without --signal")
     ids = [tokens.id_of(entry) for entry in entries]
-    own = getattr(choice, "token_ids", None)
-    if own is not None and list(own)[: len(ids)] != ids:
+    answered = getattr(choice, "token_ids", None)
+    if answered is not None and list(answered)[: len(ids)] != ids:
         raise NoAnswer("the tokens of the log-probabilities are not those of the answer")
     tops = [_top(entry.top_logprobs, tokens, k) for entry in entries]
     log_prob = sum(entry.logprob for entry in entries)
@@ -154,11 +152,11 @@ class TopKAnswers:
         """Raises `InputError` as `SpeculativeDecoder.stream`, and `ServerError` where no server
         answers any more, or all is refused.
         """
-        waiting = deque(requests)
-        SpeculativeDecoder(self.target).check(waiting)
+        requests = list(requests)
+        SpeculativeDecoder(self.target).check(requests)
         heard: queue.Queue[RowRound | BaseException | None] = queue.Queue()
         loop = asyncio.new_event_loop()
-        task = loop.create_task(self._all(waiting, heard))
+        task = loop.create_task(self._all(requests, heard))
 
         def work() -> None:
             try:
@@ -181,50 +179,17 @@ class TopKAnswers:
                 loop.call_soon_threadsafe(task.cancel)
             thread.join()
 
-    async def _all(self, waiting: deque[Request], heard: queue.Queue[Any]) -> None:
+    async def _all(self, requests: Sequence[Request], heard: queue.Queue[Any]) -> None:
         """Until nothing waits, or no server is left."""
-        lines = [Line(server) for server in self.servers]
-        for line in lines:
-            line.more = VLLM
-        failures: dict[Line, ServerError] = {}
-        reasons: dict[str, dict[Line, Refused]] = defaultdict(dict)  # by request
-        in_a_row = dict.fromkeys(lines, 0)
 
-        async def work(line: Line) -> None:
-            while line not in failures and (request := _next(waiting, reasons, line)):
-                try:
-                    heard.put(await self._answer(line, request))
-                    in_a_row[line] = 0
-                except Refused as reason:
-                    reasons[request.id][line] = reason
-                    in_a_row[line] += 1
-                    if in_a_row[line] == REFUSALS:
-                        failures[line] = ServerError(
-                            f"{line.server.public} refused {REFUSALS} prompts in a row, the last "
-                            f"with: {reason}"
-                        )
-                    waiting.append(request)
-                except ServerError as error:
-                    failures[line] = error
-                    waiting.appendleft(request)
+        async def ask(line: Line, request: Request) -> None:
+            heard.put(await self._answer(line, request))
 
-        try:
-            while waiting:
-                if not (left := [line for line in lines if line not in failures]):
-                    raise list(failures.values())[-1]
-                for request in list(waiting):
-                    if reasons[request.id].keys() >= set(left):
-                        waiting.remove(request)
-                        reason = list(reasons[request.id].values())[-1]
-                        self.refused[request.id.partition("\n")[0]] = str(reason)
-                most = max(line.server.concurrency for line in left)
-                turns = [line for i in range(most) for line in left if i < line.server.concurrency]
-                async with asyncio.TaskGroup() as group:
-                    for line in turns:  # by turns, so that few questions do not go to one alone
-                        group.create_task(work(line))
-        finally:
-            for line in lines:
-                await line.client.close()
+        def refuse(request: Request, reason: str) -> None:
+            self.refused[request.id.partition("\n")[0]] = reason
+
+        async with Crew(self.servers, VLLM) as crew:
+            await crew.ask_all({r.id: r for r in requests}, ask, refuse)
 
     async def _answer(self, line: Line, request: Request) -> RowRound:
         prompt = self.prompts[request.id.partition("\n")[0]]
@@ -236,14 +201,3 @@ class TopKAnswers:
             request.max_new_tokens,
             lambda reply: read_top_k(reply, self.tokens, request, self.k),
         )
-
-
-def _next(
-    waiting: deque[Request], reasons: Mapping[str, Mapping[Line, Refused]], line: Line
-) -> Request | None:
-    """The first that this server has not refused."""
-    for request in waiting:
-        if line not in reasons[request.id]:
-            waiting.remove(request)
-            return request
-    return None

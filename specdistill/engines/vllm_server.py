@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 from uuid import uuid4
 
-from specdistill.engines.openai import Server, client_of, refusal, unreachable
 from specdistill.engines.openai_replies import said_by
+from specdistill.engines.openai_servers import Server, client_of, refusal, unreachable
 from specdistill.engines.server_metrics import Counters, read_metrics
 from specdistill.errors import DecodingError, InputError, ServerError
 from specdistill.scoring.card_rows import ModelCard
