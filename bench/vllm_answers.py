@@ -20,8 +20,8 @@ from specdistill.data.chat import encode_prompt
 from specdistill.data.prompts import load_prompts
 from specdistill.data.signal import States, keep
 from specdistill.decoding import Request, SpeculativeDecoder
-from specdistill.engines.vllm_answers import Answers, Engine
-from specdistill.engines.vllm_process import environment, run
+from specdistill.engines.vllm_answers import Answers
+from specdistill.engines.vllm_process import Deployment, environment, run
 from specdistill.models import LanguageModel, load
 from specdistill.provenance import device_name, git_commit
 
@@ -100,7 +100,7 @@ def main() -> None:
             "our engine, top-k:64": ours,
         }
         for signal in ("none", "top-k:64", "states"):
-            engine = Engine(given.engine_python)
+            engine = Deployment(given.engine_python)
             answers = Answers(engine, target, given.batch_size, signal, scored=False)
             stream = stack.enter_context(answers).stream
             contenders[f"--engine vllm, {signal}"] = lambda r, stream=stream: sum(

@@ -1,13 +1,17 @@
-"""A server in OpenAI's protocol that does what a test tells it to."""
+"""A server in OpenAI's protocol that does what a test tells it to, and an environment whose vLLM
+does.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 Reply = tuple[int, dict[str, str], bytes]
@@ -103,3 +107,18 @@ def serving(
         httpd.shutdown()
         thread.join()
         httpd.server_close()
+
+
+def environment_with(folder: Path, vllm: str, **modules: str) -> Path:
+    """The python of an environment in `folder` whose package `vllm` has this source and these
+    modules. It runs on a CPU.
+    """
+    package = folder / "vllm"
+    package.mkdir(exist_ok=True, parents=True)
+    platform = "class current_platform:\n    is_cpu = staticmethod(lambda: True)\n"
+    for name, text in {"__init__": vllm, "platforms": platform, **modules}.items():
+        (package / f"{name}.py").write_text(text, encoding="utf-8")
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}" exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    return python

@@ -4,20 +4,24 @@ import copy
 import json
 import math
 import os
+import re
 import shlex
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import pairwise
 from math import nan
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 from scipy import stats
-from test_cli import run
+from servers import environment_with
+from test_cli import Done, run
 
 from specdistill import models
 from specdistill.cli.scoring_by_vllm import serve_lines
@@ -36,6 +40,7 @@ from specdistill.drafts.making import make_draft, save_draft
 from specdistill.engines import base, transformers, vllm
 from specdistill.engines.vllm_engine import MEMORY_SHARE
 from specdistill.engines.vllm_pair import Pair
+from specdistill.engines.vllm_process import Deployment
 from specdistill.engines.vllm_proposer import Proposer
 from specdistill.errors import DecodingError, InputError, ModelError, StorageError
 from specdistill.models import LanguageModel, head_only
@@ -351,7 +356,7 @@ def test_a_request_too_long_for_the_target_is_refused_before_any_work(
 # vLLM: first its process, with a stand-in for vLLM on the other side
 
 STAND_IN = """
-import atexit, os, time
+import atexit, json, os, time
 from types import SimpleNamespace as Names
 __version__ = "VERSION"
 now = 0.0
@@ -369,34 +374,30 @@ class LLM:
         assert given["enforce_eager"]
         print("noise on stdout", flush=True)
         os.system("echo more noise")
-        if "BREAK" in given["model"]:
-            raise RuntimeError("no such model")
-        config = given.get("speculative_config", {})
-        self.gamma = config.get("num_speculative_tokens", 0)
+        if "fail" in given:
+            raise RuntimeError(given["fail"])
         with open(FOLDER + "/started", "a") as file:
             assert not os.path.exists(FOLDER + "/alive"), "two engines at a time"
-            runner = os.environ.get("VLLM_USE_V2_MODEL_RUNNER", "")
-            file.write(f"{self.gamma} {config} {runner}\\n")
-        self.slow = 0.0 if runner == "1" else SLOW_V1
+            file.write(json.dumps(given) + "\\n")
         open(FOLDER + "/alive", "w").close()
+        self.given, config = given, given.get("speculative_config", {})
+        self.gamma = config.get("num_speculative_tokens", 0)
         self.looks_up = config.get("method") == "ngram"
-        wanted = PARALLEL if self.gamma and not self.looks_up else None
-        assert config.get("parallel_drafting") == wanted
-        self.rounds = self.proposed = 0
-        self.requests, self.kept = 0, [0] * self.gamma
+        v2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+        self.slow = 0.0 if v2 else given.get("slow_v1", 0.0)
+        self.rounds = self.proposed = self.requests = 0
+        self.accepted = [0] * self.gamma
         assert given["max_model_len"] == 3 + 10 + self.gamma + 1, given
-        sampled = config.get("draft_sample_method")
-        assert not self.gamma or sampled == SAMPLED, given
         self.most, self.under_way = given["max_num_seqs"], []
-        self.vllm_config = Names(use_v2_model_runner=runner == "1" and not ONLY_V1)
+        self.vllm_config = Names(use_v2_model_runner=v2 and "only_v1" not in given)
         self.llm_engine = self
     def tokens_of(self, prompt, params):
         self.requests += 1
-        if self.requests == DIE_AT:
+        if self.requests == self.given.get("die_at"):
             os._exit(7)
         first = sum(prompt["prompt_token_ids"]) % 50
         tokens = [first + i for i in range(params.given["max_tokens"])]
-        if self.gamma == DIFFERS:
+        if self.gamma == self.given.get("differs"):
             tokens[-1] += 1
         return tokens
     def add_request(self, id, prompt, params):
@@ -410,7 +411,7 @@ class LLM:
         self.rounds += 1
         self.proposed += offered
         for i in range(offered - 1):
-            self.kept[i] += 1
+            self.accepted[i] += 1
         row[2] += offered
     def step(self):  # in which several take longer where there is a draft
         global now
@@ -426,10 +427,11 @@ class LLM:
     def get_metrics(self):
         if not self.gamma:
             return [Metric("vllm:other", 3)]
+        proposed = self.proposed - self.given.get("lacking", 0)
         return [Metric("vllm:spec_decode_num_drafts", self.rounds),
-                Metric("vllm:spec_decode_num_draft_tokens", self.proposed - LACKING),
-                Metric("vllm:spec_decode_num_accepted_tokens", sum(self.kept)),
-                Metric("vllm:spec_decode_num_accepted_tokens_per_pos", self.kept)]
+                Metric("vllm:spec_decode_num_draft_tokens", proposed),
+                Metric("vllm:spec_decode_num_accepted_tokens", sum(self.accepted)),
+                Metric("vllm:spec_decode_num_accepted_tokens_per_pos", self.accepted)]
 atexit.register(lambda: os.path.exists(FOLDER + "/alive") and os.remove(FOLDER + "/alive"))
 """
 CONFIG = """
@@ -438,59 +440,42 @@ class SpeculativeConfig:
 """
 
 
-def stand_in(
-    folder: Path,
-    die_at: int = 0,
-    lacking: int = 0,
-    differs: int = 0,
-    parallel: bool | None = None,
-    sampled: str | None = None,
-    slow_v1: float = 0.0,
-    only_v1: bool = False,
-    version: str = "9.9",
-) -> Path:
-    """An interpreter whose `vllm` is `STAND_IN`, which wants drafts to propose so."""
-    text = STAND_IN.replace("DIE_AT", str(die_at)).replace("LACKING", str(lacking))
-    text = text.replace("PARALLEL", str(parallel)).replace("FOLDER", repr(str(folder)))
-    text = text.replace("VERSION", version)
-    text = text.replace("SLOW_V1", str(slow_v1)).replace("ONLY_V1", str(only_v1))
-    text = text.replace("DIFFERS", str(differs or None)).replace("SAMPLED", repr(sampled))
-    package = folder / "vllm"
-    package.mkdir(exist_ok=True)
-    (package / "__init__.py").write_text(text, encoding="utf-8")
-    platform = "class current_platform:\n    is_cpu = staticmethod(lambda: True)\n"
-    (package / "platforms.py").write_text(platform, encoding="utf-8")
-    (package / "config.py").write_text(CONFIG, encoding="utf-8")
-    variables = "environment_variables = {'VLLM_USE_V2_MODEL_RUNNER': None}\n"
-    (package / "envs.py").write_text(variables, encoding="utf-8")
+def stand_in(folder: Path, version: str = "9.9") -> Path:
+    """An interpreter whose `vllm` is `STAND_IN`; engine options of its own say what it does."""
     for left in ("started", "alive"):
         (folder / left).unlink(missing_ok=True)
-    python = folder / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}" exec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
-    return python
+    text = STAND_IN.replace("VERSION", version).replace("FOLDER", repr(str(folder)))
+    variables = "environment_variables = {'VLLM_USE_V2_MODEL_RUNNER': None}\n"
+    return environment_with(folder, text, config=CONFIG, envs=variables)
 
 
-def engines_of(folder: Path) -> list[str]:
-    """The γ of each engine that was started there, in order."""
-    return [line.split(" ", 1)[0] for line in (folder / "started").read_text().splitlines()]
+def engines_of(folder: Path) -> list[dict[str, Any]]:
+    """The arguments of each engine that was started there, in order."""
+    return [json.loads(line) for line in (folder / "started").read_text().splitlines()]
+
+
+def proposers_of(folder: Path) -> list[dict[str, Any]]:
+    """Their speculative configs."""
+    return [engine.get("speculative_config", {}) for engine in engines_of(folder)]
+
+
+def gammas_of(folder: Path) -> list[int]:
+    return [config.get("num_speculative_tokens", 0) for config in proposers_of(folder)]
 
 
 def run_vllm(
     python: Path,
     pair: tuple[LanguageModel, LanguageModel],
-    target_path: Path | None = None,
     config: dict[str, object] | None = None,
+    options: dict[str, object] | None = None,
     **how: object,
 ) -> Scorecard:
     if config is None:
         asked = Pair.of(*pair, PROMPTS, 10, 0)
     else:
         asked = Pair.proposed_by(pair[0], config, PROMPTS, 10, 0)
-    if target_path is not None:
-        asked = replace(asked, target_path=target_path)
     how = {"num_draft_tokens": [2, 3], "temperature": [0.0], "max_new_tokens": 10, **how}
-    return vllm.score(python, asked, PROMPTS, **how)
+    return vllm.score(Deployment(python, options=options or {}), asked, PROMPTS, **how)
 
 
 def test_vllm_under_load(pair: tuple[LanguageModel, LanguageModel], tmp_path: Path) -> None:
@@ -531,7 +516,7 @@ def test_engines_of_vllm_come_one_after_the_other(
     assert {p.device.type for model in bare for p in model.model.parameters()} == {"meta"}
     with mock.patch("specdistill.engines.vllm_pair.load", side_effect=AssertionError):
         card = run_vllm(python, bare)
-    assert engines_of(tmp_path) == ["0", "2", "3", "0"]
+    assert gammas_of(tmp_path) == [0, 2, 3, 0]
     assert card.target == run_vllm(python, pair).target
     assert card.provenance["turns"].startswith("engine by engine")
 
@@ -566,27 +551,30 @@ def test_a_schedule_of_gamma_comes_of_the_table_of_loads(
 
 
 def test_schedules_have_no_holes() -> None:
-    def schedule(*fastest: tuple[int, int, bool]) -> list[list[int]]:
+    def schedule(*fastest: tuple[int, int, bool], only: int | None = None) -> list[list[int]]:
         rows = [
-            load.Drafted(0.0, n, num, 9, 1.0, 1.1, pays, *[load.Latency(1, 1)] * 2, [])
+            load.Drafted(0.0, n, num, 9, 1.0, 1.1 / num, pays, *[load.Latency(1, 1)] * 2, [])
             for n, num, pays in fastest
         ]
-        return load.Load([], rows).schedule(0.0)
+        return load.Load([], rows).schedule(0.0, only)
 
     assert schedule((1, 4, True), (8, 2, True)) == [[1, 7, 4], [8, 8, 2]]
     assert schedule((2, 4, True), (4, 4, True), (8, 2, False)) == [[1, 7, 4], [8, 8, 0]]
     assert schedule((1, 4, True), (8, 4, True)) == []
     assert schedule((1, 4, False), (8, 2, False)) == []
     assert schedule() == []
+    rows = [(1, 4, True), (8, 2, True), (8, 4, False)]
+    assert schedule(*rows) == [[1, 7, 4], [8, 8, 2]]
+    assert schedule(*rows, only=4) == [[1, 7, 4], [8, 8, 0]], "a parallel draft's γ is one"
 
 
 def test_vllms_runners_are_both_measured_and_the_faster_one_served(
     pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
 ) -> None:
     for slow, faster, value in ((0.02, "V2", 1), (-0.001, "V1", 0)):
-        python = stand_in(tmp_path, slow_v1=slow)
-        card = run_vllm(python, pair, both_runners=True)
-        assert engines_of(tmp_path) == ["3", "3", *["0", "2", "3", "0"] * 2]
+        python = stand_in(tmp_path)
+        card = run_vllm(python, pair, options={"slow_v1": slow}, both_runners=True)
+        assert gammas_of(tmp_path) == [3, 3, *[0, 2, 3, 0] * 2]
         assert [each["runner"] for each in card.provenance["runners"]] == ["V1", "V2"]
         assert card.provenance["runner"] == faster
         card.write(tmp_path / "card.json")
@@ -596,8 +584,8 @@ def test_vllms_runners_are_both_measured_and_the_faster_one_served(
         assert lines[-1].startswith(f"VLLM_USE_V2_MODEL_RUNNER={value} vllm serve my/target ")
     assert "VLLM_USE" not in serve_lines(run_vllm(python, pair), "t", "d")[-1]
     with pytest.raises(InputError, match="runs this by its runner V1 whatever it is told"):
-        run_vllm(stand_in(tmp_path, only_v1=True), pair, both_runners=True)
-    assert engines_of(tmp_path) == ["3", "3"], "before anything was measured"
+        run_vllm(stand_in(tmp_path), pair, options={"only_v1": True}, both_runners=True)
+    assert gammas_of(tmp_path) == [3, 3], "before anything was measured"
     python = stand_in(tmp_path)
     (tmp_path / "vllm" / "envs.py").write_text("environment_variables = {}\n")
     with pytest.raises(InputError, match=r"vLLM 9\.9 has one model runner"):
@@ -620,7 +608,7 @@ def test_what_vllm_proposes_by_itself_gets_a_card_like_a_drafts(
     assert card.rows[1].acceptance_by_position == [1.0, 0.0]
     assert not contradictions(card)
     card.write(tmp_path / "ngram.json")
-    other = run_vllm(stand_in(tmp_path, sampled="probabilistic"), pair, temperature=[0.0, 1.0])
+    other = run_vllm(stand_in(tmp_path), pair, temperature=[0.0, 1.0])
     other.write(tmp_path / "ours.json")
     ranking = compare(read_cards([tmp_path / "ngram.json", tmp_path / "ours.json"]))
     assert {standing.draft for standing in ranking.standings} == {"ngram", other.draft.name}
@@ -634,14 +622,25 @@ def test_a_head_is_told_how_to_sample_unless_its_config_does(
     pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
 ) -> None:
     head = {"method": "eagle3", "model": str(pair[1].path)}
-    python = stand_in(tmp_path, sampled="probabilistic")
-    card = run_vllm(python, pair, config=head, temperature=[1.0])
+    card = run_vllm(stand_in(tmp_path), pair, config=head, temperature=[1.0])
+    assert proposers_of(tmp_path)[1]["draft_sample_method"] == "probabilistic"
     assert card.provenance["draft_sampling"] == "probabilistic"
     assert card.drafting == "autoregressive"
     assert card.draft.parameters == pair[1].parameters()
     assert card.draft.sha256 == pair[1].sha256()
-    own = {**head, "draft_sample_method": "greedy"}
-    card = run_vllm(stand_in(tmp_path, sampled="greedy"), pair, config=own, temperature=[1.0])
+    without = tmp_path / "without"
+    without.mkdir()
+    weights = load_file(pair[1].path / "model.safetensors")
+    for name in [name for name in weights if "lm_head" in name or "embed_tokens" in name]:
+        del weights[name]
+    save_file(weights, without / "model.safetensors")
+    (without / "config.json").write_text("{}")
+    shared = Pair.proposed_by(pair[0], {**head, "model": str(without)}, PROMPTS, 10, 0).draft
+    head_bytes = 64 * 32 * 8  # of the target's float64
+    assert shared.weight_bytes == sum(w.nbytes for w in weights.values()) + head_bytes
+    greedy = {**head, "draft_sample_method": "greedy"}
+    card = run_vllm(stand_in(tmp_path), pair, config=greedy, temperature=[1.0])
+    assert proposers_of(tmp_path)[1]["draft_sample_method"] == "greedy"
     assert card.provenance["draft_sampling"] == "greedy"
     for method in ("dflash", "dspark"):
         assert Proposer.of_config({**head, "method": method}).drafting == "parallel"
@@ -667,8 +666,8 @@ def test_a_speculative_config_that_is_refused(config: dict[str, object], words: 
 def test_a_sampled_draft_is_vllms_where_a_temperature_is_above_0(
     pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
 ) -> None:
-    python = stand_in(tmp_path, sampled="probabilistic")
-    card = run_vllm(python, pair, temperature=[0.0, 1.0], concurrency=[2])
+    card = run_vllm(stand_in(tmp_path), pair, temperature=[0.0, 1.0], concurrency=[2])
+    assert proposers_of(tmp_path)[1]["draft_sample_method"] == "probabilistic"
     assert card.provenance["draft_sampling"] == "probabilistic"
     assert [row.temperature for row in card.load.plain] == [0.0, 1.0]
     assert len(card.load.lines) == 2
@@ -701,6 +700,7 @@ def test_vllm_is_asked_in_turns_and_its_counters_taken(
 ) -> None:
     found = run_vllm(stand_in(tmp_path), pair)
     assert found.outside_engine == "vllm 9.9"
+    assert proposers_of(tmp_path)[1].keys() == {"method", "model", "num_speculative_tokens"}
     assert found.lossless.greedy_identical == (12, 12)
     for row, rounds in zip(found.rows, (5, 3), strict=True):
         gamma = row.num_draft_tokens
@@ -718,14 +718,15 @@ def test_vllm_is_told_to_draft_in_parallel(
 ) -> None:
     target, draft = pair[0], copy.deepcopy(pair[1])
     set_parallel(draft, 63, 4)
-    card = run_vllm(stand_in(tmp_path, parallel=True), (target, draft))
+    card = run_vllm(stand_in(tmp_path), (target, draft))
+    assert [each.get("parallel_drafting") for each in proposers_of(tmp_path)[:2]] == [None, True]
     assert card.drafting == "parallel"
     assert card.provenance["mask_token"] == 63
     assert {row.draft_steps for row in card.rows} == {1}
     assert not contradictions(card)
     asked = Pair.of(target, draft, PROMPTS, 10, 0, "autoregressive")
     again = vllm.score(
-        stand_in(tmp_path),
+        Deployment(stand_in(tmp_path)),
         asked,
         PROMPTS,
         num_draft_tokens=[2],
@@ -733,6 +734,7 @@ def test_vllm_is_told_to_draft_in_parallel(
         max_new_tokens=10,
     )
     assert again.drafting == "autoregressive"
+    assert "parallel_drafting" not in proposers_of(tmp_path)[1]
     with pytest.raises(InputError, match="has no mask token"):
         Pair.of(*pair, PROMPTS, 10, 0, "parallel")
 
@@ -757,7 +759,7 @@ def test_what_differs_in_vllm_is_explained_by_our_own_pass_or_fails(
             for name, value in apart.items():
                 place = f"specdistill.scoring.lossless.{name}"
                 patches.enter_context(mock.patch(place, return_value=value))
-        card = run_vllm(stand_in(tmp_path, differs=3), pair)
+        card = run_vllm(stand_in(tmp_path), pair, options={"differs": 3})
     assert card.lossless.greedy_identical == (6, 12)
     assert [tie["position"] for tie in card.lossless.ties] == [9] * 6
     assert all(tie["within_rounding"] is rounding for tie in card.lossless.ties)
@@ -768,7 +770,7 @@ def test_a_target_too_large_for_our_own_pass_loses_no_measurement(
     pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
 ) -> None:
     with mock.patch("specdistill.engines.vllm_pair.load", side_effect=ModelError("too large")):
-        card = run_vllm(stand_in(tmp_path, differs=3), pair)
+        card = run_vllm(stand_in(tmp_path), pair, options={"differs": 3})
     assert card.provenance["differences"] == "not explained by a pass of our own: too large"
     assert card.failures == [
         "6 of 12 greedy texts differ from those of plain decoding, and rounding does not explain it"
@@ -776,49 +778,90 @@ def test_a_target_too_large_for_our_own_pass_loses_no_measurement(
     card.write(tmp_path / "card.json")
 
 
+def run_command(
+    folder: Path,
+    pair: tuple[LanguageModel, LanguageModel],
+    python: Path,
+    target: Path,
+    *more: object,
+    draft: bool = True,
+) -> Done:
+    (folder / "prompts.txt").write_text("w5 w6 w7\nw6 w7 w8\nw9 w6 w8\n")
+    asked = ["score", "--target", target, "--prompts", folder / "prompts.txt"]
+    asked += ["--engine", "vllm", "--dtype", "float64", "--max-new-tokens", 7]
+    asked += ["--num-draft-tokens", "2,3", "--temperature", 0, "--engine-python", python]
+    asked += ["--draft", pair[1].path] if draft else []
+    return run(*asked, "--out", folder / "card.json", "--overwrite", *more)
+
+
 def test_the_command_scores_by_vllm(
     pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
 ) -> None:
-    """A draft, and what vLLM has of its own, on the same prompts."""
-    (tmp_path / "prompts.txt").write_text("w5 w6 w7\nw6 w7 w8\nw9 w6 w8\n")
-    asked = ["score", "--target", pair[0].path, "--prompts", tmp_path / "prompts.txt"]
-    asked += ["--engine", "vllm", "--dtype", "float64", "--max-new-tokens", 7]
-    asked += ["--num-draft-tokens", "2,3", "--temperature", 0]
-    cards = [tmp_path / "ours.json", tmp_path / "theirs.json"]
-    asked += ["--engine-python", stand_in(tmp_path)]
-    ours = run(*asked, "--draft", pair[1].path, "--out", cards[0], "--runner", "both")
+    """A draft, and what vLLM has of its own, on the same prompts; and a target as it is served."""
+    target, python = pair[0].path, stand_in(tmp_path)
+    cards = [tmp_path / f"{name}.json" for name in ("ours", "theirs", "quantised")]
+    ours = run_command(tmp_path, pair, python, target, "--out", cards[0], "--runner", "both")
     assert ours.code == 0, ours.err
     assert "torch.float64 in the engine" in ours.err
-    said = " ".join(ours.out.split())
-    assert "Serve it with" in said
-    assert "VLLM_USE_V2_MODEL_RUNNER=" in said
-    config = """{"method": "ngram", "prompt_lookup_max": 2}"""
-    theirs = run(*asked, "--speculative-config", config, "--out", cards[1])
+    printed = " ".join(ours.out.split())
+    assert "Serve it with" in printed
+    assert "VLLM_USE_V2_MODEL_RUNNER=" in printed
+    config = ["--speculative-config", '{"method": "ngram", "prompt_lookup_max": 2}']
+    theirs = run_command(tmp_path, pair, python, target, "--out", cards[1], *config, draft=False)
     assert theirs.code == 0, theirs.err
     assert "are not checked" in theirs.err
-    compared = run("compare", *cards)
+    compared = run("compare", *cards[:2])
     assert compared.code == 0, compared.err
     assert "proposed by ngram" in " ".join(compared.out.split())
+    options = ["--tensor-parallel", 2, "--engine-options", '{"quantization": "fp8", "x_y": true}']
+    served = run_command(tmp_path, pair, python, target, "--out", cards[2], *options)
+    assert served.code == 0, served.err
+    assert "--tensor-parallel-size 2 --quantization fp8 --x-y --spec" in " ".join(
+        served.out.split()
+    )
+    told = {"tensor_parallel_size": 2, "quantization": "fp8", "x_y": True}
+    assert all(engine.items() >= told.items() for engine in engines_of(tmp_path)[-4:])
+    assert Scorecard.read(cards[2]).provenance["engine_options"] == told
+    compared = run("compare", cards[0], cards[2])
+    assert compared.code == 1
+    assert "deployment differs: {} in" in " ".join(compared.out.split())
 
 
-def test_a_vllm_that_ends_early_says_why(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
+WRONG = {  # options of the stand-in, and what the command says
+    "no such model": ({"fail": "no such model"}, "does not start (exit code 1). It said: .*model"),
+    "no memory": (
+        {"fail": "CUDA out of memory"},
+        "the weights take .* GB over 1 devices, and up to 1 rows of .* tokens want a cache; take "
+        "more devices .*CUDA out of memory",
+    ),
+    "it dies": ({"die_at": 3}, "vLLM process ended with exit code 7. It said: .*noise"),
+    "counters": ({"lacking": 1}, "do not tell in which rounds"),
+    "too old": ({}, "vLLM 0.9.1 is too old: 0.32 and later are known here"),
+    "no vLLM": ({}, "does not start (exit code 1). It said: .*ImportError: cannot import vllm"),
+    "no interpreter": ({}, "there is no interpreter .*nothing"),
+    "another target": ({}, "the draft's vocabulary .* differs from the target's"),
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_what_cannot_be_scored_is_one_sentence(
+    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path, how: str
 ) -> None:
-    with pytest.raises(DecodingError, match=r"does not start \(exit code 1\).*: no such model"):
-        run_vllm(stand_in(tmp_path), pair, tmp_path / "BREAK")
-    with pytest.raises(DecodingError, match=r"exit code 7\. It said: "):
-        run_vllm(stand_in(tmp_path, die_at=3), pair)
-    with pytest.raises(DecodingError, match="do not tell in which rounds"):
-        run_vllm(stand_in(tmp_path, lacking=1), pair)
-    with pytest.raises(InputError, match=r"vLLM 0\.9\.1 is too old: 0\.32 and later"):
-        run_vllm(stand_in(tmp_path, version="0.9.1"), pair)
-    with pytest.raises(DecodingError, match=r"--runner both: by its runner V1 vLLM does not start"):
-        run_vllm(stand_in(tmp_path), pair, tmp_path / "BREAK", both_runners=True)
-    (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('cannot import vllm')")
-    with pytest.raises(DecodingError, match="cannot import vllm"):
-        run_vllm(tmp_path / "python", pair)
-    with pytest.raises(InputError, match="there is no interpreter"):
-        run_vllm(tmp_path / "nothing", pair)
+    options, words = WRONG[how]
+    python, target = stand_in(tmp_path, "0.9.1" if how == "too old" else "9.9"), pair[0].path
+    if how == "no vLLM":
+        (tmp_path / "vllm" / "__init__.py").write_text("raise ImportError('cannot import vllm')")
+    if how == "no interpreter":
+        python = tmp_path / "nothing"
+    if how == "another target":
+        other = tiny_model(1, layers=3)
+        save_draft(replace(other, tokenizer=tiny_tokenizer(60)), target := tmp_path / "other")
+    done = run_command(tmp_path, pair, python, target, "--engine-options", json.dumps(options))
+    assert done.code == 2
+    (line,) = (line for line in done.err.splitlines() if line.startswith("error: "))
+    assert re.search(words.replace("(", r"\(").replace(")", r"\)"), line), line
+    assert "Traceback" not in done.err
+    assert not (tmp_path / "card.json").exists()
 
 
 def test_a_pair_that_does_not_fit_is_refused_before_it_loads(
@@ -836,7 +879,7 @@ def test_a_pair_that_does_not_fit_is_refused_before_it_loads(
         )
         return run_vllm(python, pair)
 
-    with pytest.raises(InputError, match="it needs a larger device"):
+    with pytest.raises(InputError, match=r"1 devices: it needs larger ones, or more \(--tensor"):
         run_on(0.99 * weights / MEMORY_SHARE)
     with pytest.raises(DecodingError, match="AssertionError"):  # it begins to load
         run_on(1.01 * weights / MEMORY_SHARE)
@@ -981,13 +1024,12 @@ def test_vllm_accepts_what_our_engine_accepts(tmp_path: Path, parallel: bool) ->
     both = tuple(models.load(str(tmp_path / n), dtype="float32") for n in ("target", "draft"))
     asked = Pair.of(*both, PROMPTS, 24, 0)
     found = vllm.score(
-        Path(VLLM_PYTHON),
+        Deployment(Path(VLLM_PYTHON), threads=1),
         asked,
         PROMPTS,
         num_draft_tokens=[3],
         temperature=[0.0],
         max_new_tokens=24,
-        threads=1,
     )
     (row,) = found.rows
     same, compared = found.lossless.greedy_identical
@@ -1009,27 +1051,114 @@ def test_vllm_accepts_what_our_engine_accepts(tmp_path: Path, parallel: bool) ->
         assert survival[2] > 0.1, "the last place is tried, too"
 
 
-@pytest.mark.skipif(not VLLM_PYTHON, reason="SPECDISTILL_VLLM_PYTHON names no python with vLLM")
-def test_vllms_own_look_up_is_counted_round_by_round(tmp_path: Path) -> None:
-    """Against our own look-up of the text so far in the text before it."""
-    target = tiny_model(1, layers=3, vocab=64, hidden_size=128, head_dim=32)
-    save_draft(target, tmp_path / "target")
-    target = models.load(str(tmp_path / "target"), dtype="float32")
-    config = {"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+def bigram_head(target: LanguageModel, follows: list[int], folder: Path) -> None:
+    """An EAGLE-3 head of the target's upper 48 tokens that proposes `follows[t]` after t. Queries
+    and keys find the place itself, whose value is the token; the target's states are left out.
+    """
+    embedding = target.model.get_input_embeddings().weight
+    width, lowest, generator = 128, 64 - 48, torch.Generator().manual_seed(0)
+    tokens = embedding / embedding.square().mean(-1, keepdim=True).sqrt()
+    to_keys, to_values = torch.randn(2, 64, width, generator=generator) / width**0.5
+    nothing = torch.zeros(64, width)
+    keys, values = (torch.cat([weight, nothing], -1) for weight in (20 * to_keys, to_values))
+    heads = keys.view(2, 1, 32, 2 * width).expand(2, 2, 32, 2 * width).reshape(width, 2 * width)
+    seen = (tokens @ to_values.T).view(64, 2, 1, 32).expand(64, 2, 2, 32).reshape(64, width)
+    wanted = torch.nn.functional.one_hot(torch.tensor(follows) - lowest, 48).float()
+    layer, ones, mlp = "midlayer.", torch.ones(width), torch.zeros(48, width)
+    weights = {
+        "fc.weight": torch.zeros(width, 3 * width),
+        f"{layer}self_attn.q_proj.weight": heads,
+        f"{layer}self_attn.k_proj.weight": keys,
+        f"{layer}self_attn.v_proj.weight": values,
+        f"{layer}self_attn.o_proj.weight": torch.eye(width),
+        f"{layer}mlp.gate_proj.weight": mlp,
+        f"{layer}mlp.up_proj.weight": mlp,
+        f"{layer}mlp.down_proj.weight": mlp.T,
+        f"{layer}input_layernorm.weight": ones,
+        f"{layer}hidden_norm.weight": torch.zeros(width),
+        f"{layer}post_attention_layernorm.weight": ones,
+        "norm.weight": ones,
+        "lm_head.weight": (torch.linalg.pinv(seen) @ wanted).T,
+        "d2t": torch.full((48,), lowest),
+    }
+    folder.mkdir()
+    save_file(
+        {name: each.clone().contiguous() for name, each in weights.items()},
+        folder / "model.safetensors",
+    )
+    config = {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1}
+    config |= {"draft_vocab_size": 48, "norm_before_residual": True}
+    text = json.dumps({**target.config.to_dict(), **config})
+    (folder / "config.json").write_text(text)
+
+
+def proposed_by_vllm(folder: Path, target: LanguageModel, config: dict[str, object]) -> Scorecard:
     card = vllm.score(
-        Path(VLLM_PYTHON),
+        Deployment(Path(VLLM_PYTHON), threads=1, options={"block_size": 32}),
         Pair.proposed_by(target, config, PROMPTS, 48, 0),
         PROMPTS,
         num_draft_tokens=[3],
         temperature=[0.0],
         max_new_tokens=48,
-        threads=1,
         concurrency=[1, 3],
     )
-    (row,) = card.rows
-    assert card.drafting == "look-up"
     assert card.lossless.greedy_identical == (len(PROMPTS), len(PROMPTS))
-    assert 0 < row.accepted < row.tested <= row.proposed < 3 * row.rounds
-    assert row.emitted <= row.accepted + row.rounds, "each round emits a token of its own"
     assert [r.concurrency for r in card.load.drafted] == [1, 3]
     assert not contradictions(card)
+    card.write(folder / f"{config['method']}.json")
+    return card
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not VLLM_PYTHON, reason="SPECDISTILL_VLLM_PYTHON names no python with vLLM")
+def test_a_public_head_and_vllms_own_look_up_are_ranked_by_their_own_counts(
+    tmp_path: Path,
+) -> None:
+    """The head's proposals are known, and so is each round of it; those of the look-up are in the
+    text so far.
+    """
+    target = tiny_model(1, layers=3, vocab=64, hidden_size=128, head_dim=32)
+    save_draft(target, tmp_path / "target")
+    target = models.load(str(tmp_path / "target"), dtype="float32")
+    texts = []
+    for prompt in PROMPTS:  # beyond the longest answer, as the last round looks there
+        text = list(prompt.tokens)
+        for _ in range(48 + 3):
+            text.append(int(target.logits(target.hidden(torch.tensor([text]))[0, -1]).argmax()))
+        texts.append(text[len(prompt.tokens) :])
+    assert not any(set(text[:48]) & target.eos_ids for text in texts)
+    follows = [max(16, (t + 1) % 64) for t in range(64)]
+    for text in texts[::2]:
+        follows = [dict(pairwise(text)).get(t, follows[t]) for t in range(64)]
+    follows = [max(16, t) for t in follows]
+    bigram_head(target, follows, tmp_path / "head")
+    accepted = []
+    for text in texts:
+        done = 1
+        while done < 48:
+            proposed, last = 0, text[done - 1]
+            while proposed < 3 and (last := follows[last]) == text[done + proposed]:
+                proposed += 1
+            accepted.append(proposed)
+            done += proposed + 1
+    head = {"method": "eagle3", "model": str(tmp_path / "head")}
+    card = proposed_by_vllm(tmp_path, target, head)
+    (row,) = card.rows
+    assert card.drafting == "autoregressive"
+    assert card.settings_label == "proposed by eagle3"
+    assert row.rounds == len(PROMPTS) + len(accepted)
+    assert row.accepted == sum(accepted)
+    by_place = [sum(number > i for number in accepted) / len(accepted) for i in range(3)]
+    assert row.survival_by_position == pytest.approx(by_place)
+    assert by_place[2] > 0.02, "the last place is tried, too"
+    assert card.load.drafted[0].accepted_by_position == pytest.approx(by_place)
+
+    ngram = {"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    card = proposed_by_vllm(tmp_path, target, ngram)
+    (row,) = card.rows
+    assert card.drafting == "look-up"
+    assert 0 < row.accepted < row.tested <= row.proposed < 3 * row.rounds
+    assert row.emitted <= row.accepted + row.rounds, "each round emits a token of its own"
+    compared = run("compare", tmp_path / "eagle3.json", tmp_path / "ngram.json")
+    assert compared.code == 0, compared.err
+    assert "drafting differs: eagle3 in" in " ".join(compared.out.split())

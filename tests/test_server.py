@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -366,6 +366,26 @@ def test_by_command(tiny_folder: Path, tmp_path: Path) -> None:
         assert KEY not in said
 
 
+def test_a_port_that_another_program_has(tiny_folder: Path, tmp_path: Path) -> None:
+    def answer() -> None:
+        with suppress(OSError):  # it is closed
+            while True:
+                client, _ = other.accept()
+                with client:
+                    client.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{other.getsockname()[1]}/v1"
+        scored = by_command(tmp_path, tiny_folder, "--base-url", url)
+        asking = ["ask", "--target", "tiny", "--prompts", tmp_path / "prompts.txt"]
+        asked = run(*asking, "--out", tmp_path / "out", "--base-url", url)
+        other.shutdown(socket.SHUT_RDWR)
+    for done in (scored, asked):
+        assert done.code == 2
+        assert f"cannot reach {url}" in " ".join(done.err.split()), done.err
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -376,6 +396,8 @@ def test_by_command(tiny_folder: Path, tmp_path: Path) -> None:
         ("--base-url http://x/v1 --engine-python python", "name one"),
         ("--base-url http://x/v1 --num-draft-tokens 4", "--num-draft-tokens would have no effect"),
         ("--base-url http://x/v1 --threads 2", "--threads would have no effect with --base-url"),
+        ("--base-url http://x/v1 --tensor-parallel 2", "--tensor-parallel would have no effect"),
+        ("--base-url http://x/v1 --engine-options {}", "--engine-options would have no effect"),
         ("--base-url http://x/v1 --device cpu", "--device cpu has no effect"),
         ("--base-url http://x/v1 --engine specdistill", "--base-url would have no effect with"),
         ("", "or a server that runs by --base-url"),

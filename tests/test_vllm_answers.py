@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from servers import environment_with
 from test_cli import run
 
 from specdistill.data.filters import Filters
@@ -24,7 +27,8 @@ from specdistill.data.token_store import Example, read_examples, read_manifest
 from specdistill.decoding import Sampling
 from specdistill.decoding.sampling import row_seed
 from specdistill.engines import vllm_answerer
-from specdistill.engines.vllm_answers import Answers, Engine
+from specdistill.engines.vllm_answers import Answers
+from specdistill.engines.vllm_process import Deployment
 from specdistill.errors import DecodingError, InputError
 from specdistill.models import LanguageModel
 from specdistill_kernels import keep_top_k
@@ -90,17 +94,8 @@ class LLM:
 
 def stand_in(folder: Path, version: str = "9.9") -> Path:
     """An interpreter whose `vllm` is `VLLM`."""
-    package = folder / "vllm"
-    package.mkdir(exist_ok=True, parents=True)
-    (package / "__init__.py").write_text(VLLM.replace("VERSION", version), encoding="utf-8")
-    platform = "class current_platform:\n    is_cpu = staticmethod(lambda: True)\n"
-    (package / "platforms.py").write_text(platform, encoding="utf-8")
     kind = "class RequestOutputKind:\n    FINAL_ONLY = 1\n"
-    (package / "sampling_params.py").write_text(kind, encoding="utf-8")
-    python = folder / "python"
-    python.write_text(f'#!/bin/sh\nPYTHONPATH="{folder}" exec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
-    return python
+    return environment_with(folder, VLLM.replace("VERSION", version), sampling_params=kind)
 
 
 def started(python: Path) -> list[str]:
@@ -129,7 +124,9 @@ def answered(
 
         def decoder(model: LanguageModel, batch_size: int) -> Answers:
             scored = getattr(how.get("best_of"), "scorer", "") == "log-probability"
-            answers = Answers(Engine(python, **engine), model, batch_size, signal, scored=scored)
+            answers = Answers(
+                Deployment(python, **engine), model, batch_size, signal, scored=scored
+            )
             return stack.enter_context(answers)
 
         how = {"max_new_tokens": 6, "batch_size": 2, **how}
@@ -216,46 +213,42 @@ def test_a_worker_that_is_killed_is_started_again_and_nothing_is_lost(
     assert {e.id: e.response_tokens for e in whole} == {e.id: e.response_tokens for e in broken}
 
 
-def test_three_deaths_in_a_row_are_an_error_that_quotes_its_last_words(
-    target: LanguageModel, tmp_path: Path
-) -> None:
-    python = stand_in(tmp_path)
-    with pytest.raises(DecodingError, match=r"ended 3 times in a row \(exit code -9\).*last words"):
-        answered(target, python, tmp_path / "out", options={"die_at": 1})
+def test_an_engine_that_cannot_be_used_is_one_sentence(tiny_folder: Path, tmp_path: Path) -> None:
+    python, old = stand_in(tmp_path), stand_in(tmp_path / "old", "0.31.2")
+    (tmp_path / "prompts.txt").write_text("w5 w6\nw7 w8\n")
+    asked = ["generate", "--target", tiny_folder, "--prompts", tmp_path / "prompts.txt"]
+    asked += ["--max-new-tokens", 6, "--signal", "none", "--engine", "vllm", "--batch-size", 2]
+
+    numbers = count()
+
+    def refused(words: str, python: Path = python, **options: object) -> None:
+        engine = ["--engine-python", python, "--engine-options", json.dumps(options)]
+        done = run(*asked, *engine, "--out", tmp_path / f"out {next(numbers)}")
+        assert done.code == 2
+        assert re.search(words, " ".join(done.err.split())), done.err
+
+    refused("there is no interpreter", tmp_path / "nothing")
+    refused(r"vLLM 0\.31\.2 is too old: 0\.32 and later", old)
+    refused(r"does not start \(exit code 1\).*RuntimeError: no such model", fail="no such model")
+    sizes = r"weights take .* GB over 1 devices.*2 rows of \d+ tokens.*CUDA out of memory"
+    refused(sizes, fail="CUDA out of memory")
+    refused("token 999, which the tokenizer", unknown=999)
+    (python.parent / "vllm" / "starts").unlink()
+    refused(r"ended 3 times in a row \(exit code -9\).*its last words", die_at=1)
     assert len(started(python)) == 3
-
-
-def test_an_engine_that_cannot_be_used_says_why(target: LanguageModel, tmp_path: Path) -> None:
-    python = stand_in(tmp_path)
-
-    def refused(
-        error: type[Exception], match: str, python: Path = python, **options: object
-    ) -> None:
-        with pytest.raises(error, match=match):
-            answered(target, python, tmp_path / "out", options=options)
-
-    old = stand_in(tmp_path / "old", "0.31.2")
-    refused(InputError, "there is no interpreter", tmp_path / "nothing")
-    refused(InputError, r"vLLM 0\.31\.2 is too old: 0\.32 and later", old)
-    says = r"does not start \(exit code 1\).*RuntimeError: no such model"
-    refused(DecodingError, says, fail="no such model")
-    sizes = r"weights take .* GB over 1 devices.*2 rows of \d+ tokens"
-    refused(DecodingError, sizes, fail="CUDA out of memory")
-    refused(DecodingError, "token 999, which the tokenizer", unknown=999)
-    refused(InputError, "'speculative_config' is not for it", speculative_config={})
     (python.parent / "vllm" / "__init__.py").write_text("raise ImportError('no vllm here')")
-    refused(DecodingError, "ImportError: no vllm here")
+    refused("ImportError: no vllm here")
 
 
 def test_devices_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    engine = Engine(Path("python"), workers=2, tensor_parallel=2)
+    engine = Deployment(Path("python"), workers=2, tensor_parallel=2)
     assert [engine.devices(i) for i in range(2)] == ["0,1", "2,3"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,7")
     assert engine.devices(0) == "4,5"
     with pytest.raises(InputError, match="need 4; CUDA_VISIBLE_DEVICES names 3"):
         engine.devices(1)
-    assert Engine(Path("python")).devices(0) is None
+    assert Deployment(Path("python")).devices(0) is None
 
 
 # What vLLM's own workers learn
@@ -313,7 +306,7 @@ def test_rows_are_told_apart_by_request_and_position(
         assert torch.equal(kept[1], expected.log_probs.half())
         torch.testing.assert_close(kept[2], expected.log_tail)
         torch.testing.assert_close(kept[3], alpha_cost(logits, expected.tokens))
-    with pytest.raises(KeyError):
+    with pytest.raises(RuntimeError, match="in 0 of the 3 steps of 'a'"):
         worker.specdistill_take("a", 4, 3)
     monkeypatch.setattr(ranks, "get_tensor_model_parallel_rank", lambda: 1)
     second = vllm_answerer.Signal()
@@ -370,8 +363,13 @@ def test_options_that_do_not_go_together(tiny_folder: Path, tmp_path: Path) -> N
         ("--workers 2", "--workers would have no effect with --engine specdistill"),
         ("--engine vllm", "--engine vllm and --engine-python go together"),
         (f"--engine vllm --engine-python {python} --device cpu", "--device cpu has no effect"),
-        (f"--engine vllm --engine-python {python} --engine-options [1]", "must be a JSON object"),
-        (f"--engine vllm --engine-python {python} --engine-options {{", "is no JSON"),
+        (f"--engine vllm --engine-python {python} --engine-options [1]", "write an object, as"),
+        (f"--engine vllm --engine-python {python} --engine-options {{", "not valid JSON"),
+        (
+            f"--engine vllm --engine-python {python} --engine-options {{"
+            '"speculative_config":{}}',
+            "'speculative_config' is not for it",
+        ),
     ]:
         result = run(*asked, *more.split())
         assert result.code == 2, result.err

@@ -28,16 +28,8 @@ def generate(
     workers: Annotated[
         int | None, among(limits.WORKERS, "With --engine vllm: engines at a time; 1.")
     ] = None,
-    tensor_parallel: Annotated[
-        int | None, among(limits.WORKERS, "With --engine vllm: devices of one engine; 1.")
-    ] = None,
-    engine_options: Annotated[
-        str | None,
-        typer.Option(
-            help="With --engine vllm: more arguments of its `LLM` as JSON, such as "
-            """'{"quantization": "fp8"}'."""
-        ),
-    ] = None,
+    tensor_parallel: options.TensorParallel = None,
+    engine_options: options.EngineOptions = None,
     style: options.Style = "instruction",
     examples: options.Examples = None,
     shots: options.Shots = None,

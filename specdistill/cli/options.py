@@ -50,6 +50,17 @@ BatchSize = Annotated[int, among(limits.ROWS, "Rows decoded together.")]
 EnginePython = Annotated[
     Path | None, typer.Option(help="With --engine vllm: the python of vLLM's environment.")
 ]
+TensorParallel = Annotated[
+    int | None, among(limits.WORKERS, "With --engine vllm: devices of one engine; 1.")
+]
+EngineOptions = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON",
+        help="With --engine vllm: more arguments of its `LLM`, such as "
+        """'{"quantization": "fp8"}'.""",
+    ),
+]
 Seed = Annotated[int, among(limits.SEED)]
 
 # What both `generate` and `ask` do with prompts and answers.

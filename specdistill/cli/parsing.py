@@ -5,6 +5,7 @@ Raises `InputError` for what they do not hold.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from specdistill import limits
@@ -26,6 +27,19 @@ def chat_template_kwargs(text: str | None) -> dict[str, Any] | None:
 def speculative_config(text: str) -> dict[str, Any]:
     """'{"method": "ngram"}' to what vLLM is told."""
     return _object(text, "--speculative-config", '{"method": "ngram"}')
+
+
+def engine_options(text: str | None, reserved: Mapping[str, str]) -> dict[str, Any]:
+    """'{"quantization": "fp8"}' to more arguments of vLLM's `LLM`, but for those that are not the
+    user's to set, and why.
+    """
+    if text is None:
+        return {}
+    options = _object(text, "--engine-options", '{"quantization": "fp8"}')
+    for name in options:
+        if name in reserved:
+            raise InputError(f"--engine-options: {name!r} is not for it: {reserved[name]}")
+    return options
 
 
 def _object(text: str, option: str, example: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from specdistill.cli.options import (
     Column,
     Device,
     Dtype,
+    EngineOptions,
     EnginePython,
     Json,
     Limit,
@@ -24,6 +25,7 @@ from specdistill.cli.options import (
     Seed,
     Split,
     Target,
+    TensorParallel,
     Threads,
 )
 from specdistill.cli.scoring_by_vllm import ByVllm, Runners, serve_lines
@@ -122,6 +124,8 @@ def score(
     keep_text: KeepText = False,
     engine: EngineOption = "specdistill",
     engine_python: EnginePython = None,
+    tensor_parallel: TensorParallel = None,
+    engine_options: EngineOptions = None,
     base_url: BaseUrl = None,
     plain_base_url: PlainBaseUrl = None,
     concurrency: Concurrency = None,
@@ -154,8 +158,24 @@ def score(
     }
     _check_engine(engine, [name for name, given in ours.items() if given], drafting)
     at_server = AtServer(base_url, plain_base_url)
-    at_server.check(engine, engine_python, num_draft_tokens, threads, runner)
-    by_vllm = ByVllm(engine_python, at_server, concurrency, speculative_config, runner)
+    at_server.check(
+        engine,
+        engine_python,
+        num_draft_tokens,
+        threads=threads is not None,
+        runner=runner != "auto",
+        tensor_parallel=tensor_parallel is not None,
+        engine_options=engine_options is not None,
+    )
+    by_vllm = ByVllm(
+        engine_python,
+        at_server,
+        tensor_parallel,
+        engine_options,
+        concurrency,
+        speculative_config,
+        runner,
+    )
     by_vllm.check(engine, device, draft, drafting)
     keep_apart([out], [each for each in (target, draft, prompts, engine_python) if each])
     console.must_be_free(out, overwrite)

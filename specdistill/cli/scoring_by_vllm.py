@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from specdistill import limits
 from specdistill.cli import console, parsing
 from specdistill.cli.at_server import AtServer
-from specdistill.engines.vllm_process import check_interpreter
+from specdistill.cli.serving import check_given
+from specdistill.engines.vllm_process import SCORING, Deployment, check_interpreter
 from specdistill.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class ByVllm:
 
     python: Path | None
     server: AtServer
+    tensor_parallel: int | None
+    options: str | None
     concurrency: str | None
     speculative_config: str | None
     runner: Runners
@@ -36,25 +39,17 @@ class ByVllm:
     def check(self, engine: str, device: str, draft: str | None, drafting: Way) -> None:
         """Raises `InputError` for options that would have no effect, or contradict each other."""
         given = {
+            "--tensor-parallel": self.tensor_parallel is not None,
+            "--engine-options": self.options is not None,
             "--concurrency": self.concurrency is not None,
             "--speculative-config": self.speculative_config is not None,
             "--runner": self.runner != "auto",
         }
-        if engine != "vllm" and (names := [name for name, on in given.items() if on]):
-            verb = "it is" if len(names) == 1 else "they are"
-            raise InputError(
-                f"{' and '.join(names)} would have no effect with --engine {engine}: {verb} for "
-                "--engine vllm"
-            )
+        check_given(engine, device, given)
         if (engine == "vllm") != (self.python is not None or self.server.base_url is not None):
             raise InputError(
                 "--engine vllm and --engine-python go together: name the python of an environment "
                 "that has vLLM, or a server that runs by --base-url"
-            )
-        if engine == "vllm" and device != "auto":
-            raise InputError(
-                f"--device {device} has no effect with --engine vllm, which runs on the device it "
-                "was built for; leave it out"
             )
         if (draft is None) == (self.speculative_config is None):
             raise InputError(
@@ -68,12 +63,16 @@ class ByVllm:
             )
         self.config()
         self.at_a_time()
+        self.engine_options()
         if self.python is not None:
             check_interpreter(self.python)
 
     def config(self) -> dict[str, Any] | None:
         text = self.speculative_config
         return None if text is None else parsing.speculative_config(text)
+
+    def engine_options(self) -> dict[str, Any]:
+        return parsing.engine_options(self.options, SCORING)
 
     def at_a_time(self) -> list[int]:
         return [] if self.concurrency is None else parsing.concurrency(self.concurrency)
@@ -122,11 +121,13 @@ class ByVllm:
         if self.server.base_url is not None:
             return encoded, partial(self.server.score, pair, concurrency=self.at_a_time())
         assert self.python is not None
+        deployment = Deployment(
+            self.python, 1, self.tensor_parallel or 1, self.engine_options(), threads
+        )
         return encoded, partial(
             vllm.score,
-            self.python,
+            deployment,
             pair,
-            threads=threads,
             concurrency=self.at_a_time(),
             both_runners=self.runner == "both",
         )

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from specdistill import limits
-from specdistill.cli import console
+from specdistill.cli import console, parsing
 from specdistill.errors import InputError
-from specdistill.limits import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from contextlib import ExitStack
 
     from specdistill.data.outside import Outside, OutsideDecoder
     from specdistill.models import LanguageModel
+
+
+def check_given(engine: str, device: str, given: Mapping[str, bool]) -> None:
+    """Raises `InputError` for options of vLLM that are given with another engine, and a device with
+    it.
+    """
+    names = [name for name, is_given in given.items() if is_given]
+    if engine != "vllm" and names:
+        verb = "it is" if len(names) == 1 else "they are"
+        raise InputError(
+            f"{' and '.join(names)} would have no effect with --engine {engine}: {verb} for "
+            "--engine vllm"
+        )
+    if engine == "vllm" and device != "auto":
+        raise InputError(
+            f"--device {device} has no effect with --engine vllm, which runs on the device it was "
+            "built for; leave it out"
+        )
 
 
 @dataclass(frozen=True)
@@ -37,23 +53,13 @@ class Serving:
             "--tensor-parallel": self.tensor_parallel,
             "--engine-options": self.options,
         }
-        names = [name for name, value in given.items() if value is not None]
+        check_given(engine, device, {name: value is not None for name, value in given.items()})
         if engine != "vllm":
-            if names:
-                raise InputError(
-                    f"{' and '.join(names)} would have no effect with --engine {engine}: they are "
-                    "for --engine vllm"
-                )
             return
         if self.python is None:
             raise InputError(
                 "--engine vllm and --engine-python go together: name the python of an environment "
                 "that has vLLM"
-            )
-        if device != "auto":
-            raise InputError(
-                f"--device {device} has no effect with --engine vllm, which runs on the device it "
-                "was built for; leave it out"
             )
         if generator is not None:
             raise InputError(
@@ -75,15 +81,18 @@ class Serving:
         """
         from specdistill.data.outside import Outside
         from specdistill.data.signal import NONE, STATES
-        from specdistill.engines.vllm_answers import Answers, Engine
+        from specdistill.engines.vllm_answers import Answers
+        from specdistill.engines.vllm_process import ANSWERING, Deployment
 
         assert self.python is not None
-        options = {} if self.options is None else _json_object(self.options)
-        engine = Engine(self.python, self.workers or 1, self.tensor_parallel or 1, options, threads)
+        options = parsing.engine_options(self.options, ANSWERING)
+        deployment = Deployment(
+            self.python, self.workers or 1, self.tensor_parallel or 1, options, threads
+        )
         dtype = console.dtype_of_device(dtype)
 
         def decoder(model: LanguageModel, batch_size: int) -> OutsideDecoder:
-            answers = Answers(engine, model, batch_size, signal, scored=scored)
+            answers = Answers(deployment, model, batch_size, signal, scored=scored)
             return stack.enter_context(answers)
 
         # The head makes a logsumexp of each state, as fast as vLLM decodes.
@@ -91,13 +100,3 @@ class Serving:
         reader = None if signal == NONE else console.loader(target, dtype, "cpu", decoding=False)
         settings = {"engine_options": options} if options else {}
         return head, Outside("vllm", decoder, settings, reader)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"--engine-options is no JSON ({error}); got {shown(text)}") from None
-    if not isinstance(document, dict):
-        raise InputError(f"--engine-options must be a JSON object; got {shown(text)}")
-    return document

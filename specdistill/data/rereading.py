@@ -72,7 +72,9 @@ class Rereading:
         if not self.apart / self.tokens <= LARGEST_DISTANCE:  # NaN, too
             raise DecodingError(
                 f"{self.line}; at most {LARGEST_DISTANCE} of total variation is allowed: check "
-                "that the engine serves this target, as it is, without adapters or other templates"
+                "that the engine serves this target, as it is, without adapters, other templates "
+                "or a quantisation that --target does not name; on a GPU try also --engine-options "
+                """'{"enforce_eager": true}'"""
             )
 
     def _compare(self, ours: Tensor, signal: States | TopK) -> None:

@@ -40,10 +40,25 @@ def vllm_command(
         speculative["draft_sample_method"] = served.sampling
     if served.schedule:
         speculative["num_speculative_tokens_per_batch_size"] = [*served.schedule]
-    words = ["vllm", "serve", target, "--speculative-config", json.dumps(speculative)]
+    words = ["vllm", "serve", target, *_flags(served.engine_options)]
+    words += ["--speculative-config", json.dumps(speculative)]
     if served.runner is not None:
         words.insert(0, RUNNER_VARIABLE[served.runner])
     return shlex.join(words)
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    """Arguments of vLLM's `LLM` as its command line has them."""
+    words: list[str] = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if value is None:  # as it is without
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", value if isinstance(value, str) else json.dumps(value)]
+    return words
 
 
 def name_elsewhere(target: str) -> str:

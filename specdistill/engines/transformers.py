@@ -162,7 +162,8 @@ class Batches:
         tokens, given = (torch.tensor(x, device=target.device) for x in (rows, mask))
         start = time.perf_counter()
         drawing = seeded(row_seed(first.seed, first.id), target.device)
-        with drawing, _settings(target, first.sampling, first.max_new_tokens):
+        config = _plainly(target, first.sampling, first.max_new_tokens)
+        with drawing, _configured(target, config):
             checked = LogitsProcessorList([_Checked(target)])
             out = model.generate(tokens, attention_mask=given, logits_processor=checked)
         seconds = time.perf_counter() - start
@@ -186,43 +187,40 @@ def _refuse_trimmed(model: LanguageModel) -> None:
         )
 
 
-@contextmanager
-def _settings(model: LanguageModel, sampling: Sampling, count: int) -> Iterator[None]:
-    """`generate` with these settings and nothing that the checkpoint asks for beside, such as a
-    repetition penalty: the plain distribution, as our engine decodes it.
+def _plainly(model: LanguageModel, sampling: Sampling, count: int) -> GenerationConfig:
+    """Nothing that the checkpoint asks for beside, such as a repetition penalty: the plain
+    distribution, as our engine decodes it.
     """
     ends = sorted(model.eos_ids)
-    settings = {
-        "max_new_tokens": count,
-        "eos_token_id": ends or None,
-        "pad_token_id": ends[0] if ends else 0,
-    }
-    if sampling.temperature:  # off is said, as the defaults would filter
-        settings |= {"do_sample": True, **asdict(sampling)}
-    before, model.model.generation_config = (
-        model.model.generation_config,
-        GenerationConfig(**settings),
+    # Off is said, as the defaults would filter.
+    how = {"do_sample": True, **asdict(sampling)} if sampling.temperature else {}
+    return GenerationConfig(
+        max_new_tokens=count,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
+        **how,
     )
-    try:
-        yield
-    finally:
-        model.model.generation_config = before
 
 
-@contextmanager
-def _proposing(draft: LanguageModel, num: int) -> Iterator[None]:
-    """`draft` as an assistant that always proposes `num` tokens; afterwards as it was."""
-    before = draft.model.generation_config
-    draft.model.generation_config = copy.deepcopy(before)
-    draft.model.generation_config.update(
+def _proposing(draft: LanguageModel, num: int) -> GenerationConfig:
+    """Of an assistant that always proposes `num` tokens."""
+    config = copy.deepcopy(draft.model.generation_config)
+    config.update(
         num_assistant_tokens=num,
         num_assistant_tokens_schedule="constant",
         assistant_confidence_threshold=0.0,
     )
+    return config
+
+
+@contextmanager
+def _configured(model: LanguageModel, config: GenerationConfig) -> Iterator[None]:
+    """`generate` heeds `config`; afterwards the model is as it was."""
+    before, model.model.generation_config = model.model.generation_config, config
     try:
         yield
     finally:
-        draft.model.generation_config = before
+        model.model.generation_config = before
 
 
 @torch.inference_mode()
@@ -239,11 +237,11 @@ def _generate(
     tokens = torch.tensor([prompt.tokens], device=target.device)
     rounds = _Rounds()
     hook = draft.model.register_forward_hook(rounds.count)
-    own_seed = row_seed(seed, f"{prompt.id}:{num}")
+    drawing = seeded(row_seed(seed, f"{prompt.id}:{num}"), target.device)
+    plainly = _configured(target, _plainly(target, Sampling(temperature), count))
     start = time.perf_counter()
     try:
-        sampled = _settings(target, Sampling(temperature), count)
-        with seeded(own_seed, target.device), sampled, _proposing(draft, num):
+        with drawing, plainly, _configured(draft, _proposing(draft, num)):
             out = model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),

@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from specdistill.engines.base import (
 )
 from specdistill.engines.vllm_engine import RUNNERS, Engine, Runner, started
 from specdistill.engines.vllm_pair import Pair
+from specdistill.engines.vllm_process import Deployment
 from specdistill.progress import Progress, silent
 from specdistill.scoring.load import Load, Run, load_rows
 from specdistill.scoring.rows import Counts
@@ -37,7 +37,7 @@ TURNS = "engine by engine: plainly, with each γ, and plainly again"
 
 
 def score(
-    python: Path,
+    deployment: Deployment,
     pair: Pair,
     prompts: Sequence[EncodedPrompt],
     *,
@@ -45,29 +45,27 @@ def score(
     temperature: Sequence[float],
     max_new_tokens: int,
     seed: int = 0,
-    threads: int | None = None,
     concurrency: Sequence[int] = (),
     both_runners: bool = False,
     progress: Progress = silent,
 ) -> Scorecard:
-    """Decode every prompt with vLLM, plainly and with what `pair` says proposes, by the interpreter
-    `python`, which must have vLLM. Where a temperature is above 0 a draft samples its proposals,
-    which vLLM does not by itself. Then all prompts are answered again by so many at a time as
-    `concurrency` says. With `both_runners` all of that once by each of vLLM's model runners: the
-    card is that of the faster one with the draft, and has the figures of both.
+    """Decode every prompt with vLLM, plainly and with what `pair` says proposes. Where a
+    temperature is above 0 a draft samples its proposals, which vLLM does not by itself. Then all
+    prompts are answered again by so many at a time as `concurrency` says. With `both_runners` all
+    of that once by each of vLLM's model runners: the card is that of the faster one with the draft,
+    and has the figures of both.
 
     Raises as `started`, and `DecodingError` where vLLM ends early or its counters do not tell
     enough. Where greedy texts differ, our own pass reads them once the engines have ended.
     """
     plan = _Plan(
-        python,
+        deployment,
         pair,
         prompts,
         list(dict.fromkeys(num_draft_tokens)),
         list(dict.fromkeys(temperature)),
         max_new_tokens,
         seed,
-        threads,
         concurrency,
     )
     if not both_runners:
@@ -88,14 +86,13 @@ def score(
 class _Plan:
     """What is asked of vLLM, by which of its runners (None: as it chooses)."""
 
-    python: Path
+    deployment: Deployment
     pair: Pair
     prompts: Sequence[EncodedPrompt]
     num_draft_tokens: Sequence[int]
     temperatures: Sequence[float]
     max_new_tokens: int
     seed: int
-    threads: int | None
     concurrency: Sequence[int]
     runner: Runner | None = None
 
@@ -117,7 +114,7 @@ class _Plan:
         }
         if num:
             settings["speculative_config"] = self.pair.proposer.settings(num, self.sampled)
-        return started(self.python, settings, self.pair.weight_bytes, self.threads, self.runner)
+        return started(self.deployment, settings, self.pair.weight_bytes, self.runner)
 
     def request(self, temperature: float, prompt: EncodedPrompt, most: int) -> dict[str, Any]:
         return {
@@ -164,21 +161,36 @@ def _scored(plan: _Plan, progress: Progress) -> Scorecard:
         without_stalls,
         slowed_at,
     )
-    facts = seen.facts
-    told = pair.facts | {"engine": "vllm", "turns": TURNS}
-    told["versions"] = {"specdistill": told["versions"].get("specdistill"), **facts["versions"]}
-    told["threads"] = plan.threads or torch.get_num_threads()
-    told["device"] = facts["device"] or told["device"]
-    told["compiled"], told["runner"] = facts["compiled"], facts["runner"]
-    told["draft_sampling"] = pair.proposer.sampling(plan.sampled)
     load = seen.load()
     ties, unexplained = pair.explained(plan.prompts, measured)  # the engines' memory is free now
-    told |= unexplained
     way = pair.proposer.drafting
-    card = scorecard(pair.target, pair.draft, told, plan.prompts, measured, ties, plan.seed, way)
-    if facts["schedules"] and (schedule := load.schedule(card.verdict.best.temperature)):
-        told = card.provenance | {"schedule": schedule}
-    return replace(card, load=load, provenance=card.provenance | told)
+    facts = _provenance(plan, seen.facts) | unexplained
+    card = scorecard(pair.target, pair.draft, facts, plan.prompts, measured, ties, plan.seed, way)
+    # vLLM 0.32 dies where the γ of a parallel draft changes to another than 0.
+    only = card.fixed_gamma if way == "parallel" else None
+    facts = card.provenance
+    if seen.facts["schedules"] and (schedule := load.schedule(card.verdict.best.temperature, only)):
+        facts = facts | {"schedule": schedule}
+    return replace(card, load=load, provenance=facts)
+
+
+def _provenance(plan: _Plan, engine: Mapping[str, Any]) -> dict[str, Any]:
+    """With the facts of an engine."""
+    facts = plan.pair.facts | {
+        "engine": "vllm",
+        "turns": TURNS,
+        "versions": {
+            "specdistill": plan.pair.facts["versions"].get("specdistill"),
+            **engine["versions"],
+        },
+        "threads": plan.deployment.threads or torch.get_num_threads(),
+        "device": engine["device"] or plan.pair.facts["device"],
+        "compiled": engine["compiled"],
+        "runner": engine["runner"],
+        "draft_sampling": plan.pair.proposer.sampling(plan.sampled),
+    }
+    options = plan.deployment.settings
+    return facts | ({"engine_options": options} if options else {})
 
 
 def _by_engines(

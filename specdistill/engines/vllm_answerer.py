@@ -52,8 +52,8 @@ class Signal:
             if logits is not None and len(ids) == len(hidden):
                 done = batch.num_computed_tokens_cpu
                 places = [(id_, int(done[i]) + scheduled[id_] - 1) for i, id_ in enumerate(ids)]
-                kept = (hidden.clone(),) if top_k is None else reduced(logits, top_k)
-                self.waiting.append((places, kept))
+                signal = (hidden.clone(),) if top_k is None else reduced(logits, top_k)
+                self.waiting.append((places, signal))
                 if len(self.waiting) == STEPS:
                     self._specdistill_copy()
             return logits
@@ -61,8 +61,8 @@ class Signal:
         runner.execute_model, runner.model.compute_logits = execute_model, compute_logits
 
     def _specdistill_copy(self) -> None:
-        for places, kept in self.waiting:
-            on_host = [tensor.cpu() for tensor in kept]
+        for places, signal in self.waiting:
+            on_host = [tensor.cpu() for tensor in signal]
             for i, (id_, position) in enumerate(places):
                 # A row that is computed again, after a preemption, replaces itself.
                 self.rows.setdefault(id_, {})[position] = tuple(t[i] for t in on_host)
@@ -75,8 +75,13 @@ class Signal:
         if not hasattr(self, "waiting"):  # another rank keeps them
             return None
         self._specdistill_copy()
-        rows = self.rows.pop(id_)
-        wanted = [rows[position] for position in range(first, first + number)]
+        rows = self.rows.pop(id_, {})
+        wanted = [rows[place] for place in range(first, first + number) if place in rows]
+        if len(wanted) < number:
+            raise RuntimeError(
+                f"vLLM's head was called in {len(wanted)} of the {number} steps of {id_!r}, so "
+                "that the signal of the others is lost"
+            )
         return [torch.stack(parts) for parts in zip(*wanted, strict=True)]
 
 
@@ -157,8 +162,8 @@ def answer(
                 ranks = engine.collective_rpc("specdistill_take", args=places)
                 from safetensors.torch import save
 
-                kept = next(rank for rank in ranks if rank is not None)
-                body = save(dict(zip(names, kept, strict=True)))
+                signal = next(rank for rank in ranks if rank is not None)
+                body = save(dict(zip(names, signal, strict=True)))
             conversation.say(document, body)
 
 

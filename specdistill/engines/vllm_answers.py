@@ -8,15 +8,14 @@ died was asked is asked again.
 from __future__ import annotations
 
 import json
-import os
 import queue
 import subprocess
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,62 +26,20 @@ from specdistill.decoding import Request, Round, RowRound, SpeculativeDecoder
 from specdistill.decoding.sampling import row_seed
 from specdistill.engines import vllm_answerer
 from specdistill.engines.vllm_process import (
+    Deployment,
     check_version,
     environment,
     is_out_of_memory,
     last_lines,
+    memory_words,
     run,
 )
-from specdistill.errors import DecodingError, InputError
+from specdistill.errors import DecodingError
 from specdistill.models import LanguageModel
 from specdistill_kernels import TargetTopK
 
 DEATHS = 3  # of a process in a row, without an answer between them, that end the run
 GRACE_SECONDS = 10
-OURS = {  # arguments of vLLM's `LLM` that are no business of the user's, and why
-    "model": "--target names it",
-    "seed": "--seed is every request's",
-    "tensor_parallel_size": "--tensor-parallel sets it",
-    "max_num_seqs": "--batch-size sets it",
-    "worker_extension_cls": "the signal is kept by it",
-    "speculative_config": "the signal is that of plain decoding",
-    "pipeline_parallel_size": "the signal is kept where no layer is apart from the head",
-}
-
-
-@dataclass(frozen=True)
-class Engine:
-    """How vLLM runs: by which interpreter, in how many processes, each over how many devices, with
-    which other arguments of its `LLM`.
-    """
-
-    python: Path
-    workers: int = 1
-    tensor_parallel: int = 1
-    options: Mapping[str, Any] = field(default_factory=dict)
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in self.options:
-            if name in OURS:
-                raise InputError(f"--engine-options: {name!r} is not for it: {OURS[name]}")
-
-    def devices(self, worker: int) -> str | None:
-        """The accelerators of one process as CUDA_VISIBLE_DEVICES; None: all there are."""
-        if self.workers == 1 and self.tensor_parallel == 1:
-            return None
-        visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
-        first = worker * self.tensor_parallel
-        places = range(first, first + self.tensor_parallel)
-        if not visible:
-            return ",".join(map(str, places))
-        if places.stop > len(visible):
-            raise InputError(
-                f"{self.workers} workers of {self.tensor_parallel} devices need "
-                f"{self.workers * self.tensor_parallel}; CUDA_VISIBLE_DEVICES names {len(visible)}"
-            )
-        return ",".join(visible[place] for place in places)
-
 
 Heard = tuple["_Process", dict[str, Any] | None, bytes]
 
@@ -94,7 +51,7 @@ class _Process:
 
     def __init__(
         self,
-        engine: Engine,
+        deployment: Deployment,
         worker: int,
         deaths: int,
         begin: dict[str, Any],
@@ -109,12 +66,14 @@ class _Process:
         self.log = folder / "log"
         source = Path(vllm_answerer.__file__).read_text(encoding="utf-8")
         (folder / f"{vllm_answerer.MODULE}.py").write_text(source, encoding="utf-8")
-        given = environment(engine.threads) | {"VLLM_USE_V2_MODEL_RUNNER": "0"}
-        if (devices := engine.devices(worker)) is not None:
-            given["CUDA_VISIBLE_DEVICES"] = devices
+        variables = environment(deployment.threads) | {"VLLM_USE_V2_MODEL_RUNNER": "0"}
+        if (devices := deployment.devices(worker)) is not None:
+            variables["CUDA_VISIBLE_DEVICES"] = devices
         with self.log.open("w", encoding="utf-8") as errors:
             # A group of its own: an interrupt at the terminal is this process's, which ends it.
-            self.process = run(engine.python, source, errors, str(folder), given, process_group=0)
+            self.process = run(
+                deployment.python, source, errors, str(folder), variables, process_group=0
+            )
         threading.Thread(target=self._listen, args=(heard,), daemon=True).start()
 
     def _listen(self, heard: queue.Queue[Heard]) -> None:
@@ -158,12 +117,18 @@ class Answers(AbstractContextManager["Answers"]):
     """
 
     def __init__(
-        self, engine: Engine, target: LanguageModel, batch_size: int, signal: str, *, scored: bool
+        self,
+        deployment: Deployment,
+        target: LanguageModel,
+        batch_size: int,
+        signal: str,
+        *,
+        scored: bool,
     ) -> None:
         """`signal` as it is kept, see `data.signal`; `scored` asks for log-probabilities, too."""
         from specdistill.data.signal import NONE, kept_tokens
 
-        self.engine, self.target, self.batch_size = engine, target, batch_size
+        self.deployment, self.target, self.batch_size = deployment, target, batch_size
         self.keep, self.top_k = signal != NONE, kept_tokens(signal)
         self.scored = scored
         self.facts: dict[str, Any] = {}
@@ -190,7 +155,7 @@ class Answers(AbstractContextManager["Answers"]):
         if longest > self.longest:
             self.__exit__()
             self.longest = longest
-        for worker in range(self.engine.workers):
+        for worker in range(self.deployment.workers):
             if worker not in self.processes:
                 self._start(worker, deaths=0)
         open_ = len(waiting)
@@ -221,7 +186,7 @@ class Answers(AbstractContextManager["Answers"]):
             yield self._row(request, document, load(body) if body else {})
 
     def _start(self, worker: int, deaths: int) -> None:
-        options = dict(self.engine.options)
+        options = dict(self.deployment.options)
         begin = {
             "keep": self.keep,
             "top_k": self.top_k,
@@ -230,14 +195,14 @@ class Answers(AbstractContextManager["Answers"]):
                 "dtype": str(self.target.dtype).removeprefix("torch."),
                 "max_model_len": self.longest,
                 "max_num_seqs": self.batch_size,
-                "tensor_parallel_size": self.engine.tensor_parallel,
+                "tensor_parallel_size": self.deployment.tensor_parallel,
                 "generation_config": "vllm",  # no settings of the checkpoint's own
                 "async_scheduling": False,  # a step after the last would leave rows behind
                 "seed": 0,
                 **options,
             },
         }
-        self.processes[worker] = _Process(self.engine, worker, deaths, begin, self.heard)
+        self.processes[worker] = _Process(self.deployment, worker, deaths, begin, self.heard)
 
     def _hear_start(self, process: _Process, document: dict[str, Any]) -> None:
         if "memory_bytes" in document:
@@ -254,25 +219,22 @@ class Answers(AbstractContextManager["Answers"]):
         helped, or cannot.
         """
         code = process.process.wait()
-        said = last_lines(process.log)
+        ending = last_lines(process.log)
         process.end()
         del self.processes[process.worker]
-        if is_out_of_memory(said):
+        if is_out_of_memory(ending):
             weights = self.target.parameters() * self.target.dtype.itemsize
-            device = process.memory_bytes
-            has = "" if device is None else f" of {device / 1e9:.1f} GB each"
+            sizes = memory_words(weights, process.memory_bytes, process.begin["engine"])
             raise DecodingError(
-                f"vLLM has not enough memory: the weights take {weights / 1e9:.1f} GB over "
-                f"{self.engine.tensor_parallel} devices{has}, and up to {self.batch_size} rows of "
-                f"{self.longest:,} tokens want a cache; take more devices (--tensor-parallel), "
-                f"fewer rows (--batch-size) or shorter answers. It said: {said}"
+                f"{sizes}; take more devices (--tensor-parallel), fewer rows (--batch-size) or "
+                f"shorter answers. It said: {ending}"
             )
         if not process.ready:
-            raise DecodingError(f"vLLM does not start (exit code {code}). It said: {said}")
+            raise DecodingError(f"vLLM does not start (exit code {code}). It said: {ending}")
         if process.deaths + 1 == DEATHS:
             raise DecodingError(
                 f"vLLM ended {DEATHS} times in a row (exit code {code}); what was answered is "
-                f"kept, run the same command again to go on. It said: {said}"
+                f"kept, run the same command again to go on. It said: {ending}"
             )
         self._start(process.worker, process.deaths + 1)
 
@@ -296,7 +258,7 @@ class Answers(AbstractContextManager["Answers"]):
             )
 
     def _row(
-        self, request: Request, document: dict[str, Any], kept: dict[str, torch.Tensor]
+        self, request: Request, document: dict[str, Any], signal: dict[str, torch.Tensor]
     ) -> RowRound:
         tokens = document["tokens"]
         if unknown := [token for token in tokens if not 0 <= token < self.target.vocab_size]:
@@ -305,15 +267,15 @@ class Answers(AbstractContextManager["Answers"]):
                 f"of {self.target.name} does not know; it must serve that target"
             )
         row = RowRound(request.id, tokens, 0, 0, 0, finished=True, log_prob=document["log_prob"])
-        if any(len(tensor) != len(tokens) for tensor in kept.values()):
+        if any(len(tensor) != len(tokens) for tensor in signal.values()):
             raise DecodingError(
                 f"request {request.id}: vLLM kept other positions than those of the "
                 f"{len(tokens)} tokens it answered"
             )
         if self.top_k is not None:
-            row.alpha_cost = kept["alpha_cost"].sum().item()
-            row.top = TargetTopK(kept["tokens"], kept["log_probs"], kept["log_tail"])
+            row.alpha_cost = signal["alpha_cost"].sum().item()
+            row.top = TargetTopK(signal["tokens"], signal["log_probs"], signal["log_tail"])
         elif self.keep:
-            row.hidden = kept["hidden"].to(self.target.device)
+            row.hidden = signal["hidden"].to(self.target.device)
             row.logsumexp = self.target.logits(row.hidden).logsumexp(-1)
         return row

@@ -12,10 +12,12 @@ from typing import Any, Literal
 
 from specdistill.engines import vllm_worker
 from specdistill.engines.vllm_process import (
+    Deployment,
     check_version,
     environment,
     is_out_of_memory,
     last_lines,
+    memory_words,
     run,
 )
 from specdistill.errors import DecodingError, InputError
@@ -51,32 +53,37 @@ class Engine:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            code, said = self.process.wait(), last_lines(self.log)
+            code, ending = self.process.wait(), last_lines(self.log)
             if not self.facts:
-                raise DecodingError(f"vLLM does not start (exit code {code}). It said: {said}")
-            raise DecodingError(f"the vLLM process ended with exit code {code}. It said: {said}")
+                raise DecodingError(f"vLLM does not start (exit code {code}). It said: {ending}")
+            raise DecodingError(f"the vLLM process ended with exit code {code}. It said: {ending}")
         return dict(json.loads(line))
 
 
 @contextmanager
 def started(
-    python: Path,
+    deployment: Deployment,
     settings: Mapping[str, Any],
     weight_bytes: int,
-    threads: int | None,
     runner: Runner | None = None,
 ) -> Iterator[Engine]:
-    """An engine with these arguments of `LLM`, by this model runner or the one that vLLM chooses;
-    ended with the context, whatever happens. Raises `InputError` where `python` cannot be run, or
-    its vLLM is too old or has no such runner, or the device's memory is too small for the weights,
-    `DecodingError` where the engine does not start.
+    """An engine with these arguments of `LLM` and those of `deployment`, by this model runner or
+    the one that vLLM chooses; ended with the context, whatever happens. Raises `InputError` where
+    the interpreter cannot be run, or its vLLM is too old or has no such runner, or the devices'
+    memory is too small for the weights, `DecodingError` where the engine does not start.
     """
+    settings = {
+        **settings,
+        "tensor_parallel_size": 1,
+        **deployment.settings,
+    }
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         source = Path(vllm_worker.__file__).read_text(encoding="utf-8")
-        given = environment(threads) | ({} if runner is None else {RUNNER: RUNNERS[runner]})
+        variables = environment(deployment.threads)
+        variables |= {} if runner is None else {RUNNER: RUNNERS[runner]}
         with log.open("w", encoding="utf-8") as errors:
-            process = run(python, source, errors, folder, given, text=True)
+            process = run(deployment.python, source, errors, folder, variables, text=True)
         engine = Engine(process, log)
         try:
             begun = engine.hear()
@@ -85,7 +92,7 @@ def started(
                 raise InputError(
                     f"--runner both: vLLM {begun['version']} has one model runner; leave it out"
                 )
-            _check_memory(weight_bytes, begun["memory_bytes"])
+            _check_memory(weight_bytes, begun["memory_bytes"], settings)
             engine.facts = begun | _loaded(engine, settings, weight_bytes, begun, runner)
             yield engine
         except BaseException:
@@ -107,12 +114,10 @@ def _loaded(
         facts = engine.ask(settings)
     except DecodingError as error:
         if is_out_of_memory(str(error)):
-            size = begun["memory_bytes"]
-            of = "" if size is None else f" of the device's {size / 1e9:.1f} GB"
+            sizes = memory_words(weight_bytes, begun["memory_bytes"], settings)
             raise DecodingError(
-                f"vLLM has not enough memory: the weights take {weight_bytes / 1e9:.1f} GB{of}, "
-                f"and {settings['max_num_seqs']} rows of {settings['max_model_len']:,} tokens want "
-                f"a cache; take fewer (--concurrency) or shorter answers. {error}"
+                f"{sizes}; take more devices (--tensor-parallel), fewer rows (--concurrency) or "
+                f"shorter answers. {error}"
             ) from error
         if runner is not None:
             raise DecodingError(f"--runner both: by its runner {runner} {error}") from error
@@ -125,13 +130,19 @@ def _loaded(
     return facts
 
 
-def _check_memory(weight_bytes: int, memory_bytes: int | None) -> None:
-    """Before anything is loaded; None where there is no accelerator."""
-    if memory_bytes is not None and weight_bytes >= MEMORY_SHARE * memory_bytes:
+def _check_memory(weight_bytes: int, memory_bytes: int | None, settings: Mapping[str, Any]) -> None:
+    """Before anything is loaded; None where there is no accelerator. What makes the weights smaller
+    or puts them elsewhere is vLLM's to judge.
+    """
+    if memory_bytes is None or settings.keys() & {"quantization", "cpu_offload_gb"}:
+        return
+    devices = settings["tensor_parallel_size"] * settings.get("pipeline_parallel_size", 1)
+    share = settings.get("gpu_memory_utilization", MEMORY_SHARE)
+    if weight_bytes >= share * memory_bytes * devices:
         raise InputError(
-            f"the weights take {weight_bytes / 1e9:.1f} GB, and an engine has "
-            f"{MEMORY_SHARE:.0%} of the device's {memory_bytes / 1e9:.1f} GB: it needs a larger "
-            "device"
+            f"the weights take {weight_bytes / 1e9:.1f} GB, and an engine has {share:.0%} of the "
+            f"{memory_bytes / 1e9:.1f} GB of each of {devices} devices: it needs larger ones, or "
+            "more (--tensor-parallel)"
         )
 
 

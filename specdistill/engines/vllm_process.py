@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,18 +14,72 @@ from specdistill.errors import InputError
 
 OLDEST = (0, 32)  # the first version that this is known to work with
 LINES = 3  # of a log, that an error quotes
+RESERVED = {  # arguments of vLLM's `LLM` that are no business of the user's, and why
+    "model": "--target names it",
+    "dtype": "--dtype sets it",
+    "seed": "--seed is every request's",
+    "tensor_parallel_size": "--tensor-parallel sets it",
+}
+ANSWERING = RESERVED | {
+    "max_num_seqs": "--batch-size sets it",
+    "async_scheduling": "the signal is that of one step after the other",
+    "worker_extension_cls": "the signal is kept by it",
+    "speculative_config": "the signal is that of plain decoding",
+    "pipeline_parallel_size": "the signal is kept where no layer is apart from the head",
+}
+SCORING = RESERVED | {
+    "max_num_seqs": "--concurrency sets it",
+    "speculative_config": "--draft or --speculative-config is for that",
+    "enable_prefix_caching": "prompts come again, and must cost the same again",
+    "disable_log_stats": "acceptance is read from them",
+}
 _OUT_OF_MEMORY = ("out of memory", "No available memory for the cache", "less than desired GPU")
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """How vLLM runs: by which interpreter, in how many processes, each over how many devices, with
+    which other arguments of its `LLM`, on how many threads of a CPU.
+    """
+
+    python: Path
+    workers: int = 1
+    tensor_parallel: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+    threads: int | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """In the words of vLLM's `LLM`, without what it is by itself."""
+        number = self.tensor_parallel
+        return ({"tensor_parallel_size": number} if number > 1 else {}) | dict(self.options)
+
+    def devices(self, worker: int) -> str | None:
+        """The accelerators of one process as CUDA_VISIBLE_DEVICES; None: all there are."""
+        if self.workers == 1 and self.tensor_parallel == 1:
+            return None
+        visible = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d]
+        first = worker * self.tensor_parallel
+        places = range(first, first + self.tensor_parallel)
+        if not visible:
+            return ",".join(map(str, places))
+        if places.stop > len(visible):
+            raise InputError(
+                f"{self.workers} workers of {self.tensor_parallel} devices need "
+                f"{self.workers * self.tensor_parallel}; CUDA_VISIBLE_DEVICES names {len(visible)}"
+            )
+        return ",".join(visible[place] for place in places)
 
 
 def environment(threads: int | None) -> dict[str, str]:
     """Of a process that runs one engine within itself, on the processors that this one may use."""
-    found = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ
-    found["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    found.pop("PYTHONPATH", None)  # it is another environment
+    variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ
+    variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    variables.pop("PYTHONPATH", None)  # it is another environment
     if threads is not None:
         processors = sorted(os.sched_getaffinity(0))[:threads]
-        found["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, processors))
-    return found
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, processors))
+    return variables
 
 
 def run(
@@ -55,13 +111,22 @@ def check_interpreter(python: Path) -> None:
 
 def last_lines(log: Path) -> str:
     """How a process ended, in its own words, on one line."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").split("\n")]
-    said = [line for line in lines if line][-LINES:]
-    return " | ".join(said) or "it said nothing"
+    lines = map(str.strip, log.read_text(encoding="utf-8", errors="replace").split("\n"))
+    return " | ".join([line for line in lines if line][-LINES:]) or "it said nothing"
 
 
-def is_out_of_memory(said: str) -> bool:
-    return any(words in said for words in _OUT_OF_MEMORY)
+def is_out_of_memory(ending: str) -> bool:
+    return any(words in ending for words in _OUT_OF_MEMORY)
+
+
+def memory_words(weight_bytes: int, memory_bytes: int | None, settings: Mapping[str, Any]) -> str:
+    """The sizes, where an engine with these arguments of `LLM` ran out of memory."""
+    has = "" if memory_bytes is None else f" of {memory_bytes / 1e9:.1f} GB each"
+    return (
+        f"vLLM has not enough memory: the weights take {weight_bytes / 1e9:.1f} GB over "
+        f"{settings['tensor_parallel_size']} devices{has}, and up to {settings['max_num_seqs']} "
+        f"rows of {settings['max_model_len']:,} tokens want a cache"
+    )
 
 
 def check_version(version: str) -> None:

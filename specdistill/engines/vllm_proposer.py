@@ -85,10 +85,11 @@ class Proposer:
         return str(self.settings(1, sampled).get("draft_sample_method", "greedy"))
 
 
-def proposer_card(config: Mapping[str, Any], target: ModelCard) -> ModelCard:
+def proposer_card(config: Mapping[str, Any], target: ModelCard, head_bytes: int) -> ModelCard:
     """What a scorecard says of the model that a `speculative_config` names: its weights by their
-    files, but for an embedding. Without a model of its own there are none, and the hash is that of
-    the config. Raises `ModelError` where the model cannot be had.
+    files, but for an embedding, and the target's head of `head_bytes` where it has none of its own.
+    Without a model of its own there are none, and the hash is that of the config. Raises
+    `ModelError` where the model cannot be had.
     """
     name = config.get("model")
     if not isinstance(name, str) or config["method"] in LOOK_UPS:
@@ -96,7 +97,7 @@ def proposer_card(config: Mapping[str, Any], target: ModelCard) -> ModelCard:
         sha256 = hashlib.sha256(text).hexdigest()
         return ModelCard(config["method"], 0, 0, target.dtype, target.vocab_size, sha256)
     path = locate(name)
-    parameters = read = 0
+    parameters, read, shared = 0, 0, head_bytes
     try:
         for file in weight_files(path):
             with safe_open(file, framework="pt") as tensors:
@@ -104,8 +105,10 @@ def proposer_card(config: Mapping[str, Any], target: ModelCard) -> ModelCard:
                     size, itemsize = _size(tensors.get_slice(key))
                     parameters += size
                     read += 0 if "embed_tokens" in key else size * itemsize
+                    shared = 0 if "lm_head" in key else shared
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read the weights of {name}: {first_line(error)}") from error
+    read += shared
     return ModelCard(name, parameters, read, target.dtype, target.vocab_size, model_sha256(path))
 
 

@@ -26,21 +26,21 @@ COUNTERS = {
 
 def counters(engine: Any) -> dict[str, Any]:
     """The engine's totals since it was made; without a draft there are none."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for metric in engine.get_metrics():
         value = metric.values if hasattr(metric, "values") else getattr(metric, "value", None)
-        found[metric.name] = value
-    return {name: found[metric] for name, metric in COUNTERS.items() if metric in found}
+        values[metric.name] = value
+    return {name: values[metric] for name, metric in COUNTERS.items() if metric in values}
 
 
 def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
+    numbers = {"python": sys.version.split()[0]}
     for name in ("torch", "transformers", "triton"):
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return numbers
 
 
 def answered(vllm: Any, engine: Any, request: dict[str, Any], each_round: bool) -> dict[str, Any]:

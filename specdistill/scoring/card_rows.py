@@ -83,6 +83,7 @@ class Provenance(TypedDict, total=False):
     trained_draft_tokens: Natural | None
     mask_token: Count | None
     speculative_config: dict[str, Any]
+    engine_options: dict[str, Any]
     draft_sampling: str
     runner: str
     runners: list[dict[str, Any]]

@@ -4,6 +4,7 @@ engine and machine.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -100,6 +101,7 @@ def _conditions(card: Scorecard) -> dict[str, str]:
         "longest answer": f"{facts.get('max_new_tokens')} tokens",
         "sampling": card.verification.label if card.verification.lossy else "exact",
         "engine": ", ".join([engine, *libraries]),
+        "deployment": json.dumps(facts.get("engine_options", {}), sort_keys=True),
         "machine": f"{facts.get('device')}, {facts.get('threads')} threads",
     }
 

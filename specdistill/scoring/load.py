@@ -89,12 +89,13 @@ class Load:
                 fastest[row.concurrency] = row
         return dict(sorted(fastest.items()))
 
-    def schedule(self, temperature: float) -> list[list[int]]:
+    def schedule(self, temperature: float, only: int | None = None) -> list[list[int]]:
         """The fastest γ by the number of requests under way, as ranges [first, last, γ] from each
         measured concurrency to the next, the first from 1; 0 where the draft does not pay. Empty
-        where one γ is the fastest in all, or none pays.
+        where one γ is the fastest in all, or none pays. With `only` that γ or none.
         """
-        best = self.best(temperature)
+        rows = [row for row in self.drafted if only in (None, row.num_draft_tokens)]
+        best = Load(drafted=rows).best(temperature)
         ranges: list[list[int]] = []
         for concurrency, row in best.items():
             num = row.num_draft_tokens if row.pays else 0

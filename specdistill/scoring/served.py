@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from specdistill.scoring.scorecard import Scorecard
 
@@ -12,12 +13,13 @@ from specdistill.scoring.scorecard import Scorecard
 class Served:
     """The faster model runner where both were measured, ranges [first, last, γ] of requests under
     way, see `Load.schedule`, and how proposals are drawn where some were sampled, as vLLM calls it;
-    None where there is nothing to say.
+    None where there is nothing to say. `engine_options` are more arguments of vLLM's engine.
     """
 
     runner: str | None = None
     schedule: Sequence[Sequence[int]] = ()
     sampling: str | None = None
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, card: Scorecard) -> Served:
@@ -29,6 +31,7 @@ class Served:
             facts.get("runner") if facts.get("runners") else None,
             facts.get("schedule", ()),
             None if sampling == "greedy" else sampling,  # vLLM's own default
+            facts.get("engine_options", {}),
         )
 
 

@@ -69,7 +69,10 @@ def verdict(
         )
     judged = judgement(best, pays)
     if not best.tested:
-        reason = f"{UNKNOWN}: no draft token was tested, as no answer was long enough {where}."
+        none = "no answer was long enough"
+        if best.drafting == "look-up":
+            none = "nothing to propose was found in the texts"
+        reason = f"{UNKNOWN}: no draft token was tested, as {none} {where}."
     elif doubts:
         reason = f"These figures cannot be trusted: {'; '.join(doubts)}."
     elif judged == UNKNOWN:
