@@ -232,6 +232,7 @@ def test_an_engine_that_cannot_be_used_is_one_sentence(tiny_folder: Path, tmp_pa
     refused(r"does not start \(exit code 1\).*RuntimeError: no such model", fail="no such model")
     sizes = r"weights take .* GB over 1 devices.*2 rows of \d+ tokens.*CUDA out of memory"
     refused(sizes, fail="CUDA out of memory")
+    refused("max_model_len 9 cuts answers off", max_model_len=9)
     refused("token 999, which the tokenizer", unknown=999)
     (python.parent / "vllm" / "starts").unlink()
     refused(r"ended 3 times in a row \(exit code -9\).*its last words", die_at=1)

@@ -166,7 +166,10 @@ def _finish(
         "cut": sum(not answer.ended for answer in answered),
         "refused": len(refused),
     }
-    lines = [f"{len(answered)} answers in {out}, as text", *_server_lines(counts, refused)]
+    lines = [f"{len(answered)} answers in {out}, as text"]
+    if counts["cut"] or counts["empty"]:
+        lines.append(f"{counts['cut']} cut at the limit, {counts['empty']} empty")
+    lines += answers.refused_lines(refused)
     if removing:
         lines.append(answers.removed_line(settled.counts))
     if settled.unvaried > 1:
@@ -182,10 +185,3 @@ def _finish(
     answers.refuse_none(answered, out, settled.removed)
     document = {"out": str(out), **counts, "reasoning_apart": apart, **settled.counts}
     console.finish(as_json, document)
-
-
-def _server_lines(counts: dict[str, int], refused: dict[str, str]) -> list[str]:
-    lines = []
-    if counts["cut"] or counts["empty"]:
-        lines.append(f"{counts['cut']} cut at the limit, {counts['empty']} empty")
-    return lines + answers.refused_lines(refused)

@@ -103,6 +103,7 @@ class _Plan:
     def engine(self, num: int) -> Any:
         """The context of an engine with γ = `num`, or of plain decoding for 0."""
         longest = max(len(prompt.tokens) for prompt in self.prompts) + self.max_new_tokens
+        self.deployment.check_length(longest + max(self.num_draft_tokens) + 1)
         settings: dict[str, Any] = {
             "model": str(self.pair.target_path),
             "dtype": self.pair.target.dtype,

@@ -186,6 +186,7 @@ class Answers(AbstractContextManager["Answers"]):
             yield self._row(request, document, load(body) if body else {})
 
     def _start(self, worker: int, deaths: int) -> None:
+        self.deployment.check_length(self.longest)
         options = dict(self.deployment.options)
         begin = {
             "keep": self.keep,

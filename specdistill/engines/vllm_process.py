@@ -54,6 +54,15 @@ class Deployment:
         number = self.tensor_parallel
         return ({"tensor_parallel_size": number} if number > 1 else {}) | dict(self.options)
 
+    def check_length(self, tokens: int) -> None:
+        """Raises `InputError` where options leave no room for so many of prompt and answer."""
+        most = self.options.get("max_model_len")
+        if isinstance(most, int) and 0 < most < tokens:
+            raise InputError(
+                f"--engine-options: max_model_len {most:,} cuts answers off: the longest prompt "
+                f"with its answer takes {tokens:,} tokens; raise it, or leave it out"
+            )
+
     def devices(self, worker: int) -> str | None:
         """The accelerators of one process as CUDA_VISIBLE_DEVICES; None: all there are."""
         if self.workers == 1 and self.tensor_parallel == 1:
