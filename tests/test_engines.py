@@ -57,14 +57,14 @@ from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.trust import contradictions
 from specdistill_kernels.verification.reference import probabilities
 
-Tiny = Callable[..., LanguageModel]
+Both = tuple[LanguageModel, LanguageModel]  # target and draft
 PROMPTS = [
     EncodedPrompt(f"p{i}", [7 + i, 9 + 3 * i % 50, 30 + i], ("a", "b")[i % 2]) for i in range(6)
 ]
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[LanguageModel, LanguageModel]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Both:
     """Target and draft as folders, in float64: no rounding decides anything."""
     folder = tmp_path_factory.mktemp("pair")
     target = tiny_model(1, layers=3)
@@ -74,7 +74,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[LanguageModel, Langu
 
 
 @pytest.fixture(scope="module")
-def card(pair: tuple[LanguageModel, LanguageModel]) -> Scorecard:
+def card(pair: Both) -> Scorecard:
     return transformers.score(
         *pair, PROMPTS, num_draft_tokens=[1, 3], temperature=[0.0, 1.0], max_new_tokens=16
     )
@@ -83,9 +83,7 @@ def card(pair: tuple[LanguageModel, LanguageModel]) -> Scorecard:
 # Transformers
 
 
-def test_transformers_counts_what_our_engine_counts(
-    card: Scorecard, pair: tuple[LanguageModel, LanguageModel]
-) -> None:
+def test_transformers_counts_what_our_engine_counts(card: Scorecard, pair: Both) -> None:
     """Greedy, float64: the same texts by the same rounds, but for an answer's last round, where
     an accepted end of the text counts as the target's own.
     """
@@ -145,9 +143,7 @@ def test_a_card_of_an_engine_is_read_again_and_refused_beside_others(
     assert reason.startswith("engine differs: transformers ")
 
 
-def test_the_target_as_its_own_assistant_is_accepted(
-    pair: tuple[LanguageModel, LanguageModel],
-) -> None:
+def test_the_target_as_its_own_assistant_is_accepted(pair: Both) -> None:
     target = pair[0]
     same = models.load(str(target.path), dtype="float64")
     found = transformers.score(
@@ -159,9 +155,7 @@ def test_the_target_as_its_own_assistant_is_accepted(
         assert row.acceptance_by_position[0] > 0.9
 
 
-def test_sampled_acceptance_is_the_overlap_of_the_distributions(
-    pair: tuple[LanguageModel, LanguageModel],
-) -> None:
+def test_sampled_acceptance_is_the_overlap_of_the_distributions(pair: Both) -> None:
     """The q that Transformers verifies with is the one it drew from: accepted / tested is the mean
     of Σ min(p, q) at what was tested. One draft token, so every round tests right after its text.
     """
@@ -182,7 +176,7 @@ def test_sampled_acceptance_is_the_overlap_of_the_distributions(
     assert abs(row.accepted - expected) < 3.3 * spread + 1
 
 
-def test_a_trimmed_draft_is_to_be_exported_first(pair: tuple[LanguageModel, LanguageModel]) -> None:
+def test_a_trimmed_draft_is_to_be_exported_first(pair: Both) -> None:
     target = pair[0]
     trimmed = make_draft(target, [0], torch.arange(0, 64, 2))
     with pytest.raises(InputError, match="specdistill export --for transformers"):
@@ -211,9 +205,7 @@ def answered(target: LanguageModel, folder: Path, **settings: object) -> dict[st
 BY_TRANSFORMERS = Outside("transformers", transformers.Batches)
 
 
-def test_its_greedy_answers_and_their_signal_are_our_engines(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
-) -> None:
+def test_its_greedy_answers_and_their_signal_are_our_engines(pair: Both, tmp_path: Path) -> None:
     """Whatever else the checkpoint asks of `generate`: penalties are neither's to apply."""
     target = models.load(str(pair[0].path), dtype="float64")
     config = target.model.generation_config
@@ -229,9 +221,7 @@ def test_its_greedy_answers_and_their_signal_are_our_engines(
             assert torch.allclose(theirs[id_].signal.tensors()[name], tensor, atol=1e-5)
 
 
-def test_its_samples_follow_the_filtered_distribution(
-    pair: tuple[LanguageModel, LanguageModel],
-) -> None:
+def test_its_samples_follow_the_filtered_distribution(pair: Both) -> None:
     target, count = pair[0], 4000
     requests = [
         Request(str(i), PROMPTS[0].tokens, 1, Sampling(0.7, top_k=6, top_p=0.9), seed=5)
@@ -253,7 +243,7 @@ def test_its_samples_follow_the_filtered_distribution(
 
 
 def test_its_batches_hold_one_sampling_each_and_go_on_after_an_interrupt(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: Both, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = pair[0]
     both = {"samplings": [Sampling(0.0), Sampling(1.0)], "outside": BY_TRANSFORMERS}
@@ -277,9 +267,7 @@ def test_its_batches_hold_one_sampling_each_and_go_on_after_an_interrupt(
         answered(target, tmp_path / "data", samplings=both["samplings"])
 
 
-def test_the_seed_decides_what_it_samples(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
-) -> None:
+def test_the_seed_decides_what_it_samples(pair: Both, tmp_path: Path) -> None:
     target = pair[0]
 
     def texts(name: str, seed: int, **more: object) -> list[list[int]]:
@@ -296,9 +284,7 @@ def test_the_seed_decides_what_it_samples(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_are_none_are_named(
-    pair: tuple[LanguageModel, LanguageModel], temperature: float
-) -> None:
+def test_logits_that_are_none_are_named(pair: Both, temperature: float) -> None:
     target = models.load(str(pair[0].path), dtype="float32")
     with torch.no_grad():
         next(p for n, p in target.model.named_parameters() if n.endswith("norm.weight"))[0] = nan
@@ -307,9 +293,7 @@ def test_logits_that_are_none_are_named(
         next(transformers.Batches(target, 4).stream([request]))
 
 
-def test_the_best_of_its_answers_is_kept(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
-) -> None:
+def test_the_best_of_its_answers_is_kept(pair: Both, tmp_path: Path) -> None:
     target = pair[0]
     settings = {"outside": BY_TRANSFORMERS, "samplings": [Sampling(1.0)]}
 
@@ -341,9 +325,7 @@ def test_generate_by_transformers(tiny_folder: Path, tmp_path: Path) -> None:
     assert texts[0] == texts[1]
 
 
-def test_a_request_too_long_for_the_target_is_refused_before_any_work(
-    pair: tuple[LanguageModel, LanguageModel],
-) -> None:
+def test_a_request_too_long_for_the_target_is_refused_before_any_work(pair: Both) -> None:
     target = pair[0]
     with pytest.raises(InputError, match=r"request b: .*exceed the 512 positions"):
         next(
@@ -465,20 +447,21 @@ def gammas_of(folder: Path) -> list[int]:
 
 def run_vllm(
     python: Path,
-    pair: tuple[LanguageModel, LanguageModel],
+    pair: Both,
     config: dict[str, object] | None = None,
     options: dict[str, object] | None = None,
+    drafting: str = "auto",
     **how: object,
 ) -> Scorecard:
     if config is None:
-        asked = Pair.of(*pair, PROMPTS, 10, 0)
+        asked = Pair.of(*pair, PROMPTS, 10, 0, drafting)
     else:
         asked = Pair.proposed_by(pair[0], config, PROMPTS, 10, 0)
     how = {"num_draft_tokens": [2, 3], "temperature": [0.0], "max_new_tokens": 10, **how}
     return vllm.score(Deployment(python, options=options or {}), asked, PROMPTS, **how)
 
 
-def test_vllm_under_load(pair: tuple[LanguageModel, LanguageModel], tmp_path: Path) -> None:
+def test_vllm_under_load(pair: Both, tmp_path: Path) -> None:
     """Every request at every concurrency, plainly before and after the drafts, and read again."""
     card = run_vllm(stand_in(tmp_path), pair, concurrency=[1, 4])
     assert card.provenance["runner"] == "V1"
@@ -507,13 +490,15 @@ def test_vllm_under_load(pair: tuple[LanguageModel, LanguageModel], tmp_path: Pa
     assert "schedule" not in without.provenance
 
 
-def test_engines_of_vllm_come_one_after_the_other(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
-) -> None:
+def test_engines_of_vllm_come_one_after_the_other(pair: Both, tmp_path: Path) -> None:
     """The stand-in refuses to start beside another. No weights of the target are loaded here."""
     python = stand_in(tmp_path)
     bare = tuple(load_outline(str(model.path), dtype="float64") for model in pair)
     assert {p.device.type for model in bare for p in model.model.parameters()} == {"meta"}
+    for outline, model in zip(bare, pair, strict=True):
+        assert model_card(outline) == model_card(model)
+        assert outline.eos_ids == model.eos_ids
+        assert (outline.max_length, outline.mask_token) == (model.max_length, model.mask_token)
     with mock.patch("specdistill.engines.vllm_pair.load", side_effect=AssertionError):
         card = run_vllm(python, bare)
     assert gammas_of(tmp_path) == [0, 2, 3, 0]
@@ -521,19 +506,7 @@ def test_engines_of_vllm_come_one_after_the_other(
     assert card.provenance["turns"].startswith("engine by engine")
 
 
-def test_facts_without_weights_are_those_of_the_model(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
-) -> None:
-    for model in pair:
-        bare = load_outline(str(model.path), dtype="float64")
-        assert model_card(bare) == model_card(model)
-        assert bare.eos_ids == model.eos_ids
-        assert (bare.max_length, bare.mask_token) == (model.max_length, model.mask_token)
-
-
-def test_a_schedule_of_gamma_comes_of_the_table_of_loads(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
-) -> None:
+def test_a_schedule_of_gamma_comes_of_the_table_of_loads(pair: Both, tmp_path: Path) -> None:
     """Rounds of the stand-in take 2 ms and with a draft 1 ms more for each request."""
     card = run_vllm(stand_in(tmp_path), pair, concurrency=[1, 2, 4])
     assert [bool(row.pays) for row in card.load.best(0.0).values()] == [True, True, False]
@@ -569,7 +542,7 @@ def test_schedules_have_no_holes() -> None:
 
 
 def test_vllms_runners_are_both_measured_and_the_faster_one_served(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
+    pair: Both, tmp_path: Path
 ) -> None:
     for slow, faster, value in ((0.02, "V2", 1), (-0.001, "V1", 0)):
         python = stand_in(tmp_path)
@@ -592,9 +565,7 @@ def test_vllms_runners_are_both_measured_and_the_faster_one_served(
         run_vllm(python, pair, both_runners=True)
 
 
-def test_what_vllm_proposes_by_itself_gets_a_card_like_a_drafts(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
-) -> None:
+def test_what_vllm_proposes_by_itself_gets_a_card_like_a_drafts(pair: Both, tmp_path: Path) -> None:
     """Look-ups propose in some rounds, and fewer than γ: each round is counted."""
     config = {"method": "ngram", "prompt_lookup_max": 3}
     card = run_vllm(stand_in(tmp_path), pair, config=config, temperature=[0.0, 1.0])
@@ -618,9 +589,14 @@ def test_what_vllm_proposes_by_itself_gets_a_card_like_a_drafts(
     assert served == {**config, "num_speculative_tokens": card.fixed_gamma}
 
 
-def test_a_head_is_told_how_to_sample_unless_its_config_does(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
+def test_proposals_are_sampled_where_a_temperature_is_above_0_unless_a_config_says_otherwise(
+    pair: Both, tmp_path: Path
 ) -> None:
+    card = run_vllm(stand_in(tmp_path), pair, temperature=[0.0, 1.0], concurrency=[2])
+    assert proposers_of(tmp_path)[1]["draft_sample_method"] == "probabilistic"
+    assert card.provenance["draft_sampling"] == "probabilistic"
+    assert [row.temperature for row in card.load.plain] == [0.0, 1.0]
+    assert len(card.load.lines) == 2
     head = {"method": "eagle3", "model": str(pair[1].path)}
     card = run_vllm(stand_in(tmp_path), pair, config=head, temperature=[1.0])
     assert proposers_of(tmp_path)[1]["draft_sample_method"] == "probabilistic"
@@ -663,16 +639,6 @@ def test_a_speculative_config_that_is_refused(config: dict[str, object], words: 
         Proposer.of_config(config)
 
 
-def test_a_sampled_draft_is_vllms_where_a_temperature_is_above_0(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
-) -> None:
-    card = run_vllm(stand_in(tmp_path), pair, temperature=[0.0, 1.0], concurrency=[2])
-    assert proposers_of(tmp_path)[1]["draft_sample_method"] == "probabilistic"
-    assert card.provenance["draft_sampling"] == "probabilistic"
-    assert [row.temperature for row in card.load.plain] == [0.0, 1.0]
-    assert len(card.load.lines) == 2
-
-
 def test_up_to_which_concurrency_a_draft_pays_is_named() -> None:
     def rows(concurrency: int, seconds: float) -> tuple[load.Plain, list[load.Drafted]]:
         tokens, first, last = [11, 11], [0.1, 0.3], [1.1, 2.3]
@@ -695,9 +661,7 @@ def test_up_to_which_concurrency_a_draft_pays_is_named() -> None:
     assert "pays up to 4 at a time, the most that was measured" in line(1.0, 1.9)
 
 
-def test_vllm_is_asked_in_turns_and_its_counters_taken(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
-) -> None:
+def test_vllm_is_asked_in_turns_and_its_counters_taken(pair: Both, tmp_path: Path) -> None:
     found = run_vllm(stand_in(tmp_path), pair)
     assert found.outside_engine == "vllm 9.9"
     assert proposers_of(tmp_path)[1].keys() == {"method", "model", "num_speculative_tokens"}
@@ -713,9 +677,7 @@ def test_vllm_is_asked_in_turns_and_its_counters_taken(
     assert [row.rounds for row in found.per_prompt] == [6] * 6 + [4] * 6
 
 
-def test_vllm_is_told_to_draft_in_parallel(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
-) -> None:
+def test_vllm_is_told_to_draft_in_parallel(pair: Both, tmp_path: Path) -> None:
     target, draft = pair[0], copy.deepcopy(pair[1])
     set_parallel(draft, 63, 4)
     card = run_vllm(stand_in(tmp_path), (target, draft))
@@ -724,22 +686,14 @@ def test_vllm_is_told_to_draft_in_parallel(
     assert card.provenance["mask_token"] == 63
     assert {row.draft_steps for row in card.rows} == {1}
     assert not contradictions(card)
-    asked = Pair.of(target, draft, PROMPTS, 10, 0, "autoregressive")
-    again = vllm.score(
-        Deployment(stand_in(tmp_path)),
-        asked,
-        PROMPTS,
-        num_draft_tokens=[2],
-        temperature=[0.0],
-        max_new_tokens=10,
-    )
+    again = run_vllm(stand_in(tmp_path), (target, draft), drafting="autoregressive")
     assert again.drafting == "autoregressive"
     assert "parallel_drafting" not in proposers_of(tmp_path)[1]
     with pytest.raises(InputError, match="has no mask token"):
         Pair.of(*pair, PROMPTS, 10, 0, "parallel")
 
 
-def test_transformers_drafts_token_by_token(pair: tuple[LanguageModel, LanguageModel]) -> None:
+def test_transformers_drafts_token_by_token(pair: Both) -> None:
     target, draft = pair[0], copy.deepcopy(pair[1])
     set_parallel(draft, 63, 4)
     card = transformers.score(
@@ -750,7 +704,7 @@ def test_transformers_drafts_token_by_token(pair: tuple[LanguageModel, LanguageM
 
 @pytest.mark.parametrize("rounding", [False, True])
 def test_what_differs_in_vllm_is_explained_by_our_own_pass_or_fails(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path, rounding: bool
+    pair: Both, tmp_path: Path, rounding: bool
 ) -> None:
     """vLLM's passes of one and of many tokens round apart, as any engine's in half precision."""
     with ExitStack() as patches:
@@ -767,7 +721,7 @@ def test_what_differs_in_vllm_is_explained_by_our_own_pass_or_fails(
 
 
 def test_a_target_too_large_for_our_own_pass_loses_no_measurement(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
+    pair: Both, tmp_path: Path
 ) -> None:
     with mock.patch("specdistill.engines.vllm_pair.load", side_effect=ModelError("too large")):
         card = run_vllm(stand_in(tmp_path), pair, options={"differs": 3})
@@ -780,7 +734,7 @@ def test_a_target_too_large_for_our_own_pass_loses_no_measurement(
 
 def run_command(
     folder: Path,
-    pair: tuple[LanguageModel, LanguageModel],
+    pair: Both,
     python: Path,
     target: Path,
     *more: object,
@@ -794,9 +748,7 @@ def run_command(
     return run(*asked, "--out", folder / "card.json", "--overwrite", *more)
 
 
-def test_the_command_scores_by_vllm(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
-) -> None:
+def test_the_command_scores_by_vllm(pair: Both, tmp_path: Path) -> None:
     """A draft, and what vLLM has of its own, on the same prompts; and a target as it is served."""
     target, python = pair[0].path, stand_in(tmp_path)
     cards = [tmp_path / f"{name}.json" for name in ("ours", "theirs", "quantised")]
@@ -845,9 +797,7 @@ WRONG = {  # options of the stand-in, and what the command says
 
 
 @pytest.mark.parametrize("how", WRONG)
-def test_what_cannot_be_scored_is_one_sentence(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path, how: str
-) -> None:
+def test_what_cannot_be_scored_is_one_sentence(pair: Both, tmp_path: Path, how: str) -> None:
     options, words = WRONG[how]
     python, target = stand_in(tmp_path, "0.9.1" if how == "too old" else "9.9"), pair[0].path
     if how == "no vLLM":
@@ -865,9 +815,7 @@ def test_what_cannot_be_scored_is_one_sentence(
     assert not (tmp_path / "card.json").exists()
 
 
-def test_a_pair_that_does_not_fit_is_refused_before_it_loads(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
-) -> None:
+def test_a_pair_that_does_not_fit_is_refused_before_it_loads(pair: Both, tmp_path: Path) -> None:
     """An engine at a time has 90% of the memory for the pair, of float64."""
     weights = sum(8 * model.parameters() for model in pair)
     python = stand_in(tmp_path)
@@ -887,7 +835,7 @@ def test_a_pair_that_does_not_fit_is_refused_before_it_loads(
 
 
 def test_scoring_by_vllm_loads_no_weights(
-    pair: tuple[LanguageModel, LanguageModel],
+    pair: Both,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -915,9 +863,7 @@ def test_scoring_by_vllm_loads_no_weights(
     assert capsys.readouterr().err.count("torch.float16 in the engine") == 2
 
 
-def test_transformers_leaves_the_users_draft_as_it_was(
-    pair: tuple[LanguageModel, LanguageModel],
-) -> None:
+def test_transformers_leaves_the_users_draft_as_it_was(pair: Both) -> None:
     own = pair[1].model.generation_config
     before = own.to_dict()
     transformers.score(

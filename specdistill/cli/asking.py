@@ -92,24 +92,19 @@ def ask(
     read = answers.read(prompts, split, column, limit, response_column, scorer)
     servers = [Server(url, target, concurrency) for url in base_url]
     asked = answers.put(read, style, examples, shots, seed)
+    how: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "samplings": samplings,
+        "seed": seed,
+        "filters": filters,
+        "best_of": choice,
+    }
     if signal is not None:
         assert checkpoint is not None
-        how = {"max_new_tokens": max_new_tokens, "samplings": samplings, "seed": seed}
-        choices = {"filters": filters, "best_of": choice}
-        _ask_top_k(servers, asked, out, signal, checkpoint, how | choices, as_json)
+        _ask_top_k(servers, asked, out, signal, checkpoint, how, as_json)
         return
     with console.progress() as progress:
-        settled, refused = openai.ask(
-            servers,
-            asked,
-            out,
-            max_new_tokens=max_new_tokens,
-            samplings=samplings,
-            seed=seed,
-            filters=filters,
-            best_of=choice,
-            progress=progress,
-        )
+        settled, refused = openai.ask(servers, asked, out, progress=progress, **how)
     removing = filters.remove or choice is not None
     _finish(settled, refused, out, removing=removing, as_json=as_json)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,11 +28,10 @@ class AtServer:
         self,
         engine: str,
         engine_python: Path | None,
-        num_draft_tokens: str,
-        **others: bool,
+        others: Mapping[str, bool],
     ) -> None:
         """Raises `InputError` for options that would have no effect, or contradict each other;
-        `others` are options that a server was started with, and whether they were given.
+        `others` are options that a server was started with, and whether they are given here.
         """
         if self.base_url is None:
             if self.plain_base_url is not None:
@@ -57,8 +56,7 @@ class AtServer:
 
         for url in filter(None, (self.base_url, self.plain_base_url)):
             Server(url, "")  # before anything is loaded
-        others = {"num_draft_tokens": num_draft_tokens != ALL_GAMMAS, **others}
-        if given := [f"--{name.replace('_', '-')}" for name, on in others.items() if on]:
+        if given := [name for name, is_given in others.items() if is_given]:
             raise InputError(
                 f"{' and '.join(given)} would have no effect with --base-url: the server was "
                 "started with its own; leave it out"

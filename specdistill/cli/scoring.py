@@ -158,25 +158,9 @@ def score(
     }
     _check_engine(engine, [name for name, given in ours.items() if given], drafting)
     at_server = AtServer(base_url, plain_base_url)
-    at_server.check(
-        engine,
-        engine_python,
-        num_draft_tokens,
-        threads=threads is not None,
-        runner=runner != "auto",
-        tensor_parallel=tensor_parallel is not None,
-        engine_options=engine_options is not None,
-    )
-    by_vllm = ByVllm(
-        engine_python,
-        at_server,
-        tensor_parallel,
-        engine_options,
-        concurrency,
-        speculative_config,
-        runner,
-    )
-    by_vllm.check(engine, device, draft, drafting)
+    deployed = engine_python, at_server, tensor_parallel, engine_options
+    by_vllm = ByVllm(*deployed, concurrency, speculative_config, runner)
+    by_vllm.check(engine, device, draft, drafting, num_draft_tokens, threads)
     keep_apart([out], [each for each in (target, draft, prompts, engine_python) if each])
     console.must_be_free(out, overwrite)
     console.setup(threads)

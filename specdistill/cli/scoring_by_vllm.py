@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from specdistill import limits
 from specdistill.cli import console, parsing
-from specdistill.cli.at_server import AtServer
+from specdistill.cli.at_server import ALL_GAMMAS, AtServer
 from specdistill.cli.serving import check_given
 from specdistill.engines.vllm_process import SCORING, Deployment, check_interpreter
 from specdistill.errors import InputError
@@ -36,16 +36,31 @@ class ByVllm:
     speculative_config: str | None
     runner: Runners
 
-    def check(self, engine: str, device: str, draft: str | None, drafting: Way) -> None:
+    def check(
+        self,
+        engine: str,
+        device: str,
+        draft: str | None,
+        drafting: Way,
+        num_draft_tokens: str,
+        threads: int | None,
+    ) -> None:
         """Raises `InputError` for options that would have no effect, or contradict each other."""
-        given = {
+        started_with = {
             "--tensor-parallel": self.tensor_parallel is not None,
             "--engine-options": self.options is not None,
-            "--concurrency": self.concurrency is not None,
-            "--speculative-config": self.speculative_config is not None,
             "--runner": self.runner != "auto",
         }
-        check_given(engine, device, given)
+        everywhere = {
+            "--num-draft-tokens": num_draft_tokens != ALL_GAMMAS,
+            "--threads": threads is not None,
+        }
+        self.server.check(engine, self.python, started_with | everywhere)
+        of_vllm = {
+            "--concurrency": self.concurrency is not None,
+            "--speculative-config": self.speculative_config is not None,
+        }
+        check_given(engine, device, started_with | of_vllm)
         if (engine == "vllm") != (self.python is not None or self.server.base_url is not None):
             raise InputError(
                 "--engine vllm and --engine-python go together: name the python of an environment "

@@ -98,26 +98,21 @@ def without_stalls(answers: turns.Answers[Counts]) -> tuple[BySetting, float]:
     return runs, max(0.0, 1 - counted / wall) if wall > 0 else 0.0
 
 
-def _speedup(setting: Setting, runs: Mapping[Setting, list[Counts]]) -> float:
-    """-inf where the clock saw no time pass."""
-    value = speedup(runs[setting], runs[setting[0], 0])
-    return -math.inf if math.isnan(value) else value
-
-
-def _round_ratio(setting: Setting, runs: Mapping[Setting, list[Counts]]) -> float:
-    """Time of a whole round, its draft steps and its share of the prompt too, over that of a plain
-    step: more than what a verify pass takes.
-    """
-    answers, plain = runs[setting], runs[setting[0], 0]
-    over = sum(a.seconds for a in answers) / sum(a.rounds for a in answers)
-    step = sum(a.seconds for a in plain) / sum(a.rounds for a in plain)
-    return over / step if step > 0 else math.nan
-
-
 def _fastest(runs: Mapping[Setting, list[Counts]]) -> tuple[Setting, float]:
-    """The fastest setting, and its `_round_ratio`."""
-    setting = max((s for s in runs if s[1]), key=lambda s: _speedup(s, runs))
-    return setting, _round_ratio(setting, runs)
+    """The fastest setting, and the time of a whole round of it, its draft steps and its share of
+    the prompt too, over that of a plain step: more than what a verify pass takes.
+    """
+
+    def rate(setting: Setting) -> float:
+        value = speedup(runs[setting], runs[setting[0], 0])
+        return -math.inf if math.isnan(value) else value  # the clock saw no time pass
+
+    def step(answers: list[Counts]) -> float:
+        return sum(a.seconds for a in answers) / sum(a.rounds for a in answers)
+
+    setting = max((s for s in runs if s[1]), key=rate)
+    plain = step(runs[setting[0], 0])
+    return setting, step(runs[setting]) / plain if plain > 0 else math.nan
 
 
 def slowed_at(runs: Mapping[Setting, list[Counts]]) -> float | None:

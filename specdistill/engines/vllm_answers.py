@@ -31,7 +31,7 @@ from specdistill.engines.vllm_process import (
     environment,
     is_out_of_memory,
     last_lines,
-    memory_words,
+    out_of_memory,
     run,
 )
 from specdistill.errors import DecodingError
@@ -225,11 +225,8 @@ class Answers(AbstractContextManager["Answers"]):
         del self.processes[process.worker]
         if is_out_of_memory(ending):
             weights = self.target.parameters() * self.target.dtype.itemsize
-            sizes = memory_words(weights, process.memory_bytes, process.begin["engine"])
-            raise DecodingError(
-                f"{sizes}; take more devices (--tensor-parallel), fewer rows (--batch-size) or "
-                f"shorter answers. It said: {ending}"
-            )
+            memory, settings = process.memory_bytes, process.begin["engine"]
+            raise out_of_memory(weights, memory, settings, "--batch-size", f"It said: {ending}")
         if not process.ready:
             raise DecodingError(f"vLLM does not start (exit code {code}). It said: {ending}")
         if process.deaths + 1 == DEATHS:

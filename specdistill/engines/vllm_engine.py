@@ -17,7 +17,7 @@ from specdistill.engines.vllm_process import (
     environment,
     is_out_of_memory,
     last_lines,
-    memory_words,
+    out_of_memory,
     run,
 )
 from specdistill.errors import DecodingError, InputError
@@ -114,11 +114,8 @@ def _loaded(
         facts = engine.ask(settings)
     except DecodingError as error:
         if is_out_of_memory(str(error)):
-            sizes = memory_words(weight_bytes, begun["memory_bytes"], settings)
-            raise DecodingError(
-                f"{sizes}; take more devices (--tensor-parallel), fewer rows (--concurrency) or "
-                f"shorter answers. {error}"
-            ) from error
+            memory, ending = begun["memory_bytes"], str(error)
+            raise out_of_memory(weight_bytes, memory, settings, "--concurrency", ending) from error
         if runner is not None:
             raise DecodingError(f"--runner both: by its runner {runner} {error}") from error
         raise

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from specdistill.errors import InputError
+from specdistill.errors import DecodingError, InputError
 
 OLDEST = (0, 32)  # the first version that this is known to work with
 LINES = 3  # of a log, that an error quotes
@@ -128,13 +128,16 @@ def is_out_of_memory(ending: str) -> bool:
     return any(words in ending for words in _OUT_OF_MEMORY)
 
 
-def memory_words(weight_bytes: int, memory_bytes: int | None, settings: Mapping[str, Any]) -> str:
-    """The sizes, where an engine with these arguments of `LLM` ran out of memory."""
+def out_of_memory(
+    weight_bytes: int, memory_bytes: int | None, settings: Mapping[str, Any], rows: str, ending: str
+) -> DecodingError:
+    """Where an engine with these arguments of `LLM` ended so; the option `rows` sets how many."""
     has = "" if memory_bytes is None else f" of {memory_bytes / 1e9:.1f} GB each"
-    return (
+    return DecodingError(
         f"vLLM has not enough memory: the weights take {weight_bytes / 1e9:.1f} GB over "
         f"{settings['tensor_parallel_size']} devices{has}, and up to {settings['max_num_seqs']} "
-        f"rows of {settings['max_model_len']:,} tokens want a cache"
+        f"rows of {settings['max_model_len']:,} tokens want a cache; take more devices "
+        f"(--tensor-parallel), fewer rows ({rows}) or shorter answers. {ending}"
     )
 
 

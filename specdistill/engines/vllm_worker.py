@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from typing import Any
@@ -43,23 +44,26 @@ def versions() -> dict[str, str]:
     return numbers
 
 
+def begin(vllm: Any, engine: Any, name: str, request: dict[str, Any]) -> None:
+    prompt = {"prompt_token_ids": request["tokens"]}
+    params = {key: value for key, value in request.items() if key != "tokens"}
+    engine.llm_engine.add_request(name, prompt, vllm.SamplingParams(**params))
+
+
 def answered(vllm: Any, engine: Any, request: dict[str, Any], each_round: bool) -> dict[str, Any]:
     """The tokens of one request, its seconds, and those of the rounds after the first. With
     `each_round` also what was proposed and accepted in every round, the first being the prompt's
     own pass: the counters are read between rounds, off the clock.
     """
-    core = engine.llm_engine
-    prompt = {"prompt_token_ids": request["tokens"]}
-    params = {key: value for key, value in request.items() if key != "tokens"}
     known = counters(engine)
     tokens: list[int] = []
     ends: list[float] = []
     rounds: list[list[int]] = []
     reading, finished = 0.0, False
     start = time.perf_counter()
-    core.add_request("0", prompt, vllm.SamplingParams(**params))
+    begin(vllm, engine, "0", request)
     while not finished:
-        for output in core.step():
+        for output in engine.llm_engine.step():
             tokens, finished = list(output.outputs[0].token_ids), output.finished
             now = time.perf_counter()
             ends.append(now - start - reading)
@@ -78,36 +82,26 @@ def answered(vllm: Any, engine: Any, request: dict[str, Any], each_round: bool) 
 
 def under_load(vllm: Any, engine: Any, requests: list[dict[str, Any]], most: int) -> dict[str, Any]:
     """Answer all, up to `most` at a time; times are seconds from when a request was handed over."""
-    core = engine.llm_engine
-    waiting = list(enumerate(requests))[::-1]
-    begun: dict[str, float] = {}
-    first: dict[str, float] = {}
-    last: dict[str, float] = {}
-    tokens: dict[str, int] = {}
+    waiting, under_way = deque(enumerate(requests)), 0
+    rows: dict[str, dict[str, Any]] = {}
     start = time.perf_counter()
-    while waiting or len(last) < len(begun):
-        while waiting and len(begun) - len(last) < most:
-            number, request = waiting.pop()
-            prompt = {"prompt_token_ids": request["tokens"]}
-            params = {key: value for key, value in request.items() if key != "tokens"}
-            begun[str(number)] = time.perf_counter()
-            core.add_request(str(number), prompt, vllm.SamplingParams(**params))
-        for output in core.step():
-            now = time.perf_counter() - begun[output.request_id]
-            count = len(output.outputs[0].token_ids)
-            if count:
-                first.setdefault(output.request_id, now)
-            if output.finished:
-                tokens[output.request_id], last[output.request_id] = count, now
+    while waiting or under_way:
+        while waiting and under_way < most:
+            number, request = waiting.popleft()
+            rows[str(number)] = {"begun": time.perf_counter()}
+            under_way += 1
+            begin(vllm, engine, str(number), request)
+        for output in engine.llm_engine.step():
+            row = rows[output.request_id]
+            row["last"] = time.perf_counter() - row["begun"]
+            row["tokens"] = len(output.outputs[0].token_ids)
+            if row["tokens"]:
+                row.setdefault("first", row["last"])
+            under_way -= output.finished
     seconds = time.perf_counter() - start
-    ids = [id_ for id_ in begun if id_ in first]
-    return {
-        "seconds": seconds,
-        "tokens": [tokens[id_] for id_ in ids],
-        "first": [first[id_] for id_ in ids],
-        "last": [last[id_] for id_ in ids],
-        "counters": counters(engine),
-    }
+    answered = [row for row in rows.values() if "first" in row]
+    columns = {name: [row[name] for row in answered] for name in ("tokens", "first", "last")}
+    return {"seconds": seconds, **columns, "counters": counters(engine)}
 
 
 def main() -> None:
