@@ -397,7 +397,8 @@ class LLM:
         row[2] += offered
     def step(self):  # in which several take longer where there is a draft
         global now
-        now += 0.002 + self.slow + 0.001 * len(self.under_way) * bool(self.gamma)
+        each = self.given.get("costs", {}).get(str(self.gamma), bool(self.gamma))
+        now += 0.002 + self.slow + 0.001 * len(self.under_way) * each
         outputs = []
         for row in self.under_way:
             self.round_of(row)
@@ -680,13 +681,16 @@ def test_vllm_is_asked_in_turns_and_its_counters_taken(pair: Both, tmp_path: Pat
 def test_vllm_is_told_to_draft_in_parallel(pair: Both, tmp_path: Path) -> None:
     target, draft = pair[0], copy.deepcopy(pair[1])
     set_parallel(draft, 63, 4)
-    card = run_vllm(stand_in(tmp_path), (target, draft))
+    costs = {"options": {"costs": {"2": 0.2, "3": 0.6}}, "concurrency": [1, 6]}
+    card = run_vllm(stand_in(tmp_path), (target, draft), **costs)
+    assert card.provenance["schedule"] == [[1, 5, 3], [6, 6, 0]], "vLLM cannot change to γ = 2"
     assert [each.get("parallel_drafting") for each in proposers_of(tmp_path)[:2]] == [None, True]
     assert card.drafting == "parallel"
     assert card.provenance["mask_token"] == 63
     assert {row.draft_steps for row in card.rows} == {1}
     assert not contradictions(card)
-    again = run_vllm(stand_in(tmp_path), (target, draft), drafting="autoregressive")
+    again = run_vllm(stand_in(tmp_path), (target, draft), drafting="autoregressive", **costs)
+    assert again.provenance["schedule"] == [[1, 5, 3], [6, 6, 2]]
     assert again.drafting == "autoregressive"
     assert "parallel_drafting" not in proposers_of(tmp_path)[1]
     with pytest.raises(InputError, match="has no mask token"):
