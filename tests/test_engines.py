@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -605,16 +606,6 @@ def test_proposals_are_sampled_where_a_temperature_is_above_0_unless_a_config_sa
     assert card.drafting == "autoregressive"
     assert card.draft.parameters == pair[1].parameters()
     assert card.draft.sha256 == pair[1].sha256()
-    without = tmp_path / "without"
-    without.mkdir()
-    weights = load_file(pair[1].path / "model.safetensors")
-    for name in [name for name in weights if "lm_head" in name or "embed_tokens" in name]:
-        del weights[name]
-    save_file(weights, without / "model.safetensors")
-    (without / "config.json").write_text("{}")
-    shared = Pair.proposed_by(pair[0], {**head, "model": str(without)}, PROMPTS, 10, 0).draft
-    head_bytes = 64 * 32 * 8  # of the target's float64
-    assert shared.weight_bytes == sum(w.nbytes for w in weights.values()) + head_bytes
     greedy = {**head, "draft_sample_method": "greedy"}
     card = run_vllm(stand_in(tmp_path), pair, config=greedy, temperature=[1.0])
     assert proposers_of(tmp_path)[1]["draft_sample_method"] == "greedy"
@@ -623,6 +614,23 @@ def test_proposals_are_sampled_where_a_temperature_is_above_0_unless_a_config_sa
         assert Proposer.of_config({**head, "method": method}).drafting == "parallel"
     relative = os.path.relpath(pair[1].path)
     assert Proposer.of_config({**head, "model": relative}).config["model"] == str(pair[1].path)
+
+
+def test_a_head_without_weights_of_its_own_reads_the_targets(pair: Both, tmp_path: Path) -> None:
+    """Its embedding and output, or, of `mtp`, all of it."""
+    target, ours = pair[0], load_file(pair[0].path / "model.safetensors")
+    head_bytes = 64 * 32 * 8  # in float64
+    body = {n: w for n, w in ours.items() if "lm_head" not in n and "embed_tokens" not in n}
+    both = {name: shutil.copytree(target.path, tmp_path / name) for name in ("head", "mtp")}
+    save_file(body, both["head"] / "model.safetensors")
+    config = {"method": "eagle3", "model": str(both["head"])}
+    card = Pair.proposed_by(target, config, PROMPTS, 10, 0).draft
+    assert card.weight_bytes == sum(w.nbytes for w in body.values()) + head_bytes
+    more = {"model.layers.3.mlp.weight": torch.ones(8), "mtp.fc.weight": torch.ones(5)}
+    save_file({**ours, **more}, both["mtp"] / "model.safetensors")
+    target = replace(target, path=both["mtp"])
+    card = Pair.proposed_by(target, {"method": "mtp"}, PROMPTS, 10, 0).draft
+    assert (card.name, card.parameters, card.weight_bytes) == ("mtp", 13, 4 * 13 + head_bytes)
 
 
 @pytest.mark.parametrize(

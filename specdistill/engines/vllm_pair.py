@@ -71,8 +71,7 @@ class Pair:
         checkpoint is not checked: its tokenizer, its positions, what it was trained on.
         """
         proposer = Proposer.of_config(config)
-        head_bytes = target.head.weight.numel() * target.dtype.itemsize
-        draft = proposer_card(proposer.config, model_card(target), head_bytes)
+        draft = proposer_card(proposer.config, target)
         facts = provenance(target, None, seed, max_new_tokens, prompts)
         facts["speculative_config"] = dict(proposer.config)
         return cls._of(target, draft, proposer, prompts, max_new_tokens, facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,11 @@ from safetensors import safe_open
 
 from specdistill.errors import InputError, ModelError, first_line
 from specdistill.limits import shown
-from specdistill.models import locate
+from specdistill.models import LanguageModel, locate
 from specdistill.models.checkpoint_files import weight_files
 from specdistill.models.hashes import model_sha256
 from specdistill.scoring.card_rows import DraftingWay, ModelCard
+from specdistill.scoring.measure import model_card
 
 OURS = {  # keys of a speculative_config that are no business of the user's, and why
     "num_speculative_tokens": "--num-draft-tokens sets it",
@@ -85,31 +87,42 @@ class Proposer:
         return str(self.settings(1, sampled).get("draft_sample_method", "greedy"))
 
 
-def proposer_card(config: Mapping[str, Any], target: ModelCard, head_bytes: int) -> ModelCard:
-    """What a scorecard says of the model that a `speculative_config` names: its weights by their
-    files, but for an embedding, and the target's head of `head_bytes` where it has none of its own.
-    Without a model of its own there are none, and the hash is that of the config. Raises
-    `ModelError` where the model cannot be had.
+def proposer_card(config: Mapping[str, Any], target: LanguageModel) -> ModelCard:
+    """What a scorecard says of the model that a `speculative_config` names. Without a model of its
+    own it has no weights but those of `mtp`, which lie in the target's checkpoint, and the hash is
+    that of the config. Raises `ModelError` where the model cannot be had.
     """
-    name = config.get("model")
-    if not isinstance(name, str) or config["method"] in LOOK_UPS:
-        text = json.dumps(config, sort_keys=True).encode()
-        sha256 = hashlib.sha256(text).hexdigest()
-        return ModelCard(config["method"], 0, 0, target.dtype, target.vocab_size, sha256)
+    name, method, facts = config.get("model"), config["method"], model_card(target)
+    if method in LOOK_UPS or not isinstance(name, str):
+        sizes = _sizes(target.path, target, inside=True) if method == "mtp" else (0, 0)
+        sha256 = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+        return ModelCard(method, *sizes, facts.dtype, facts.vocab_size, sha256)
     path = locate(name)
-    parameters, read, shared = 0, 0, head_bytes
+    sizes, sha256 = _sizes(path, target), model_sha256(path)
+    return ModelCard(name, *sizes, facts.dtype, facts.vocab_size, sha256)
+
+
+def _sizes(path: Path, target: LanguageModel, *, inside: bool = False) -> tuple[int, int]:
+    """Parameters of a head by its files, or of what is beside the layers of the target `inside` its
+    own, and bytes read for a token: all but an embedding, and the target's head where it has none.
+    """
+    parameters, read = 0, 0
+    shared = target.head.weight.numel() * target.dtype.itemsize
     try:
         for file in weight_files(path):
             with safe_open(file, framework="pt") as tensors:
                 for key in list(tensors.keys()):
+                    layer = re.search(r"\blayers\.(\d+)\.", key)
+                    of_target = layer is None or int(layer[1]) < target.num_layers
+                    if inside and of_target and not key.startswith("mtp."):
+                        continue
                     size, itemsize = _size(tensors.get_slice(key))
                     parameters += size
                     read += 0 if "embed_tokens" in key else size * itemsize
                     shared = 0 if "lm_head" in key else shared
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read the weights of {name}: {first_line(error)}") from error
-    read += shared
-    return ModelCard(name, parameters, read, target.dtype, target.vocab_size, model_sha256(path))
+        raise ModelError(f"cannot read the weights of {path}: {first_line(error)}") from error
+    return parameters, read + (shared if parameters else 0)
 
 
 def _size(tensor: Any) -> tuple[int, int]:
