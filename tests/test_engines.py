@@ -1016,7 +1016,7 @@ def bigram_head(target: LanguageModel, follows: list[int], folder: Path) -> None
     """
     embedding = target.model.get_input_embeddings().weight
     width, lowest, generator = 128, 64 - 48, torch.Generator().manual_seed(0)
-    tokens = embedding / embedding.square().mean(-1, keepdim=True).sqrt()
+    tokens = torch.nn.functional.rms_norm(embedding, (width,), eps=target.config.rms_norm_eps)
     to_keys, to_values = torch.randn(2, 64, width, generator=generator) / width**0.5
     nothing = torch.zeros(64, width)
     keys, values = (torch.cat([weight, nothing], -1) for weight in (20 * to_keys, to_values))
