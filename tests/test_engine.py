@@ -110,6 +110,22 @@ def test_what_a_row_holds_of_a_prompt_is_copied_and_changes_nothing(tiny: Tiny) 
         )
 
 
+def test_equal_prompts_are_computed_once(tiny: Tiny) -> None:
+    target = tiny(13, layers=3, dtype=torch.float64)
+    a, b = (torch.randint(5, 60, (20,)).tolist() for _ in range(2))
+    texts = [a, a, b, [*b, 7], [*b, 7]]
+    cached, seen = CachedModel(target, 5, 40), []
+    run = cached.run
+    cached.run = lambda tokens, *rest: (seen.append(tuple(tokens.shape)), run(tokens, *rest))[1]
+    cached.prefill(torch.tensor([4, 0, 2, 1, 3]), texts)
+    assert seen == [(3, 21)]
+    hidden = run(torch.full((5, 1), 6), torch.tensor([20, 21, 20, 21, 20])[:, None], 22)
+    for row, text in zip([4, 0, 2, 1, 3], texts, strict=True):
+        assert torch.allclose(
+            hidden[row, 0], target.hidden(torch.tensor([[*text, 6]]))[0, -1], atol=STOCK
+        )
+
+
 def test_prompts_longer_than_a_prefill_chunk(tiny: Tiny) -> None:
     target = tiny(7, layers=2, dtype=torch.float64)
     texts = [torch.randint(5, 60, (n,)).tolist() for n in (37, 1, 64)]

@@ -161,11 +161,14 @@ class CachedModel:
     ) -> None:
         """Write the prompts of some rows from position 0, at most `width` positions and `tokens`
         tokens in a pass. Of each, what a row already holds, this one or another, is copied, and
-        what all of them begin with is computed once. A row must not run between the end of its
-        text and its next prompt.
+        what all of them begin with is computed once, as are equal prompts next to each other. A row
+        must not run between the end of its text and its next prompt.
         """
         if shared := common_prefix(prompts):
             self._fill(rows[:1], [prompts[0][:shared]], width, tokens)
+        different = [i for i, prompt in enumerate(prompts) if i == 0 or prompt != prompts[i - 1]]
+        if len(different) < len(prompts):
+            self._fill(rows[different], [prompts[i] for i in different], width, tokens)
         self._fill(rows, prompts, width, tokens)
 
     def _fill(self, rows: Tensor, prompts: list[list[int]], width: int, tokens: int) -> None:
