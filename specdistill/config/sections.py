@@ -259,7 +259,7 @@ class Policy(Section):
                 raise ValueError(f"the policy {name!r} has no {key}; it has {', '.join(defaults)}")
         return {**defaults, **{key: value for key, value in raw.items() if value is not None}}
 
-    def own(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """The settings that this policy has."""
         return {key: getattr(self, key) for key in POLICY_SETTINGS[self.name]}
 

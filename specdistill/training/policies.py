@@ -47,12 +47,12 @@ class Source:
 
     def chosen(self, step: int) -> list[Example]:
         """The examples whose prompts are sampled at a step."""
-        number = min(self.policy.own()["prompts"], len(self.given))
+        number = min(self.policy.settings()["prompts"], len(self.given))
         return random.Random(f"{self.seed}-{step}").sample(list(self.given), number)
 
     def requests(self, step: int, *, more: int = 0) -> list[Request]:
         """`more`: tokens beyond the longest answer."""
-        p = self.policy.own()
+        p = self.policy.settings()
         sampling, longest = Sampling(p["sample_temperature"]), p["max_new_tokens"] + more
         seed = random.Random(f"{self.seed}:{step}").getrandbits(60)
         return [Request(e.id, e.prompt_tokens, longest, sampling, seed) for e in self.chosen(step)]
@@ -71,7 +71,7 @@ def draft(source: Source, step: int) -> list[Example]:
 
 def mixed(source: Source, step: int) -> list[Example]:
     """Each prompt with the draft's samples with probability `share` (GKD's λ), else as given."""
-    coins, share = random.Random(f"{source.seed}/{step}"), source.policy.own()["share"]
+    coins, share = random.Random(f"{source.seed}/{step}"), source.policy.settings()["share"]
     fresh = [request for request in source.requests(step) if coins.random() < share]
     samples = _drafted(source, fresh)
     return [s for e in source.chosen(step) for s in samples.get(e.id, [e])]
@@ -81,7 +81,7 @@ def skd(source: Source, step: int) -> list[Example]:
     """The draft proposes, and a token outside the target's `top_k` most probable is replaced by a
     sample of the target's (speculative knowledge distillation 2410.11325).
     """
-    p = source.policy.own()
+    p = source.policy.settings()
     decoder = SpeculativeDecoder(
         source.target,
         ModelDrafter(source.draft, source.target.vocab_size),
@@ -102,7 +102,7 @@ def induced(source: Source, step: int) -> list[Example]:
     decoder = SpeculativeDecoder(
         source.target,
         ModelDrafter(source.draft, source.target.vocab_size),
-        num_draft_tokens=source.policy.own()["block"],
+        num_draft_tokens=source.policy.settings()["block"],
         batch_size=BATCH,
         keep_proposals=True,
     )
@@ -151,7 +151,7 @@ def decoded_rows(config: DistillConfig) -> int:
     decode, policy = config.decode, config.policy
     rows = 0 if decode is None else decode.prompts * (decode.num_draft_tokens + 1)
     if policy.name in ("skd", "induced", "fresh_target"):
-        rows = max(rows, min(policy.own()["prompts"], BATCH) * ((policy.block or 0) + 1))
+        rows = max(rows, min(policy.settings()["prompts"], BATCH) * ((policy.block or 0) + 1))
     return rows
 
 
