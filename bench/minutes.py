@@ -14,7 +14,7 @@ one call can be compared, no others.
 import argparse
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,15 +25,16 @@ from torch import Tensor
 from bench.methods import append, begun
 from specdistill import models
 from specdistill.data.generation import generate
-from specdistill.data.prompts import load_prompts
+from specdistill.data.prompts import Prompt, load_prompts
 from specdistill.data.signal import States, read_states, token_log_probs
 from specdistill.data.token_store import Example, Store, read_examples, read_manifest
 from specdistill.decoding import Sampling
+from specdistill.decoding.sampling import own_sampling
 from specdistill.drafts.making import make_draft
 from specdistill.drafts.vocabulary import vocabulary_from
 from specdistill.models import LanguageModel
 from specdistill.quickstart import Plan
-from specdistill.quickstart.loop import training_precision
+from specdistill.quickstart.loop import EVALUATE_EVERY, training_precision
 from specdistill.run_folder import read_metrics
 from specdistill.training.run import distill
 from specdistill_kernels import draft_columns
@@ -44,13 +45,20 @@ PLAN = Plan()
 
 @dataclass(frozen=True)
 class Arm:
-    """`answering` is the share of the seconds in which prompts are answered; `options` are those of
-    `distill` in place of quickstart's.
+    """`answering` is the share of the seconds in which prompts are answered, each of them once at
+    every temperature where they are `twice` answered, else at one of them; `options` are those of
+    `distill` in place of quickstart's, their seconds of 180.
     """
 
     name: str
     answering: float = 4 / 9
+    twice: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def answers(self) -> str:
+        """The folder with what arms like this one take their answers from."""
+        return "answers-twice" if self.twice else "answers"
 
 
 ARMS = (
@@ -61,8 +69,14 @@ ARMS = (
     Arm("twice the rate", options={"learning_rate": 2 * PLAN.learning_rate}),
     Arm("twice the batch", options={"batch_tokens": 2 * PLAN.batch_tokens}),
     Arm("weight decay", options={"weight_decay": 0.1}),
+    Arm("weight decay of 1", options={"weight_decay": 1.0}),
+    Arm("answered twice", twice=True),
     Arm("8 held out", options={"heldout": 8}),
+    # Evaluations are no training time, so what more of them take is left out of it.
+    Arm("evaluated often", options={"evaluate_every": 100, "heldout": 32, "max_seconds": 94}),
+    Arm("chosen by decoding", options={"evaluate_every": 100, "decode": {}, "max_seconds": 76}),
     Arm("mixed", options={"policy": "mixed"}),
+    Arm("induced", options={"policy": "induced"}),
     Arm("reward", options={"policy": "mixed", "reward": {"function": "accepted-length"}}),
 )
 
@@ -85,25 +99,38 @@ class Measured:
 
 
 def answered(
-    target: LanguageModel, folder: Path, prompts: str, temperatures: Sequence[float], seconds: float
+    target: LanguageModel,
+    folder: Path,
+    prompts: Sequence[Prompt],
+    temperatures: Sequence[float],
+    seconds: float,
 ) -> float:
-    """Answer prompts for so many seconds; those it took, with those of an earlier call."""
+    """Answer prompts for so many seconds; the answers a second, also of an earlier call."""
     clock = folder.with_suffix(".seconds")
-    if clock.exists():
-        return float(clock.read_text())
-    start = time.perf_counter()
-    generate(
-        target,
-        load_prompts(prompts),
-        folder,
-        max_new_tokens=PLAN.max_new_tokens,
-        samplings=[Sampling(t) for t in temperatures],
-        batch_size=PLAN.batch_size,
-        max_seconds=seconds,
-    )
-    spent = time.perf_counter() - start
-    clock.write_text(str(spent))
-    return spent
+    if not clock.exists():
+        start = time.perf_counter()
+        generate(
+            target,
+            prompts,
+            folder,
+            max_new_tokens=PLAN.max_new_tokens,
+            samplings=[Sampling(t) for t in temperatures],
+            batch_size=PLAN.batch_size,
+            max_seconds=seconds,
+        )
+        clock.write_text(str(time.perf_counter() - start))
+    return len(read_manifest(folder).ids) / float(clock.read_text())
+
+
+def at_each_temperature(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Each prompt once for every temperature of the plan, by an id that `generate` gives it for."""
+    samplings = [Sampling(t) for t in PLAN.temperatures]
+    copies = []
+    for prompt in prompts:
+        names = [f"{prompt.id}~{n}" for n in range(64)]
+        ids = {own_sampling(samplings, 0, name): name for name in names}
+        copies += [replace(prompt, id=ids[sampling]) for sampling in samplings]
+    return copies
 
 
 def first(answers: Path, number: int) -> Path:
@@ -175,7 +202,7 @@ def run(
 ) -> list[Measured]:
     """Train and judge a draft. `rate`: answers a second."""
     number = round(rate * arm.answering * seconds)
-    data = first(out / "answers", number)
+    data = first(out / arm.answers, number)
     ids = vocabulary_from(target, PLAN.vocab_size or target.vocab_size, data).ids
     folder = out / f"{arm.name.replace(' ', '-')}-{seed}"
     options: dict[str, Any] = {
@@ -183,7 +210,8 @@ def run(
         "batch_tokens": PLAN.batch_tokens,
         "learning_rate": PLAN.learning_rate,
         "precision": training_precision(target),
-        "heldout": max(1, min(32, number // 4)),
+        "heldout": max(1, min(16, number // 4)),
+        "evaluate_every": EVALUATE_EVERY,
         "decode": None,
         "seed": seed,
         **arm.options,
@@ -242,17 +270,21 @@ def main() -> None:
     document = begun(file, options.seconds, options.threads)
     done = {(row["arm"], row["seed"]) for row in document["rows"]}
     target = models.load(options.target)
-    longest = options.seconds * max(arm.answering for arm in ARMS)
-    spent = answered(target, options.out / "answers", "demo:train", PLAN.temperatures, longest)
-    rate = len(read_manifest(options.out / "answers").ids) / spent
+    prompts, rates = load_prompts("demo:train"), {}
+    for twice in {arm.twice for arm in ARMS if arm.name in wanted}:
+        same = [arm for arm in ARMS if arm.twice == twice]
+        asked = at_each_temperature(prompts) if twice else prompts
+        longest = options.seconds * max(arm.answering for arm in same)
+        folder = options.out / same[0].answers
+        rates[twice] = answered(target, folder, asked, PLAN.temperatures, longest)
     for temperature in PLAN.temperatures:
         folder = options.out / f"heldout-{temperature:g}"
-        answered(target, folder, "demo:heldout", [temperature], float("inf"))
+        answered(target, folder, load_prompts("demo:heldout"), [temperature], float("inf"))
     for seed in range(options.seeds):
         for arm in ARMS:
             if (arm.name, seed) in done or arm.name not in wanted:
                 continue
-            rows = run(arm, seed, target, options.out, options.seconds, rate)
+            rows = run(arm, seed, target, options.out, options.seconds, rates[arm.twice])
             append(file, document, rows, table)
     print(table(document["rows"]))
 

@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_model
 from small_runs import ask
 
-from bench.minutes import acceptance, rounds
+from bench.minutes import acceptance, at_each_temperature, rounds
 from specdistill.data.generation import generate
 from specdistill.data.token_store import read_examples
 from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
@@ -42,3 +42,15 @@ def test_greedy_rounds_are_those_of_decoding_and_sampled_ones_in_the_mean(tmp_pa
             tokens = sum(len(output.tokens) for output in run.outputs)
             rate = sum(expected) / sum(map(len, chances))
             assert sum(real) / tokens == pytest.approx(rate, rel=0.02)
+
+
+def test_a_prompt_that_is_answered_twice_is_answered_at_both_temperatures(tmp_path: Path) -> None:
+    asked = at_each_temperature(ask(6))
+    folder, samplings = tmp_path / "answers", [Sampling(0.0), Sampling(1.0)]
+    generate(tiny_model(), asked, folder, max_new_tokens=8, samplings=samplings)
+    greedy = tmp_path / "greedy"
+    generate(tiny_model(), ask(6), greedy, max_new_tokens=8, temperature=0.0)
+    answers = read_examples(folder, signal=False)
+    first = {tuple(e.prompt_tokens): e.response_tokens for e in read_examples(greedy, signal=False)}
+    agree = [e.response_tokens == first[tuple(e.prompt_tokens)] for e in answers]
+    assert (len(answers), sum(agree)) == (12, 6)
