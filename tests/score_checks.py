@@ -19,7 +19,15 @@ from specdistill.models import LanguageModel
 from specdistill.scoring import measure, sampled_texts
 from specdistill.scoring.card_rows import PromptRow
 from specdistill.scoring.choice import choose
-from specdistill.scoring.rows import Timed, by_prompt, counted, row, with_costs, without_stalls
+from specdistill.scoring.rows import (
+    Timed,
+    by_prompt,
+    counted,
+    row,
+    target_pass,
+    with_costs,
+    without_stalls,
+)
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.statistics import ratio_of_sums
 
@@ -95,9 +103,11 @@ def check_row() -> None:
     against 7 plain steps. The prompt's prefill belongs to neither.
     """
     runs, _ = without_stalls({(0.0, 0): [[prompt_runs(0)] * 2], (0.0, 4): [[prompt_runs(4)]]})
-    drafted, plain = runs[0.0, 4], runs[0.0, 0]
-    counted = row((0.0, 4), drafted.counts(4), plain.counts(0), 0.1, 0)
-    found = with_costs(counted, drafted, plain, math.nan)
+    counts = counted(runs)
+    drafted, plain = counts[0.0, 4], counts[0.0, 0]
+    draft_passes = runs[0.0, 4][0].draft_passes
+    counted_row = row((0.0, 4), drafted, plain, 0.1, 0)
+    found = with_costs(counted_row, draft_passes, target_pass(plain), math.nan)
     assert found.block_efficiency == 3.5
     assert found.cost_ratio == pytest.approx(0.25)
     assert found.verify_ratio == pytest.approx(1.25), "(1.4 + 1.1) / 2"

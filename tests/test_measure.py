@@ -22,7 +22,7 @@ from specdistill.report.plots.acceptance import figure_acceptance, figure_surviv
 from specdistill.report.plots.speed import figure_speedup, figure_time
 from specdistill.report.text import document
 from specdistill.scoring import turns
-from specdistill.scoring.rows import PARTS, Runs, Timed, without_stalls
+from specdistill.scoring.rows import PARTS, Decoded, Timed, without_stalls
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.turns import cpu_times, stolen
 
@@ -216,14 +216,14 @@ def round_of(target: float, **others: float) -> dict[str, float]:
 def test_plain_runs_of_a_prompt_count_as_their_mean() -> None:
     one, other = ([round_of(step) for _ in range(4)] for step in (1.0, 2.0))
     runs, stalls = without_stalls({(0.0, 0): [[run_of(one, loop=0.4), run_of(other, loop=0.6)]]})
-    plain = runs[0.0, 0]
-    assert plain.parts == [{**dict.fromkeys(PARTS, 0.0), "target": 6.0, "loop": pytest.approx(0.5)}]
-    (counts,) = plain.counts(0)
+    (plain,) = runs[0.0, 0]
+    counts = plain.counts
+    assert counts.parts == dict.fromkeys(PARTS, 0.0) | {"target": 6.0, "loop": pytest.approx(0.5)}
     assert (len(counts.tokens), counts.rounds, stalls) == (4, 4, 0)
 
 
-def seconds_of(runs: Runs) -> list[float]:
-    return [counts.seconds for counts in runs.counts(3)]
+def seconds_of(runs: list[Decoded]) -> list[float]:
+    return [each.counts.seconds for each in runs]
 
 
 def test_a_stalled_round_counts_as_the_usual_one() -> None:

@@ -635,7 +635,7 @@ MUTATIONS = [
         [
             (
                 rows.with_costs,
-                'spent["draft"] / runs.rounds',
+                'spent["draft"] / row.rounds',
                 "row.num_draft_tokens * draft_step",
             )
         ],

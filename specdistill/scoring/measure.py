@@ -32,7 +32,7 @@ from specdistill.scoring import rows as rows_of
 from specdistill.scoring.acceptance import acceptance_chances
 from specdistill.scoring.card_rows import LEAST_VERIFY_RATIO, DraftingWay, ModelCard, Row
 from specdistill.scoring.choice import Setting
-from specdistill.scoring.rows import Runs, Timed
+from specdistill.scoring.rows import Decoded, Timed
 from specdistill.scoring.scorecard import OWN_ENGINE, Scorecard, Verification
 from specdistill.scoring.slices import by_category, by_prompt_length
 from specdistill.scoring.template_settings import as_trained, settings_line
@@ -104,11 +104,13 @@ def score(
         expected = math.nan  # a block's acceptance is not that of its tokens
         if mode == "token":
             chances = [
-                acceptance_chances(target, draft, p.tokens, o, t, lenience, draftings[g])
-                for p, o in zip(prompts, runs[t, g].outputs, strict=True)
+                acceptance_chances(target, draft, p.tokens, one.output, t, lenience, draftings[g])
+                for p, one in zip(prompts, runs[t, g], strict=True)
             ]
             expected = torch.cat(chances).mean().item()
-        rows.append(rows_of.with_costs(row, runs[t, g], runs[t, 0], expected))
+        draft_passes = sum(one.draft_passes for one in runs[t, g])
+        step = rows_of.target_pass(counts[t, 0])
+        rows.append(rows_of.with_costs(row, draft_passes, step, expected))
     progress("evidence", len(rows), len(settings), "losslessness")
     baseline = [rows_of.baseline(t, counts[t, 0]) for t in temperatures]
     per_prompt = [
@@ -141,7 +143,7 @@ def score(
         verification=verification,
         by_category=by_category(per_prompt, seed),
         by_prompt_length=by_prompt_length(per_prompt, seed),
-        example=rows_of.example(target.tokenizer, prompts[0].id, fastest, runs[fastest].outputs[0])
+        example=rows_of.example(target.tokenizer, prompts[0].id, fastest, runs[fastest][0].output)
         if keep_text
         else None,
     )
@@ -180,7 +182,7 @@ def _measured(
     temperatures: Sequence[float],
     max_seconds: float | None,
     progress: Progress,
-) -> Measured[Runs]:
+) -> Measured[list[Decoded]]:
     """Every request at every temperature by every decoder, after a short untimed run of each."""
     progress("score", 0, len(requests), "a short run of each setting first")
     first = replace(requests[0], max_new_tokens=min(WARM_UP_TOKENS, requests[0].max_new_tokens))
@@ -205,26 +207,26 @@ def _measured(
 
 
 def _greedy_pairs(
-    prompts: Sequence[EncodedPrompt], runs: Mapping[Setting, Runs]
+    prompts: Sequence[EncodedPrompt], runs: Mapping[Setting, Sequence[Decoded]]
 ) -> list[lossless.GreedyPair]:
     """The greedy answers of every γ beside the plain ones."""
     return [
-        lossless.GreedyPair(p.id, p.tokens, plain, output)
-        for (t, g), run in runs.items()
+        lossless.GreedyPair(p.id, p.tokens, plain.output, drafted.output)
+        for (t, g), decoded in runs.items()
         if t == 0 and g
-        for p, plain, output in zip(prompts, runs[0, 0].outputs, run.outputs, strict=True)
+        for p, plain, drafted in zip(prompts, runs[0, 0], decoded, strict=True)
     ]
 
 
-def _slowed(runs: Mapping[Setting, Runs]) -> float | None:
+def _slowed(runs: Mapping[Setting, Sequence[Decoded]]) -> float | None:
     """The temperature of the fastest setting, where its verify passes took less time than plain
     steps.
     """
-    plain = {t: run.tokens_per_second for (t, g), run in runs.items() if not g}
+    counts = rows_of.counted(runs)
     drafted = [setting for setting in runs if setting[1]]
-    t, g = max(drafted, key=lambda s: rows_of.ratio(runs[s].tokens_per_second, plain[s[0]]))
-    slow = rows_of.ratio(runs[t, g].step, runs[t, 0].step) < LEAST_VERIFY_RATIO
-    return t if slow else None
+    t, g = max(drafted, key=lambda s: rows_of.speedup(counts[s], counts[s[0], 0]))
+    verify_pass, step = (rows_of.target_pass(counts[setting]) for setting in ((t, g), (t, 0)))
+    return t if rows_of.ratio(verify_pass, step) < LEAST_VERIFY_RATIO else None
 
 
 def _decoders(

@@ -71,65 +71,25 @@ class Counts:
         return sum(spent for name, spent in self.parts.items() if name not in names)
 
 
-@dataclass
-class Runs:
-    """All prompts in one setting, an entry each. A prompt that was decoded several times, as plain
-    decoding is, has the counts of one and the mean of the times, which are without stalls.
-
-    `parts` split a prompt's seconds, see `Row.seconds`.
+@dataclass(frozen=True)
+class Decoded:
+    """One prompt in one setting by our engine. What was decoded several times, as plain decoding
+    is, has the counts and the answer of the first and the mean of the times, without stalls.
     """
 
-    outputs: list[Output] = field(default_factory=list)
-    passes: list[int] = field(default_factory=list)
-    draft_passes: list[int] = field(default_factory=list)
-    parts: list[dict[str, float]] = field(default_factory=list)
-
-    @property
-    def rounds(self) -> int:
-        return sum(self.passes)
-
-    @property
-    def draft_steps(self) -> int:
-        return sum(self.draft_passes)
-
-    @property
-    def tokens_per_second(self) -> float:
-        emitted = sum(len(output.tokens) for output in self.outputs)
-        return ratio(emitted, sum(sum(parts.values()) for parts in self.parts))
-
-    def counts(self, num: int) -> list[Counts]:
-        """By prompt, of at most `num` draft tokens a round."""
-
-        def by_position(output: Output, name: str) -> list[int]:
-            return [sum(getattr(r, name) > i for r in output.rounds) for i in range(num)]
-
-        return [
-            Counts(
-                output.tokens,
-                sum(parts.values()),
-                passes,
-                by_position(output, "proposed"),
-                by_position(output, "tested"),
-                by_position(output, "accepted"),
-                parts=parts,
-            )
-            for output, passes, parts in zip(self.outputs, self.passes, self.parts, strict=True)
-        ]
-
-    @property
-    def step(self) -> float:
-        """Seconds of one pass of the target: a verify pass, or a plain step."""
-        return sum(parts["target"] for parts in self.parts) / self.rounds
+    counts: Counts
+    output: Output
+    draft_passes: int
 
 
-def counted(runs: Mapping[Setting, Runs]) -> dict[Setting, list[Counts]]:
+def counted(runs: Mapping[Setting, Sequence[Decoded]]) -> dict[Setting, list[Counts]]:
     """The counts of every setting, by prompt."""
-    return {setting: run.counts(setting[1]) for setting, run in runs.items()}
+    return {setting: [each.counts for each in decoded] for setting, decoded in runs.items()}
 
 
 def without_stalls(
     timed: Mapping[Setting, Sequence[Sequence[Timed]]],
-) -> tuple[dict[Setting, Runs], float]:
+) -> tuple[dict[Setting, list[Decoded]], float]:
     """The runs of every setting, and the share of the time that was left out of them as stalls.
     `timed` has for every prompt the times that it was decoded in the setting, one or more.
 
@@ -140,10 +100,10 @@ def without_stalls(
     gains by it.
     """
     usual = _usual_of_prompts(timed)
-    by_setting: dict[Setting, Runs] = {}
+    by_setting: dict[Setting, list[Decoded]] = {}
     wall = 0.0
     for setting, prompts in timed.items():
-        runs = by_setting[setting] = Runs()
+        by_setting[setting] = []
         every = [step for repeats in prompts for run in repeats for step in _steps(run)]
         for i, repeats in enumerate(prompts):
             steps = [step for run in repeats for step in _steps(run)]
@@ -153,14 +113,23 @@ def without_stalls(
                     usual[i][name] if spent > STALL * usual[i][name] else spent
                     for spent in (_once(run)[name] for run in repeats)
                 )
-            first = repeats[0].generation
-            runs.outputs.append(first.outputs[0])
-            runs.passes.append(first.rounds)
-            runs.draft_passes.append(first.draft_steps)
-            runs.parts.append({name: parts[name] / len(repeats) for name in PARTS})
+            mean = {name: parts[name] / len(repeats) for name in PARTS}
+            by_setting[setting].append(_decoded(repeats[0].generation, setting[1], mean))
             wall += sum(run.seconds for run in repeats) / len(repeats)
-    counted = sum(sum(parts.values()) for runs in by_setting.values() for parts in runs.parts)
-    return by_setting, max(0.0, 1 - counted / wall) if wall > 0 else 0.0
+    spent = sum(each.counts.seconds for decoded in by_setting.values() for each in decoded)
+    return by_setting, max(0.0, 1 - spent / wall) if wall > 0 else 0.0
+
+
+def _decoded(generation: Generation, num: int, parts: Mapping[str, float]) -> Decoded:
+    """Of at most `num` draft tokens a round."""
+    (output,) = generation.outputs
+    offered, tested, accepted = (
+        [sum(getattr(r, name) > i for r in output.rounds) for i in range(num)]
+        for name in ("proposed", "tested", "accepted")
+    )
+    seconds, rounds = sum(parts.values()), generation.rounds
+    counts = Counts(output.tokens, seconds, rounds, offered, tested, accepted, parts=parts)
+    return Decoded(counts, output, generation.draft_steps)
 
 
 def _steps(run: Timed) -> list[dict[str, float]]:
@@ -340,20 +309,25 @@ def row(
     )
 
 
-def with_costs(row: Row, runs: Runs, plain: Runs, expected: float) -> Row:
-    """A row with what our engine knows beside the counts: the time of its passes, and the
-    `expected` acceptance rate.
+def target_pass(counts: Sequence[Counts]) -> float:
+    """Seconds of one pass of the target: a verify pass, or a plain step."""
+    return sum(c.parts["target"] for c in counts) / sum(c.rounds for c in counts)
+
+
+def with_costs(row: Row, draft_passes: int, step: float, expected: float) -> Row:
+    """A row with what our engine knows beside the counts: the time of its passes, in plain steps of
+    `step` seconds, and the `expected` acceptance rate.
     """
-    spent, step = row.seconds, plain.step
-    draft_step = spent["draft"] / runs.draft_steps if runs.draft_steps else math.nan
-    verify_pass = spent["target"] / runs.rounds
-    drafting = spent["draft"] / runs.rounds  # fewer than γ steps where an answer needs fewer
+    spent = row.seconds
+    draft_step = spent["draft"] / draft_passes if draft_passes else math.nan
+    verify_pass = spent["target"] / row.rounds
+    drafting = spent["draft"] / row.rounds  # fewer than γ steps where an answer needs fewer
     cost_ratio = ratio(draft_step, step)
     return replace(
         row,
         acceptance_rate_expected=expected,
         cost_ratio=cost_ratio,
-        verify_ratio=ratio(runs.step, step),
+        verify_ratio=ratio(verify_pass, step),
         predicted_speedup=ratio(row.block_efficiency * step, drafting + verify_pass),
         planned_speedup=math.nan
         if row.least_reach
