@@ -238,13 +238,13 @@ def distribution(pair: Pair, mode: Mode) -> Check:
     """The tokens emitted at temperature 1: by the pair's own logits after some of the prompts, and
     in texts that its own engine samples after them.
     """
-    asked = pair.prompts[:4]
+    prompts = pair.prompts[:4]
     narrow = sampled_texts.combined_p_value(
         [
             sampled_texts.distribution_p_value(
                 pair.target, pair.draft, p.tokens, pair.seed + i, mode=mode
             )
-            for i, p in enumerate(asked)
+            for i, p in enumerate(prompts)
         ]
     )
     requests = [
@@ -255,7 +255,7 @@ def distribution(pair: Pair, mode: Mode) -> Check:
             Sampling(1.0),
             pair.seed,
         )
-        for p in asked
+        for p in prompts
         for i in range(TEXTS)
     ]
     outputs = pair.decoder(pair.draft, len(requests), mode).run(requests).outputs
@@ -268,7 +268,7 @@ def distribution(pair: Pair, mode: Mode) -> Check:
         f"p = {p_value:.2g}",
         f"p of at least {FALSE_ALARM:g}",
         p_value >= FALSE_ALARM,
-        {"p_value": p_value, "prompts": len(asked), "sampled_tokens": tokens},
+        {"p_value": p_value, "prompts": len(prompts), "sampled_tokens": tokens},
     )
 
 

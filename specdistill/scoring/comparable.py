@@ -77,12 +77,12 @@ def _slowed(cards: Cards) -> list[str]:
 def _differing(cards: Cards, facts_of: Callable[[Scorecard], dict[str, str]]) -> list[str]:
     """In what the others differ from the first card, a sentence each with both values."""
     (first, one), *others = cards.items()
-    mine = facts_of(one)
+    facts = facts_of(one)
     return [
-        f"{field} differs: {mine[field]} in {first}, {its} in {name}"
+        f"{field} differs: {facts[field]} in {first}, {value} in {name}"
         for name, other in others
-        for field, its in facts_of(other).items()
-        if its != mine[field]
+        for field, value in facts_of(other).items()
+        if value != facts[field]
         # A target is the same under whatever name.
         and not (field == "target" and other.target.sha256 == one.target.sha256)
     ]
@@ -149,11 +149,12 @@ def _baselines(cards: Cards) -> list[str]:
     reasons = []
     for (one, ours), (other, theirs) in combinations(cards.items(), 2):
         for temperature, num, _ in sorted(_settings(ours) & _settings(theirs)):
-            mine = round_cost(of_setting(ours.per_prompt, temperature, num))
-            its = round_cost(of_setting(theirs.per_prompt, temperature, num))
-            if mine is None or its is None:
+            columns, others = (
+                round_cost(of_setting(card.per_prompt, temperature, num)) for card in (ours, theirs)
+            )
+            if columns is None or others is None:
                 continue
-            ratio = ratio_of_sums([*mine[0], *its[1]], [*mine[1], *its[0]], seed=0)
+            ratio = ratio_of_sums([*columns[0], *others[1]], [*columns[1], *others[0]], seed=0)
             if ratio.high < 1 - NOISE or ratio.low > 1 / (1 - NOISE):
                 slowed = one if ratio.value < 1 else other
                 reasons.append(

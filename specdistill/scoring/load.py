@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from statistics import median, quantiles
 
 from pydantic import with_config
@@ -117,11 +118,7 @@ class Load:
 
 
 def _line(temperature: float, best: Mapping[int, Drafted]) -> str:
-    paying = []
-    for concurrency, row in best.items():
-        if not row.pays:
-            break
-        paying.append(concurrency)
+    paying = list(takewhile(lambda concurrency: best[concurrency].pays, best))
     if not paying:
         judged = f"the draft does not pay at {min(best)} at a time"
     elif len(paying) == len(best):

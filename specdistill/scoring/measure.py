@@ -157,8 +157,8 @@ def _encoded(
     prompts: Sequence[Prompt] | Sequence[EncodedPrompt],
 ) -> list[EncodedPrompt]:
     ready = [p for p in prompts if isinstance(p, EncodedPrompt)]
-    asked = [p for p in prompts if isinstance(p, Prompt)]
-    return [*ready, *encoded(target.tokenizer, as_trained(asked, draft))]
+    others = [p for p in prompts if isinstance(p, Prompt)]
+    return [*ready, *encoded(target.tokenizer, as_trained(others, draft))]
 
 
 def _several(values: T | Sequence[T]) -> Sequence[T]:
