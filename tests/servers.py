@@ -18,8 +18,8 @@ Reply = tuple[int, dict[str, str], bytes]
 
 
 def completion(text: object, finish: str | None = "stop", **message: object) -> Reply:
-    said = {"role": "assistant", "content": text, **message}
-    choice = {"index": 0, "message": said, "finish_reason": finish}
+    answer = {"role": "assistant", "content": text, **message}
+    choice = {"index": 0, "message": answer, "finish_reason": finish}
     return ok({"id": "x", "object": "chat.completion", "choices": [choice]})
 
 

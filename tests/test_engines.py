@@ -147,10 +147,10 @@ def test_a_card_of_an_engine_is_read_again_and_refused_beside_others(
 def test_the_target_as_its_own_assistant_is_accepted(pair: Both) -> None:
     target = pair[0]
     same = models.load(str(target.path), dtype="float64")
-    found = transformers.score(
+    card = transformers.score(
         target, same, PROMPTS, num_draft_tokens=[3], temperature=[0.0, 1.0], max_new_tokens=13
     )
-    for row in found.rows:
+    for row in card.rows:
         rejected = row.tested - row.accepted  # the ends of texts, see `_Rounds.answer`
         assert rejected <= row.prompts
         assert row.acceptance_by_position[0] > 0.9
@@ -162,10 +162,10 @@ def test_sampled_acceptance_is_the_overlap_of_the_distributions(pair: Both) -> N
     """
     target, draft = pair
     prompts = [EncodedPrompt(f"p{i}", [7 + i % 40, 9 + i % 50]) for i in range(40)]
-    found = transformers.score(
+    card = transformers.score(
         target, draft, prompts, num_draft_tokens=[1], temperature=[0.5], max_new_tokens=2
     )
-    (row,) = found.rows
+    (row,) = card.rows
     assert row.proposed == row.tested == len(prompts), "two tokens: one is proposed, once"
     chances = []
     with torch.inference_mode():
@@ -237,10 +237,10 @@ def test_its_samples_follow_the_filtered_distribution(pair: Both) -> None:
     wanted = probabilities(logits[None], **{n: torch.tensor([x]) for n, x in knobs.items()})[0]
     wanted *= count
     assert drawn[wanted == 0].sum() == 0
-    kept = wanted > 0
-    assert 1 < kept.sum() <= 6
-    statistic = ((drawn[kept] - wanted[kept]) ** 2 / wanted[kept]).sum().item()
-    assert stats.chi2.sf(statistic, int(kept.sum()) - 1) > 1e-4
+    possible = wanted > 0
+    assert 1 < possible.sum() <= 6
+    statistic = ((drawn[possible] - wanted[possible]) ** 2 / wanted[possible]).sum().item()
+    assert stats.chi2.sf(statistic, int(possible.sum()) - 1) > 1e-4
 
 
 def test_its_batches_hold_one_sampling_each_and_go_on_after_an_interrupt(
@@ -260,8 +260,8 @@ def test_its_batches_hold_one_sampling_each_and_go_on_after_an_interrupt(
     monkeypatch.setattr(transformers.Batches, "_answer", breaks)
     with pytest.raises(KeyboardInterrupt):
         answered(target, tmp_path / "data", **both)
-    found = answered(target, tmp_path / "data", **both)
-    assert found.keys() == {p.id for p in ASKED}
+    answers = answered(target, tmp_path / "data", **both)
+    assert answers.keys() == {p.id for p in ASKED}
     again = [id_ for call in calls[2:] for id_ in call]
     assert sorted([*calls[0], *again]) == sorted(p.id for p in ASKED), "asked twice"
     with pytest.raises(StorageError, match=r"other settings .*transformers"):
@@ -273,8 +273,8 @@ def test_the_seed_decides_what_it_samples(pair: Both, tmp_path: Path) -> None:
 
     def texts(name: str, seed: int, **more: object) -> list[list[int]]:
         how = {"outside": BY_TRANSFORMERS, "samplings": [Sampling(1.0)], **more}
-        found = answered(target, tmp_path / name, seed=seed, **how)
-        return [found[p.id].response_tokens for p in ASKED if p.id in found]
+        answers = answered(target, tmp_path / name, seed=seed, **how)
+        return [answers[p.id].response_tokens for p in ASKED if p.id in answers]
 
     first = texts("a", 3)
     torch.manual_seed(99)
@@ -301,13 +301,13 @@ def test_the_best_of_its_answers_is_kept(pair: Both, tmp_path: Path) -> None:
     def score(example: Example) -> float:
         return token_log_probs(target, example.signal, example.response_tokens).mean()
 
-    kept = {
+    best = {
         number: answered(
             target, tmp_path / f"{number}", best_of=BestOf(number, "log-probability"), **settings
         )
         for number in (2, 8)
     }
-    mean = {n: sum(map(score, found.values())) / len(ASKED) for n, found in kept.items()}
+    mean = {n: sum(map(score, answers.values())) / len(ASKED) for n, answers in best.items()}
     assert mean[8] > mean[2]
 
 
@@ -671,11 +671,11 @@ def test_up_to_which_concurrency_a_draft_pays_is_named() -> None:
 
 
 def test_vllm_is_asked_in_turns_and_its_counters_taken(pair: Both, tmp_path: Path) -> None:
-    found = run_vllm(stand_in(tmp_path), pair)
-    assert found.outside_engine == "vllm 9.9"
+    card = run_vllm(stand_in(tmp_path), pair)
+    assert card.outside_engine == "vllm 9.9"
     assert proposers_of(tmp_path)[1].keys() == {"method", "model", "num_speculative_tokens"}
-    assert found.lossless.greedy_identical == (12, 12)
-    for row, rounds in zip(found.rows, (5, 3), strict=True):
+    assert card.lossless.greedy_identical == (12, 12)
+    for row, rounds in zip(card.rows, (5, 3), strict=True):
         gamma = row.num_draft_tokens
         assert row.emitted == 60
         assert row.rounds == 6 * (rounds + 1), "the prompt's own pass emits a token too"
@@ -683,7 +683,7 @@ def test_vllm_is_asked_in_turns_and_its_counters_taken(pair: Both, tmp_path: Pat
         assert row.accepted == 6 * rounds * (gamma - 1)
         assert row.tested == 6 * rounds * gamma, "all but the last were accepted"
         assert row.survival_by_position == [1.0] * (gamma - 1) + [0.0]
-    assert [row.rounds for row in found.per_prompt] == [6] * 6 + [4] * 6
+    assert [row.rounds for row in card.per_prompt] == [6] * 6 + [4] * 6
 
 
 def test_vllm_is_told_to_draft_in_parallel(pair: Both, tmp_path: Path) -> None:
@@ -783,9 +783,9 @@ def test_the_command_scores_by_vllm(pair: Both, tmp_path: Path) -> None:
     assert "--tensor-parallel-size 2 --quantization fp8 --x-y --spec" in " ".join(
         served.out.split()
     )
-    told = {"tensor_parallel_size": 2, "quantization": "fp8", "x_y": True}
-    assert all(engine.items() >= told.items() for engine in engines_of(tmp_path)[-4:])
-    assert Scorecard.read(cards[2]).provenance["engine_options"] == told
+    arguments = {"tensor_parallel_size": 2, "quantization": "fp8", "x_y": True}
+    assert all(engine.items() >= arguments.items() for engine in engines_of(tmp_path)[-4:])
+    assert Scorecard.read(cards[2]).provenance["engine_options"] == arguments
     compared = run("compare", cards[0], cards[2])
     assert compared.code == 1
     assert "deployment differs: {} in" in " ".join(compared.out.split())
@@ -876,13 +876,13 @@ def test_scoring_by_vllm_loads_no_weights(
 
 
 def test_transformers_leaves_the_users_draft_as_it_was(pair: Both) -> None:
-    own = pair[1].model.generation_config
-    before = own.to_dict()
+    config = pair[1].model.generation_config
+    before = config.to_dict()
     transformers.score(
         *pair, PROMPTS[:2], num_draft_tokens=[2], temperature=[0.0], max_new_tokens=4
     )
-    assert pair[1].model.generation_config is own
-    assert own.to_dict() == before
+    assert pair[1].model.generation_config is config
+    assert config.to_dict() == before
 
 
 # A clock: plain decoding twice, and what seems faster than it can be
@@ -909,8 +909,8 @@ def engine_card(clock: Callable[[float, int, int], float]) -> tuple[Scorecard, i
         answers_by(clock, asked), PROMPTS, [0.0], [1, 2], 16, lambda *_: None
     )
     sizes = ModelCard("m", 10, 40, "float32", 64, "ab" * 32)
-    told = {"engine": "vllm", "versions": {}}
-    return base.scorecard(sizes, sizes, told, PROMPTS, measured, [], 0), len(asked)
+    facts = {"engine": "vllm", "versions": {}}
+    return base.scorecard(sizes, sizes, facts, PROMPTS, measured, [], 0), len(asked)
 
 
 def test_an_engine_decodes_plainly_before_and_after_the_drafts() -> None:
@@ -982,7 +982,7 @@ def test_vllm_accepts_what_our_engine_accepts(tmp_path: Path, parallel: bool) ->
     export(str(tmp_path / "made"), tmp_path / "draft", "vllm")
     both = tuple(models.load(str(tmp_path / n), dtype="float32") for n in ("target", "draft"))
     asked = Pair.of(*both, PROMPTS, 24, 0)
-    found = vllm.score(
+    card = vllm.score(
         Deployment(Path(VLLM_PYTHON), threads=1),
         asked,
         PROMPTS,
@@ -990,10 +990,10 @@ def test_vllm_accepts_what_our_engine_accepts(tmp_path: Path, parallel: bool) ->
         temperature=[0.0],
         max_new_tokens=24,
     )
-    (row,) = found.rows
-    same, compared = found.lossless.greedy_identical
+    (row,) = card.rows
+    same, compared = card.lossless.greedy_identical
     assert same == compared == len(PROMPTS)
-    assert found.drafting == ("parallel" if parallel else "autoregressive")
+    assert card.drafting == ("parallel" if parallel else "autoregressive")
     drafter = drafter_for(both[1], both[0].vocab_size)
     decoder = SpeculativeDecoder(both[0], drafter, num_draft_tokens=3)
     # The first token of vLLM is its prompt's, not a round's: ours begins after it, too.

@@ -351,15 +351,15 @@ def test_a_cut_answer_an_empty_one_and_reasoning_given_apart(tmp_path: Path) -> 
         ask(url, tmp_path / "data", PROMPTS[:5])
         ask(url, tmp_path / "data", PROMPTS[:5])
         assert len(fake.asked) == 5, "an empty answer is one, too"
-    found = {a.prompt.id: a for a in read_answers(tmp_path / "data")}
-    assert found.keys() == {"p0", "p2", "p3", "p4"}
-    assert {i: a.ended for i, a in found.items()} == {
+    answers = {a.prompt.id: a for a in read_answers(tmp_path / "data")}
+    assert answers.keys() == {"p0", "p2", "p3", "p4"}
+    assert {i: a.ended for i, a in answers.items()} == {
         "p0": False,
         "p2": True,
         "p3": True,
         "p4": False,
     }
-    assert [found[i].reasoning for i in found] == [None, "thought", "thought", None]
+    assert [answers[i].reasoning for i in answers] == [None, "thought", "thought", None]
 
 
 # What is kept
@@ -375,13 +375,13 @@ def drawn(*texts: str) -> Callable[[dict[str, Any], int], Reply]:
     lock = threading.Lock()
 
     def reply(body: dict[str, Any], before: int) -> Reply:
-        said = body["messages"][-1]["content"]
+        asked = body["messages"][-1]["content"]
         with lock:
-            known = seeds.setdefault(said, [])
+            known = seeds.setdefault(asked, [])
             if body["seed"] not in known:
                 known.append(body["seed"])
             text = texts[known.index(body["seed"]) % len(texts)]
-        text = text.replace("@", said)
+        text = text.replace("@", asked)
         return completion(text, "length" if text.endswith("...") else "stop")
 
     return reply
@@ -539,11 +539,11 @@ def test_a_scorer_is_asked_once_a_round_and_as_soon_as_it_can_be(
 ) -> None:
     calls: list[str] = []
 
-    def score(prompt: Prompt, said: list[str]) -> list[int]:
+    def score(prompt: Prompt, answers: list[str]) -> list[int]:
         calls.append(prompt.id)
         if broken:
             raise RuntimeError("no such tool")
-        return [-math.inf if "no" in text else 1 for text in said]
+        return [-math.inf if "no" in text else 1 for text in answers]
 
     monkeypatch.setattr(sys.modules[__name__], "score", score, raising=False)
     best = {"best_of": BestOf(2, f"{__name__}:score"), "filters": Filters(retries=1), **WARM}
@@ -560,12 +560,12 @@ def test_a_scorer_is_asked_once_a_round_and_as_soon_as_it_can_be(
 
 def test_progress_ends_once(tmp_path: Path) -> None:
     seen: list[float] = []
-    told: list[str] = []
+    details: list[str] = []
 
     def progress(stage: str, done: float, total: float, detail: str = "") -> None:
         assert total == len(PROMPTS)
         seen.append(done)
-        told.append(detail)
+        details.append(detail)
 
     filters = Filters(min_tokens=2, retries=2)
     with serving(drawn("no", "no", "yes, it is")) as (url, _):
@@ -576,8 +576,8 @@ def test_progress_ends_once(tmp_path: Path) -> None:
     assert all(a <= b for a, b in pairwise(seen)), "never backwards"
     assert seen[:26] == [0] * 26, "nothing of the first two rounds stays"
     assert seen[26:38] == list(range(12)), "then a prompt a reply"
-    assert told[1:4] == ["1 replies", "2 replies", "3 replies"]
-    assert told[-1] == "36 replies"
+    assert details[1:4] == ["1 replies", "2 replies", "3 replies"]
+    assert details[-1] == "36 replies"
 
 
 @pytest.mark.usefixtures("interruptible")
@@ -585,11 +585,11 @@ def test_an_interrupt_changes_nothing_of_what_is_kept(tmp_path: Path) -> None:
     """Each reply is paid for once, whenever the process stops between two of them."""
 
     def reply(body: dict[str, Any], before: int) -> Reply:
-        own = f"{body['messages'][-1]['content']} {body['seed']}"
+        unique = f"{body['messages'][-1]['content']} {body['seed']}"
         if stops and len(fake.asked) >= stops[0]:
             stops.pop(0)
             os.kill(os.getpid(), signal.SIGINT)
-        return completion(("twin twin", "no", own)[body["seed"] % 3])
+        return completion(("twin twin", "no", unique)[body["seed"] % 3])
 
     filters = Filters(min_tokens=2, duplicates=True, retries=3)
     how = {"filters": filters, "best_of": BestOf(2, "majority"), "concurrency": 1, **WARM}
@@ -653,14 +653,14 @@ def test_an_interrupt_keeps_what_is_under_way_and_the_same_call_goes_on(tmp_path
         return echo(body, before)
 
     def progress(stage: str, done: float, total: float, detail: str = "") -> None:
-        told.append(detail)
+        details.append(detail)
 
-    told: list[str] = []
+    details: list[str] = []
     interrupted = threading.Event()
     with serving(reply) as (url, fake):
         with pytest.raises(KeyboardInterrupt):
             ask(url, tmp_path / "data", concurrency=2, progress=progress)
-        assert any(re.fullmatch(r"stopping, up to 1 s for [12] under way", d) for d in told)
+        assert any(re.fullmatch(r"stopping, up to 1 s for [12] under way", d) for d in details)
         asked = len(fake.asked)
         assert 6 <= asked <= 8
         assert len(texts(tmp_path / "data")) == asked, "an answer under way was lost"
@@ -751,11 +751,11 @@ def test_the_key_is_in_no_file_message_or_output(tmp_path: Path) -> None:
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with serving(reply) as (url, _):
         secret = url.replace("//", "//me:hidden@")
-        said = run(
+        answered = run(
             *("ask", "--target", "big", "--base-url", secret),
             *("--prompts", prompts, "--out", tmp_path / "data", "--json"),
         )
-        assert said.document["refused"] == 3
+        assert answered.document["refused"] == 3
     with serving(lambda body, before: failure(401, f"wrong key {KEY}")) as (url, _):
         refused = run(
             *("ask", "--target", "big", "--base-url", url),
@@ -764,7 +764,7 @@ def test_the_key_is_in_no_file_message_or_output(tmp_path: Path) -> None:
         assert refused.code == 2
         assert "wrong key ***" in refused.err
     written = [f.read_text() for f in tmp_path.rglob("*") if f.is_file()]
-    for text in (said.out, said.err, refused.out, refused.err, *written):
+    for text in (answered.out, answered.err, refused.out, refused.err, *written):
         assert KEY not in text
         assert KEY[:10] not in text
         assert "hidden" not in text
@@ -914,8 +914,8 @@ def real(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     for package in ("fastapi", "uvicorn"):
         pytest.importorskip(package, reason="`transformers serve` needs fastapi and uvicorn")
     folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("served") / "model")
-    told = folder / "generation_config.json"
-    told.write_text(json.dumps({**json.loads(told.read_text()), "do_sample": True}))
+    config = folder / "generation_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "do_sample": True}))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -951,11 +951,11 @@ def test_a_real_server_answers_as_the_engine_does(
     target = models.load(str(tiny_folder), dtype="float32")
     ids = [encode_prompt(target.tokenizer, p) for p in prompts]
     ours = SpeculativeDecoder(target, batch_size=6).generate(ids, max_new_tokens=8)
-    found = {a.prompt.id: a for a in read_answers(tmp_path / "d")}
+    answers = {a.prompt.id: a for a in read_answers(tmp_path / "d")}
     for prompt, output in zip(prompts, ours.outputs, strict=True):
         expected = target.tokenizer.decode(output.tokens, skip_special_tokens=True)
-        assert found[prompt.id].prompt.response == expected
-        assert found[prompt.id].ended == (output.tokens[-1] in target.eos_ids)
+        assert answers[prompt.id].prompt.response == expected
+        assert answers[prompt.id].ended == (output.tokens[-1] in target.eos_ids)
 
 
 def test_a_real_servers_replies_are_filtered(real: Server, tmp_path: Path) -> None:

@@ -73,8 +73,8 @@ class Served:
             }
             for i, token in enumerate(answer)
         ]
-        said = {"role": "assistant", "content": self.target.tokenizer.decode(answer)}
-        choice = {"index": 0, "message": said, "finish_reason": "length"}
+        message = {"role": "assistant", "content": self.target.tokenizer.decode(answer)}
+        choice = {"index": 0, "message": message, "finish_reason": "length"}
         choice["logprobs"] = {"content": content}
         document = {"id": "x", "choices": [choice]}
         document["usage"] = {"prompt_tokens": len(given)}
@@ -110,10 +110,10 @@ def asked(
 @pytest.mark.parametrize("ids", [True, False])
 def test_its_signal_is_the_targets(target: LanguageModel, tmp_path: Path, ids: bool) -> None:
     with serving(Served(target, ids)) as (url, fake):
-        found = asked(target, [url], tmp_path / "out")
+        answers = asked(target, [url], tmp_path / "out")
     assert fake.requests[0]["top_logprobs"] == K
-    assert found.keys() == {p.id for p in PROMPTS}
-    for example in found.values():
+    assert answers.keys() == {p.id for p in PROMPTS}
+    for example in answers.values():
         states = read_states(target, example.prompt_tokens, example.response_tokens)
         expected, _ = keep(target, states, f"top-k:{K}")
         assert torch.equal(example.signal.tokens, expected.tokens)
@@ -130,25 +130,25 @@ def test_a_server_that_fails_loses_nothing(target: LanguageModel, tmp_path: Path
         return served(body, before) if len(bad.asked) < 3 else failure(500)
 
     with serving(served) as (good_url, good), serving(failing) as (bad_url, bad):
-        found = asked(target, [good_url, bad_url], tmp_path / "out")
-        assert found.keys() == {p.id for p in PROMPTS}
+        answers = asked(target, [good_url, bad_url], tmp_path / "out")
+        assert answers.keys() == {p.id for p in PROMPTS}
         assert good.asked
         assert bad.asked
     with serving(failing) as (bad_url, bad):
         with pytest.raises(ServerError, match="fails or limits the rate"):
             asked(target, [bad_url], tmp_path / "broken")
-        kept = {e.id for e in read_examples(tmp_path / "broken", signal=True)}
-        assert kept, "what was answered until then"
+        before_it_failed = {e.id for e in read_examples(tmp_path / "broken", signal=True)}
+        assert before_it_failed, "what was answered until then"
     with serving(served) as (url, fake):
-        assert asked(target, [url], tmp_path / "broken").keys() == found.keys()
-        assert len(fake.asked) == len(PROMPTS) - len(kept)
+        assert asked(target, [url], tmp_path / "broken").keys() == answers.keys()
+        assert len(fake.asked) == len(PROMPTS) - len(before_it_failed)
 
 
 def test_few_prompts_are_shared_out(target: LanguageModel, tmp_path: Path) -> None:
     served = Served(target)
     with serving(served) as (one_url, one), serving(served) as (other_url, other):
-        found = asked(target, [one_url, other_url], tmp_path / "out", concurrency=64)
-    assert found.keys() == {p.id for p in PROMPTS}
+        answers = asked(target, [one_url, other_url], tmp_path / "out", concurrency=64)
+    assert answers.keys() == {p.id for p in PROMPTS}
     assert [len(one.asked), len(other.asked)] == [5, 5]
 
 
@@ -169,8 +169,8 @@ def test_what_one_server_refuses_is_asked_of_the_other(
 
     refused: dict[str, str] = {}
     with serving(patient) as (good_url, good), serving(without) as (bad_url, bad):
-        found = asked(target, [bad_url, good_url], tmp_path / "out", refused)
-    assert found.keys() == {p.id for p in PROMPTS}
+        answers = asked(target, [bad_url, good_url], tmp_path / "out", refused)
+    assert answers.keys() == {p.id for p in PROMPTS}
     assert refused == {}
     assert sorted(good.asked) == sorted(p.messages[0]["content"] for p in PROMPTS)
     assert 1 <= len(set(bad.asked)) <= 3 + 1, "those under way as well"
@@ -235,9 +235,9 @@ def test_a_reply_that_tells_it_wrongly_is_refused(
 
     refused: dict[str, str] = {}
     with serving(reply) as (url, fake):
-        found = asked(target, [url], tmp_path / "out", refused)
+        answers = asked(target, [url], tmp_path / "out", refused)
         assert fake.times_asked("w7 w13") == REPLIES
-    assert found.keys() == {p.id for p in PROMPTS} - {"p2"}
+    assert answers.keys() == {p.id for p in PROMPTS} - {"p2"}
     with pytest.raises(AssertionError, match=SPOILT[how]):
         raise AssertionError(refused["p2"])
     with serving(served) as (url, fake):
@@ -284,14 +284,14 @@ def test_tokens_are_known_by_their_bytes() -> None:
 def test_a_sampled_token_that_is_not_among_the_most_probable() -> None:
     """vLLM tells it in the place of the last, others beside them: what is told is exact."""
     tokens = Tokens(SimpleNamespace(name="T", vocab_size=64, tokenizer=None))
-    told = {7: 0.01, 1: 0.4, 2: 0.3, 3: 0.1}
+    chances = {7: 0.01, 1: 0.4, 2: 0.3, 3: 0.1}
 
     def entry(id_: int, chance: float) -> SimpleNamespace:
         return SimpleNamespace(token=f"token_id:{id_}", logprob=log(chance))
 
     def read(k: int) -> TargetTopK:
-        sampled = entry(7, told[7])
-        sampled.top_logprobs = [entry(*each) for each in told.items()]
+        sampled = entry(7, chances[7])
+        sampled.top_logprobs = [entry(*each) for each in chances.items()]
         choice = SimpleNamespace(logprobs=SimpleNamespace(content=[sampled]))
         row = read_top_k(SimpleNamespace(choices=[choice]), tokens, Request("a", [5], 1), k)
         assert row.tokens == [7]
@@ -301,7 +301,7 @@ def test_a_sampled_token_that_is_not_among_the_most_probable() -> None:
     for k, ids, tail in ((4, [1, 2, 3, 7], 0.19), (3, [1, 2, 3], 0.2)):
         top = read(k)
         assert top.tokens.tolist() == [ids]
-        assert top.log_probs.exp()[0].tolist() == pytest.approx([told[id_] for id_ in ids])
+        assert top.log_probs.exp()[0].tolist() == pytest.approx([chances[id_] for id_ in ids])
         assert top.log_tail.exp().tolist() == pytest.approx([tail])
 
 

@@ -425,8 +425,8 @@ def test_counters_of_several_engines_are_added() -> None:
             f'vllm:spec_decode_num_drafts_total{{engine="{engine}"}} 12.0',
             f'vllm:spec_decode_num_draft_tokens_total{{engine="{engine}"}} 144.0',
         ]
-    found = read_metrics("\n".join(lines))
-    assert found == Counters(2_000_000, 24, 288, tuple(2 * i + 1 for i in range(12)))
+    counters = read_metrics("\n".join(lines))
+    assert counters == Counters(2_000_000, 24, 288, tuple(2 * i + 1 for i in range(12)))
     assert read_metrics("python_info 1.0\nhello") is None
 
 
@@ -517,9 +517,9 @@ def test_a_vllm_server_tells_the_targets_most_probable_tokens(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"w{5 + i} w{9 + 2 * i}\n" for i in range(12)))
     odd = shutil.copytree(world["target"], tmp_path / "odd")
-    said = odd / "generation_config.json"
+    config = odd / "generation_config.json"
     greedy = {"do_sample": True, "top_k": 1, "repetition_penalty": 2.0}
-    said.write_text(json.dumps(json.loads(said.read_text()) | greedy))
+    config.write_text(json.dumps(json.loads(config.read_text()) | greedy))
     asking = ["ask", "--target", "tiny", "--prompts", prompts, "--out", tmp_path / "out"]
     asking += ["--signal", "top-k:20", "--checkpoint", world["target"], "--temperature", "0,1"]
     with vllm_serving(odd, "--served-model-name", "tiny") as url:
@@ -532,20 +532,20 @@ def test_a_vllm_server_tells_the_targets_most_probable_tokens(
     target = models.load(str(world["target"]), dtype="float32")
     greedy_texts = outside = 0
     for example in read_examples(tmp_path / "out", signal=True):
-        said, signal = torch.tensor(example.response_tokens), example.signal
+        tokens, signal = torch.tensor(example.response_tokens), example.signal
         states = read_states(target, example.prompt_tokens, example.response_tokens)
         log_p = target.logits(states.hidden).log_softmax(-1)
         expected, _ = keep(target, states, "top-k:20")
-        kept = signal.tokens.long()
+        listed = signal.tokens.long()
         # vLLM tells the token it sampled in the place of the last where that is not among them.
-        others = (kept != expected.tokens).nonzero().tolist()
-        assert all(place == 19 and kept[row, 19] == said[row] for row, place in others)
+        others = (listed != expected.tokens).nonzero().tolist()
+        assert all(place == 19 and listed[row, 19] == tokens[row] for row, place in others)
         outside += len(others)
-        greedy_texts += bool((said == log_p.argmax(-1)).all())
+        greedy_texts += bool((tokens == log_p.argmax(-1)).all())
         torch.testing.assert_close(
-            signal.log_probs.float(), log_p.gather(-1, kept), atol=2e-3, rtol=2e-3
+            signal.log_probs.float(), log_p.gather(-1, listed), atol=2e-3, rtol=2e-3
         )
-        tail = 1 - log_p.gather(-1, kept).exp().sum(-1)
+        tail = 1 - log_p.gather(-1, listed).exp().sum(-1)
         torch.testing.assert_close(signal.log_tail.float().exp(), tail, atol=1e-4, rtol=2e-3)
     assert 0 < greedy_texts < 12, "some are greedy, without a penalty, and some are sampled"
     assert outside, "and from more than the most probable tokens"

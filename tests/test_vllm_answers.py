@@ -72,8 +72,9 @@ class LLM:
         if self.unknown:
             tokens[-1] = self.unknown
         self.length = len(tokens)
-        said = -0.5 * len(tokens) * (first + 1) if "logprobs" in given else None
-        ended = Names(token_ids=tokens, cumulative_logprob=said)
+        mean = -0.5 * (first + 1)
+        total = mean * len(tokens) if "logprobs" in given else None
+        ended = Names(token_ids=tokens, cumulative_logprob=total)
         return [Names(request_id=id, outputs=[ended])]
     def collective_rpc(self, method, args):
         import torch
@@ -184,8 +185,10 @@ def test_its_signal_is_kept_as_it_is(target: LanguageModel, tmp_path: Path) -> N
 def test_filters_retries_and_the_best_of_several(target: LanguageModel, tmp_path: Path) -> None:
     python = stand_in(tmp_path)
     best = BestOf(3, "log-probability")
-    kept = answered(target, python, tmp_path / "best", 5, best_of=best, samplings=[Sampling(1.0)])
-    for example in kept:  # the stand-in's likeliest answer is the one that begins lowest
+    answers = answered(
+        target, python, tmp_path / "best", 5, best_of=best, samplings=[Sampling(1.0)]
+    )
+    for example in answers:  # the stand-in's likeliest answer is the one that begins lowest
         seeds = [row_seed(0, answer_id(example.id, i)) % 2**31 for i in range(3)]
         lowest = min((sum(example.prompt_tokens) + seed) % 50 for seed in seeds)
         assert example.response_tokens[0] == 5 + lowest
@@ -294,19 +297,19 @@ def test_rows_are_told_apart_by_request_and_position(
     step(b=(2, 1), a=(5, 1))
     step(a=(0, 6))  # preempted and computed again
     step(a=(6, 1))
-    kept = worker.specdistill_take("a", 4, 3)
+    rows = worker.specdistill_take("a", 4, 3)
     other = worker.specdistill_take("b", 1, 2)
     positions = torch.tensor([4.0, 5.0, 6.0])[:, None].expand(-1, 4)
     if top_k is None:
-        assert torch.equal(kept[0], positions)
+        assert torch.equal(rows[0], positions)
         assert other[0][:, 0].tolist() == [1.0, 2.0]
     else:
         logits = positions @ runner.head.T
         expected = keep_top_k(logits, 3)
-        assert torch.equal(kept[0], expected.tokens.int())
-        assert torch.equal(kept[1], expected.log_probs.half())
-        torch.testing.assert_close(kept[2], expected.log_tail)
-        torch.testing.assert_close(kept[3], alpha_cost(logits, expected.tokens))
+        assert torch.equal(rows[0], expected.tokens.int())
+        assert torch.equal(rows[1], expected.log_probs.half())
+        torch.testing.assert_close(rows[2], expected.log_tail)
+        torch.testing.assert_close(rows[3], alpha_cost(logits, expected.tokens))
     with pytest.raises(RuntimeError, match="in 0 of the 3 steps of 'a'"):
         worker.specdistill_take("a", 4, 3)
     monkeypatch.setattr(ranks, "get_tensor_model_parallel_rank", lambda: 1)
@@ -409,8 +412,8 @@ def test_vllm_says_of_the_target_what_our_own_pass_says(tmp_path: Path, signal: 
     for id_, mine in ours.items():
         assert theirs[id_].response_tokens == mine.response_tokens
         for name, tensor in mine.signal.tensors().items():
-            found = theirs[id_].signal.tensors()[name]
-            torch.testing.assert_close(found, tensor, atol=2e-3, rtol=2e-3)
+            other_tensor = theirs[id_].signal.tensors()[name]
+            torch.testing.assert_close(other_tensor, tensor, atol=2e-3, rtol=2e-3)
     figures = read_manifest(tmp_path / "theirs").engine
     assert figures["largest_logit_difference"] < 0.01
     assert figures["total_variation"] < 1e-3

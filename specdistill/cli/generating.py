@@ -94,8 +94,8 @@ def generate(
     serving.check(engine, device, generator)
     writer = None if generator is None else console.loader(generator, dtype, device)
     console.setup(threads)
-    told = parsing.chat_template_kwargs(chat_template_kwargs)
-    read = answers.read(prompts, split, column, limit, response_column, scorer, turns, told)
+    kwargs = parsing.chat_template_kwargs(chat_template_kwargs)
+    read = answers.read(prompts, split, column, limit, response_column, scorer, turns, kwargs)
     asked = answers.put(read, style, examples, shots, seed)
     from specdistill.data import generation
 

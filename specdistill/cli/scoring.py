@@ -148,7 +148,7 @@ def score(
         parsing.temperatures(temperature),
     )
     rule = None if lenience is None else parsing.lenience(lenience)
-    told = parsing.chat_template_kwargs(chat_template_kwargs)
+    kwargs = parsing.chat_template_kwargs(chat_template_kwargs)
     limits.check("--least-reach", least_reach, limits.LEAST_REACH)
     ours = {
         "--verification": verification != "token",
@@ -169,7 +169,7 @@ def score(
 
     measure.check_lenience(verification, rule, temperatures)
     asked = load_prompts(
-        prompts, split=split, column=column, limit=limit, chat_template_kwargs=told
+        prompts, split=split, column=column, limit=limit, chat_template_kwargs=kwargs
     )
     if engine == "vllm":
         encoded, score_pair = by_vllm.prepared(
