@@ -10,12 +10,19 @@ import torch  # noqa: E402
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
+import json  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from contextlib import contextmanager  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from specdistill.models import LanguageModel  # noqa: E402
 
@@ -68,6 +75,30 @@ def tiny_model(
     model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype).eval().requires_grad_(False)
     model.generation_config.eos_token_id = settings["eos_token_id"]
     return LanguageModel(f"tiny-{seed}", Path(), model, tiny_tokenizer(min(vocab, 64)))
+
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def random_model(kind: str, *, device: str = "cpu", **settings: object) -> LanguageModel:
+    """A random model of any family, of `SIZES` where the settings do not say otherwise."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        config = AutoConfig.for_model(kind, **SIZES | settings)
+        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    return LanguageModel(kind, Path(), model, tiny_tokenizer(64))
+
+
+def amend(file: Path, **values: object) -> None:
+    """Give a JSON file these values."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 @pytest.fixture(scope="session")

@@ -17,14 +17,13 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import full_disk, tiny_model
+from conftest import full_disk
 from transformers import AutoModelForCausalLM
 
 import specdistill
 from specdistill import cli, models
 from specdistill.cli import console
 from specdistill.data.token_store import Example, read_examples, read_manifest
-from specdistill.drafts.making import save_draft
 from specdistill.errors import InputError
 from specdistill.scoring.scorecard import Scorecard
 from specdistill_kernels import Verdict
@@ -90,6 +89,12 @@ class World(NamedTuple):
     said: dict[str, Done]
 
     @property
+    def pair(self) -> list[object]:
+        """The options that name both models, in float32."""
+        models = {"--target": self.target, "--draft": self.places["draft"], "--dtype": "float32"}
+        return [word for option in models.items() for word in option]
+
+    @property
     def places(self) -> dict[str, Path]:
         run_dir = self.folder / "run"
         return {
@@ -136,8 +141,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> World:
         ["generate", *asked, "--out", at["data"], "--max-new-tokens", 12, "--temperature", "0,1"],
         ["init", "--target", at["target"], "--out", at["undistilled"], "--layers", "0,2", *trim],
         ["distill", at["config"], "seed=5"],
-        ["score", *asked, "--draft", at["draft"], "--out", at["card"], *settings],
-        ["check", *asked, "--draft", at["draft"], "--limit", 2, "--max-new-tokens", 12],
+        ["score", *made.pair, "--prompts", prompts, "--out", at["card"], *settings],
+        ["check", *made.pair, "--prompts", prompts, "--limit", 2, "--max-new-tokens", 12],
         ["plot", at["run"]],
         ["export", "--draft", at["draft"], "--out", folder / "wide", "--for", "vllm"],
     ):
@@ -316,9 +321,8 @@ def test_check_passes_on_a_sound_pair(world: World, tmp_path: Path) -> None:
     assert "fewer than 1 of 10,000 sound runs" in err
     for name in ("greedy text", "2 of 2 identical", "Σ min(p, q) ="):
         assert name in err
-    at = world.places
     with mock.patch("specdistill.scoring.check.run_checks", return_value=[]) as run_checks:
-        done = run("check", "--target", at["target"], "--draft", at["draft"], "--limit", 3)
+        done = run("check", *world.pair, "--limit", 3)
     assert done.code == 0
     pair = run_checks.call_args.args[0]
     ids = [p.id for p in pair.prompts]
@@ -333,9 +337,8 @@ def test_check_exits_1_where_the_output_would_change(world: World) -> None:
         final = target_logits.argmax(-1).gather(-1, count[:, None])[:, 0]
         return reference._assemble(draft_tokens, count, final)
 
-    at = world.places
-    command = ["check", "--target", at["target"], "--draft", at["draft"]]
-    command += ["--prompts", at["prompts"], "--limit", 2, "--max-new-tokens", 12]
+    command = ["check", *world.pair, "--prompts", world.prompts]
+    command += ["--limit", 2, "--max-new-tokens", 12]
     with (
         mock.patch("specdistill_kernels.verification.reference._verify_greedy", accept_all),
         mock.patch("specdistill.scoring.sampled_texts.distribution_p_value", return_value=0.5),
@@ -393,9 +396,8 @@ def test_settings_of_the_target_that_are_not_applied_are_told(
 def test_score_verifies_as_it_is_told(
     world: World, tmp_path: Path, options: list[str], mode: str, lenience: str | None, label: str
 ) -> None:
-    at = world.places
-    score = ["score", "--target", at["target"], "--draft", at["draft"], "--prompts", at["prompts"]]
-    score += ["--out", tmp_path / "card.json", "--limit", 2, "--max-new-tokens", 8]
+    score = ["score", *world.pair, "--prompts", world.prompts, "--out", tmp_path / "card.json"]
+    score += ["--limit", 2, "--max-new-tokens", 8]
     done = run(*score, "--num-draft-tokens", 2, "--temperature", 1, *options, "--json")
     lossy = lenience is not None
     recorded = {"mode": mode, "lenience": lenience, "lossy": lossy}
@@ -443,11 +445,10 @@ def test_an_engine_that_is_not_lossless_ends_with_exit_code_1(
         return Verdict(torch.cat([draft_tokens, bonus], 1), lengths)
 
     monkeypatch.setattr("specdistill.decoding.engine.verify", gullible)
-    at, card = world.places, tmp_path / "card.json"
+    card = tmp_path / "card.json"
     done = run(
-        *("score", "--target", at["target"], "--draft", at["draft"], "--dtype", "float32"),
+        *("score", *world.pair, "--prompts", world.prompts, "--out", card, "--json"),
         *("--num-draft-tokens", 2, "--temperature", 0, "--max-new-tokens", 12, "--limit", 3),
-        *("--prompts", at["prompts"], "--out", card, "--json"),
     )
     assert done.code == 1
     said = json.loads(done.out)["verdict"]
@@ -463,9 +464,8 @@ def test_score_tells_categories_and_lengths_apart(world: World, tmp_path: Path) 
         for i in range(8)
     ]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    at = world.places
-    score = ["score", "--target", at["target"], "--draft", at["draft"], "--dtype", "float32"]
-    score += ["--num-draft-tokens", "1,2", "--temperature", 0, "--max-new-tokens", 6]
+    score = ["score", *world.pair, "--num-draft-tokens", "1,2", "--temperature", 0]
+    score += ["--max-new-tokens", 6]
     done = run(*score, "--prompts", tmp_path / "p.jsonl", "--out", tmp_path / "card.json")
     best = Scorecard.read(tmp_path / "card.json").verdict.best.num_draft_tokens
     for what, names in {
@@ -475,7 +475,7 @@ def test_score_tells_categories_and_lengths_apart(world: World, tmp_path: Path) 
         assert f"by {what} of prompts, T = 0, γ = {best}" in done.out
         for name in names:
             assert re.search(rf"{re.escape(name)} +4 +\S+ +\d\.\d\d +\d", done.out)
-    done = run(*score, "--prompts", at["prompts"], "--limit", 3, "--out", tmp_path / "alike.json")
+    done = run(*score, "--prompts", world.prompts, "--limit", 3, "--out", tmp_path / "alike.json")
     assert "of prompts, T = 0" not in done.out, "nothing to tell apart"
 
 
@@ -635,20 +635,13 @@ def test_an_interrupt_says_how_to_go_on(
     world: World, tmp_path: Path, command: str, place: str, told: str
 ) -> None:
     at = world.places
-    pair = ["--target", at["target"], "--prompts", at["prompts"]]
     arguments: dict[str, list[object]] = {
         "quickstart": ["--run-dir", tmp_path / "run"],
-        "generate": [*pair, "--out", tmp_path / "data"],
+        "generate": ["--target", at["target"], "--prompts", at["prompts"], "--out", tmp_path / "d"],
         "distill": [at["config"], f"run_dir={tmp_path / 'run'}"],
-        "score": [*pair, "--draft", at["draft"], "--out", tmp_path / "card.json"],
-        "check": ["--target", at["target"], "--draft", at["draft"]],
+        "score": [*world.pair, "--prompts", at["prompts"], "--out", tmp_path / "card.json"],
+        "check": world.pair,
     }
-    import specdistill.data.generation
-    import specdistill.quickstart
-    import specdistill.scoring.check
-    import specdistill.scoring.measure
-    import specdistill.training.run  # noqa: F401
-
     with mock.patch(f"specdistill.{place}", side_effect=KeyboardInterrupt):
         done = run(command, *arguments[command])
     assert done.code == 130
@@ -656,264 +649,15 @@ def test_an_interrupt_says_how_to_go_on(
     assert "Traceback" not in done.err
 
 
-# Bad input: exit 2, one line that says what to do, nothing overwritten
-
-GENERATE = "generate --target {target} --out {tmp}/out --prompts "
-SCORE = "score --target {target} --draft {draft} --prompts {prompts} --out {tmp}/card.json "
-INIT = "init --target {target} --out {tmp}/new "
-DISTILL = "distill {config} run_dir={tmp}/new-run "
-BAD_INPUT: dict[str, tuple[str, tuple[str, ...]]] = {
-    "missing prompts": (GENERATE + "{tmp}/none.jsonl", ("there is no file", "none.jsonl")),
-    "empty prompts": (GENERATE + "{tmp}/empty.jsonl", ("empty.jsonl holds no prompts",)),
-    "malformed prompts": (
-        GENERATE + "{tmp}/bad.jsonl",
-        ("bad.jsonl, line 3: not valid JSON", "each line must be"),
-    ),
-    "malformed prompts for score": (
-        "score --target {target} --draft {draft} --out {tmp}/c --prompts {tmp}/bad.jsonl",
-        ("bad.jsonl, line 3: not valid JSON",),
-    ),
-    "missing target": (
-        "generate --target {tmp}/none --out {tmp}/out --prompts {prompts}",
-        ("there is no checkpoint at", "none", "give a folder"),
-    ),
-    "target without config": (
-        "generate --target {tmp} --out {tmp}/out --prompts {prompts}",
-        ("without config.json",),
-    ),
-    "unknown demo": (
-        "generate --target demo:x --out {tmp}/out --prompts {prompts}",
-        ("there is no model 'demo:x'", "demo:smollm2"),
-    ),
-    "missing draft": (
-        "score --target {target} --draft {tmp}/none --prompts {prompts} --out {tmp}/c",
-        ("there is no checkpoint at", "none"),
-    ),
-    "draft of another vocabulary": (
-        "score --target {target} --draft {stranger} --prompts {prompts} --out {tmp}/c",
-        ("(32 tokens", "(64 tokens", "specdistill init"),
-    ),
-    "draft of another vocabulary to distill": (
-        DISTILL + "draft={stranger}",
-        ("(32 tokens", "(64 tokens", "specdistill init"),
-    ),
-    "trimmed target": (
-        "score --target {draft} --draft {target} --prompts {prompts} --out {tmp}/c",
-        ("trimmed", "not a target"),
-    ),
-    "no draft tokens": (SCORE + "--num-draft-tokens 0", ("must be 1 to 64; got '0'",)),
-    "far too many": (SCORE + "--num-draft-tokens 10000", ("must be 1 to 64; got '10000'",)),
-    "a range downwards": (SCORE + "--num-draft-tokens 4-2", ("must be 1 to 64; got '4-2'",)),
-    "no number": (SCORE + "--num-draft-tokens many", ("must look like 4, 1-8 or 2,4,6", "'many'")),
-    "nothing of them": (SCORE + "--num-draft-tokens 2,", ("must look like 4", "'2,'")),
-    "cold": (SCORE + "--temperature -1", ("--temperature must be 0, or 0.0001 to", "got -1")),
-    "hot": (SCORE + "--temperature inf", ("--temperature must be 0", "got inf")),
-    "lukewarm": (SCORE + "--temperature nan", ("--temperature must be 0", "got nan")),
-    "no temperature": (SCORE + "--temperature warm", ("must look like 0 or 0,1", "'warm'")),
-    "cold answers": (GENERATE + "{prompts} --temperature -1", ("temperature must be 0", "-1")),
-    "warm answers": (GENERATE + "{prompts} --temperature warm", ("must look like 0", "'warm'")),
-    "top_p": (GENERATE + "{prompts} --top-p 0", ("top_p must be above 0", "0.0")),
-    "lenient greedy": (SCORE + "--lenience lin:0.5", ("no effect at temperature 0",)),
-    "lenient block": (
-        SCORE + "--lenience lin:0.5 --verification block --temperature 1",
-        ("a rule for single tokens",),
-    ),
-    "no lenience": (SCORE + "--lenience lin:1 --temperature 1", ("must look like", "'lin:1'")),
-    "unknown lenience": (SCORE + "--lenience cube:0.5", ("lin:0.5, sq:0.7", "'cube:0.5'")),
-    "lenience of nothing": (SCORE + "--lenience sq:0.0", ("between 0 and 1", "'sq:0.0'")),
-    "draft of another vocabulary to check": (
-        "check --target {target} --draft {stranger}",
-        ("(32 tokens", "(64 tokens", "specdistill init"),
-    ),
-    "check of nothing": (
-        "check --target {target} --draft {draft} --limit 0",
-        ("Invalid value for '--limit'", "greater than or equal to 1"),
-    ),
-    "check of a split of nothing": (
-        "check --target {target} --draft {draft} --split train",
-        ("--split and --column", "--prompts"),
-    ),
-    "no limit": (
-        GENERATE + "{prompts} --limit 0",
-        ("Invalid value for '--limit'", "greater than or equal to 1"),
-    ),
-    "too long": (
-        GENERATE + "{prompts} --max-new-tokens 600",
-        ("tokens and up to 600 new ones, and", "reads 512 positions; take"),
-    ),
-    "device": (GENERATE + "{prompts} --device tpu", ("device must be auto, cpu", "'tpu'")),
-    "layers": (INIT + "--layers 9", ("among the target's 0 to 3", "got 9")),
-    "half a trim": (INIT + "--vocab-size 9", ("--vocab-size and --vocab-from go together",)),
-    "large trim": (
-        INIT + "--vocab-size 65 --vocab-from {data}",
-        ("vocabulary size must be 1 to 64", "65"),
-    ),
-    "trim to nothing known": (
-        INIT + "--vocab-size 9 --vocab-from {tmp}/none.txt",
-        ("there are no answers in", "none.txt"),
-    ),
-    "trim to no folder, which no hub is asked for": (
-        "init --target nobody/nothing --out {tmp}/d --vocab-size 9 --vocab-from answers",
-        ("there are no answers in answers, which does not exist",),
-    ),
-    "missing config": ("distill {tmp}/none.yaml", ("cannot read", "none.yaml")),
-    "unknown key": (
-        "distill {config} training.max_step=5",
-        ("unknown key 'training.max_step'", "did you mean 'training.max_steps'?"),
-    ),
-    "unknown top-level key": ("distill {config} see=5", ("'see'", "did you mean 'seed'?")),
-    "unknown loss": (DISTILL + "loss={{flk:1}}", ("loss",)),
-    "two budgets": (DISTILL + "training.max_seconds=5", ("exactly one of max_steps",)),
-    "nothing left to train on": (DISTILL + "heldout=30", ("30 answers", "heldout: 30")),
-    "a single answer": (
-        DISTILL + "data={tmp}/one.jsonl policy=fixed signal=live",
-        ("one.jsonl has 1 answer, and one must be held out", "generate more"),
-    ),
-    "missing data": (
-        DISTILL + "data={tmp}/none",
-        ("there are no answers in", "none, which does not exist"),
-    ),
-    "truncated signal": (
-        DISTILL + "data={tmp}/truncated",
-        ("part-00000.safetensors is truncated", "generate again"),
-    ),
-    "finished run": ("distill {config}", ("already holds a run", "--resume", "another run_dir")),
-    "finished quickstart": (
-        "quickstart --run-dir {tmp}/finished",
-        ("already holds a finished run", "another --run-dir"),
-    ),
-    "finished card": (
-        "score --target {target} --draft {draft} --prompts {prompts} --out {card}",
-        ("scorecard.json exists", "--overwrite"),
-    ),
-    "finished draft": (
-        "init --target {target} --out {draft}",
-        ("exists and is not empty", "name another folder"),
-    ),
-    "an export with the card of another draft": (
-        "export --draft {undistilled} --out {tmp}/out --for vllm --scorecard {card}",
-        ("is of another draft", "score it again"),
-    ),
-    "an engine without its python": (
-        SCORE + "--engine vllm",
-        ("--engine vllm and --engine-python go together",),
-    ),
-    "a python without its engine": (
-        SCORE + "--engine transformers --engine-python {tmp}/python",
-        ("--engine vllm and --engine-python go together",),
-    ),
-    "an engine with rules that are ours": (
-        SCORE + "--engine transformers --verification block --keep-text",
-        ("leave out --verification and --keep-text",),
-    ),
-    "an engine on a device of ours": (
-        SCORE + "--engine vllm --engine-python p --device cpu",
-        ("--device cpu has no effect with --engine vllm", "leave it out"),
-    ),
-    "an engine and a trimmed draft": (
-        SCORE + "--engine transformers",
-        ("has a trimmed vocabulary", "specdistill export --for transformers"),
-    ),
-    "export onto a draft": (
-        "export --draft {draft} --out {undistilled} --for vllm",
-        ("exists and is not empty", "name another folder"),
-    ),
-    "a file in place of a folder": (
-        "init --target {target} --out {tmp}/file",
-        ("cannot write to", "/file: Not a directory", "choose another folder"),
-    ),
-    "other answers in the folder": (
-        "generate --target {target} --prompts {prompts} --out {data} --seed 9",
-        ("holds answers with other settings", "choose another folder"),
-    ),
-    "run folder without a card": ("plot {tmp}", ("there is no scorecard",)),
-    "unwritable answers": (
-        "generate --target {target} --prompts {prompts} --out {tmp}/file/out",
-        ("cannot write to", "file/out", "choose another folder"),
-    ),
-    "unwritable draft": (
-        "init --target {target} --out {tmp}/file/out",
-        ("cannot write to", "file/out: Not a directory"),
-    ),
-    "unwritable export": (
-        "export --draft {draft} --out {tmp}/file/out --for vllm",
-        ("cannot write to", "file/out: Not a directory"),
-    ),
-    "unwritable card": (
-        "score --target {target} --draft {draft} --prompts {prompts} --out {tmp}/file/card.json",
-        ("cannot write to", "file", "choose another folder"),
-    ),
-    "unwritable run": (
-        "distill {config} run_dir={tmp}/file/run",
-        ("cannot write to", "file/run: Not a directory"),
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A draft of another vocabulary."""
-    folder = tmp_path_factory.mktemp("stranger") / "draft"
-    save_draft(tiny_model(9, vocab=32), folder)
-    return folder
-
-
-@pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input(name: str, world: World, stranger: Path, tmp_path: Path) -> None:
-    command, parts = BAD_INPUT[name]
-    (tmp_path / "empty.jsonl").write_text("\n\n")
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "w7"}\n\n{"prompt": "w8"\n')
-    (tmp_path / "one.jsonl").write_text('{"prompt": "w7", "response": "w8"}\n')
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "finished").mkdir()
-    (tmp_path / "finished" / "report.md").write_text("mine")
-    truncated = shutil.copytree(world.places["data"], tmp_path / "truncated")
-    signals = truncated / "part-00000.safetensors"
-    signals.write_bytes(signals.read_bytes()[:-40])
-    before = files(tmp_path, world.folder)
-    at = {**world.places, "tmp": tmp_path, "stranger": stranger}
-    done = run(*command.format(**at).split())
-    assert done.code == 2, done
-    assert done.out == ""
-    last = done.err.splitlines()[-1]
-    usage = " ".join(done.err.replace("│", " ").split()) if done.err.startswith("Usage:") else ""
-    assert usage or last.startswith("error: "), done.err
-    for part in parts:
-        assert part in (usage or last)
-    after = files(tmp_path, world.folder)
-    assert {file: after.get(file) for file in before} == before, "nothing is overwritten"
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        GENERATE + "{prompts} --batch-size 0",
-        GENERATE + "{prompts} --max-new-tokens 0",
-        GENERATE + "{prompts} --top-p warm",
-        GENERATE + "{prompts} --threads 0",
-        GENERATE + "{prompts} --no-such-option 1",
-        SCORE + "--max-new-tokens -3",
-        SCORE + "--verification tree",
-        INIT + "--dtype fp32",
-        "check --target {target} --draft {draft} --max-new-tokens 1",
-        "init --target {target}",
-        "generate --prompts {prompts} --out {tmp}/out",
-        "no-such-command",
-    ],
-)
-def test_a_command_that_is_written_wrongly(command: str, world: World, tmp_path: Path) -> None:
-    done = run(*command.format(**world.places, tmp=tmp_path).split())
-    assert done.code == 2
-    assert "Error" in done.err
-    assert not list(tmp_path.iterdir())
+# Files that are there, and what is refused
 
 
 def test_a_card_that_cannot_be_written_is_refused_before_the_work(
     world: World, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    score = ["score", "--target", world.target, "--draft", world.target]
-    score += ["--prompts", world.prompts, "--out", tmp_path / "file" / "card.json"]
+    score = ["score", *world.pair, "--prompts", world.prompts]
+    score += ["--out", tmp_path / "file" / "card.json"]
     with mock.patch("specdistill.scoring.measure.score", side_effect=AssertionError):
         assert run(*score).code == 2
 
@@ -929,9 +673,8 @@ def test_a_bad_answer_to_generate_leaves_the_folder_usable(world: World, tmp_pat
 def test_overwrite_replaces_a_card(world: World, tmp_path: Path) -> None:
     card = tmp_path / "card.json"
     card.write_text("old")
-    at = world.places
-    score = ["score", "--target", at["target"], "--draft", at["draft"], "--prompts", at["prompts"]]
-    score += ["--out", card, "--num-draft-tokens", 1, "--temperature", 0, "--max-new-tokens", 4]
+    score = ["score", *world.pair, "--prompts", world.prompts, "--out", card]
+    score += ["--num-draft-tokens", 1, "--temperature", 0, "--max-new-tokens", 4]
     assert run(*score, "--limit", 2).code == 2
     assert card.read_text() == "old"
     assert run(*score, "--limit", 2, "--overwrite").code == 0
@@ -985,15 +728,13 @@ def test_a_full_disk_ends_a_distillation_with_a_message(
 
 
 def test_our_own_errors_are_told_and_others_are_called_faults_of_ours() -> None:
-    with mock.patch(
-        "specdistill.drafts.making.must_be_new", side_effect=InputError("[no] markup: /x")
-    ):
-        done = run("init", "--target", "t", "--out", "o")
-    assert (done.code, done.err) == (2, "error: [no] markup: /x\n")
-    with mock.patch("specdistill.drafts.making.must_be_new", side_effect=ZeroDivisionError):
-        done = run("init", "--target", "t", "--out", "o")
-        assert done.code == 70
-        assert done.err.startswith("error: ZeroDivisionError")
-        done = run("init", "--target", "t", "--out", "o", "--debug")
-        assert done.code == 70
-        assert "Traceback" in done.err
+    def done(error: Exception, *more: str) -> Done:
+        with mock.patch("specdistill.drafts.making.must_be_new", side_effect=error):
+            return run("init", "--target", "t", "--out", "o", *more)
+
+    told = done(InputError("[no] markup: /x"))
+    assert (told.code, told.err) == (2, "error: [no] markup: /x\n")
+    assert done(ZeroDivisionError()).err.startswith("error: ZeroDivisionError")
+    debugged = done(ZeroDivisionError(), "--debug")
+    assert debugged.code == 70
+    assert "Traceback" in debugged.err

@@ -219,36 +219,6 @@ def test_an_override_that_is_no_yaml(tmp_path: Path) -> None:
     assert "not valid YAML" in message
 
 
-@pytest.mark.parametrize("text", ["target: [", "a: b: c", "\tx: 1"])
-def test_a_file_that_is_no_yaml(tmp_path: Path, text: str) -> None:
-    message = refusal(tmp_path, text)
-    assert "run.yaml is not valid YAML" in message
-    assert "line 1" in message
-
-
-def test_bytes_that_are_not_text(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_bytes(b"target: \xff\n")
-    with pytest.raises(InputError, match="not valid YAML"):
-        load_config(tmp_path / "run.yaml")
-
-
-@pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("- a\n- b", "list"), ("x", "str")])
-def test_a_file_that_holds_no_mapping(tmp_path: Path, text: str, kind: str) -> None:
-    message = refusal(tmp_path, text)
-    assert f"must hold a mapping of keys to values; got {kind}" in message
-
-
-def test_a_key_that_is_no_word(tmp_path: Path) -> None:
-    assert "5" in refusal(tmp_path, GOOD + "5: x")
-
-
-def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot read .*none\.yaml: No such file"):
-        load_config(tmp_path / "none.yaml")
-    with pytest.raises(InputError, match="cannot read"):
-        load_config(tmp_path)
-
-
 PLACES = dict.fromkeys(("target", "draft", "data", "run_dir"), "x")
 
 
