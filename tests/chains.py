@@ -4,7 +4,7 @@ attention would. With the statistics that compare long streams with those distri
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,12 +111,13 @@ def draft_chain(kind: str) -> LanguageModel:
     """
     if kind in MASKS:
         return _parallel_chain(kind)
-    draft = chain(DRAFT_TABLES["near" if kind == "trimmed" else kind])
-    if kind == "trimmed":
-        draft.model.head = nn.Linear(V, len(TRIMMED), bias=False)
-        draft.model.head.weight = nn.Parameter(torch.eye(V)[TRIMMED], False)
-        draft = LanguageModel("trimmed", Path(), draft.model, draft.tokenizer, TRIMMED)
-    return draft
+    return trimmed(chain(DRAFT_TABLES["near"])) if kind == "trimmed" else chain(DRAFT_TABLES[kind])
+
+
+def trimmed(draft: LanguageModel) -> LanguageModel:
+    draft.model.head = nn.Linear(V, len(TRIMMED), bias=False)
+    draft.model.head.weight = nn.Parameter(torch.eye(V)[TRIMMED], False)
+    return replace(draft, vocab=TRIMMED)
 
 
 def _parallel_chain(kind: str) -> LanguageModel:
@@ -126,11 +127,7 @@ def _parallel_chain(kind: str) -> LanguageModel:
     table[:, mask] = 0.7 * seeded(size, size, seed=4)
     draft = chain(table)
     draft.model.config.pard_token = mask
-    if kind == "parallel trimmed":
-        draft.model.head = nn.Linear(V, len(TRIMMED), bias=False)
-        draft.model.head.weight = nn.Parameter(torch.eye(V)[TRIMMED], False)
-        draft = LanguageModel(kind, Path(), draft.model, draft.tokenizer, TRIMMED)
-    return draft
+    return trimmed(draft) if kind == "parallel trimmed" else draft
 
 
 # --- Exact distributions ------------------------------------------------------------------------

@@ -3,7 +3,6 @@ is refused before its weights are read.
 """
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer
+from conftest import amend, random_model, tiny_model, tiny_tokenizer
 from dispatch import Draws
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
@@ -171,13 +170,8 @@ def family_model(name: str, seed: int = 0) -> LanguageModel:
 def generated(target: LanguageModel, prompt: list[int], count: int) -> list[int]:
     """Greedy text of the stock model's own `generate`, alone and without padding."""
     tokens = torch.tensor([prompt])
-    out = target.model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=count,
-        do_sample=False,
-        pad_token_id=0,
-    )
+    settings = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+    out = target.model.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
     return out[0, len(prompt) :].tolist()
 
 
@@ -242,12 +236,8 @@ def test_the_bytes_of_the_cache_are_known_before_it_is_allocated(name: str) -> N
     model = family_model(name)
     for batch, capacity in ((1, 1), (3, 64), (2, 100)):
         expected = cache_bytes(model, batch, capacity)
-        slots = [
-            s
-            for layer in CachedModel(model, batch, capacity).layers
-            for s in (layer.keys, layer.values)
-        ]
-        assert sum(s.numel() * s.element_size() for s in slots) == expected
+        layers = CachedModel(model, batch, capacity).layers
+        assert sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) == expected
     heads, width = {
         "llama": (2, 8),
         "qwen3": (2, 16),
@@ -371,13 +361,9 @@ def test_an_image_model_reads_text() -> None:
 def test_layers_that_take_keys_and_values_of_others_are_refused() -> None:
     settings = {**GATED, **MIXED, "head_dim": 8, "hidden_size_per_layer_input": 8}
     settings |= {"vocab_size_per_layer_input": 64, "activation_sparsity_pattern": [0.0] * 4}
-    config = AutoConfig.for_model(
-        "gemma3n_text", **COMMON | settings, num_kv_shared_layers=2, laurel_rank=4
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    target = LanguageModel("shared", Path(), model, tiny_tokenizer(64))
-    with pytest.raises(ModelError, match=r"layers 2 to 3 of shared .* take layers of 0 to 1"):
+    settings |= {"num_kv_shared_layers": 2, "laurel_rank": 4}
+    target = random_model("gemma3n_text", **COMMON | settings)
+    with pytest.raises(ModelError, match=r"layers 2 to 3 of gemma3n_text .* take layers of 0 to 1"):
         make_draft(target, [0, 3])
     with pytest.raises(ModelError, match=r"not alike \(nothing fits .*per_layer"):
         make_draft(target, [0, 1])
@@ -389,8 +375,7 @@ def strayed(name: str, folder: Path, **stray: object) -> LanguageModel:
     model = family_model(name)
     model.model.float()
     save_draft(model, folder)
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | stray))
+    amend(folder / "config.json", **stray)
     return load(str(folder), dtype="float32")
 
 
@@ -421,9 +406,8 @@ def test_a_window_counts_where_the_model_uses_it(
     for prompt in PROMPTS:
         tokens = list(prompt)
         for _ in range(8):
-            tokens.append(
-                stock(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax().item()
-            )
+            logits = stock(torch.tensor([tokens]), use_cache=False).logits
+            tokens.append(logits[0, -1].argmax().item())
             if tokens[-1] in model.eos_ids:
                 break
         expected = tokens[len(prompt) :]
@@ -444,11 +428,8 @@ def test_every_family_is_loaded_again(name: str, tmp_path: Path) -> None:
 
 def test_positions_are_those_that_rotary_frequencies_are_stretched_for() -> None:
     def positions(most: int, **rope: object) -> int:
-        config = AutoConfig.for_model("llama", **COMMON | GATED | {"max_position_embeddings": most})
-        config.rope_parameters = {"rope_theta": 1e4, **rope}
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        return LanguageModel("m", Path(), model, tiny_tokenizer(64)).max_length
+        settings = {"max_position_embeddings": most, "rope_parameters": {"rope_theta": 1e4, **rope}}
+        return random_model("llama", device="meta", **settings).max_length
 
     yarn: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0}
     assert positions(64, **yarn, original_max_position_embeddings=64) == 256
@@ -457,11 +438,9 @@ def test_positions_are_those_that_rotary_frequencies_are_stretched_for() -> None
     assert positions(64, rope_type="linear", factor=2.0) == 128
     assert positions(64, rope_type="dynamic", factor=2.0) == 64
     assert positions(64, rope_type="default") == 64
-    text = AutoConfig.for_model("gemma3_text", **COMMON | FAMILIES["gemma3_text"])
-    text.rope_parameters["full_attention"] |= {"rope_type": "linear", "factor": 8.0}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(text)
-    by_kind = LanguageModel("m", Path(), model, tiny_tokenizer(64))
+    ropes = copy.deepcopy(BOTH_ROPES)
+    ropes["rope_parameters"]["full_attention"] |= {"rope_type": "linear", "factor": 8.0}
+    by_kind = random_model("gemma3_text", device="meta", **COMMON | GATED | MIXED | ropes)
     assert by_kind.max_length == 128  # of its sliding layers
 
 

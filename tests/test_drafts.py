@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_model
 from dispatch import Draws
 from safetensors.torch import load_file, save_file
 from small_runs import ask
@@ -38,10 +39,8 @@ def test_the_listed_layers_are_kept_in_order(tiny: Tiny) -> None:
     target = tiny(0, layers=5)
     draft = make_draft(target, [0, 3, 4])
     for new, old in enumerate([0, 3, 4]):
-        ours, theirs = (
-            draft.model.model.layers[new].state_dict(),
-            target.model.model.layers[old].state_dict(),
-        )
+        ours = draft.model.model.layers[new].state_dict()
+        theirs = target.model.model.layers[old].state_dict()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert torch.equal(draft.head.weight, target.head.weight)
     assert draft.head.weight.data_ptr() != target.head.weight.data_ptr()
@@ -69,24 +68,11 @@ def test_a_draft_from_scratch_has_the_shape_and_nothing_of_the_weights(
     assert models.load(str(tmp_path / "scratch")).vocab_size == (32 if trimmed else 64)
 
 
-def test_settings_by_layer_are_cut_with_the_layers(tiny: Tiny) -> None:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        use_sliding_window=True,
-        sliding_window=4,
-        max_window_layers=2,
-    )
-    kinds = config.layer_types
+def test_settings_by_layer_are_cut_with_the_layers() -> None:
+    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
+    target = random_model("qwen2", num_hidden_layers=4, **window)
+    kinds = target.config.layer_types
     assert len(set(kinds)) == 2
-    model = Qwen2ForCausalLM(config).eval().requires_grad_(False)
-    target = LanguageModel("qwen", Path(), model, tiny(0).tokenizer)
     draft = make_draft(target, [1, 2])
     assert draft.config.layer_types == [kinds[1], kinds[2]]
     draft.hidden(torch.randint(64, (1, 9)))
@@ -147,15 +133,9 @@ def test_a_widened_draft_never_gets_to_the_tokens_it_lacks(tiny: Tiny, dtype: to
     assert logits[..., others].mean().item() == pytest.approx(-100, rel=0.2)
 
 
-def test_the_head_of_a_widened_draft_says_it_by_its_bias_where_it_has_one(tiny: Tiny) -> None:
-    from transformers import PhiConfig, PhiForCausalLM
-
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "vocab_size": 64, "max_position_embeddings": 128}
-    model = PhiForCausalLM(PhiConfig(**sizes, tie_word_embeddings=False)).eval()
-    target = LanguageModel("phi", Path(), model.requires_grad_(False), tiny(0).tokenizer)
+def test_the_head_of_a_widened_draft_says_it_by_its_bias_where_it_has_one() -> None:
     ids = torch.arange(0, 64, 3)
-    draft = make_draft(target, [0, 1], ids)
+    draft = make_draft(random_model("phi", tie_word_embeddings=False), [0, 1], ids)
     tokens = torch.randint(64, (2, 9))
     logits = at_full_vocabulary(draft).logits(at_full_vocabulary(draft).hidden(tokens))
     assert torch.allclose(logits[..., ids], draft.logits(draft.hidden(tokens)), atol=1e-6)
@@ -181,26 +161,12 @@ def test_the_most_used_tokens_and_all_special_ones_are_kept(tiny: Tiny) -> None:
         choose_vocabulary(target, count_tokens(target, [[]]), 8)
 
 
-@pytest.mark.parametrize(
-    ("text", "layers"),
-    [
-        ("2", [0, 1]),
-        ("0,3", [0, 3]),
-        ("3,", None),
-        ("9", None),
-        ("99999999999999", None),
-        ("-1,2", None),
-        ("1,1", None),
-        ("x", None),
-        ("0", None),
-    ],
-)
-def test_layers_are_parsed(text: str, layers: list[int] | None) -> None:
-    if layers is None:
+def test_layers_are_parsed() -> None:
+    assert listed_layers(parse_layers("2"), 4) == [0, 1]
+    assert listed_layers(parse_layers("0,3"), 4) == [0, 3]
+    for text in ("3,", "9", "99999999999999", "-1,2", "1,1", "x", "0"):
         with pytest.raises(InputError, match="layers must be"):
             listed_layers(parse_layers(text), 4)
-    else:
-        assert listed_layers(parse_layers(text), 4) == layers
 
 
 def test_a_vocabulary_is_ranked_by_the_targets_probability_where_states_are_kept(
@@ -250,24 +216,11 @@ def test_expected_usage_sums_the_targets_probabilities(tiny: Tiny) -> None:
     assert torch.allclose(expected_usage(target, hidden), expected, rtol=1e-4)
 
 
-def test_layers_that_are_not_alike_are_refused(tiny: Tiny) -> None:
+def test_layers_that_are_not_alike_are_refused() -> None:
     """The config tells dense layers from expert ones by number, and kept layers get new ones."""
-    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
-
-    config = Qwen2MoeConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=16,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_experts=2,
-        num_experts_per_tok=1,
-        mlp_only_layers=[0],
-    )
-    target = LanguageModel("moe", Path(), Qwen2MoeForCausalLM(config), tiny().tokenizer)
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    experts |= {"shared_expert_intermediate_size": 16, "mlp_only_layers": [0]}
+    target = random_model("qwen2_moe", num_hidden_layers=3, **experts)
     assert make_draft(target, [0, 2]).num_layers == 2
     with pytest.raises(ModelError, match="not alike"):
         make_draft(target, [1, 2])
@@ -316,16 +269,10 @@ def test_a_draft_takes_the_place_of_nothing_else(tiny: Tiny, tmp_path: Path, wha
 @pytest.mark.parametrize(
     "tensors",
     [
-        {"ids": torch.tensor([1, 0, 2])},
-        {"ids": torch.tensor([0, 1, 1])},
-        {"ids": torch.tensor([-1, 0, 1])},
-        {"ids": torch.tensor([0, 1, 64])},
-        {"ids": torch.tensor([0.0, 1.0, 2.0])},
+        *({"ids": torch.tensor(ids)} for ids in ([1, 0, 2], [0, 1, 1], [-1, 0, 1], [0, 1, 64])),
+        *({"ids": torch.tensor(ids)} for ids in ([0, 1], [0, 1, 2, 3], [[0, 1, 2]], [0.0, 1.0])),
         {"ids": torch.tensor([0, 1, 2], dtype=torch.int32)},
-        {"ids": torch.tensor([[0, 1, 2]])},
         {"ids": torch.tensor([], dtype=torch.int64)},
-        {"ids": torch.tensor([0, 1])},
-        {"ids": torch.tensor([0, 1, 2, 3])},
         {"tokens": torch.tensor([0, 1, 2])},
         None,
     ],

@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import amend, random_model, tiny_model
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from test_cli import run
@@ -21,12 +21,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
-    GraniteConfig,
-    LlamaConfig,
     MambaConfig,
-    PhiConfig,
     PretrainedConfig,
     Qwen3NextConfig,
     T5Config,
@@ -158,70 +153,43 @@ def test_a_hub_id_that_cannot_be_had(name: str) -> None:
     assert "\n" not in message
 
 
-def damage(folder: Path, kind: str) -> None:
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    if kind == "truncated weights":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif kind == "empty weights":
-        weights.write_bytes(b"")
-    elif kind == "no weights":
-        weights.unlink()
-    elif kind == "a tensor is missing":
-        tensors = load_file(weights)
-        del tensors["model.layers.1.mlp.up_proj.weight"]
-        save_file(tensors, weights, metadata={"format": "pt"})
-    elif kind == "no tokenizer":
-        for file in folder.glob("tokenizer*"):
-            file.unlink()
-    elif kind == "config cut off":
-        config.write_text(config.read_text()[:50])
-    elif kind == "config of nothing":
-        config.write_text("{}")
+def lose_a_tensor(file: Path) -> None:
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("trimmed", [False, True], ids=["whole", "trimmed"])
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("name", "damage", "part"),
     [
-        ("truncated weights", ""),
-        ("empty weights", ""),
-        ("no weights", "model.safetensors"),
-        ("a tensor is missing", "up_proj"),
-        ("no tokenizer", ""),
-        ("config cut off", "config"),
-        ("config of nothing", "model_type"),
+        ("model.safetensors", lambda file: os.truncate(file, file.stat().st_size - 100), ""),
+        ("model.safetensors", lambda file: file.write_bytes(b""), ""),
+        ("model.safetensors", Path.unlink, "model.safetensors"),
+        ("model.safetensors", lose_a_tensor, "up_proj"),
+        ("tokenizer.json", Path.unlink, ""),
+        ("config.json", lambda file: os.truncate(file, 50), "config"),
+        ("config.json", lambda file: file.write_text("{}"), "model_type"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused_by_name(
-    tiny: Tiny, tmp_path: Path, trimmed: bool, kind: str, told: str
+    tiny: Tiny, tmp_path: Path, trimmed: bool, name: str, damage: Callable[[Path], Any], part: str
 ) -> None:
-    kept = torch.arange(0, 64, 2) if trimmed else None
-    save_draft(make_draft(tiny(0), [0, 1], kept), tmp_path / "m")
-    damage(tmp_path / "m", kind)
+    vocabulary = torch.arange(0, 64, 2) if trimmed else None
+    save_draft(make_draft(tiny(0), [0, 1], vocabulary), tmp_path / "m")
+    damage(tmp_path / "m" / name)
     message = refusal(str(tmp_path / "m"))
     assert message.startswith(f"cannot load {tmp_path / 'm'}: ")
-    assert told in message
+    assert part in message
 
 
-def test_a_trimmed_draft_keeps_the_bias_of_its_head(tiny: Tiny, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    config = PhiConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    stock = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
-    stock.lm_head.bias.normal_()
-    ids = torch.arange(0, 64, 2)
-    save_draft(
-        make_draft(LanguageModel("phi", Path(), stock, tiny(0).tokenizer), [0, 1], ids),
-        tmp_path / "d",
-    )
+def test_a_trimmed_draft_keeps_the_bias_of_its_head(tmp_path: Path) -> None:
+    model, ids = random_model("phi"), torch.arange(0, 64, 2)
+    model.head.bias.normal_()
+    save_draft(make_draft(model, [0, 1], ids), tmp_path / "d")
     draft = load(str(tmp_path / "d"), dtype="float32")
     logits = draft.logits(draft.hidden(TOKENS))
-    assert torch.allclose(logits, stock(TOKENS).logits[..., ids], atol=1e-5)
+    assert torch.allclose(logits, model.model(TOKENS).logits[..., ids], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -380,21 +348,12 @@ def test_a_damaged_gguf_file_is_refused_and_leaves_nothing(
     assert not list(cache.iterdir())
 
 
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SCALED = {
     "linear": {"factor": 4.0},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
-    "llama3": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "llama3 of other positions": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    },
+    "llama3": {**LLAMA3, "original_max_position_embeddings": 8192},
+    "llama3 of other positions": {**LLAMA3, "original_max_position_embeddings": 32},
 }
 
 
@@ -602,40 +561,23 @@ def test_padded_rows_are_understood_and_samples_follow_the_target(
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("kind", "after"),
     [
-        LlamaConfig,
-        Gemma2Config,
-        CohereConfig,
-        GraniteConfig,
+        ("llama", {}),
+        ("gemma2", {"final_logit_softcapping": 2.0, "head_dim": 8}),
+        ("cohere", {"logit_scale": 0.25}),
+        ("granite", {"logits_scaling": 3.0}),
     ],
 )
-def test_logits_are_those_of_the_stock_model(tiny: Tiny, config: type[PretrainedConfig]) -> None:
+def test_logits_are_those_of_the_stock_model(kind: str, after: dict[str, float]) -> None:
     """Families that do something after the head: Gemma 2 caps, Cohere scales, Granite divides."""
-    after = {
-        Gemma2Config: {"final_logit_softcapping": 2.0, "head_dim": 8},
-        CohereConfig: {"logit_scale": 0.25},
-        GraniteConfig: {"logits_scaling": 3.0},
-    }.get(config, {})
-    torch.manual_seed(0)
-    settings = config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        **after,
-    )
-    stock = AutoModelForCausalLM.from_config(settings).eval().requires_grad_(False)
-    model = LanguageModel("family", Path(), stock, tiny(0).tokenizer)
-    expected = stock(TOKENS).logits
+    model = random_model(kind, initializer_range=0.3, **after)
+    expected = model.model(TOKENS).logits
     ours = model.logits(model.hidden(TOKENS))
     assert torch.allclose(ours, expected, atol=1e-5)
     bare = model.head(model.hidden(TOKENS))
     assert torch.allclose(bare, expected, atol=0.1) == (not after)
-    if config is Gemma2Config:
+    if kind == "gemma2":
         assert bare.abs().max() > 2 >= ours.abs().max()
 
 
@@ -748,23 +690,10 @@ def test_parameters_and_bytes_read_for_a_token(tiny: Tiny, tied: bool) -> None:
     assert draft.weight_bytes() == 2 * (layer + 32 + 16 * 32)
 
 
-def test_of_a_mixture_the_active_experts_are_read(tiny: Tiny) -> None:
-    settings: dict[str, Any] = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "moe_intermediate_size": 16,
-        "tie_word_embeddings": True,
-    }
-
+def test_of_a_mixture_the_active_experts_are_read() -> None:
     def read(kind: str, **experts: int) -> int:
-        config = AutoConfig.for_model(kind, **settings | experts)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        return LanguageModel(kind, Path(), model, tiny(0).tokenizer).weight_bytes()
+        settings = {"moe_intermediate_size": 16, "tie_word_embeddings": True, **experts}
+        return random_model(kind, device="meta", **settings).weight_bytes()
 
     expert = 2 * 4 * 3 * 32 * 16  # in two layers, of float32, three products
     router = 2 * 4 * 32
@@ -780,21 +709,10 @@ def test_of_a_mixture_the_active_experts_are_read(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
-def test_a_mixture_runs_in_every_dtype(tiny: Tiny, tmp_path: Path, dtype: str) -> None:
-    config = AutoConfig.for_model(
-        "qwen3_moe",
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        moe_intermediate_size=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    tiny(0).tokenizer.save_pretrained(tmp_path)
-    model = load(str(tmp_path), dtype=dtype)
+def test_a_mixture_runs_in_every_dtype(tmp_path: Path, dtype: str) -> None:
+    experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    save_draft(random_model("qwen3_moe", **experts), tmp_path / "m")
+    model = load(str(tmp_path / "m"), dtype=dtype)
     drafter = ModelDrafter(make_draft(model, [1]), 64)
     decoder = SpeculativeDecoder(model, drafter, num_draft_tokens=2)
     decoder.generate([[7, 8, 9]], max_new_tokens=4)
@@ -805,11 +723,8 @@ def test_logits_that_are_made_otherwise_are_refused(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     """By a thousandth, which half precision rounds away; and settings nobody reads are no harm."""
-    model = tiny(1)
-    save_draft(model, tmp_path / "m")
-    file = tmp_path / "m" / "config.json"
-    stray = {"logit_scale": 0.5, "final_logit_softcapping": 3.0}
-    file.write_text(json.dumps(json.loads(file.read_text()) | stray))
+    save_draft(tiny(1), tmp_path / "m")
+    amend(tmp_path / "m" / "config.json", logit_scale=0.5, final_logit_softcapping=3.0)
     loaded = load(str(tmp_path / "m"), dtype=dtype)
     states = loaded.hidden(TOKENS)
     assert torch.allclose(loaded.logits(states), loaded.head(states).float(), rtol=0.02, atol=0.02)
@@ -1024,10 +939,7 @@ def test_a_checkpoint_is_made_in_the_dtype_of_its_origin(tmp_path: Path) -> None
         out = tmp_path / f"{name}-draft"
         assert run("init", "--target", tmp_path / name, "--layers", 1, "--out", out).code == 0
         assert models.stored_dtype(str(out)) == name
-    config = json.loads((tmp_path / "float32" / "config.json").read_text())
-    (tmp_path / "float32" / "config.json").write_text(
-        json.dumps({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")})
-    )
+    amend(tmp_path / "float32" / "config.json", dtype=None)
     assert models.stored_dtype(str(tmp_path / "float32")) == "float32"
 
 
@@ -1039,18 +951,16 @@ def test_weights_that_would_be_left_out_or_misread_are_refused(
     model = tiny(0, layers=3, attention_bias=True)
     save_draft(make_draft(model, [0, 1, 2], torch.arange(40)) if trimmed else model, tmp_path)
     file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
-    weights, settings = load_file(file), json.loads(config.read_text())
-    first = "model.layers.0.mlp.up_proj.weight"
+    weights, first = load_file(file), "model.layers.0.mlp.up_proj.weight"
     if what == "layers":
-        settings["num_hidden_layers"] = 2
+        amend(config, num_hidden_layers=2)
     elif what == "biases":
-        settings["attention_bias"] = False
+        amend(config, attention_bias=False)
     elif what == "scales":
         weights[f"{first}_scale_inv"] = torch.ones(1)
     else:
         weights[first] = (weights[first] * 100).to(torch.int8)
     save_file(weights, file, metadata={"format": "pt"})
-    config.write_text(json.dumps(settings))
     with pytest.raises(ModelError, match="cannot load"):
         load(str(tmp_path))
 
@@ -1060,9 +970,7 @@ def test_floats_are_not_taken_for_weights_that_the_config_calls_quantised(
     tiny: Tiny, tmp_path: Path, method: str
 ) -> None:
     save_draft(tiny(0), tmp_path)
-    config = tmp_path / "config.json"
-    settings = json.loads(config.read_text()) | {"quantization_config": {"quant_method": method}}
-    config.write_text(json.dumps(settings))
+    amend(tmp_path / "config.json", quantization_config={"quant_method": method})
     with pytest.raises(ModelError, match="cannot load"):
         load(str(tmp_path))
 
@@ -1095,8 +1003,7 @@ def test_the_head_alone_is_that_of_the_whole_model(tiny: Tiny, tmp_path: Path, k
     old, new = tiny(1, **settings), tiny(2, **settings)
     if kind == "tied by config":
         save_draft(new, folder)
-        config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
-        (folder / "config.json").write_text(json.dumps(config))
+        amend(folder / "config.json", tie_word_embeddings=True)
     elif kind == "strays":
         sharded(new, folder)
         save_file(old.model.state_dict(), folder / "consolidated.safetensors")
@@ -1262,8 +1169,7 @@ def test_a_damaged_config_is_one_clear_error(
     tiny: Tiny, tmp_path: Path, changes: dict[str, object]
 ) -> None:
     save_draft(tiny(1), tmp_path / "m")
-    file = tmp_path / "m" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    amend(tmp_path / "m" / "config.json", **changes)
     assert "cannot load" in refusal(str(tmp_path / "m"))
     with pytest.raises(ModelError, match="cannot load"):
         load_head(str(tmp_path / "m"))
@@ -1283,19 +1189,16 @@ def test_code_in_a_folder_is_never_run_nor_asked_for(
 ) -> None:
     folder, mark = tmp_path / "m", tmp_path / "executed"
     save_draft(tiny(1), folder)
-    code = f"open({str(mark)!r}, 'a').close()\n"
-    config = json.loads((folder / "config.json").read_text())
-    mine = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
-    (folder / "config.json").write_text(json.dumps(config | mine))
-    (folder / "mine.py").write_text(code)
+    config = (folder / "config.json").read_text()
+    amend(folder / "config.json", model_type="mine", auto_map={"AutoConfig": "mine.Config"})
+    (folder / "mine.py").write_text(f"open({str(mark)!r}, 'a').close()\n")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
     for read in (load, load_head, models.stored_dtype):
         with pytest.raises(ModelError, match="never run here"):
             read(str(folder))
-    (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
-    own = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | own))
+    (folder / "config.json").write_text(config)
+    mine = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
+    amend(folder / "tokenizer_config.json", **mine)
     for read in (load, load_head):
         with pytest.raises(ModelError, match="tokenizer"):
             read(str(folder))
