@@ -51,6 +51,23 @@ def test_acceptance_is_the_overlap_of_p_and_q(tiny: Tiny) -> None:
 STOCK = 1e-5  # Transformers' norms are of float32 in a model of float64 too
 
 
+def watched(cached: CachedModel) -> list[tuple[int, ...]]:
+    """The shapes of the tokens that its passes will have."""
+    shapes: list[tuple[int, ...]] = []
+    run = cached.run
+    cached.run = lambda tokens, *rest: (shapes.append(tuple(tokens.shape)), run(tokens, *rest))[1]
+    return shapes
+
+
+def check_rows(cached: CachedModel, texts: dict[int, list[int]]) -> None:
+    """Each row, by number, holds its text: the state of a next token is that of a fresh pass."""
+    lengths = torch.tensor([[len(texts.get(row, []))] for row in range(cached.batch)])
+    hidden = cached.run(torch.full((cached.batch, 1), 6), lengths, 24)
+    for row, text in texts.items():
+        fresh = cached.model.hidden(torch.tensor([[*text, 6]]))[0, -1]
+        assert torch.allclose(hidden[row, 0], fresh, atol=STOCK)
+
+
 def test_ragged_rollback_reproduces_plain_passes(tiny: Tiny) -> None:
     """Overwrite stale slots at different lengths per row; hidden states equal those of a pass
     without a cache.
@@ -76,18 +93,11 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(tiny: Tiny) -> Non
     target = tiny(12, layers=3, dtype=torch.float64)
     prefix = torch.randint(5, 60, (20,)).tolist()
     texts = [[*prefix, 7, 8, 9], [*prefix, 7], [*prefix, 11, 12], prefix]
-    seen: list[tuple[int, ...]] = []
     together = CachedModel(target, 5, 40)
-    run = together.run
-    together.run = lambda tokens, *rest: (seen.append(tuple(tokens.shape)), run(tokens, *rest))[1]
+    shapes = watched(together)
     together.prefill(torch.tensor([4, 0, 2, 1]), texts)
-    assert seen == [(1, 20), (3, 3)], "a row that lacks nothing does not run"
-    lengths = torch.tensor([21, 20, 22, 0, 23])[:, None]
-    hidden = run(torch.full((5, 1), 6), lengths, 24)
-    for row, text in zip([4, 0, 2, 1], texts, strict=True):
-        assert torch.allclose(
-            hidden[row, 0], target.hidden(torch.tensor([[*text, 6]]))[0, -1], atol=STOCK
-        )
+    assert shapes == [(1, 20), (3, 3)], "a row that lacks nothing does not run"
+    check_rows(together, dict(zip([4, 0, 2, 1], texts, strict=True)))
 
 
 def test_what_a_row_holds_of_a_prompt_is_copied_and_changes_nothing(tiny: Tiny) -> None:
@@ -97,17 +107,11 @@ def test_what_a_row_holds_of_a_prompt_is_copied_and_changes_nothing(tiny: Tiny) 
     cached = CachedModel(target, 4, 40)
     cached.prefill(torch.tensor([0, 1]), [[*a, 7, 8], [*b, 9]])
     cached.run(torch.full((4, 3), 33), torch.tensor([[22], [21], [0], [0]]) + torch.arange(3), 25)
-    seen: list[tuple[int, ...]] = []
-    run = cached.run
-    cached.run = lambda tokens, *rest: (seen.append(tuple(tokens.shape)), run(tokens, *rest))[1]
+    shapes = watched(cached)
     texts = [[*b, 10, 11], [*a, 7, 12, 13], [*a[:12], 14], [15]]
     cached.prefill(torch.tensor([0, 1, 2, 3]), texts)
-    assert seen == [(3, 2)], "the text of one token is what another begins with"
-    hidden = run(torch.full((4, 1), 6), torch.tensor([[len(t)] for t in texts]), 24)
-    for row, text in enumerate(texts):
-        assert torch.allclose(
-            hidden[row, 0], target.hidden(torch.tensor([[*text, 6]]))[0, -1], atol=STOCK
-        )
+    assert shapes == [(3, 2)], "the text of one token is what another begins with"
+    check_rows(cached, dict(enumerate(texts)))
 
 
 def test_equal_prompts_are_computed_once(tiny: Tiny) -> None:
@@ -140,45 +144,44 @@ def test_prompts_longer_than_a_prefill_chunk(tiny: Tiny) -> None:
 def test_kept_hidden_states_give_back_the_logits_that_chose_each_token(tiny: Tiny) -> None:
     target = tiny(8, layers=3, dtype=torch.float64)
     decoder = SpeculativeDecoder(target, batch_size=2, keep_hidden=True)
-    for prompt, out in zip(
-        PROMPTS, decoder.generate(PROMPTS, max_new_tokens=12).outputs, strict=True
-    ):
-        hidden = torch.cat([r.hidden for r in out.rounds])
-        logits = target.logits(hidden)
+    outputs = decoder.generate(PROMPTS, max_new_tokens=12).outputs
+    for prompt, out in zip(PROMPTS, outputs, strict=True):
+        logits = target.logits(torch.cat([r.hidden for r in out.rounds]))
         assert logits.argmax(-1).tolist() == out.tokens
         full = target.model(torch.tensor([prompt + out.tokens])).logits[0, len(prompt) - 1 : -1]
         assert torch.allclose(logits, full, atol=STOCK)
-        assert torch.allclose(
-            torch.cat([r.logsumexp for r in out.rounds]), full.logsumexp(-1), atol=STOCK
-        )
+        logsumexp = torch.cat([r.logsumexp for r in out.rounds])
+        assert torch.allclose(logsumexp, full.logsumexp(-1), atol=STOCK)
 
 
 def test_bad_requests_are_refused_before_any_work(tiny: Tiny) -> None:
-    target = tiny(10)
-    with pytest.raises(InputError, match="no tokens"):
-        SpeculativeDecoder(target).generate([[1, 2], []], max_new_tokens=3)
-    with pytest.raises(InputError, match="max_new_tokens"):
-        SpeculativeDecoder(target).generate([[1]], max_new_tokens=0)
-    for foreign in ([1, 64], [-1, 2]):
-        with pytest.raises(InputError, match="reads 0 to 63"):
-            SpeculativeDecoder(target).generate([foreign], max_new_tokens=3)
-    with pytest.raises(InputError, match="distinct"):
-        next(SpeculativeDecoder(target).stream([Request("a", [1], 3), Request("a", [2], 3)]))
-    with pytest.raises(InputError, match="512 positions"):
-        SpeculativeDecoder(target).generate([[1] * 500], max_new_tokens=20)
-    with pytest.raises(InputError, match="1 to 64"):
-        SpeculativeDecoder(target, ModelDrafter(target, 64), num_draft_tokens=10_000)
-    with pytest.raises(InputError, match="without a drafter"):
-        SpeculativeDecoder(target, ModelDrafter(target, 64), num_draft_tokens=0)
-    for bad in (
-        {"temperature": -1.0},
-        {"top_k": -1},
-        {"top_p": 0.0},
-        {"min_p": 1.0},
-        {"temperature": float("nan")},
+    decoder = SpeculativeDecoder(tiny(10))
+    for prompts, count, message in (
+        ([[1, 2], []], 3, "no tokens"),
+        ([[1]], 0, "max_new_tokens"),
+        ([[1, 64]], 3, "reads 0 to 63"),
+        ([[-1, 2]], 3, "reads 0 to 63"),
+        ([[1] * 500], 20, "512 positions"),
     ):
-        with pytest.raises(InputError):
-            Sampling(**bad)
+        with pytest.raises(InputError, match=message):
+            decoder.generate(prompts, max_new_tokens=count)
+    with pytest.raises(InputError, match="distinct"):
+        next(decoder.stream([Request("a", [1], 3), Request("a", [2], 3)]))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("top_k", -1),
+        ("top_p", 0),
+        ("min_p", 1),
+    ],
+)
+def test_impossible_samplings_are_refused(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"{name} must be"):
+        Sampling(**{name: value})
 
 
 def test_nan_logits_name_row_and_step(tiny: Tiny) -> None:
@@ -247,39 +250,30 @@ def test_rounds_are_yielded_as_they_happen(tiny: Tiny, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("num", "options", "message"),
     [
-        ({"mode": "block"}, "need a drafter"),
-        ({"lenience": Lenience("lin", 0.5)}, "need a drafter"),
-        ({"num_draft_tokens": 3}, "without a drafter"),
-        ({"batch_size": 0}, "at least 1"),
+        (None, {"mode": "block"}, "need a drafter"),
+        (None, {"lenience": Lenience("lin", 0.5)}, "need a drafter"),
+        (None, {"num_draft_tokens": 3}, "without a drafter"),
+        (None, {"batch_size": 0}, "at least 1"),
+        (0, {}, "without a drafter"),
+        (10_000, {}, "1 to 64"),
+        (2, {"mode": "tree"}, "'token' or 'block'"),
+        (2, {"mode": "block", "lenience": Lenience("lin", 0.5)}, "single tokens"),
+        (2, {"lenience": Lenience("log", 0.5)}, "lin, sq or exp"),
+        (2, {"lenience": Lenience("lin", 0.0)}, "0 < epsilon"),
+        (2, {"lenience": Lenience("lin", 1.5)}, "0 < epsilon"),
     ],
     ids=str,
 )
-def test_options_that_do_nothing_without_a_drafter_are_refused(
-    tiny: Tiny, options: dict[str, object], message: str
+def test_options_that_do_nothing_or_do_not_exist_are_refused(
+    tiny: Tiny, num: int | None, options: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(InputError, match=message):
-        SpeculativeDecoder(tiny(10), **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"mode": "tree"}, "'token' or 'block'"),
-        ({"mode": "block", "lenience": Lenience("lin", 0.5)}, "single tokens"),
-        ({"lenience": Lenience("log", 0.5)}, "lin, sq or exp"),
-        ({"lenience": Lenience("lin", 0.0)}, "0 < epsilon"),
-        ({"lenience": Lenience("lin", 1.5)}, "0 < epsilon"),
-    ],
-    ids=str,
-)
-def test_rules_that_do_not_exist_are_refused(
-    tiny: Tiny, options: dict[str, object], message: str
-) -> None:
+    """Without a drafter, and with one that proposes `num` tokens."""
     target = tiny(10)
+    drafted = {"drafter": ModelDrafter(target, 64), "num_draft_tokens": num}
     with pytest.raises(InputError, match=message):
-        SpeculativeDecoder(target, ModelDrafter(target, 64), num_draft_tokens=2, **options)
+        SpeculativeDecoder(target, **({} if num is None else drafted), **options)
 
 
 @pytest.mark.parametrize("drafted", [False, True], ids=["plain", "drafted"])

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from specdistill import models
 from specdistill.data.likeness import read_trained, write_trained
 from specdistill.drafts import making
-from specdistill.drafts.export import check_written, export
+from specdistill.drafts.export import Exported, check_written, export
 from specdistill.drafts.making import make_draft, save_draft
+from specdistill.drafts.serve_commands import Engine
 from specdistill.errors import InputError, ModelError
 from specdistill.models.checkpoint_files import VOCAB_FILE
 from specdistill.models.parallel import set_parallel, trained_draft_tokens
@@ -50,6 +51,12 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+def exported(draft: Path, out: Path, engine: Engine = "vllm") -> tuple[Exported, str]:
+    """What was done, and the model card."""
+    done = export(str(draft), out, engine)
+    return done, (out / "README.md").read_text(encoding="utf-8")
+
+
 def front_matter(text: str) -> dict[str, object]:
     _, head, _ = text.split("---", 2)
     return yaml.safe_load(head)
@@ -78,8 +85,7 @@ def test_what_it_was_trained_on_goes_along(run_dir: Path, tmp_path: Path) -> Non
 
 
 def test_the_card_has_the_figures_of_this_draft(run_dir: Path, tmp_path: Path) -> None:
-    done = export(str(run_dir / "draft"), tmp_path / "out", "vllm")
-    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    done, text = exported(run_dir / "draft", tmp_path / "out")
     assert done.scorecard == str(run_dir / "scorecard.json")
     assert done.notes == []
     card = Scorecard.read(run_dir / "scorecard.json")
@@ -103,24 +109,17 @@ def test_every_fact_of_the_card_is_in_the_readme(run_dir: Path, tmp_path: Path) 
     plain = Plain(0.0, 2, [10.0, 11.0], latency, latency)
     drafted = Drafted(0.0, 2, 4, 60, 13.0, 1.24, True, latency, Latency(0.0123, 0.02), [0.5])
     facts = {"runner": "V1", "draft_sampling": "greedy", "schedule": [[1, 1, 4], [2, 2, 2]]}
-    facts["runners"] = [
-        {
-            "runner": runner,
-            "temperature": 0.0,
-            "num_draft_tokens": 4,
-            "tokens_per_second": rate,
-            "plain_tokens_per_second": 9.0,
-        }
-        for runner, rate in (("V1", 12.5), ("V2", 11.5))
-    ]
+    row = {"temperature": 0.0, "num_draft_tokens": 4, "plain_tokens_per_second": 9.0}
+    rates = {"V1": 12.5, "V2": 11.5}
+    facts["runners"] = [row | {"runner": n, "tokens_per_second": rate} for n, rate in rates.items()]
     told = replace(card, load=Load([plain], [drafted]), provenance={**card.provenance, **facts})
     told.write(file)
-    serve = export(str(run_dir / "draft"), tmp_path / "out", "vllm").serve
+    done, text = exported(run_dir / "draft", tmp_path / "out")
+    serve = done.serve
     assert serve.startswith("VLLM_USE_V2_MODEL_RUNNER=0 vllm serve my/target ")
     speculative = json.loads(shlex.split(serve)[-1])
     assert speculative["num_speculative_tokens_per_batch_size"] == facts["schedule"]
     assert "draft_sample_method" not in speculative, "it was measured by vLLM's own default"
-    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert serve in text
     plainly = {base.temperature: base.tokens_per_second for base in card.baseline}
     for row in card.rows:
@@ -148,10 +147,9 @@ def test_a_card_of_another_draft_is_refused_or_left_out(run_dir: Path, tmp_path:
         export(str(tmp_path / "other"), tmp_path / "out", "vllm", run_dir / "scorecard.json")
     assert not (tmp_path / "out").exists()
     save_draft(make_draft(leaning(3), [0, 1], IDS), run_dir / "draft")
-    done = export(str(run_dir / "draft"), tmp_path / "out", "sglang")
+    done, text = exported(run_dir / "draft", tmp_path / "out", "sglang")
     assert done.scorecard is None
     assert "holds another draft" in done.notes[0]
-    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "It has not been scored" in text
     assert "--speculative-num-steps 4 --speculative-eagle-topk 1" in done.serve
     assert "--speculative-num-draft-tokens 5" in done.serve
@@ -162,8 +160,8 @@ def test_the_embedded_target_has_a_licence_and_a_name_elsewhere(
 ) -> None:
     (run_dir / "scorecard.json").unlink()
     (run_dir / "config.yaml").write_text("target: demo:smollm2\n", encoding="utf-8")
-    done = export(str(run_dir / "draft"), tmp_path / "out", "transformers")
-    head = front_matter((tmp_path / "out" / "README.md").read_text(encoding="utf-8"))
+    done, text = exported(run_dir / "draft", tmp_path / "out", "transformers")
+    head = front_matter(text)
     assert head["license"] == "apache-2.0"
     assert head["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert 'from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct"' in done.serve
@@ -174,15 +172,13 @@ def test_the_embedded_target_has_a_licence_and_a_name_elsewhere(
 def test_a_checkpoint_that_is_not_the_draft_is_found(
     run_dir: Path, tmp_path: Path, damage: str
 ) -> None:
-    draft = models.load(str(run_dir / "draft"), dtype="float32")
-    wide = making.at_full_vocabulary(draft)
+    draft, copy = (models.load(str(run_dir / "draft"), dtype="float32") for _ in range(2))
+    wide = making.at_full_vocabulary(copy)
     if damage == "template":
         wide.tokenizer.chat_template = "{{ messages }}"
-        draft = models.load(str(run_dir / "draft"), dtype="float32")
     else:
-        weight = wide.head.weight if damage == "head" else wide.model.model.layers[0].mlp.up_proj
-        with torch.no_grad():
-            (weight if damage == "head" else weight.weight)[3] += 0.1
+        layer = wide.head if damage == "head" else wide.model.model.layers[0].mlp.up_proj
+        layer.weight[3] += 0.1
     save_draft(wide, tmp_path / "out")
     with pytest.raises(ModelError, match=r"would not (compute|be)"):
         check_written(draft, tmp_path / "out")
@@ -191,19 +187,19 @@ def test_a_checkpoint_that_is_not_the_draft_is_found(
 def test_what_leaks_to_lacking_tokens_is_told(tmp_path: Path) -> None:
     """Random states share no direction, so the rows are zeros and take their part."""
     save_draft(make_draft(tiny_model(2, layers=3), [0, 1], IDS), tmp_path / "draft")
-    done = export(str(tmp_path / "draft"), tmp_path / "out", "vllm")
+    done, text = exported(tmp_path / "draft", tmp_path / "out")
     assert 0.001 < done.leaked < 1
     assert f"lacks take {done.leaked:.0%} of its probability" in done.notes[-1]
-    assert f"take {done.leaked:.1e}" in (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert f"take {done.leaked:.1e}" in text
 
 
 def test_figures_that_are_not_to_be_trusted_do_not_go_along(run_dir: Path, tmp_path: Path) -> None:
     file = run_dir / "scorecard.json"
     card = Scorecard.read(file)
     replace(card, lossless=replace(card.lossless, identity_acceptance=0.5)).write(file)
-    done = export(str(run_dir / "draft"), tmp_path / "out", "vllm")
+    done, text = exported(run_dir / "draft", tmp_path / "out")
     assert "FAILED, not lossless" in done.notes[0]
-    assert "It has not been scored" in (tmp_path / "out" / "README.md").read_text()
+    assert "It has not been scored" in text
     with pytest.raises(InputError, match=r"figures of .* cannot go along: FAILED, not lossless"):
         export(str(run_dir / "draft"), tmp_path / "named", "vllm", file)
 
@@ -276,7 +272,7 @@ def test_a_parallel_draft_is_written_as_engines_look_for_it(
 
 def test_a_parallel_drafts_card_says_both_ways_of_serving(tmp_path: Path) -> None:
     draft = parallel_run(tmp_path, None)
-    done = export(str(draft), tmp_path / "out", "vllm")
+    done, text = exported(draft, tmp_path / "out")
     speculative = json.loads(shlex.split(done.serve)[-1])
     assert speculative == {
         "method": "draft_model",
@@ -285,15 +281,13 @@ def test_a_parallel_drafts_card_says_both_ways_of_serving(tmp_path: Path) -> Non
         "parallel_drafting": True,
         "draft_sample_method": "probabilistic",  # the card has T = 1, too
     }
-    text = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert "one pass gives a whole round, from mask tokens (id 62, `pard_token`" in text
     assert "One token a pass, with Transformers:" in text
     assert "num_assistant_tokens = 4" in text, "the card's γ is that of the other way"
     assert "## Measured (parallel draft)" in text
 
-    done = export(str(draft), tmp_path / "sglang", "sglang")
+    done, text = exported(draft, tmp_path / "sglang", "sglang")
     assert "STANDALONE" in done.serve
-    text = (tmp_path / "sglang" / "README.md").read_text("utf-8")
     assert "In parallel, with vLLM:" in text
     assert '"parallel_drafting": true' in text
 

@@ -18,7 +18,7 @@ from test_vllm_answers import stand_in, started
 
 from specdistill import models
 from specdistill.data.text_store import read_answers
-from specdistill.data.token_store import read_examples, read_manifest
+from specdistill.data.token_store import Example, read_examples, read_manifest
 from specdistill.drafts.making import make_draft, save_draft
 from specdistill.files import UNFINISHED
 
@@ -44,9 +44,27 @@ def specdistill(folder: Path, place: str, number: float, *arguments: object) -> 
     return done.returncode
 
 
+def questions(folder: Path, count: int) -> Path:
+    file = folder / "prompts.txt"
+    file.write_text("".join(f"w{5 + i % 40} w{9 + i // 40}\n" for i in range(count)))
+    return file
+
+
+def trimmed_draft(folder: Path, target: Path) -> str:
+    model = models.load(str(target), dtype="float32")
+    save_draft(make_draft(model, [0, 1], torch.arange(0, 64, 2)), folder / "draft")
+    return str(folder / "draft")
+
+
+def answers(folder: Path, signal: bool) -> dict[str, Example]:
+    """Each of those stored, by its prompt's id; none is there twice."""
+    ids = [id_ for part in read_manifest(folder).parts for id_ in part["ids"]]
+    assert sorted(ids) == sorted(set(ids))
+    return {example.id: example for example in read_examples(folder, signal=signal)}
+
+
 def test_no_answer_is_lost_or_doubled(tmp_path: Path, tiny_folder: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("".join(f"w{5 + i % 40} w{9 + i // 40}\n" for i in range(200)))
+    prompts = questions(tmp_path, 200)
     # What a batch rounds differently in float32 may decide a near tie, and a kill parts batches.
     asked = ["generate", "--target", tiny_folder, "--prompts", prompts, "--dtype", "float64"]
     asked += ["--max-new-tokens", 12, "--temperature", "0,1", "--batch-size", 16, "--out"]
@@ -65,22 +83,17 @@ def test_no_answer_is_lost_or_doubled(tmp_path: Path, tiny_folder: Path) -> None
         code = specdistill(broken, place, number, *asked, broken)
         assert code == -signal.SIGKILL or place == "seconds", (place, number)
     assert specdistill(broken, "", 0, *asked, broken) == 0
-    ids = [id_ for part in read_manifest(broken).parts for id_ in part["ids"]]
-    assert sorted(ids) == sorted(set(ids))
-    found, expected = (
-        {e.id: e for e in read_examples(folder, signal=True)} for folder in (broken, whole)
-    )
-    assert found.keys() == expected.keys()
-    assert len(found) == 200
+    ours, expected = (answers(folder, signal=True) for folder in (broken, whole))
+    assert ours.keys() == expected.keys()
+    assert len(ours) == 200
     for id_, example in expected.items():
-        assert found[id_].response_tokens == example.response_tokens
-        for name, kept in example.signal.tensors().items():
-            assert torch.allclose(found[id_].signal.tensors()[name], kept, atol=1e-5), (id_, name)
+        assert ours[id_].response_tokens == example.response_tokens
+        for name, tensor in example.signal.tensors().items():
+            assert torch.allclose(ours[id_].signal.tensors()[name], tensor, atol=1e-5), (id_, name)
 
-    target = models.load(str(tiny_folder), dtype="float32")
-    save_draft(make_draft(target, [0, 1], torch.arange(0, 64, 2)), tmp_path / "draft")
+    draft = trimmed_draft(tmp_path, tiny_folder)
     for data in (whole, broken):  # what is learnt from both is the same, to the bit
-        world = {"target": str(tiny_folder), "draft": str(tmp_path / "draft"), "data": str(data)}
+        world = {"target": str(tiny_folder), "draft": draft, "data": str(data)}
         run(settings(world, tmp_path / f"{data.name}-run", signal="live"))
     a, b = (tmp_path / f"{data.name}-run/draft/model.safetensors" for data in (whole, broken))
     assert a.read_bytes() == b.read_bytes()
@@ -119,9 +132,8 @@ def test_no_answer_of_a_server_is_lost_or_paid_for_twice(tmp_path: Path) -> None
 def test_no_answer_of_vllm_is_lost_or_doubled(tmp_path: Path, tiny_folder: Path) -> None:
     """Whichever process dies: its engines die now and then, and this one at each place."""
     python = stand_in(tmp_path)
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("".join(f"w{5 + i % 40} w{9 + i // 40}\n" for i in range(200)))
-    asked = ["generate", "--target", tiny_folder, "--prompts", prompts, "--signal", "none"]
+    asked = ["generate", "--target", tiny_folder, "--prompts", questions(tmp_path, 200)]
+    asked += ["--signal", "none"]
     asked += ["--engine", "vllm", "--engine-python", python, "--workers", 2, "--temperature", "0,1"]
     asked += ["--max-new-tokens", 6, "--batch-size", 4, "--engine-options", '{"die_at": 30}']
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -134,14 +146,9 @@ def test_no_answer_of_vllm_is_lost_or_doubled(tmp_path: Path, tiny_folder: Path)
         code = specdistill(broken, place, number, *asked, "--out", broken)
         assert code == -signal.SIGKILL, (place, number)
     assert specdistill(broken, "", 0, *asked, "--out", broken) == 0
-    ids = [id_ for part in read_manifest(broken).parts for id_ in part["ids"]]
-    assert sorted(ids) == sorted(set(ids))
-    found, expected = (
-        {e.id: e.response_tokens for e in read_examples(folder, signal=False)}
-        for folder in (broken, whole)
-    )
-    assert found == expected
-    assert len(found) == 200
+    ours, expected = (answers(folder, signal=False) for folder in (broken, whole))
+    assert ours == expected
+    assert len(ours) == 200
     deadline = time.monotonic() + 10
     while alive := [pid for pid in map(int, started(python)) if Path(f"/proc/{pid}").exists()]:
         assert time.monotonic() < deadline, f"nobody is there any more to hear {alive}"
@@ -150,16 +157,21 @@ def test_no_answer_of_vllm_is_lost_or_doubled(tmp_path: Path, tiny_folder: Path)
 
 def test_a_distillation_ends_with_the_same_bits(tmp_path: Path, tiny_folder: Path) -> None:
     """On-policy, so that samples are made, too; at least ten kills, and one in every stage."""
-    target = models.load(str(tiny_folder), dtype="float32")
-    save_draft(make_draft(target, [0, 1], torch.arange(0, 64, 2)), tmp_path / "draft")
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("".join(f"w{5 + i % 40} w{9 + i // 40}\n" for i in range(40)))
-    asked = ["generate", "--target", tiny_folder, "--prompts", prompts, "--dtype", "float32"]
-    asked += ["--max-new-tokens", 12, "--signal", "none", "--out", tmp_path / "data"]
+    asked = ["generate", "--target", tiny_folder, "--prompts", questions(tmp_path, 40)]
+    asked += [
+        "--dtype",
+        "float32",
+        "--max-new-tokens",
+        12,
+        "--signal",
+        "none",
+        "--out",
+        tmp_path / "data",
+    ]
     assert specdistill(tmp_path / "data", "", 0, *asked) == 0
     config = {
         "target": str(tiny_folder),
-        "draft": str(tmp_path / "draft"),
+        "draft": trimmed_draft(tmp_path, tiny_folder),
         "data": str(tmp_path / "data"),
         "signal": "live",
         "policy": {"name": "draft", "refresh_every": 4, "prompts": 12, "max_new_tokens": 10},
@@ -207,8 +219,7 @@ def test_a_distillation_ends_with_the_same_bits(tmp_path: Path, tiny_folder: Pat
 
 def test_a_quickstart_goes_on_after_every_stage(tmp_path: Path, tiny_folder: Path) -> None:
     """Nothing that was finished is made again, and the run ends with all of its files."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("".join(f"w{5 + i % 40} w{9 + i // 40}\n" for i in range(24)))
+    prompts = questions(tmp_path, 24)
     task = {"target": str(tiny_folder), **dict.fromkeys(("prompts", "heldout"), str(prompts))}
     plan = {
         **{"answers": 24, "batch_size": 8, "vocab_size": 32},
@@ -249,10 +260,9 @@ def test_a_quickstart_goes_on_after_every_stage(tmp_path: Path, tiny_folder: Pat
 
 
 def test_an_export_is_there_whole_or_not_at_all(tmp_path: Path, tiny_folder: Path) -> None:
-    target = models.load(str(tiny_folder), dtype="float32")
-    save_draft(make_draft(target, [0, 1], torch.arange(0, 64, 2)), tmp_path / "draft")
     out = tmp_path / "served"
-    asked = ["export", "--draft", tmp_path / "draft", "--for", "vllm", "--out", out]
+    asked = ["export", "--draft", trimmed_draft(tmp_path, tiny_folder), "--for", "vllm"]
+    asked += ["--out", out]
     kills = (
         "open .*tokenizer_config",
         "open .*unfinished-.*/served/config.json",
