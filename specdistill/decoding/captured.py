@@ -23,7 +23,7 @@ from specdistill.decoding.watch import Watch
 from specdistill.models.packing import pack
 
 if TYPE_CHECKING:
-    from specdistill.decoding.capturable import CapturableDrafter
+    from specdistill.decoding.drafters import ModelDrafter
     from specdistill.decoding.engine import SpeculativeDecoder
 
 LEAST_VISIBLE = 128  # slots; more are a power of two, so that few shapes are captured
@@ -37,7 +37,7 @@ class Workspace:
     def __init__(
         self,
         decoder: SpeculativeDecoder,
-        drafter: CapturableDrafter | None,
+        drafter: ModelDrafter | None,
         width: int,
         capacity: int,
     ) -> None:

@@ -141,6 +141,7 @@ class ModelDrafter:
 
     @property
     def hindrance(self) -> str:
+        """Why its rounds cannot be captured; empty if they can."""
         return "least_reach looks at each token before the next" if self.least_reach else ""
 
     def open_captured(self, batch: int, capacity: int) -> ModelStream:
@@ -169,18 +170,24 @@ class ModelStream:
         self.known = [self.known[row] for row in rows]
 
     def compact(self, rows: list[int]) -> None:
+        """As `keep`, in the same memory, for captured rounds."""
         self.cached.compact(rows)
 
     def reset(self, batch: int) -> None:
+        """So many rows of those there were at first, for new requests."""
         self.cached.reset(batch)
 
     def passes(self, num_tokens: int) -> int:
+        """Passes of the model that a round takes."""
         return num_tokens
 
     def draft_round(
         self, state: RowState, filters: Filters, num_tokens: int, visible: int
     ) -> Proposals:
-        """The first pass takes each row's last two tokens, see `propose`."""
+        """`num_tokens` proposals a row by what the device knows of the rows, in a function of
+        tensors that can be captured: nothing in it depends on a tensor's values. `visible` slots
+        are above every position. The first pass takes each row's last two tokens, see `propose`.
+        """
         drafter, settings = self.drafter, state.settings(filters)
         places = torch.arange(-1, num_tokens, device=state.tail.device) + state.lengths[:, None]
         inputs, positions = state.tail[:, -2:], places[:, :2].clamp(min=0)

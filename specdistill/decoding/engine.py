@@ -12,9 +12,8 @@ from dataclasses import KW_ONLY, dataclass, field
 import torch
 
 from specdistill.decoding.cache import CachedModel, cache_bytes
-from specdistill.decoding.capturable import CapturableDrafter
 from specdistill.decoding.captured import CapturedStream, Workspace
-from specdistill.decoding.drafters import Context, Draft, Drafter
+from specdistill.decoding.drafters import Context, Draft, Drafter, ModelDrafter
 from specdistill.decoding.graphs import CannotCaptureError, Graphs, warn_of_eager_rounds
 from specdistill.decoding.records import CacheSize, Generation, Output, Request, Round
 from specdistill.decoding.row import Row
@@ -157,7 +156,7 @@ class SpeculativeDecoder:
         at = next((i for i, s in enumerate(self._spaces) if s.serves(width, capacity)), None)
         if at is None:
             self._spaces.clear()  # what no stream has taken, or two would be in memory
-            drafter = self.drafter if isinstance(self.drafter, CapturableDrafter) else None
+            drafter = self.drafter if isinstance(self.drafter, ModelDrafter) else None
             space = Workspace(self, drafter, width, capacity)
         else:
             space = self._spaces.pop(at)
@@ -173,7 +172,7 @@ class SpeculativeDecoder:
             return "a rule takes the place of `verify`"
         if self.drafter is None:
             return ""
-        if not isinstance(self.drafter, CapturableDrafter):
+        if not isinstance(self.drafter, ModelDrafter):
             return f"{type(self.drafter).__name__} proposes by what the host knows of texts"
         return self.drafter.hindrance
 
