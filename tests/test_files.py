@@ -32,6 +32,11 @@ with held(Path(sys.argv[1])):
 """
 
 
+def questions(folder: Path) -> Path:
+    (folder / "prompts.txt").write_text("w5 w6\nw7\nw8 w9\nw6 w5\n")
+    return folder / "prompts.txt"
+
+
 @contextmanager
 def other_process_in(folder: Path) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
@@ -94,36 +99,36 @@ def test_a_folder_that_cannot_be_made_is_named_before_any_work(tmp_path: Path) -
 def test_commands_leave_a_folder_alone_in_which_another_is_at_work(
     tmp_path: Path, tiny_folder: Path
 ) -> None:
-    (tmp_path / "prompts.txt").write_text("w5 w6\nw7\nw8 w9\nw6 w5\n")
-    (tmp_path / "run.yaml").write_text(
-        f"target: {tiny_folder}\ndraft: {tiny_folder}\ndata: {tmp_path / 'data'}\n"
-        f"run_dir: {tmp_path / 'run'}\nheldout: 1\ndtype: float32\n"
-        "training: {max_steps: 1}\n"
+    data, made, wide = tmp_path / "data", tmp_path / "run", tmp_path / "wide.jsonl"
+    config = (
+        f"target: {tiny_folder}\ndraft: {tiny_folder}\ndata: {data}\nrun_dir: {made}\nheldout: 1\n"
+        "dtype: float32\ntraining: {max_steps: 1}\n"
     )
+    (tmp_path / "run.yaml").write_text(config)
     (tmp_path / "grid.yaml").write_text(
-        (tmp_path / "run.yaml").read_text()
-        + "grid: {loss: [fkl, ce]}\nscore: {prompts: x.jsonl, num_draft_tokens: [1]}\n"
+        f"{config}grid: {{loss: [fkl, ce]}}\nscore: {{prompts: x.jsonl, num_draft_tokens: [1]}}\n"
     )
-    asked = ["--target", tiny_folder, "--prompts", tmp_path / "prompts.txt"]
-    generate = ["generate", *asked, "--out", tmp_path / "data", "--max-new-tokens", 4]
-    generate += ["--dtype", "float32"]
+    asked = ["--target", tiny_folder, "--prompts", questions(tmp_path)]
+    generate = ["generate", *asked, "--out", data, "--max-new-tokens", 4, "--dtype", "float32"]
     assert run(*generate).code == 0
     commands = {
-        "data": [generate],
-        "run": [
+        data: [generate],
+        made: [
             ["distill", tmp_path / "run.yaml"],
             ["sweep", tmp_path / "grid.yaml"],
-            ["quickstart", "--run-dir", tmp_path / "run"],
-            ["init", "--target", tiny_folder, "--out", tmp_path / "run"],
+            ["quickstart", "--run-dir", made],
+            ["init", "--target", tiny_folder, "--out", made],
+            ["export", "--draft", tiny_folder, "--out", made, "--for", "vllm"],
         ],
+        lock_of(wide): [["widen", *asked, "--out", wide, "--count", 1, "--shots", 2]],
     }
-    for name, refused in commands.items():
-        with other_process_in(tmp_path / name):
+    for place, refused in commands.items():
+        with other_process_in(place):
             for command in refused:
                 done = run(*command)
                 assert done.code == 2, command
-                assert f"another process is at work in {tmp_path / name}" in done.err
-    assert list((tmp_path / "run").iterdir()) == []
+                assert "another process is at work in" in done.err
+    assert list(made.iterdir()) == []
     assert run("distill", tmp_path / "run.yaml").code == 0
 
 
@@ -228,8 +233,7 @@ def test_what_is_read_is_never_written_over(tmp_path: Path) -> None:
 
 
 def test_commands_refuse_to_write_over_what_they_read(tmp_path: Path, tiny_folder: Path) -> None:
-    prompts, config = tmp_path / "prompts.txt", tmp_path / "run" / "config.yaml"
-    prompts.write_text("w5 w6\nw7\nw8 w9\nw6 w5\n")
+    prompts, config = questions(tmp_path), tmp_path / "run" / "config.yaml"
     config.parent.mkdir()
     (tmp_path / "made").symlink_to(tmp_path / "run")
     text = f"target: {tiny_folder}\ndraft: {tiny_folder}\ndata: {prompts}\nheldout: 1\n"
@@ -256,30 +260,6 @@ def test_commands_refuse_to_write_over_what_they_read(tmp_path: Path, tiny_folde
         done = run(*command)
         assert (done.code, "name another" in done.err) == (2, True), (command, done.err)
     assert before == {f: f.read_bytes() for f in before}
-
-
-def test_the_second_to_write_a_new_folder_or_a_file_in_steps_is_refused(
-    tmp_path: Path, tiny_folder: Path
-) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("w5 w6\nw7\nw8 w9\nw6 w5\n")
-    made, wide = tmp_path / "made", tmp_path / "wide.jsonl"
-    asked = ["widen", "--target", tiny_folder, "--prompts", prompts]
-    commands = {
-        made: [
-            ["init", "--target", tiny_folder, "--out", made],
-            ["export", "--draft", tiny_folder, "--out", made, "--for", "vllm"],
-        ],
-        lock_of(wide): [
-            [*asked, "--out", wide, "--count", 1, "--shots", 2],
-        ],
-    }
-    for place, refused in commands.items():
-        with other_process_in(place):
-            for command in refused:
-                done = run(*command)
-                assert (done.code, "another process is at work" in done.err) == (2, True), done.err
-    assert run("init", "--target", tiny_folder, "--out", made, "--layers", 1).code == 0
 
 
 def test_home_is_understood_whatever_the_shell_left(
