@@ -339,7 +339,7 @@ YAML = [
     text("NUL in a name", TEXT.replace("run_dir: new", 'run_dir: "a\\0b"'), "NUL"),
     text("half a surrogate pair", TEXT.replace("run_dir: new", 'run_dir: "\\uD800"'), "ud800"),
     text("a key that is none", TEXT + "? [a, b]\n: 1\n", "run.yaml"),
-    text("keys that are numbers", TEXT + "5: x\n", "unknown key '5'"),
+    text("keys that are numbers", TEXT + "5: x\n", "5: Keys should be strings"),
     text("many unknown keys", TEXT + "".join(f"x{i}: 1\n" for i in range(5000)), "more"),
     text("a mebibyte", "#" * 2**20 + "\n" + TEXT, "bytes"),
     Bad("distill: a folder", "distill data", "data", None),
