@@ -11,10 +11,13 @@ from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from safetensors import SafetensorError
+
 from specdistill.errors import InputError, StorageError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+AGAIN = "free space and run again to go on"  # advice for work that is continued
 UNFINISHED = ".unfinished-"  # how the name begins of what a killed process may leave
 
 _held: dict[Path, int] = {}  # how often this process has taken each
@@ -56,6 +59,18 @@ def replacing(path: Path) -> Iterator[Path]:
                 raise
         else:
             new.replace(path)
+
+
+@contextmanager
+def writing(what: object, advice: str) -> Iterator[None]:
+    """Of a block that writes `what`, such as a file or "the draft to" a folder: raises
+    `StorageError`, which says why that cannot be written, and the advice.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"cannot write {what}: {reason}; {advice}") from error
 
 
 def write_whole(file: Path, text: str) -> None:

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from specdistill.config import DistillConfig, load_config
 from specdistill.documents import read_json_lines
-from specdistill.errors import InputError, StorageError
-from specdistill.files import keep_apart, write_whole
+from specdistill.errors import InputError
+from specdistill.files import keep_apart, write_whole, writing
 from specdistill.models import LanguageModel
 from specdistill.provenance import device_name, git_commit, versions
 
@@ -122,13 +122,9 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 def append_metrics(run: RunFolder, row: dict[str, Any]) -> None:
     """Raises `StorageError`."""
-    try:
-        with run.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-    except OSError as error:
-        raise StorageError(
-            f"cannot write to {run.metrics}: {error.strerror}; free space and resume"
-        ) from error
+    to, advice = f"to {run.metrics}", "free space and resume"
+    with writing(to, advice), run.metrics.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def keep_metrics(run: RunFolder, step: int) -> None:
@@ -138,13 +134,9 @@ def keep_metrics(run: RunFolder, step: int) -> None:
     file = run.metrics
     rows = read_metrics(file) if step and file.exists() else []
     remaining = [row for row in rows if row.get("step", 0) <= step and "kept_step" not in row]
-    try:
+    with writing(f"to {run.path}", "choose another run_dir"):
         run.path.mkdir(parents=True, exist_ok=True)
         write_whole(file, "".join(f"{json.dumps(row)}\n" for row in remaining))
-    except OSError as error:
-        raise StorageError(
-            f"cannot write to {file.parent}: {error.strerror}; choose another run_dir"
-        ) from error
 
 
 def write_config(
@@ -164,9 +156,5 @@ def write_config(
     file = RunFolder(Path(config.run_dir)).config
     text = yaml.safe_dump(config.model_dump(), sort_keys=False)
     text += "".join(f"# {name}: {value}\n" for name, value in facts.items())
-    try:
+    with writing(file, "free space or choose another run_dir"):
         write_whole(file, text)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {file}: {error.strerror}; free space or choose another run_dir"
-        ) from error

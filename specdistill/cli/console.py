@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from specdistill import limits
-from specdistill.errors import InputError, StorageError
+from specdistill.errors import InputError
+from specdistill.files import writing
 from specdistill.quoting import shortened, visible
 
 if TYPE_CHECKING:
@@ -73,13 +74,9 @@ def must_be_free(file: Path, overwrite: bool) -> None:
     if file.exists() and not overwrite:
         raise InputError(f"{file} exists; pass --overwrite to replace it, or name another file")
     folder = file.parent
-    try:
+    with writing(f"to {folder}", "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise StorageError(
-            f"cannot write to {folder}: {error.strerror}; choose another folder"
-        ) from error
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from rapidfuzz.distance import Indel
 
 from specdistill.data.prompts import Prompt
 from specdistill.errors import InputError, StorageError
-from specdistill.files import write_whole
+from specdistill.files import write_whole, writing
 from specdistill.progress import Note, unsaid
 
 NEAR = 0.8  # the F1 of the longest common subsequence of words, of what is nearly the same
@@ -108,12 +108,8 @@ def split_prompts(
 
 def write_trained(folder: Path, texts: Iterable[str]) -> None:
     """Say in a draft's folder which prompts it was trained on. Raises `StorageError`."""
-    try:
+    with writing(folder / TRAINED, "free space and resume"):
         write_whole(folder / TRAINED, json.dumps(sorted({fingerprint(t) for t in texts})) + "\n")
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {folder / TRAINED}: {error.strerror}; free space and resume"
-        ) from error
 
 
 def read_trained(folder: Path) -> frozenset[str]:

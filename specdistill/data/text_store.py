@@ -25,8 +25,8 @@ from specdistill.data.scorers import Candidate
 from specdistill.data.selection import Selection
 from specdistill.data.token_store import MANIFEST, must_be_ours, of_others
 from specdistill.documents import read_json, read_json_lines
-from specdistill.errors import InputError, StorageError
-from specdistill.files import write_whole
+from specdistill.errors import InputError
+from specdistill.files import AGAIN, write_whole, writing
 
 ANSWERS, REPLIES = "answers.jsonl", "replies.jsonl"
 SCHEMA = "specdistill.answers/2"
@@ -203,7 +203,7 @@ class AnswerStore:
         """
         self.folder = folder
         self.facts = {"schema": SCHEMA, **facts}
-        try:
+        with writing(f"to {folder}", "choose another folder"):
             must_be_ours(folder)
             folder.mkdir(parents=True, exist_ok=True)
             self._drop_half_a_line()
@@ -216,16 +216,11 @@ class AnswerStore:
             if (folder / MANIFEST).exists():
                 self._check()
             self._write_manifest({})
-        except OSError as error:
-            raise _unwritable(folder, error, "choose another folder") from error
 
     def append(self, reply: Reply) -> None:
         file = self.folder / REPLIES
-        try:
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(asdict(reply)) + "\n")
-        except OSError as error:
-            raise _unwritable(file, error) from error
+        with writing(f"to {file}", AGAIN), file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(asdict(reply)) + "\n")
         self._add(reply)
 
     def keep(self, settled: Settled) -> None:
@@ -242,11 +237,9 @@ class AnswerStore:
             for answer in settled.kept
         ]
         file = self.folder / ANSWERS
-        try:
+        with writing(f"to {file}", AGAIN):
             write_whole(file, "".join(json.dumps(row) + "\n" for row in rows))
             self._write_manifest(settled.counts)
-        except OSError as error:
-            raise _unwritable(file, error) from error
 
     def _add(self, reply: Reply) -> None:
         self.replies.setdefault(reply.id, {})[reply.attempt] = reply
@@ -294,12 +287,6 @@ class _Row(BaseModel):
         beside = {REASONING[0]: self.reasoning} if self.reasoning else {}
         prompt = Prompt(self.id, tuple(self.messages), self.category, self.response, beside)
         return TextAnswer(prompt, self.ended, self.reasoning)
-
-
-def _unwritable(
-    path: Path, error: OSError, advice: str = "free space and run again to go on"
-) -> StorageError:
-    return StorageError(f"cannot write to {path}: {error.strerror}; {advice}")
 
 
 def holds_text(source: str) -> bool:

@@ -16,7 +16,6 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import ConfigDict, Field
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from specdistill.data.parts import Part, read_rows, read_signal, withdrawn, write_rows
@@ -30,7 +29,7 @@ from specdistill.data.signal import (
 )
 from specdistill.documents import read_json
 from specdistill.errors import InputError, StorageError
-from specdistill.files import UNFINISHED, replacing, write_whole
+from specdistill.files import AGAIN, UNFINISHED, replacing, write_whole, writing
 from specdistill.limits import shown
 from specdistill.models import LanguageModel
 from specdistill.models.hashes import file_sha256
@@ -124,13 +123,9 @@ class Store:
             self.manifest = before
             return
         must_be_ours(folder)
-        try:
+        with writing(f"to {folder}", "choose another folder"):
             folder.mkdir(parents=True, exist_ok=True)
             self._write(manifest)
-        except OSError as error:
-            raise StorageError(
-                f"cannot write to {folder}: {error.strerror}; choose another folder"
-            ) from error
 
     def done(self) -> set[str]:
         """Ids of the prompts answered so far."""
@@ -185,7 +180,7 @@ class Store:
         stem = self.folder / f"part-{len(self.manifest.parts):05d}"
         tokens = sum(len(e.response_tokens) for e in examples)
         part: Part = {"ids": [e.id for e in examples], "tokens": tokens, "parquet_sha256": ""}
-        try:
+        with writing(f"{stem.name} to {self.folder}", AGAIN):
             if not examples:
                 self._write(manifest)
                 return
@@ -201,11 +196,6 @@ class Store:
                     save_file(signal.tensors(), new)
                 part["signal_sha256"] = file_sha256(stem.with_suffix(".safetensors"))
             self._write(replace(manifest, parts=[*self.manifest.parts, part]))
-        except (OSError, SafetensorError) as error:
-            raise StorageError(
-                f"cannot write {stem.name} to {self.folder}: "
-                f"{getattr(error, 'strerror', None) or error}; free space and run again to go on"
-            ) from error
 
     def withdraw(self, ids: AbstractSet[str], reason: str) -> None:
         """Remove answers after they were written: their parts stay as they are, the manifest has
@@ -218,13 +208,8 @@ class Store:
             for part in self.manifest.parts
         ]
         removed = [*self.manifest.removed, *([id_, reason] for id_ in sorted(ids))]
-        try:
+        with writing(f"to {self.folder}", AGAIN):
             self._write(replace(self.manifest, parts=parts, removed=removed))
-        except OSError as error:
-            raise StorageError(
-                f"cannot write to {self.folder}: {error.strerror}; free space and run again to go "
-                "on"
-            ) from error
 
     def _write(self, manifest: Manifest) -> None:
         write_whole(self.folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")

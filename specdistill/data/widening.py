@@ -21,7 +21,7 @@ from specdistill.data.prompts import Prompt, prompts_sha256
 from specdistill.decoding import Request, Sampling, SpeculativeDecoder
 from specdistill.documents import read_json, read_json_lines
 from specdistill.errors import InputError, StorageError
-from specdistill.files import held, lock_of, write_whole
+from specdistill.files import AGAIN, held, lock_of, write_whole, writing
 from specdistill.limits import shown
 from specdistill.models import LanguageModel
 from specdistill.progress import Progress, silent
@@ -187,15 +187,11 @@ class _Progress:
     def write(self, widened: Widened, following: int) -> None:
         rows = [{"id": p.id, "prompt": _instruction(p)} for p in widened.prompts]
         state = self.facts | {"next": following, "removed": dict(widened.removed)}
-        try:
+        with writing(self.file, AGAIN):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             if following:
                 write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
             write_whole(self.state, json.dumps(state, indent=1) + "\n")
-        except OSError as error:
-            raise StorageError(
-                f"cannot write {self.file}: {error.strerror}; free space and run again to go on"
-            ) from error
 
 
 def _drafted(

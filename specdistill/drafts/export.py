@@ -23,8 +23,8 @@ from specdistill.drafts.serve_commands import (
     fenced,
     name_elsewhere,
 )
-from specdistill.errors import InputError, ModelError, StorageError
-from specdistill.files import holding, keep_apart, must_be_new, replacing
+from specdistill.errors import InputError, ModelError
+from specdistill.files import holding, keep_apart, must_be_new, replacing, writing
 from specdistill.models import LanguageModel
 from specdistill.models.parallel import trained_draft_tokens
 from specdistill.models.support import read_config
@@ -83,25 +83,20 @@ def export(
     card, notes = _card(model, scorecard)
     target = card.target.name if card else _named_target(model.path)
     serve = _serve(engine, target, str(out), model, card)
-    try:
-        with replacing(out) as new:
-            written = making.at_full_vocabulary(model, size)
-            if model.mask_token is not None:  # or vLLM would take this one
-                vars(written.model.config).pop("mask_token_id", None)
-            making.save_draft(written, new)
-            if (known := model.path / TRAINED).is_file():  # a score there asks for it, too
-                shutil.copyfile(known, new / TRAINED)
-            difference, leaked = check_written(model, new)
-            both = None
-            if model.mask_token is not None:
-                both = _both_ways(engine, target, str(out), model, card)
-            text = readme(model, target, card, fenced(engine, serve), both, leaked)
-            (new / "README.md").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StorageError(
-            f"cannot write the draft to {out}: {error.strerror}; free space or choose another "
-            "folder"
-        ) from error
+    advice = "free space or choose another folder"
+    with writing(f"the draft to {out}", advice), replacing(out) as new:
+        written = making.at_full_vocabulary(model, size)
+        if model.mask_token is not None:  # or vLLM would take this one
+            vars(written.model.config).pop("mask_token_id", None)
+        making.save_draft(written, new)
+        if (known := model.path / TRAINED).is_file():  # a score there asks for it, too
+            shutil.copyfile(known, new / TRAINED)
+        difference, leaked = check_written(model, new)
+        both = None
+        if model.mask_token is not None:
+            both = _both_ways(engine, target, str(out), model, card)
+        text = readme(model, target, card, fenced(engine, serve), both, leaked)
+        (new / "README.md").write_text(text, encoding="utf-8")
     if leaked > MOST_LEAKED:
         notes.append(
             f"tokens that the trimmed draft lacks take {leaked:.0%} of its probability at "

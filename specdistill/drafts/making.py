@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from specdistill import limits
 from specdistill.errors import InputError, ModelError, StorageError, first_line
-from specdistill.files import holding, must_be_new, replacing
+from specdistill.files import holding, must_be_new, replacing, writing
 from specdistill.limits import shown
 from specdistill.models import LanguageModel, load, stored_dtype, support
 from specdistill.models.checkpoint_files import VOCAB_FILE
@@ -203,19 +202,14 @@ def save_draft(draft: LanguageModel, folder: Path) -> LanguageModel:
         raise StorageError(
             f"{folder} holds other things than a checkpoint; name another folder or empty it"
         )
-    try:
-        with replacing(folder) as new:
-            new.mkdir()
-            size = "1TB" if draft.vocab is not None else "5GB"
-            draft.model.save_pretrained(new, max_shard_size=size)
-            draft.tokenizer.save_pretrained(new)
-            if draft.vocab is not None:
-                save_file({"ids": draft.vocab.cpu()}, new / VOCAB_FILE)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"cannot write the draft to {folder}: {getattr(error, 'strerror', None) or error}; "
-            "free space or choose another folder"
-        ) from error
+    advice = "free space or choose another folder"
+    with writing(f"the draft to {folder}", advice), replacing(folder) as new:
+        new.mkdir()
+        size = "1TB" if draft.vocab is not None else "5GB"
+        draft.model.save_pretrained(new, max_shard_size=size)
+        draft.tokenizer.save_pretrained(new)
+        if draft.vocab is not None:
+            save_file({"ids": draft.vocab.cpu()}, new / VOCAB_FILE)
     return replace(draft, name=str(folder), path=folder)
 
 

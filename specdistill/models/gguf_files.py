@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from specdistill.errors import ModelError, StorageError, first_line
+from specdistill.files import writing
 from specdistill.models.gguf_config import check_config, check_frequencies, settle
 from specdistill.models.gguf_contents import FACTORS, Contents
 from specdistill.models.gguf_tokenizer import convert_tokenizer
@@ -66,14 +67,9 @@ def convert(file: Path, expected_sha256: str | None = None) -> Path:
     if folder.exists():
         return folder
     _check_one_of_one(file)
-    try:
+    with writing(f"to the cache folder {folder.parent}", "set SPECDISTILL_CACHE to another"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".converting-", dir=folder.parent))
-    except OSError as error:
-        raise StorageError(
-            f"cannot write to the cache folder {folder.parent} ({error.strerror}); set "
-            "SPECDISTILL_CACHE to another"
-        ) from error
     try:
         _convert(Contents(file), partial)
         partial.rename(folder)

@@ -7,8 +7,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from specdistill.documents import parse_yaml
-from specdistill.errors import InputError, StorageError
-from specdistill.files import write_whole
+from specdistill.errors import InputError
+from specdistill.files import write_whole, writing
 from specdistill.report.page import page
 from specdistill.report.text import document, title
 from specdistill.run_folder import RunFolder, read_metrics
@@ -33,10 +33,8 @@ def write_report(run_dir: Path) -> Path:
     html = page(title(card, target), text, card, run_dir)
     # The report last: a run that has it is finished.
     for file, words in ((run.report_page, html), (run.report, text)):
-        try:
+        with writing(file, "is there room?"):
             write_whole(file, words)
-        except OSError as error:
-            raise StorageError(f"cannot write {file}: {error.strerror}; is there room?") from error
     return run.report
 
 

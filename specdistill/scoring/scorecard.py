@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, with_config
 
-from specdistill.errors import InputError, StorageError
-from specdistill.files import write_whole
+from specdistill.errors import InputError
+from specdistill.files import write_whole, writing
 from specdistill.scoring.card_evidence import Lossless
 from specdistill.scoring.card_rows import (
     Baseline,
@@ -352,10 +352,6 @@ def nullable(value: Any) -> Any:
 
 def write_json(document: dict[str, Any], path: Path) -> None:
     """Raises `StorageError` where the file cannot be written; an older one then stays."""
-    try:
+    with writing(path, "free space or choose another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(document, indent=2) + "\n")
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror}; free space or choose another folder"
-        ) from error

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specdistill.documents import read_json
 from specdistill.errors import StorageError
-from specdistill.files import replacing
+from specdistill.files import replacing, writing
 
 WEIGHTS, BEST, OPTIMIZER = "weights.safetensors", "best.safetensors", "optimizer.safetensors"
 STATE = "state.json"
@@ -59,7 +59,7 @@ def save_checkpoint(
     weights of the best evaluation so far, `moments` what the optimiser keeps.
     """
     old = folder.with_name(folder.name + ".old")
-    try:
+    with writing(f"a checkpoint to {folder}", "free space and resume"):
         with replacing(folder) as new:
             new.mkdir()
             for tensors, name in ((weights, WEIGHTS), (best, BEST), (moments, OPTIMIZER)):
@@ -69,11 +69,6 @@ def save_checkpoint(
                 shutil.rmtree(old, ignore_errors=True)
                 folder.rename(old)
         shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        raise StorageError(
-            f"cannot write a checkpoint to {folder}: {getattr(error, 'strerror', None) or error}; "
-            "free space and resume"
-        ) from error
 
 
 def find_checkpoint(folder: Path) -> Path | None:

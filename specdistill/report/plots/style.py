@@ -21,8 +21,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from specdistill.errors import StorageError
-from specdistill.files import replacing
+from specdistill.files import replacing, writing
 from specdistill.quoting import drawn
 from specdistill.scoring.card_rows import Row
 from specdistill.scoring.scorecard import Scorecard
@@ -147,10 +146,8 @@ def finish(axes: Axes, values: Iterable[float], grid: Literal["x", "y"] = "y") -
 
 
 def save(figure: Figure, path: Path) -> None:
-    try:
-        with replacing(path) as new, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
-            warnings.filterwarnings("ignore", "constrained_layout not applied")  # names too wide
-            figure.savefig(new, format="png", dpi=DOTS_PER_INCH)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}; is there room?") from error
+    """Raises `StorageError`."""
+    with writing(path, "is there room?"), replacing(path) as new, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box stands for it
+        warnings.filterwarnings("ignore", "constrained_layout not applied")  # names too wide
+        figure.savefig(new, format="png", dpi=DOTS_PER_INCH)
