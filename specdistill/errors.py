@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SpecDistillError(Exception):
     """Something the user can put right: the message says what was got, what is allowed and what to
@@ -31,6 +34,19 @@ class TrainingError(SpecDistillError):
 
 class ServerError(SpecDistillError):
     """A server that cannot be reached, refuses, or does not speak the protocol."""
+
+
+@contextmanager
+def model_errors(what: str) -> Iterator[None]:
+    """Of a block that calls other libraries, which raise many kinds for what is damaged, impossible
+    or missing: raises `ModelError`, which is `what` and the first line of theirs. Ours pass.
+    """
+    try:
+        yield
+    except SpecDistillError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{what}: {first_line(error)}") from error
 
 
 def first_line(error: BaseException) -> str:

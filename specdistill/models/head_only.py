@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from specdistill.errors import ModelError, first_line
+from specdistill.errors import ModelError, model_errors
 from specdistill.limits import Dtype
 from specdistill.models import LanguageModel, choose_device, choose_dtype, load, locate
 from specdistill.models.checkpoint_files import weight_files
@@ -34,12 +34,8 @@ def load_head(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> Lang
     outline = load_outline(name, dtype=dtype, device=device)
     model, head, vocab = outline.model, outline.head, outline.vocab
     files = weight_files(outline.path)
-    try:
+    with model_errors(f"cannot load the head of {name}"):
         parts = [_read(files, model, part) for part in head.parameters()]
-    except ModelError:
-        raise
-    except Exception as error:  # damaged files, impossible sizes, missing packages
-        raise ModelError(f"cannot load the head of {name}: {first_line(error)}") from error
     if any(part is None for part in parts):
         warnings.warn(
             f"the files of {name} keep its head under a name that is not known here, so the whole "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from specdistill.errors import ModelError, first_line
+from specdistill.errors import ModelError, model_errors
 from specdistill.models.checkpoint_files import (
     INDEX,
     VOCAB_FILE,
@@ -54,15 +54,9 @@ def _download(name: str) -> Path:
     def fetch(*patterns: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
 
-    try:
+    unknown = f"{name!r} is neither a local folder nor a model the hub would give; it said"
+    with model_errors(unknown):  # or gated, or the hub is out of reach
         folder = fetch("*.json", "*.model", "*.txt", "*.jinja", VOCAB_FILE)
         check_folder(name, folder)
         index = folder / INDEX
         return fetch(*(indexed_files(index) if index.exists() else [WEIGHTS]))
-    except ModelError:
-        raise
-    except Exception as error:  # many kinds: not found, gated, offline, bad name
-        raise ModelError(
-            f"{name!r} is neither a local folder nor a model the hub would give (it said: "
-            f"{first_line(error)})"
-        ) from error

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from specdistill.errors import ModelError, first_line
+from specdistill.errors import ModelError, first_line, model_errors
 from specdistill.limits import Dtype
 from specdistill.models.checkpoint_files import VOCAB_FILE, weight_files
 from specdistill.models.hub import locate
@@ -48,7 +48,7 @@ def load(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageM
     config = read_config(name, path)
     check_decodable(name, config)
     files = weight_files(path)
-    try:
+    with model_errors(f"cannot load {name}"):
         vocab = read_vocab(path, config.get_text_config().vocab_size)
         if vocab is None:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -83,10 +83,6 @@ def load(name: str, *, dtype: Dtype = "auto", device: str = "auto") -> LanguageM
         model.to(where).eval().requires_grad_(False)
         check_numbers(name, model)
         settle_window(name, model)
-    except ModelError:
-        raise
-    except Exception as error:  # damaged files, impossible sizes, missing packages, full memory
-        raise ModelError(f"cannot load {name}: {first_line(error)}") from error
     vocab = None if vocab is None else vocab.to(where)
     return _with_known_logits(LanguageModel(name, path, model, read_tokenizer(name, path), vocab))
 
@@ -95,11 +91,9 @@ def read_generation_config(name: str, path: Path, model: PreTrainedModel) -> Non
     """Which tokens end an answer may be said there alone. Raises `ModelError`."""
     from transformers import GenerationConfig
 
-    try:
-        if (path / "generation_config.json").exists():
+    if (path / "generation_config.json").exists():
+        with model_errors(f"cannot load {name}"):
             model.generation_config = GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load {name}: {first_line(error)}") from error
 
 
 def check_all_read(
@@ -159,14 +153,10 @@ def read_tokenizer(name: str, path: Path) -> PreTrainedTokenizerBase:
     """Raises `ModelError`."""
     from transformers import AutoTokenizer
 
-    try:
+    with model_errors(f"cannot load {name}: its tokenizer cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer.decode(tokenizer("a")["input_ids"])  # settings of another type are seen in use
-        return tokenizer
-    except Exception as error:  # it raises many kinds for what is missing or damaged
-        raise ModelError(
-            f"cannot load {name}: its tokenizer cannot be read ({first_line(error)})"
-        ) from error
+    return tokenizer
 
 
 def stored_dtype(name: str) -> Dtype:

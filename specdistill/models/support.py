@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdistill.errors import ModelError, first_line
+from specdistill.errors import ModelError, model_errors
 from specdistill.models.checkpoint_files import CONFIG, read_json
 
 MOST_LAYERS = 10_000
@@ -41,14 +41,10 @@ def read_config(name: str, folder: Path) -> Any:
             f"{name} needs code out of its own folder (auto_map in its {CONFIG}), which is never "
             "run here; take a model of a family that Transformers itself knows"
         )
-    try:
+    with model_errors(f"cannot load {name}: its {CONFIG} is damaged"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config()
         sizes = {size: _one(text, size) for size in _SIZES}
-    except Exception as error:  # readers of damaged settings raise many kinds
-        raise ModelError(
-            f"cannot load {name}: its {CONFIG} is damaged ({first_line(error)})"
-        ) from error
     if sizes["max_position_embeddings"] == -1:  # no limit
         del sizes["max_position_embeddings"]
     for size, value in sizes.items():
@@ -77,14 +73,9 @@ def empty_model(name: str, config: Any) -> Any:
     """The modules a configuration describes, on the meta device. Raises `ModelError`."""
     from transformers import AutoModelForCausalLM
 
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # settings that fit no module raise many kinds
-        raise ModelError(
-            f"cannot load {name}: its {CONFIG} describes no language model that Transformers can "
-            f"build ({first_line(error)})"
-        ) from error
+    unfit = f"cannot load {name}: its {CONFIG} describes no model that Transformers can build"
+    with model_errors(unfit), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def check_decodable(name: str, config: Any) -> None:
