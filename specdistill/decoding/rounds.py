@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specdistill.decoding.cache import CachedModel
-from specdistill.decoding.sampling import Sampling, row_settings
+from specdistill.decoding.sampling import GREEDY, Sampling, row_settings
 from specdistill_kernels import Lenience, Mode, RowSettings, verify
 
 # Of top-k, top-p and min-p, those that some row uses.
@@ -36,11 +36,9 @@ class RowState(NamedTuple):
     @classmethod
     def empty(cls, batch: int, device: torch.device, width: int = 2) -> RowState:
         """Rows without requests."""
-        zeros = torch.zeros(batch, dtype=torch.int64, device=device)
-        floats = zeros.double()
-        tail = zeros[:, None].repeat(1, width)
-        settings = (floats, zeros.clone(), zeros.clone(), zeros.clone(), floats + 1, floats.clone())
-        return cls(tail, zeros, zeros.clone(), zeros == 0, *settings)
+        none = [0] * batch
+        rows = cls.of([[0]] * batch, none, [GREEDY] * batch, none, device, width)
+        return rows._replace(done=~rows.done)
 
     @classmethod
     def of(
