@@ -19,6 +19,8 @@ NEW_TOKENS = Interval(ge=1, le=2**20)  # of one answer
 LEAST_TOKENS = Interval(ge=0, le=2**20)  # of an answer that a filter lets pass
 VOCABULARY = Interval(ge=1, le=2**24)
 TOP_K = Interval(ge=0, le=2**24)
+TOP_P = Interval(gt=0, le=1)  # 1 is off
+MIN_P = Interval(ge=0, lt=1)  # 0 is off
 ROWS = Interval(ge=1, le=2**16)  # decoded together
 QUESTIONS = Interval(ge=1, le=1024)  # under way at once at a server
 WORKERS = Interval(ge=1, le=1024)  # engines at a time, or devices of one

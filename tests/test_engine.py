@@ -172,14 +172,12 @@ def test_bad_requests_are_refused_before_any_work(tiny: Tiny) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("temperature", -1.0),
-        ("temperature", float("nan")),
-        ("top_k", -1),
-        ("top_p", 0),
-        ("min_p", 1),
+        *(("temperature", -1.0), ("temperature", float("nan"))),
+        *(("top_k", -1), ("top_p", 0), ("min_p", 1)),
+        *((name, "0.5") for name in ("temperature", "top_k", "top_p", "min_p")),
     ],
 )
-def test_impossible_samplings_are_refused(name: str, value: float) -> None:
+def test_impossible_samplings_are_refused(name: str, value: object) -> None:
     with pytest.raises(InputError, match=f"{name} must be"):
         Sampling(**{name: value})
 

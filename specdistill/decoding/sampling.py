@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from specdistill import limits
-from specdistill.errors import InputError
 from specdistill_kernels import RowSettings
 
 if TYPE_CHECKING:
@@ -71,10 +70,8 @@ class Sampling:
     def __post_init__(self) -> None:
         limits.check("temperature", self.temperature, limits.TEMPERATURE, off=0)
         limits.check("top_k", self.top_k, limits.TOP_K)
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be above 0 and at most 1 (off); got {self.top_p}")
-        if not 0 <= self.min_p < 1:
-            raise InputError(f"min_p must be at least 0 (off) and below 1; got {self.min_p}")
+        limits.check("top_p", self.top_p, limits.TOP_P)
+        limits.check("min_p", self.min_p, limits.MIN_P)
 
 
 def unsupported_settings(config: GenerationConfig) -> list[str]:
