@@ -107,7 +107,9 @@ def test_a_trimmed_draft_loads_again_and_widens(tiny: Tiny, tmp_path: Path) -> N
     half = make_draft(target, [0, 1])
     assert torch.allclose(logits, half.logits(half.hidden(tokens))[..., ids], atol=1e-6)
 
-    save_draft(at_full_vocabulary(again), tmp_path / "wide")
+    widened = at_full_vocabulary(again)
+    assert not any(p.requires_grad for p in widened.model.parameters()), "or nothing packs it"
+    save_draft(widened, tmp_path / "wide")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "wide")
     wide = stock(tokens).logits
     assert wide.shape[-1] == 64

@@ -240,13 +240,13 @@ def at_full_vocabulary(draft: LanguageModel, size: int | None = None) -> Languag
         wide.config.get_text_config().tie_word_embeddings = False
         wide.config.tie_word_embeddings = False
     lacking = torch.ones(size, dtype=torch.bool, device=draft.device).index_fill(0, ids, False)
-    with torch.no_grad():
-        head.weight[lacking] = 0 if head.bias is not None else _far_row(draft)
-        head.weight[ids] = draft.head.weight[columns]
-        if head.bias is not None:
-            head.bias[lacking] = -FAR / draft.logit_scale
-            head.bias[ids] = draft.head.bias[columns]
     wide.set_output_embeddings(head)
+    wide.requires_grad_(False)
+    head.weight[lacking] = 0 if head.bias is not None else _far_row(draft)
+    head.weight[ids] = draft.head.weight[columns]
+    if head.bias is not None:
+        head.bias[lacking] = -FAR / draft.logit_scale
+        head.bias[ids] = draft.head.bias[columns]
     return LanguageModel(draft.name, draft.path, wide, draft.tokenizer)
 
 
