@@ -24,6 +24,7 @@ from specdistill.training.attention import block_mask, boolean_mask
 from specdistill.training.batches import make_batch, packed_rows
 from specdistill.training.distiller import Distiller
 from specdistill.training.evaluation import Evaluation
+from specdistill.training.parallel import depths_of
 from specdistill.training.passes import positions_in, same_text, states_of
 from specdistill.training.reward import Sample
 from specdistill.training.windows import spans
@@ -47,19 +48,25 @@ def learnt(
     examples: list[list[Example]],
     *,
     packed: bool = False,
+    passes: int = 1,
     **more: Any,
 ) -> tuple[float, dict[str, Tensor], int]:
-    """Loss and gradients of one batch after another, and the passes they took."""
+    """Loss and gradients of one batch after another, and the passes they took: of each at least
+    `passes`.
+    """
     world = {"target": "t", "data": "a", "draft": "d"}
     distiller = Distiller(*pair, settings(world, Path("x"), signal="live", **more))
-    total, passes = 0.0, 0
+    total, taken = 0.0, 0
     for group in examples:
-        for part in distiller.pieces(make_batch(group, 0, CPU, packed=packed)):
+        depths = depths_of(distiller.config.parallel, "a key")
+        batch = distiller.weighted(make_batch(group, 0, CPU, depths, packed=packed))
+        for part in distiller.pieces(batch, passes):
+            assert len(group) > 1 or part.shape[1] <= distiller.config.training.batch_tokens
             loss, debt = distiller.loss(part)
             (loss if debt is None else loss + debt).backward()
-            total, passes = total + loss.item(), passes + 1
+            total, taken = total + loss.item(), taken + 1
     grads = {n: torch.zeros(()) if p.grad is None else p.grad for n, p in distiller.trained.items()}
-    return total, grads, passes
+    return total, grads, taken
 
 
 def doubles(**config: object) -> tuple[LanguageModel, LanguageModel]:
@@ -115,6 +122,16 @@ LOSSES: dict[str, dict[str, Any]] = {
     "embeddings": {"training": {"train_embeddings": True}},
     "lora": {"training": {"lora": {"rank": 4, "alpha": 8}}},
 }
+BLOCKS: dict[str, dict[str, Any]] = {
+    name: {"parallel": {"num_draft_tokens": 4, "keep": 0.7, "mask_token": 3} | how, **more}
+    for name, how, more in (
+        ("masks", {}, {}),
+        ("masks weighed alike", {"weighting": "uniform"}, {}),
+        ("masks, e2e_tv", {}, {"loss": "e2e_tv"}),
+        ("masks, checkpointing", {}, LOSSES["checkpointing"]),
+        ("masks, embeddings", {}, LOSSES["embeddings"]),
+    )
+}
 
 
 def with_training(more: dict[str, Any], **training: object) -> dict[str, Any]:
@@ -124,17 +141,20 @@ def with_training(more: dict[str, Any], **training: object) -> dict[str, Any]:
 # Windows
 
 
-@pytest.mark.parametrize("more", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("more", [*LOSSES.values(), *BLOCKS.values()], ids=[*LOSSES, *BLOCKS])
 @pytest.mark.parametrize("window", [7, 16])
 def test_windows_give_the_loss_and_gradient_of_the_whole_text(
     more: dict[str, Any], window: int
 ) -> None:
     """Their borders fall into the prompt, between prompt and answer, and into the answer."""
-    examples = [[text("long", 18, 31)], [text("short", 3, 4)]]
+    examples = [[text("long", 18, 31)], [text("short", 1, 3)]]
     whole = learnt(doubles(), examples, **with_training(more, batch_tokens=500))
     cut = learnt(doubles(), examples, **with_training(more, batch_tokens=window))
     assert whole[2] == 2
     assert cut[2] > 49 // window
+    padded = learnt(doubles(), examples, passes=12, **with_training(more, batch_tokens=window))
+    assert padded[2] >= 24
+    agree(padded[1], cut[1])
     assert cut[0] == pytest.approx(whole[0], rel=1e-9)
     agree(whole[1], cut[1])
 
@@ -203,6 +223,21 @@ def test_a_step_in_windows_is_the_step(world: dict[str, str]) -> None:
         assert torch.allclose(value, ends[1][1][name], atol=1e-7), name
 
 
+@pytest.mark.parametrize("more", [{}, BLOCKS["masks"]], ids=["ordinary", "masks"])
+def test_a_long_text_is_measured_in_windows(more: dict[str, Any]) -> None:
+    measures = []
+    for batch_tokens in (500, 9):
+        world = {"target": "t", "data": "a", "draft": "d"}
+        how = with_training(more, batch_tokens=batch_tokens)
+        config = settings(world, Path("x"), signal="live", decode=None, **how)
+        distiller = Distiller(*doubles(), config)
+        measures.append(Evaluation(distiller, [text("long", 18, 31)], config).measure())
+    whole, cut = measures
+    assert whole.keys() == cut.keys()
+    for name, value in whole.items():
+        assert cut[name] == pytest.approx(value, rel=1e-9), name
+
+
 # Packed rows
 
 
@@ -230,7 +265,7 @@ def test_no_text_of_a_row_sees_another() -> None:
         return seen[-1]
 
     handle = embedding.register_forward_hook(watch)
-    states = states_of(target, batch.tokens, batch, []).hidden
+    states = states_of(target, batch, []).hidden
     handle.remove()
     ends = batch.lengths.cumsum(0).tolist()
     for number, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
@@ -313,21 +348,24 @@ def long_pair() -> tuple[LanguageModel, LanguageModel]:
     return target, make_draft(target, [0], None)
 
 
+@pytest.mark.parametrize("masks", [{}, BLOCKS["masks"]], ids=["ordinary", "parallel"])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_a_long_text_is_learnt_within_a_windows_memory(length: int) -> None:
+def test_a_long_text_is_learnt_within_a_windows_memory(length: int, masks: dict[str, Any]) -> None:
     """Trained with a live target and measured: neither a value for each two tokens, nor one for
     each token and each of the vocabulary.
     """
     target, draft = long_pair()
     training = {"batch_tokens": 512, "chunk": 128}
     world = {"target": "t", "data": "a", "draft": "d"}
-    config = settings(world, Path("x"), signal="live", decode=None, training=training)
+    config = settings(world, Path("x"), signal="live", decode=None, training=training, **masks)
+    depths = depths_of(config.parallel, "a key")
     distiller = Distiller(target, draft, config)
     example = text("long", 64, length - 64)
     with Largest() as largest:
-        distiller.step([make_batch([example], 0, CPU)], 1e-3)
+        distiller.step([make_batch([example], 0, CPU, depths)], 1e-3)
         Evaluation(distiller, [example], config).measure()
-    assert 0 < largest.values <= 512 * length < length * VOCABULARY < length * length
+    most = 512 * (length + 512)  # a window's rows by those of the text and its masks
+    assert 0 < largest.values <= most < length * VOCABULARY < length * length
     with Largest() as largest:
         read_states(target, example.prompt_tokens, example.response_tokens)
     assert 0 < largest.values < length * VOCABULARY

@@ -373,7 +373,7 @@ def test_the_end_of_an_answer_is_learnt_at_every_place() -> None:
 def test_both_masks_are_what_serving_sees(window: int | None) -> None:
     examples = [Example("a", [5, 6], [9] * 5), Example("b", [5], [9] * 9)]
     blocks = lay_out(examples, 10, DEPTHS["all"], torch.device("cpu"))
-    rule, device = block_rule(blocks, window), torch.device("cpu")
+    rule, device = block_rule(blocks, 0, window), torch.device("cpu")
     dense = boolean_mask(rule, blocks.places.shape, device)
     assert dense.dtype == torch.bool
     num, rows = blocks.places.shape

@@ -61,7 +61,9 @@ def run_alone(*command: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True], ids=["whole", "cut"])
-@pytest.mark.parametrize("kind", ["kept", "on-policy", "parallel", "windows"])
+@pytest.mark.parametrize(
+    "kind", ["kept", "on-policy", "parallel", "windows", "parallel windows", "packed"]
+)
 def test_two_processes_train_as_one_does(
     world: dict[str, str], tmp_path: Path, kind: str, shard: bool
 ) -> None:
@@ -76,12 +78,13 @@ def test_two_processes_train_as_one_does(
     if kind == "on-policy":
         policy = {"name": "draft", "refresh_every": 4, "prompts": 12, "max_new_tokens": 10}
         more = {"signal": "live", "policy": policy}
-    if kind == "parallel":  # masks of padded rows, and a batch of them without answers
+    if kind.startswith("parallel"):  # masks of padded rows, and a batch of them without answers
         world = make_world(tmp_path / "world", padded_target(tmp_path / "target"))
         more = {"parallel": {"num_draft_tokens": 3, "keep": 0.5}}
     training = {
         "accumulate": 4,
-        "batch_tokens": 12 if kind == "windows" else 90,  # of texts of up to 20
+        "batch_tokens": 12 if kind.endswith("windows") else 90,  # of texts of up to 20
+        "packing": kind == "packed",
         "shard": shard,
         "activation_checkpointing": shard,
     }

@@ -30,36 +30,38 @@ def whole_tiles(rows: int, device: torch.device) -> int:
     return -(-rows // TILE) * TILE if device.type == "cuda" else rows
 
 
-def boolean_mask(sees: Sees, shape: torch.Size, device: torch.device) -> Tensor:
-    """[B, 1, S, S] for PyTorch's own attention, of a pass [B, S]."""
-    b, s = (torch.arange(size, device=device) for size in shape)
-    return sees(b[:, None, None], None, s[None, :, None], s[None, None])[:, None]
+def boolean_mask(sees: Sees, shape: torch.Size, device: torch.device, before: int = 0) -> Tensor:
+    """[B, 1, S, P + S] for PyTorch's own attention, of a pass [B, S] behind P rows `before` it."""
+    batch, rows = shape
+    b, q, k = (torch.arange(size, device=device) for size in (batch, rows, before + rows))
+    return sees(b[:, None, None], None, q[None, :, None], k[None, None])[:, None]
 
 
-def block_mask(sees: Sees, shape: torch.Size, device: torch.device) -> BlockMask:
+def block_mask(sees: Sees, shape: torch.Size, device: torch.device, before: int = 0) -> BlockMask:
     """The same for FlexAttention."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     batch, rows = shape
     compiled = device.type == "cuda"
-    return create_block_mask(sees, batch, None, rows, rows, device, _compile=compiled)
+    return create_block_mask(sees, batch, None, rows, before + rows, device, _compile=compiled)
 
 
 @contextmanager
 def attending(
-    model: LanguageModel, rule: Callable[[int | None], Sees], shape: torch.Size
+    model: LanguageModel, rule: Callable[[int | None], Sees], shape: torch.Size, before: int = 0
 ) -> Iterator[Any]:
-    """The attention mask for a pass [B, S] of the model, which attends by the rule within it. The
-    rule is asked for layers of a window, None where they have none.
+    """The attention mask for a pass [B, S] of the model, which attends by the rule within it, to
+    the rows in its cache `before` these too. The rule is asked for layers of a window, None where
+    they have none.
     """
-    before, device = model.config._attn_implementation, model.device
+    kind, device = model.config._attn_implementation, model.device
     flex = _by_flex(model)
 
     def mask(window: int | None) -> Tensor | BlockMask:
         if flex:
-            return block_mask(rule(window), shape, device)
-        seen = boolean_mask(rule(window), shape, device)
-        if before != "eager":
+            return block_mask(rule(window), shape, device, before)
+        seen = boolean_mask(rule(window), shape, device, before)
+        if kind != "eager":
             return seen
         unseen = torch.finfo(model.dtype).min
         return torch.zeros_like(seen, dtype=model.dtype).masked_fill_(~seen, unseen)

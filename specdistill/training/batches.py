@@ -109,6 +109,7 @@ def idle(batch: Batch) -> Batch:
         signal=None if batch.signal is None else positions_of(batch.signal, slice(0)),
         credit=credit_at(batch.credit, slice(0)),
         blocks=None if batch.blocks is None else batch.blocks.cut(),
+        weights=None if batch.weights is None else batch.weights[:0],
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from specdistill.config import DistillConfig
 from specdistill.data.signal import Signal, States, TopK, positions_of
@@ -30,11 +30,10 @@ from specdistill.training.parallel import (
     MaskEmbedding,
     begin,
     hidden_token_weights,
-    states_of_blocks,
     write_mask_row,
 )
 from specdistill.training.passes import after, recomputed, states_of
-from specdistill.training.processes import check_launch
+from specdistill.training.processes import WholeLoss, check_launch, most
 from specdistill.training.reward import policy_loss
 from specdistill.training.windows import pieces, spans
 from specdistill_kernels import Head, TargetStates, TargetTopK, draft_columns
@@ -116,7 +115,8 @@ class Distiller:
             trained.draft = replace(self.draft, model=copy.deepcopy(self.draft.model))
             beside = {n: p for n, p in self.parameters.items() if n.startswith(("hints.", "mask."))}
             self.parameters |= {n: p.detach().clone() for n, p in beside.items()}
-        loss = _Loss(trained)
+        modules = (trained.draft.model, trained.hints, trained.mask)
+        loss = WholeLoss(*modules, trained.loss_of, trained.computed)
         if trained is not self:
             shard(loss, decoder_layers(trained.draft), self.draft.device)
         named = {n.removeprefix("draft."): p for n, p in loss.named_parameters()}
@@ -130,6 +130,7 @@ class Distiller:
             fused=self.draft.device.type == "cpu" and trained is self,
         )
         self.optimizer = accelerator.prepare(optimizer)
+        self.read = loss.read
         self.loss = loss if trained is not self else accelerator.prepare(loss)
 
     @torch.no_grad()
@@ -189,8 +190,10 @@ class Distiller:
         batches = [self.weighted(batch) for batch in batches]
         counts = zip(*(self.counts(batch) for batch in batches), strict=True)
         total, *numbers = self.over_processes(*map(sum, counts))
-        loss_sum, left = 0.0, sum(len(self.spans(batch)) for batch in batches)
-        for part in (part for batch in batches for part in self.pieces(batch)):
+        passes = self.passes(batches)
+        loss_sum, left = 0.0, sum(passes)
+        dealt = zip(batches, passes, strict=True)
+        for part in (part for each in dealt for part in self.pieces(*each)):
             left -= 1
             # The last one's backward pass shares gradients; that of a cut draft always does.
             with self.accelerator.no_sync(self.loss) if left else nullcontext():
@@ -206,27 +209,20 @@ class Distiller:
         (loss_sum,) = self.over_processes(loss_sum)
         return StepMetrics(loss_sum / total, norm.item(), *map(int, numbers))
 
-    def pieces(self, batch: Batch) -> Iterator[Batch]:
-        """The batch with the target's signal, or the windows of one long text, see `pieces`."""
-        return pieces(replace(batch, signal=self.signal(batch)), self.spans(batch), self.read)
+    def passes(self, batches: list[Batch]) -> list[int]:
+        """Of each micro-batch. All processes make as many where the draft is cut over them."""
+        numbers = [len(self.spans(batch)) for batch in batches]
+        return most(self.accelerator, numbers) if self.config.training.shard else numbers
 
-    @torch.no_grad()
-    def read(self, batch: Batch) -> None:
-        with self.computing(batch):
-            self.states(batch)
+    def pieces(self, batch: Batch, passes: int = 1) -> Iterator[Batch]:
+        """The batch with the target's signal, or the windows of one long text, see `pieces`."""
+        signalled = replace(batch, signal=self.signal(batch))
+        return pieces(signalled, self.spans(batch), self.read, passes)
 
     def spans(self, batch: Batch) -> list[slice]:
-        """The windows of a batch. Processes that share every weight make equally many passes, so
-        they read texts whole; so do drafts with masks, which stand after all of a text.
-        """
+        """The windows of a batch."""
         block = self.objective.num_draft_tokens or 1
-        return spans(batch, self.window, block)
-
-    @property
-    def window(self) -> int | None:
-        training = self.config.training
-        shares = training.shard and self.accelerator.num_processes > 1
-        return None if shares or self.config.parallel else training.batch_tokens
+        return spans(batch, self.config.training.batch_tokens, block)
 
     @contextmanager
     def computing(self, batch: Batch) -> Iterator[None]:
@@ -247,8 +243,7 @@ class Distiller:
         is trained. Where a lower precision is asked for, the draft's body runs in it, and on a GPU
         the heads too.
         """
-        with self.computing(batch):
-            states = self.states(batch)
+        states = self.computed(batch)
         at = self.positions(batch, states.hidden, batch.signal)
         loss = total_loss(at, self.objective)
         if batch.credit is not None and self.config.reward is not None:
@@ -257,6 +252,11 @@ class Distiller:
             assert isinstance(batch.signal, States)
             loss = loss + self.hints(*self.hinted(states, batch.signal))
         return loss
+
+    def computed(self, batch: Batch) -> States:
+        """The draft's, in the precision of the training."""
+        with self.computing(batch):
+            return self.states(batch)
 
     @torch.no_grad()
     def weighted(self, batch: Batch) -> Batch:
@@ -299,11 +299,9 @@ class Distiller:
         at the rows of blocks. An id that only pads the target's embedding is read as the draft's
         last one.
         """
-        tokens = batch.tokens.clamp(max=self.draft.full_vocab_size - 1)
-        if batch.blocks is not None:
-            return States(states_of_blocks(self.draft, tokens, batch.blocks))
+        known = replace(batch, tokens=batch.tokens.clamp(max=self.draft.full_vocab_size - 1))
         wanted = [] if self.hints is None else self.hints.draft_layers
-        return states_of(self.draft, tokens, batch, wanted, self.window)
+        return states_of(self.draft, known, wanted, self.config.training.batch_tokens)
 
     @torch.no_grad()
     def signal(self, batch: Batch) -> Signal | None:
@@ -311,7 +309,8 @@ class Distiller:
         if batch.signal is not None or self.target is None:
             return batch.signal
         wanted = [] if self.hints is None else self.hints.target_layers
-        return states_of(self.target, batch.tokens, batch, wanted, self.window)
+        texts = replace(batch, blocks=None, weights=None)
+        return states_of(self.target, texts, wanted, self.config.training.batch_tokens)
 
     def positions(self, batch: Batch, states: Tensor, signal: Signal | None) -> Positions:
         """The response positions as the losses take them; of a parallel draft the rows of its
@@ -383,18 +382,3 @@ class Distiller:
         ours = [after(layer, self.draft, states) for layer in self.hints.draft_layers]
         theirs = [after(layer, self.target, signal) for layer in self.hints.target_layers]
         return ours, [states.to(ours[0].dtype) for states in theirs]  # kept ones may be narrower
-
-
-class _Loss(nn.Module):
-    """All that is differentiated in one call: what runs a model in several processes must see it
-    whole.
-    """
-
-    def __init__(self, distiller: Distiller) -> None:
-        super().__init__()
-        self.draft, self.hints, self.mask = distiller.draft.model, distiller.hints, distiller.mask
-        self.compute = distiller.loss_of
-
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """The loss, and what a window owes, see `Prefix.debt`."""
-        return self.compute(batch), None if batch.prefix is None else batch.prefix.debt()

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from specdistill.config import Parallel
 from specdistill.data.signal import Signal, States, TopK, logsumexps, token_log_probs
@@ -89,6 +90,38 @@ class Blocks:
         """The same pass, without rows to learn from."""
         return Blocks(self.places, self.positions, self.rows[:0], self.answer[:0], self.lengths[:0])
 
+    def within(self, span: slice, length: int) -> tuple[Blocks, Tensor]:
+        """Of one text of `length` tokens, the blocks whose visible prefix ends in a window of it:
+        their masks stand after the window. With them which of the R rows are theirs.
+        """
+        prefix = self.positions[0, self.rows[self.starts()]]
+        here = (prefix >= span.start) & (prefix < span.stop)
+        chosen = here.repeat_interleave(self.lengths)
+        rows = self.rows[chosen]
+        masked, width = rows >= length, span.stop - span.start
+        masks = rows[masked]
+        beyond = 1 + self.places.max()
+        pads = whole_tiles(max(width + len(masks), width + 1), rows.device) - width - len(masks)
+
+        def after(part: Tensor) -> Tensor:
+            return torch.cat([part[0, span], part[0, masks], beyond.expand(pads)])[None]
+
+        return Blocks(
+            after(self.places),
+            after(self.positions),
+            torch.where(masked, width - 1 + masked.cumsum(0), rows - span.start),
+            self.answer[chosen],
+            self.lengths[here],
+        ), chosen
+
+    def rows_by_prefix(self, length: int) -> Tensor:
+        """[L] rows of the pass that each token of one text takes: its own, and the masks that see
+        the text up to it.
+        """
+        masks = self.rows[self.rows >= length]
+        prefix = (self.positions - self.places)[0, masks]
+        return 1 + torch.bincount(prefix, minlength=length)
+
     def starts(self) -> Tensor:
         """[R] whether a row is the first of its block."""
         first = torch.zeros_like(self.rows, dtype=torch.bool)
@@ -140,34 +173,43 @@ def sees(q_place: Tensor, q_position: Tensor, k_place: Tensor, k_position: Tenso
     return text | ((k_place >= 1) & (k_position - k_place == prefix) & (k_place <= q_place))
 
 
-def block_rule(blocks: Blocks, window: int | None) -> Sees:
-    """`sees` by the numbers of rows. window: how many positions a layer looks back."""
-    place, position = blocks.places, blocks.positions
+def block_rule(blocks: Blocks, before: int, window: int | None) -> Sees:
+    """`sees` by the numbers of rows, of which so many tokens of the text stand `before` those of
+    the blocks. window: how many positions a layer looks back.
+    """
+    text = torch.arange(before, device=blocks.places.device).expand(len(blocks.places), -1)
+    place = torch.cat([torch.zeros_like(text), blocks.places], 1)
+    position = torch.cat([text, blocks.positions], 1)
 
     def visible(b: Tensor, h: Tensor | None, q: Tensor, k: Tensor) -> Tensor:
+        q = q + before
         seen = sees(place[b, q], position[b, q], place[b, k], position[b, k])
         return seen if window is None else seen & (position[b, q] - position[b, k] < window)
 
     return visible
 
 
-def states_of_blocks(draft: LanguageModel, tokens: Tensor, blocks: Blocks) -> Tensor:
+def states_of_blocks(
+    draft: LanguageModel, tokens: Tensor, blocks: Blocks, prefix: Cache | None = None
+) -> Tensor:
     """The draft's final states [R, d] at the rows of the blocks, in one pass over the texts
-    [B, L] and their masks.
+    [B, L], or a window of one text behind its prefix, and their masks.
     """
     shape = (len(tokens), blocks.places.shape[1] - tokens.shape[1])
     assert draft.mask_token is not None
     masks = tokens.new_full(shape, draft.mask_token)
-    rule = partial(block_rule, blocks)
+    before = 0 if prefix is None else prefix.get_seq_length()
+    rule = partial(block_rule, blocks, before)
     with (
-        attending(draft, rule, blocks.places.shape) as attention_mask,
+        attending(draft, rule, blocks.places.shape, before) as attention_mask,
         only_at(draft, blocks.rows),
     ):
         hidden = draft.hidden(
             torch.cat([tokens, masks], 1),
             position_ids=blocks.positions.clamp(max=draft.max_length - 1),
             attention_mask=attention_mask,
-            use_cache=False,
+            past_key_values=prefix,
+            use_cache=prefix is not None,
         )
     return hidden.flatten(0, 1)[blocks.rows]
 

@@ -18,29 +18,29 @@ from specdistill.models import LanguageModel
 from specdistill.training.attention import Sees, attending, attention_by
 from specdistill.training.batches import Batch
 from specdistill.training.last_layer import Forwards, forwards_of, only_at, running
+from specdistill.training.parallel import states_of_blocks
 from specdistill.training.windows import Prefix, piece, spans
 
 
 def states_of(
-    model: LanguageModel,
-    tokens: Tensor,
-    batch: Batch,
-    layers: list[int],
-    window: int | None = None,
+    model: LanguageModel, batch: Batch, layers: list[int], window: int | None = None
 ) -> States:
-    """[N, d], final and of `layers`. A text of more than `window` tokens is read a window at a
-    time, without a gradient: with one, see `Distiller.pieces`.
+    """[N, d], final and of `layers`, or the final ones [R, d] at the rows of blocks. A text of more
+    than `window` tokens is read a window at a time, without a gradient: with one, see
+    `Distiller.pieces`.
     """
     cuts = spans(batch, window)
+    if len(cuts) == 1 and batch.blocks is not None:
+        return States(states_of_blocks(model, batch.tokens, batch.blocks, batch.prefix))
     if len(cuts) == 1:
         rows = batch.response.flatten().nonzero()[:, 0]
         with _arguments(model, batch) as how, only_at(model, rows):
-            return _states(model, tokens, rows, layers, how)
+            return _states(model, batch.tokens, rows, layers, how)
     assert not torch.is_grad_enabled()
     prefix, parts = Prefix(), []
     for span in cuts:
-        parts.append(states_of(model, tokens[:, span], piece(batch, span, prefix), layers))
-        prefix.advance()
+        parts.append(states_of(model, piece(batch, span, prefix), layers))
+        prefix.advance(span)
     inner = {layer: torch.cat([part.inner[layer] for part in parts]) for layer in layers}
     return States(torch.cat([part.hidden for part in parts]), inner=inner)
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
-from accelerate import PartialState
+import torch
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
+from torch import Tensor, nn
 
 from specdistill.config import DistillConfig
+from specdistill.data.signal import States
 from specdistill.errors import InputError
+from specdistill.training.batches import Batch
 
 
 def first_process() -> bool:
@@ -21,6 +26,43 @@ def leave_processes() -> None:
     still running its exit may be aborted.
     """
     PartialState().destroy_process_group()
+
+
+class WholeLoss(nn.Module):
+    """All that is differentiated in one call: what runs a model in several processes must see it
+    whole.
+    """
+
+    def __init__(
+        self,
+        draft: nn.Module,
+        hints: nn.Module | None,
+        mask: nn.Module | None,
+        loss_of: Callable[[Batch], Tensor],
+        states: Callable[[Batch], States],
+    ) -> None:
+        super().__init__()
+        self.draft, self.hints, self.mask = draft, hints, mask
+        self.loss_of, self.states = loss_of, states
+
+    def forward(self, batch: Batch, states_alone: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The loss, and what a window owes, see `Prefix.debt`."""
+        if states_alone:
+            return self.states(batch).hidden, None
+        return self.loss_of(batch), None if batch.prefix is None else batch.prefix.debt()
+
+    @torch.no_grad()
+    def read(self, batch: Batch) -> None:
+        """Pass over a window for its keys and values: through `forward`, where a draft that is cut
+        is put together.
+        """
+        self(batch, states_alone=True)
+
+
+def most(accelerator: Accelerator, numbers: list[int]) -> list[int]:
+    """The largest of each number that any process has."""
+    each = accelerator.gather(torch.tensor([numbers], device=accelerator.device))
+    return each.amax(0).tolist()
 
 
 def check_launch(config: DistillConfig) -> None:
