@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -13,7 +13,14 @@ import torch
 
 from specdistill.cli.tables import evidence_line
 from specdistill.data.chat import EncodedPrompt
-from specdistill.decoding import ModelDrafter, Request, Sampling, SpeculativeDecoder
+from specdistill.decoding import (
+    Drafting,
+    ModelDrafter,
+    Request,
+    Round,
+    Sampling,
+    SpeculativeDecoder,
+)
 from specdistill.decoding.cache import CachedModel
 from specdistill.decoding.records import Output, RowRound
 from specdistill.drafts.making import make_draft, save_draft
@@ -392,6 +399,37 @@ def test_half_precision_is_shown_in_float32_too(pair, monkeypatch: pytest.Monkey
     assert not none.failures
     line = evidence_line(replace(card, lossless=replace(card.lossless, float32=none)))
     assert "not shown in float32: copies of both models take" in line
+
+
+def test_what_the_evidence_takes_is_known_before(pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the shortest prompts; in float32 one by one where memory is short of a row for each."""
+    half = tuple(load(str(model.path), dtype="bfloat16") for model in pair)
+    prompts = [("long", [5] * 90), *((str(i), [5, 9 + i]) for i in range(4))]
+    made: list[tuple[int, int]] = []
+    stream = SpeculativeDecoder.stream
+
+    def watched(self: SpeculativeDecoder, requests: Iterable[Request]) -> Iterator[Round]:
+        requests = list(requests)
+        size = self.cache_size(requests)
+        made.append((size.bytes, size.rows))
+        return stream(self, requests)
+
+    monkeypatch.setattr(SpeculativeDecoder, "stream", watched)
+    lossless.evidence(*half, prompts, [], {2: Drafting()}, 0)
+    assert max(made)[0] == lossless.evidence_cache(*half, prompts, 2)
+    made.clear()
+    lossless.evidence(*half, prompts, [], {2: Drafting()}, 0, lossy=True)
+    assert max(made)[0] == lossless.evidence_cache(*half, prompts, 2, lossy=True)
+    needed = sum(6 * p.numel() for m in half for p in m.model.parameters())
+    for short, rows in ((0, 4), (1, 1)):
+        room = needed + lossless._wide_cache(
+            half[0], ModelDrafter(half[1], 64), lossless.shortest(prompts), 2
+        )
+        monkeypatch.setattr(lossless, "free_bytes", lambda device, free=room - short: free)
+        made.clear()
+        shown = lossless.greedy_in_float32(*half, lossless.shortest(prompts), 2, 0)
+        assert shown.greedy_identical == (4, 4)
+        assert {width for _, width in made[:2]} == {rows}
 
 
 def test_a_float32_copy_is_of_the_packed_model_too(pair) -> None:

@@ -26,7 +26,12 @@ from specdistill.models import LanguageModel
 from specdistill.models.memory import free_bytes
 from specdistill.models.packing import widened
 from specdistill.scoring.card_evidence import LEAST_IDENTITY, Float32, Lossless
-from specdistill.scoring.sampled_texts import NUM_DRAFT_TOKENS, ROW_TOKENS, emitted_p_value
+from specdistill.scoring.sampled_texts import (
+    NUM_DRAFT_TOKENS,
+    ROW_TOKENS,
+    ROWS,
+    emitted_p_value,
+)
 from specdistill_kernels import Mode
 
 SHARE, SHARE_TOKENS = 4, 16  # prompts and new tokens of the greedy texts in float32
@@ -59,11 +64,13 @@ def evidence(
 ) -> Lossless:
     """Greedy texts against plain decoding, in float32 too where the pair decodes in half precision;
     the target as its own draft; and tests of the distribution of sampled tokens, which a lossy rule
-    does not get: it must fail. `prompts` are ids and tokens, `draftings` by γ.
+    does not get: it must fail. `prompts` are ids and tokens, `draftings` by γ. What is decoded for
+    this alone are the shortest of them, in the order of the others: their caches are the smallest.
     """
     same = sum(pair.identical for pair in greedy)
     ties = [explain_difference(target, pair) for pair in greedy if not pair.identical]
     half = target.dtype.itemsize < 4 and not lossy
+    prompts = shortest(prompts)
     prompt, most = prompts[0][1], max(draftings)
     identity, least = identity_acceptance(target, prompt, seed, mode)
     ways = list(dict.fromkeys(draftings.values()))
@@ -74,10 +81,64 @@ def evidence(
         math.nan if lossy else emitted_p_value(target, draft, prompt, seed, mode, ways),
         str(target.dtype).removeprefix("torch."),
         least,
-        greedy_in_float32(target, draft, prompts[:SHARE], most, seed, draftings[most])
-        if half
-        else None,
+        greedy_in_float32(target, draft, prompts, most, seed, draftings[most]) if half else None,
     )
+
+
+def shortest(prompts: Sequence[tuple[str, list[int]]]) -> list[tuple[str, list[int]]]:
+    """The `SHARE` shortest of ids and tokens, the first of equals first."""
+    return sorted(prompts, key=lambda prompt: len(prompt[1]))[:SHARE]
+
+
+def evidence_cache(
+    target: LanguageModel,
+    draft: LanguageModel,
+    prompts: Sequence[tuple[str, list[int]]],
+    num_draft_tokens: int,
+    lossy: bool = False,
+) -> int:
+    """Bytes of the largest caches of `evidence`, beside those that a measurement has made."""
+    pair, twin = (drafter_for(m, target.vocab_size, AUTO) for m in (draft, target))
+    prompts = shortest(prompts)
+    sampled = [(str(i), prompts[0][1]) for i in range(ROWS)]
+    sizes = [_cache(target, twin, prompts[:1], NUM_DRAFT_TOKENS)]
+    if not lossy:
+        sizes.append(_cache(target, pair, sampled, NUM_DRAFT_TOKENS))
+    if not lossy and target.dtype.itemsize < 4:
+        sizes.append(_wide_cache(target, pair, prompts, num_draft_tokens))
+    return max(sizes)
+
+
+def _wide_cache(
+    target: LanguageModel,
+    drafter: ModelDrafter,
+    prompts: Sequence[tuple[str, list[int]]],
+    num_draft_tokens: int,
+) -> int:
+    """In float32."""
+    return _cache(target, drafter, prompts, num_draft_tokens) * 4 // target.dtype.itemsize
+
+
+def _cache(
+    target: LanguageModel,
+    drafter: ModelDrafter,
+    prompts: Sequence[tuple[str, list[int]]],
+    num_draft_tokens: int,
+) -> int:
+    decoder = SpeculativeDecoder(
+        target, drafter, num_draft_tokens=num_draft_tokens, batch_size=len(prompts)
+    )
+    return decoder.cache_size(_requests(target, prompts, SHARE_TOKENS)).bytes
+
+
+def _requests(
+    target: LanguageModel, prompts: Sequence[tuple[str, list[int]]], max_new_tokens: int
+) -> list[Request]:
+    """Greedy ones, of no more tokens than the target has positions for."""
+    return [
+        Request(id_, prompt, min(max_new_tokens, target.max_length - len(prompt)))
+        for id_, prompt in prompts
+    ]
 
 
 def greedy_in_float32(
@@ -89,16 +150,20 @@ def greedy_in_float32(
     drafting: Drafting = AUTO,
 ) -> Float32:
     """Greedy texts of the pair in float32, where next to nothing is left for rounding to decide,
-    all in one batch, which reads the weights for all of them at once. Where memory does not suffice
-    for copies of both models, it says so instead.
+    all in one batch, which reads the weights for all of them at once, where memory suffices for
+    their caches, and else one by one. Where it does not suffice for copies of both models, either,
+    it says so instead.
     """
     needed = sum(
         p.numel() * (4 + p.element_size()) for m in (target, draft) for p in m.model.parameters()
     )
-    if needed > (free := free_bytes(target.device)):
+    free, drafter = free_bytes(target.device), drafter_for(draft, target.vocab_size, drafting)
+    caches = _wide_cache(target, drafter, prompts, num_draft_tokens)
+    row = _wide_cache(target, drafter, [max(prompts, key=lambda p: len(p[1]))], num_draft_tokens)
+    if needed + row > free:
         return Float32(
-            missing=f"copies of both models take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB "
-            f"are free on {target.device}"
+            missing=f"copies of both models take {(needed + row) / 1e9:.1f} GB with a row of their "
+            f"caches, and {free / 1e9:.1f} GB are free on {target.device}"
         )
     try:
         wide = widened(target)
@@ -108,7 +173,7 @@ def greedy_in_float32(
             prompts,
             num_draft_tokens,
             SHARE_TOKENS,
-            batch_size=len(prompts),
+            batch_size=len(prompts) if needed + caches <= free else 1,
             drafting=drafting,
         )
         return Float32(
@@ -130,20 +195,15 @@ def greedy_pairs(
     drafting: Drafting = AUTO,
 ) -> list[GreedyPair]:
     """Every prompt's greedy answers, plain and with the draft."""
-    requests = [
-        Request(id_, prompt, min(max_new_tokens, target.max_length - len(prompt)))
-        for id_, prompt in prompts
-    ]
+    requests = _requests(target, prompts, max_new_tokens)
     drafter = drafter_for(draft, target.vocab_size, drafting)
-    plain = SpeculativeDecoder(target, batch_size=batch_size)
+    plain = SpeculativeDecoder(target, batch_size=batch_size).run(requests).outputs
+    # Made now, so that the cache of the other is gone.
     speculative = SpeculativeDecoder(
         target, drafter, num_draft_tokens=num_draft_tokens, batch_size=batch_size
     )
-    answers = plain.run(requests).outputs, speculative.run(requests).outputs
-    return [
-        GreedyPair(id_, prompt, one, other)
-        for (id_, prompt), one, other in zip(prompts, *answers, strict=True)
-    ]
+    pairs = zip(prompts, plain, speculative.run(requests).outputs, strict=True)
+    return [GreedyPair(id_, prompt, one, other) for (id_, prompt), one, other in pairs]
 
 
 @torch.inference_mode()
