@@ -70,7 +70,8 @@ def run(config: DistillConfig, resume: bool = False, stop_at: int | None = None)
         if stop_at is not None and detail.startswith(f"step {stop_at},"):
             raise KeyboardInterrupt
 
-    target = models.load(config.target, dtype="float32")
+    alone = config.signal == "none"
+    target = None if alone else models.load(config.target, dtype="float32")
     draft = models.load(config.draft, dtype="float32")
     train(config, target, draft, resume=resume, progress=progress)
     lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()

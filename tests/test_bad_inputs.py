@@ -780,6 +780,27 @@ PROMPTS = [
     Bad("prompts: too few for the shots", f"{WIDEN} --shots 900", "900"),
 ]
 
+SAMPLES = "policy={name: draft, refresh_every: 2, prompts: 4, max_new_tokens: 4}"
+REWARDS = [
+    Bad(
+        f"distill: a reward function that {name}",
+        f"{DISTILL} '{SAMPLES}' signal=live decode=null "
+        f"'reward={{function: \"worth_{number}:f\", group: 2}}'",
+        says,
+        put(f"worth_{number}.py", f"def f(prompt, texts):\n    {body}\n"),
+    )
+    for number, (name, body, says) in enumerate(
+        (
+            ("raises", "raise KeyError('k')", "KeyError"),
+            (
+                "gives NaN",
+                "return [float('nan')] * len(texts)",
+                "gave [nan, nan] for the 2 samples",
+            ),
+        )
+    )
+]
+
 CONFIG = "target/config.json"
 MODELS = [
     *ours(
@@ -968,7 +989,7 @@ SERVERS = [
 
 TABLE = [
     *(*NUMBERS, *COMMANDS, *YAML, *OVERRIDES, *SWEEPS),
-    *(*OURS, *PROMPTS, *MODELS, *CARDS, *PLACES, *SERVERS),
+    *(*OURS, *PROMPTS, *REWARDS, *MODELS, *CARDS, *PLACES, *SERVERS),
 ]
 
 

@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import pyarrow as pa
 import pytest
 from chat_templates import DROPS_REASONING, END, MISTRAL, QWEN3, TEMPLATES
 from conftest import CHAT, tiny_model
+from prompt_files import assistant, refusal, system, tool, user
+from prompt_files import write_lines as write
 from pyarrow import parquet
 from small_runs import make_world, settings
 from small_runs import run as train
@@ -22,7 +23,7 @@ from test_cli import Done, run
 from transformers import PreTrainedTokenizerFast
 
 from specdistill import models
-from specdistill.data.chat import encode_example, encode_prompt
+from specdistill.data.chat import PROBE, encode_example, encode_prompt
 from specdistill.data.generation import generate
 from specdistill.data.likeness import split_prompts
 from specdistill.data.messages import checked_messages, said_beside
@@ -36,6 +37,8 @@ from specdistill.drafts.making import make_draft, save_draft
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel, origin
 from specdistill.scoring import measure
+from specdistill.scoring.comparable import obstacles
+from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.template_settings import settings_line
 from specdistill.training.answers import (
     heldout_and_training,
@@ -45,14 +48,6 @@ from specdistill.training.answers import (
     template_settings,
 )
 
-
-def turn(role: str, text: str | None, **more: Any) -> dict[str, Any]:
-    return {"role": role, "content": text, **more}
-
-
-user, assistant, system, tool = (
-    partial(turn, role) for role in ("user", "assistant", "system", "tool")
-)
 ARGUMENTS = {"city": "Oslo", "days": 2}
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
 
@@ -63,17 +58,6 @@ def call(arguments: object = ARGUMENTS) -> dict[str, Any]:
 
 def said(speaker: str, text: str) -> dict[str, str]:
     return {"from": speaker, "value": text}
-
-
-def write(path: Path, *rows: object) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
-def refusal(source: str, **options: Any) -> str:
-    with pytest.raises(InputError) as caught:
-        load_prompts(source, **options)
-    return str(caught.value)
 
 
 HELLO = Prompt("1", (user("Hi"), assistant("Hello."), user("And?")), response="Fine.")
@@ -312,6 +296,51 @@ def test_the_spans_of_all_turns_are_what_the_templates_tags_mark(name: str, tagg
         spans[start : len(tokens)] = [True] * (len(tokens) - start)
     assert spans == marks
     assert rewriting(tokenizer, turns) == ""
+
+
+MARKERS = "".join(sorted({*END.values(), "<|im_end|>"}))
+HEADERS = (
+    "a<|im_start|>assistant\nb<start_of_turn>model\nc<|start_header_id|>assistant<|end_header_id|>"
+)
+ODD = {
+    "white space": [user("Hi  "), assistant(" \n One. \n"), user("\nx\n"), assistant("\n\ny\r\n")],
+    "markers in a question": [
+        user(f"a{MARKERS}\nb"),
+        assistant("One."),
+        user(HEADERS),
+        assistant("y"),
+    ],
+    "headers in an answer": [user("x"), assistant(HEADERS), user("y"), assistant("fine")],
+    "the same text": [user("same"), assistant("same"), user("same"), assistant("same")],
+    "the header's text": [user("x"), assistant("assistant"), user("y"), assistant("model\nbot: z")],
+    "the probe": [user(PROBE), assistant(f"{PROBE} {PROBE}"), user(PROBE), assistant(PROBE)],
+    "a template's words": [
+        user("{% if %}"),
+        assistant("{{ x }}{% endgeneration %}"),
+        user("{#"),
+        assistant("#}"),
+    ],
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_masks_of_odd_texts_are_what_the_tags_mark(name: str, odd: str) -> None:
+    """Text for text; the tokens of a prompt are those that are decoded from."""
+    tokenizer = byte_tokenizer(TEMPLATES[name])
+    for number, prompt in enumerate(conversation(*ODD[odd])):
+        tokens, start = example(tokenizer, prompt)
+        asked = encode_prompt(tokenizer, prompt)
+        assert tokens[: len(asked)] == asked
+        whole, marks = marked(tokenizer, ODD[odd][: 2 * number + 2])
+        last = len(marks) - 1 - marks[::-1].index(True)
+        first = last - marks[last::-1].index(False) + 1
+        assert tokenizer.decode(whole).startswith(tokenizer.decode(tokens))
+        tagged, spoken = tokenizer.decode(whole[first : last + 1]), tokenizer.decode(tokens[start:])
+        assert tagged.endswith(spoken)
+        # A token of two line breaks may stand across the tag.
+        given = "<think>\n\n</think>" if name == "qwen3" else ""
+        assert tagged.removesuffix(spoken).strip() == given
 
 
 THOUGHT = [
@@ -714,6 +743,32 @@ def test_a_draft_is_scored_as_it_was_trained_or_the_score_says_so(
     )
     assert card.provenance["chat_template_kwargs"] == [{"mood": 7}]
     assert settings_line(card) == ""
+
+
+def test_every_turn_of_a_conversation_is_scored_or_the_last(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "talk.jsonl", *talks(2))
+    target = models.load(str(tiny_folder), dtype="float32")
+    save_draft(make_draft(target, [0]), tmp_path / "draft")
+    score = f"score --target {tiny_folder} --draft {tmp_path / 'draft'} --prompts {source} --json"
+    score += " --max-new-tokens 4 --num-draft-tokens 1 --temperature 0"
+    cards = {}
+    for turns in ("last", "all"):
+        out = tmp_path / f"{turns}.json"
+        done = cli(f"{score} --turns {turns} --out {out}")
+        assert done.document["provenance"]["conversation_turns"] == turns
+        cards[turns] = Scorecard.read(out)
+    rows = {row.prompt_id: row for row in cards["all"].per_prompt}
+    assert list(rows) == ["1#1", "1#2", "2#1", "2#2"]
+    prompts = {prompt.id: prompt for prompt in load_prompts(source, turns="all")}
+    for id_, row in rows.items():
+        assert row.prompt_tokens == len(encode_prompt(target.tokenizer, prompts[id_]))
+    last = {row.prompt_id: row for row in cards["last"].per_prompt}
+    assert list(last) == ["1", "2"]
+    assert [row.accepted for row in last.values()] == [rows[f"{c}#2"].accepted for c in (1, 2)]
+    reasons = obstacles(cards)
+    assert "turns of a conversation differs: last in last, all in all" in reasons
 
 
 def test_text_is_learnt_with_the_settings_of_the_configuration(moody: str, tmp_path: Path) -> None:

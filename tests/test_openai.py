@@ -93,7 +93,7 @@ def test_every_prompt_is_asked_once_and_answered(tmp_path: Path) -> None:
     with serving(echo) as (url, fake):
         settled, refused = ask(url, tmp_path / "data")
         assert refused == {}
-        assert [a.prompt.id for a in settled.kept] == list(EVERYTHING)
+        assert [a.prompt.id for a in settled.answers] == list(EVERYTHING)
         assert settled.counts == {"removed": {}, "regenerated": 0, "dropped": 0}
         assert texts(tmp_path / "data") == EVERYTHING
         assert sorted(fake.asked) == sorted(f"question {i}" for i in range(12))
@@ -263,7 +263,7 @@ def test_a_prompt_that_is_refused_is_counted_and_asked_again_later(tmp_path: Pat
         settled, refused = ask(url, tmp_path / "data")
         assert refused.keys() == {"p3", "p7"}
         assert "too long" in refused["p3"]
-        assert len(settled.kept) == 10
+        assert len(settled.answers) == 10
         strict = False
         assert ask(url, tmp_path / "data")[1] == {}
         assert texts(tmp_path / "data") == EVERYTHING
@@ -533,7 +533,7 @@ def test_replies_are_judged_anew_by_a_mended_reference(tmp_path: Path) -> None:
     with serving(drawn("answer: 9", "answer: 8")) as (url, fake):
         wrong = [replace(p, response="7") for p in PROMPTS]
         settled, _ = ask(url, tmp_path / "data", wrong, **how)
-        assert (settled.kept, settled.dropped, len(fake.asked)) == ([], 12, 24)
+        assert (settled.answers, settled.dropped, len(fake.asked)) == ([], 12, 24)
         right = [replace(p, response="9") for p in PROMPTS]
         settled, _ = ask(url, tmp_path / "data", right, **how)
         assert len(fake.asked) == 24
@@ -963,8 +963,8 @@ def test_a_real_servers_replies_are_filtered(real: Server, tmp_path: Path) -> No
         best_of=BestOf(2, "majority"),
     )
     assert refused == {}
-    assert settled.kept
-    assert all(kept.ended for kept in settled.kept)
+    assert settled.answers
+    assert all(answer.ended for answer in settled.answers)
     assert settled.removed["truncated"] > 0
     assert settled.unvaried == 0, "asked again, it says something else"
-    assert len(settled.kept) + settled.dropped == 8
+    assert len(settled.answers) + settled.dropped == 8

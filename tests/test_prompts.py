@@ -5,42 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prompt_files import assistant, refusal, system, user, write_lines
 
 from specdistill.data.prompts import Prompt, load_prompts, prompts_sha256
 from specdistill.errors import InputError
 
 
-def turn(role: str, text: str) -> dict[str, str]:
-    return {"role": role, "content": text}
-
-
-user, assistant, system = (partial(turn, role) for role in ("user", "assistant", "system"))
-
-
-def write_lines(path: Path, *rows: object) -> str:
-    """Write text as it stands and anything else as JSON, one a line."""
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return str(path)
-
-
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Path:
     return tmp_path / "prompts.jsonl"
-
-
-def refusal(source: str, **options: Any) -> str:
-    with pytest.raises(InputError) as caught:
-        load_prompts(source, **options)
-    return str(caught.value)
 
 
 def test_jsonl_prompts(jsonl: Path) -> None:

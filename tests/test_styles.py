@@ -1,15 +1,11 @@
 """How prompts are put: the messages of each style, and which examples are shown."""
 
 import pytest
+from prompt_files import user
 
 from specdistill.data.prompts import Prompt
 from specdistill.data.styles import STYLES, THINK, styled
 from specdistill.errors import InputError
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
 
 SYSTEM = {"role": "system", "content": "be brief"}
 ASKED = [Prompt("a", (user("one"),)), Prompt("b", (SYSTEM, user("two")), "kind")]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import run
 from test_cli import run as command
 
 from specdistill import models
@@ -26,14 +27,13 @@ from specdistill.training.answers import read_given
 from specdistill.training.batches import make_batch
 from specdistill.training.distiller import Distiller
 from specdistill.training.evaluation import on_text
-from specdistill.training.run import train
 
 Tiny = Callable[..., LanguageModel]
 
 
 def prompt(i: int) -> Prompt:
-    said = " ".join(f"w{(5 + i + 3 * k) % 40 + 5}" for k in range(6))
-    return Prompt(f"p{i}", ({"role": "user", "content": f"w{6 + i % 30} w9"},), "kind", said)
+    response = " ".join(f"w{(5 + i + 3 * k) % 40 + 5}" for k in range(6))
+    return Prompt(f"p{i}", ({"role": "user", "content": f"w{6 + i % 30} w9"},), "kind", response)
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +57,6 @@ def settings(world: dict[str, str], run: Path, **more: object) -> DistillConfig:
     raw |= {"evaluate_every": 5, "checkpoint_every": 4}
     training = {"max_steps": 30, "batch_tokens": 120, "learning_rate": 2e-2}
     return parse_config({**raw, "training": training, **more})
-
-
-def run(config: DistillConfig, resume: bool = False, stop_at: int | None = None) -> list[dict]:
-    def progress(stage: str, done: float, total: float, detail: str = "") -> None:
-        if stop_at is not None and detail.startswith(f"step {stop_at},"):
-            raise KeyboardInterrupt
-
-    draft = models.load(config.draft, dtype="float32")
-    train(config, None, draft, resume=resume, progress=progress)
-    lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def test_the_text_becomes_the_drafts_tokens(world: dict[str, str]) -> None:

@@ -154,10 +154,10 @@ def _finish(
     settled: Settled, refused: dict[str, str], out: Path, *, removing: bool, as_json: bool
 ) -> None:
     """What came of asking a server."""
-    answered = [answer for answer in settled.kept if (answer.prompt.response or "").strip()]
+    answered = [answer for answer in settled.answers if (answer.prompt.response or "").strip()]
     counts = {
         "answers": len(answered),
-        "empty": len(settled.kept) - len(answered),
+        "empty": len(settled.answers) - len(answered),
         "cut": sum(not answer.ended for answer in answered),
         "refused": len(refused),
     }

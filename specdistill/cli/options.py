@@ -34,7 +34,9 @@ Prompts = Annotated[
 ]
 Turns = Annotated[
     Literal["last", "all"],
-    typer.Option(help="Of a conversation's assistant turns answer anew the last, or each."),
+    typer.Option(
+        help="Of a conversation answer the last question, or each after the turns before it."
+    ),
 ]
 ChatTemplateKwargs = Annotated[
     str | None,

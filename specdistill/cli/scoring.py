@@ -27,6 +27,7 @@ from specdistill.cli.options import (
     Target,
     TensorParallel,
     Threads,
+    Turns,
 )
 from specdistill.cli.scoring_by_vllm import ByVllm, Runners, serve_lines
 from specdistill.errors import InputError
@@ -116,6 +117,7 @@ def score(
     temperature: Temperatures = "0,1",
     max_new_tokens: LongestAnswer = 128,
     limit: Limit = None,
+    turns: Turns = "last",
     seed: Seed = 0,
     verification: Verification = "token",
     lenience: Lenience = None,
@@ -169,7 +171,7 @@ def score(
 
     measure.check_lenience(verification, rule, temperatures)
     asked = load_prompts(
-        prompts, split=split, column=column, limit=limit, chat_template_kwargs=kwargs
+        prompts, split=split, column=column, limit=limit, turns=turns, chat_template_kwargs=kwargs
     )
     if engine == "vllm":
         encoded, score_pair = by_vllm.prepared(
@@ -225,12 +227,15 @@ def _in_this_process(
                 "Transformers has no parallel drafting: this draft takes a pass for every token"
             )
         return console.encoded(big, asked, small), partial(transformers.score, big, small)
-    from specdistill.scoring import measure
+    from specdistill.scoring import lossless, measure
 
     console.note_drafting(small, how["drafting"], num_draft_tokens, how["least_reach"])
     encoded = console.encoded(big, asked, small)
     size = measure.cache_size(big, small, encoded, num_draft_tokens, max_new_tokens)
     console.note(size.line)
+    tokens, lossy = [(p.id, p.tokens) for p in encoded], how["lenience"] is not None
+    most = lossless.evidence_cache(big, small, tokens, max(num_draft_tokens), lossy)
+    console.note(f"cache: up to {most / 1e6:,.1f} MB more for the evidence at the end")
     return encoded, partial(measure.score, big, small, **how)
 
 

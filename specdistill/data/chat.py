@@ -121,9 +121,9 @@ def _render_example(
     opening = rendered(tokenizer, prompt, prompt.messages, header=True)
     # A known answer shows what the template writes around any answer; searching for the real one
     # could find it inside a marker.
-    scaffold, found, closing = after_opening(PROBE, {}).partition(PROBE)
+    scaffold, probe, closing = after_opening(PROBE, {}).partition(PROBE)
     rest = after_opening(response, prompt.answer)
-    if not found or not rest.endswith(closing):
+    if not probe or not rest.endswith(closing):
         raise InputError(f"{prompt.named}: the chat template does not write answers as given")
     if scaffold.strip() and opening == rendered(tokenizer, prompt, prompt.messages, header=False):
         raise InputError(
@@ -301,6 +301,7 @@ class EncodedPrompt:
     tokens: list[int]
     category: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
+    conversation: str | None = None  # of whose turns it is one
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> list[EncodedPrompt]:
@@ -310,5 +311,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> li
     distinct: dict[tuple[int, ...], EncodedPrompt] = {}
     for p in prompts:
         tokens = encode_prompt(tokenizer, p)
-        distinct.setdefault(tuple(tokens), EncodedPrompt(p.id, tokens, p.category, settings_of(p)))
+        distinct.setdefault(
+            tuple(tokens), EncodedPrompt(p.id, tokens, p.category, settings_of(p), p.conversation)
+        )
     return list(distinct.values())

@@ -21,7 +21,7 @@ from specdistill.errors import InputError
 LOG_PROBABILITY, EXACT_MATCH, MAJORITY = "log-probability", "exact-match", "majority"
 _BRACED = r"(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*"  # as deep as \boxed{\frac{x^{2}}{3}}
 _MARKED = re.compile(
-    rf"####(?P<hash>.+)|\\boxed\{{(?P<boxed>{_BRACED})\}}|\banswer(?: is:?|:)(?P<said>.+)",
+    rf"####(?P<hash>.+)|\\boxed\{{(?P<boxed>{_BRACED})\}}|\banswer(?: is:?|:)(?P<words>.+)",
     re.IGNORECASE,
 )
 
@@ -147,7 +147,7 @@ def own_function(
     if not callable(function):
         raise InputError(f"the {what} {name!r} is no function but {type(function).__name__}")
 
-    def own(prompt: Prompt, texts: Sequence[str]) -> list[float]:
+    def scores(prompt: Prompt, texts: Sequence[str]) -> list[float]:
         try:
             return [float(score) for score in function(prompt, list(texts))]
         except Exception as error:
@@ -155,7 +155,7 @@ def own_function(
                 f"the {what} {name!r} failed on {prompt.named}: {type(error).__name__}: {error}"
             ) from error
 
-    return own
+    return scores
 
 
 def best(prompt: Prompt, candidates: Sequence[Candidate], scorer: Scorer) -> int | None:

@@ -69,7 +69,7 @@ class Settled:
     (prompt, attempt) to ask next. `removed` counts replies by what removed them.
     """
 
-    kept: list[TextAnswer]
+    answers: list[TextAnswer]
     missing: Sequence[tuple[Prompt, int]] = ()
     removed: Mapping[str, int] = field(default_factory=dict)
     regenerated: int = 0  # prompts that were then answered in another way
@@ -234,7 +234,7 @@ class AnswerStore:
                 "ended": answer.ended,
                 "reasoning": answer.reasoning,
             }
-            for answer in settled.kept
+            for answer in settled.answers
         ]
         file = self.folder / ANSWERS
         with writing(f"to {file}", AGAIN):

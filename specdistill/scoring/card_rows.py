@@ -76,6 +76,7 @@ class Provenance(TypedDict, total=False):
     engine: str
     max_new_tokens: Natural
     prompts_sha256: str
+    conversation_turns: Literal["last", "all"]
     draft_origin: dict[str, Any] | None
     turns: str
     trained_prompts: TrainedPrompts | None

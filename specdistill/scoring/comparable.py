@@ -98,6 +98,7 @@ def _conditions(card: Scorecard) -> dict[str, str]:
         "target": f"{card.target.name} (sha256 {card.target.sha256[:12]})",
         "target dtype": card.target.dtype,
         "prompts": f"{card.rows[0].prompts} (sha256 {str(facts.get('prompts_sha256'))[:12]})",
+        "turns of a conversation": facts.get("conversation_turns", "last"),
         "longest answer": f"{facts.get('max_new_tokens')} tokens",
         "sampling": card.verification.label if card.verification.lossy else "exact",
         "engine": ", ".join([engine, *libraries]),

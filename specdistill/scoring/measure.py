@@ -320,6 +320,7 @@ def provenance(
         "prompts_sha256": hashlib.sha256(
             json.dumps([[p.id, p.tokens] for p in prompts]).encode()
         ).hexdigest(),
+        "conversation_turns": "last" if all(p.conversation is None for p in prompts) else "all",
         "chat_template_kwargs": distinct(p.settings for p in prompts),
         **of_draft,
     }
