@@ -747,7 +747,11 @@ PROMPTS = [
     row("Latin-1", b'{"prompt": "caf\xe9"}\n', "0xe9"),
     row("a number of 5,000 digits", '{"prompt": "w5", "id": ' + DIGITS + "}\n", "line 1"),
     row("depth", '{"prompt": ' + "[" * 99999 + "\n", "line 1"),
-    row("a prompt beyond the positions", json.dumps({"prompt": "w5 " * 600}) + "\n", "512"),
+    row(
+        "a prompt beyond the positions",
+        json.dumps({"prompt": "w5 " * 600}) + "\n",
+        "(p.jsonl, line 1) comes to",
+    ),
     row("an answer first", turns(ANSWER, ASKED), "line 1: message 1 has role 'assistant'"),
     row("two answers", turns(ASKED, ANSWER, ANSWER, ASKED), "line 1: message 3 has role"),
     row("an empty answer", turns(ASKED, ANSWER | {"content": ""}, ASKED), "message 2 is an empty"),

@@ -24,7 +24,7 @@ from specdistill.decoding import (
 from specdistill.decoding.cache import CachedModel
 from specdistill.decoding.records import Output, RowRound
 from specdistill.drafts.making import make_draft, save_draft
-from specdistill.errors import InputError
+from specdistill.errors import InputError, ModelError
 from specdistill.models import LanguageModel, load, packing
 from specdistill.scoring import lossless, measure, sampled_texts
 from specdistill.scoring.acceptance import acceptance_chances
@@ -244,7 +244,7 @@ def test_a_block_is_scored_as_exact_and_says_so(pair, tmp_path: Path, monkeypatc
 def test_a_prompt_too_long_is_named_before_any_work(pair) -> None:
     long = EncodedPrompt("the long one", [5] * 500)
     settings = {"num_draft_tokens": [3], "temperature": [0.0], "max_new_tokens": 24}
-    with pytest.raises(InputError, match=r"the long one: 500 prompt tokens \+ 24 new"):
+    with pytest.raises(ModelError, match=r"'the long one' comes to 524 tokens, and .* reads 512"):
         measure.score(*pair, [*PROMPTS, long], **settings, progress=None)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from specdistill.data.messages import BESIDE_TEXT
-from specdistill.data.prompts import Prompt
+from specdistill.data.prompts import Prompt, named
 from specdistill.data.rows import REASONING, VARIABLES
 from specdistill.data.settings import settings_of
 from specdistill.data.templates import rendered, template_of, variables_read
@@ -302,6 +302,12 @@ class EncodedPrompt:
     category: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the chat template
     conversation: str | None = None  # of whose turns it is one
+    where: str = ""  # as `Prompt.where`
+
+    @property
+    def named(self) -> str:
+        """As `Prompt.named`."""
+        return named(self.id, self.where)
 
 
 def encoded(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> list[EncodedPrompt]:
@@ -310,8 +316,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]) -> li
     """
     distinct: dict[tuple[int, ...], EncodedPrompt] = {}
     for p in prompts:
-        tokens = encode_prompt(tokenizer, p)
-        distinct.setdefault(
-            tuple(tokens), EncodedPrompt(p.id, tokens, p.category, settings_of(p), p.conversation)
-        )
+        tokens, settings = encode_prompt(tokenizer, p), settings_of(p)
+        prompt = EncodedPrompt(p.id, tokens, p.category, settings, p.conversation, p.where)
+        distinct.setdefault(tuple(tokens), prompt)
     return list(distinct.values())

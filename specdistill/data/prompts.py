@@ -34,6 +34,11 @@ from specdistill.errors import InputError
 Turns = Literal["last", "all"]  # of a conversation
 
 
+def named(id_: str, where: str) -> str:
+    """A prompt and where it stands, as a message begins."""
+    return f"prompt {id_!r}" + (f" ({where})" if where else "")
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What the models are asked: chat messages that end with a user's turn or a tool's result.
@@ -57,8 +62,7 @@ class Prompt:
 
     @property
     def named(self) -> str:
-        """Its id and where it stands, as a message begins."""
-        return f"prompt {self.id!r}" + (f" ({self.where})" if self.where else "")
+        return named(self.id, self.where)
 
     def one_response(self) -> str | None:
         """The response; None where there is none. Raises `InputError` where there are several."""

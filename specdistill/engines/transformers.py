@@ -92,7 +92,7 @@ def score(
     """
     _refuse_trimmed(draft)
     check_sizes(target, draft)
-    check_positions([draft], ((p.id, len(p.tokens) + max_new_tokens) for p in prompts))
+    check_positions([draft], ((p.named, len(p.tokens) + max_new_tokens) for p in prompts))
 
     def ask(setting: Setting, prompt: EncodedPrompt, count: int) -> Counts:
         return _generate(target, draft, prompt, setting, count, seed)

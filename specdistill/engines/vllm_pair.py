@@ -53,7 +53,7 @@ class Pair:
                 "vocabulary with `specdistill export --for vllm`, and score that"
             )
         check_sizes(target, draft)
-        check_positions([draft], ((p.id, len(p.tokens) + max_new_tokens) for p in prompts))
+        check_positions([draft], ((p.named, len(p.tokens) + max_new_tokens) for p in prompts))
         proposer = Proposer.of_draft(draft.path, Drafting(drafting).in_parallel(draft))
         facts = provenance(target, draft, seed, max_new_tokens, prompts)
         return cls._of(target, model_card(draft), proposer, prompts, max_new_tokens, facts)
@@ -86,7 +86,7 @@ class Pair:
         max_new_tokens: int,
         facts: dict[str, Any],
     ) -> Pair:
-        check_positions([target], ((p.id, len(p.tokens) + max_new_tokens) for p in prompts))
+        check_positions([target], ((p.named, len(p.tokens) + max_new_tokens) for p in prompts))
         if target.device.type == "meta":
             facts["device"] = device_name(torch.device("cpu"))
         path, itemsize = target.path.absolute(), target.dtype.itemsize

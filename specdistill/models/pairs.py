@@ -105,14 +105,14 @@ def check_tokens(model: LanguageModel, tokens: Sequence[int], what: str) -> None
 
 
 def check_positions(models: Iterable[LanguageModel], texts: Iterable[tuple[str, int]]) -> None:
-    """Refuse texts, by id and number of tokens, that are longer than a model reads. Raises
+    """Refuse texts, by name and number of tokens, that are longer than a model reads. Raises
     `ModelError`.
     """
     longest = max(texts, key=lambda text: text[1], default=("", 0))
     for model in models:
         if longest[1] > model.max_length:
             raise ModelError(
-                f"{longest[0]!r} comes to {longest[1]} tokens, and {model.name} reads "
+                f"{longest[0]} comes to {longest[1]} tokens, and {model.name} reads "
                 f"{model.max_length} positions; take shorter texts, fewer new tokens, or a model "
                 "that reads more"
             )

@@ -83,7 +83,7 @@ class Pair:
                 f"{len(self.prompts)} prompts and max_new_tokens {self.max_new_tokens}"
             )
 
-        lengths = ((p.id, len(p.tokens) + self.max_new_tokens) for p in self.prompts)
+        lengths = ((p.named, len(p.tokens) + self.max_new_tokens) for p in self.prompts)
         check_positions([self.target, self.draft], lengths)
 
     def decode(

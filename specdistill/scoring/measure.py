@@ -86,9 +86,8 @@ def score(
     parallel = any(each.in_parallel(draft) for each in draftings.values())
     way: DraftingWay = "parallel" if parallel else "autoregressive"
     decoders = _decoders(target, draft, draftings, mode, lenience)
-    requests = [Request(p.id, p.tokens, max_new_tokens, seed=seed) for p in prompts]
+    requests = _requests(target, draft, prompts, max_new_tokens, seed)
     decoders[0].check(requests)  # before any work; with a draft the same
-    check_positions([draft], ((p.id, len(p.tokens) + max_new_tokens) for p in prompts))
     measurement = _measured(decoders, requests, temperatures, max_seconds, progress)
     runs, counts = measurement.runs, rows_of.counted(measurement.runs)
     prompts = prompts[: len(counts[temperatures[0], 0])]
@@ -259,10 +258,23 @@ def cache_size(
     max_new_tokens: int,
 ) -> CacheSize:
     """What the caches of `score` will take: a row for plain decoding and one for each γ."""
-    requests = [Request(p.id, p.tokens, max_new_tokens) for p in prompts]
+    requests = _requests(target, draft, prompts, max_new_tokens, 0)
     decoders = _decoders(target, draft, dict.fromkeys(num_draft_tokens, AUTO)).values()
     sizes = [decoder.cache_size(requests) for decoder in decoders]
     return CacheSize(sum(s.bytes for s in sizes), len(sizes), max(s.slots for s in sizes))
+
+
+def _requests(
+    target: LanguageModel,
+    draft: LanguageModel,
+    prompts: Sequence[EncodedPrompt],
+    max_new_tokens: int,
+    seed: int,
+) -> list[Request]:
+    """Raises `ModelError` for a prompt that is too long for one of the models."""
+    lengths = [(p.named, len(p.tokens) + max_new_tokens) for p in prompts]
+    check_positions([target, draft], lengths)
+    return [Request(p.id, p.tokens, max_new_tokens, seed=seed) for p in prompts]
 
 
 def check_lenience(mode: Mode, lenience: Lenience | None, temperatures: Sequence[float]) -> None:

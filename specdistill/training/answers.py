@@ -46,8 +46,8 @@ def heldout_and_training(
         )
     readers = [model for model in (target, draft) if model is not None]
     new = config.policy.max_new_tokens or 0  # sampled after a prompt
-    lengths = ((e.id, len(e.prompt_tokens) + max(len(e.response_tokens), new)) for e in examples)
-    check_positions(readers, lengths)
+    lengths = (len(e.prompt_tokens) + max(len(e.response_tokens), new) for e in examples)
+    check_positions(readers, zip((repr(e.id) for e in examples), lengths, strict=True))
     return split(examples, config.heldout)
 
 
