@@ -745,13 +745,20 @@ def test_a_draft_is_scored_as_it_was_trained_or_the_score_says_so(
     assert settings_line(card) == ""
 
 
-def test_every_turn_of_a_conversation_is_scored_or_the_last(
-    tiny_folder: Path, tmp_path: Path
-) -> None:
+FORGETS = CHAT.replace(
+    "m['content']", "m['content'].split()[-1] if loop.revindex0 else m['content']"
+)
+
+
+def test_every_turn_of_a_conversation_is_scored_or_the_last(tmp_path: Path) -> None:
+    """By a target whose template leaves the last word alone of earlier turns."""
     source = write(tmp_path / "talk.jsonl", *talks(2))
-    target = models.load(str(tiny_folder), dtype="float32")
+    target = tiny_model(layers=3)
+    target.tokenizer.chat_template = FORGETS
+    save_draft(target, tmp_path / "target")
     save_draft(make_draft(target, [0]), tmp_path / "draft")
-    score = f"score --target {tiny_folder} --draft {tmp_path / 'draft'} --prompts {source} --json"
+    score = f"score --target {tmp_path / 'target'} --draft {tmp_path / 'draft'}"
+    score += f" --prompts {source} --json"
     score += " --max-new-tokens 4 --num-draft-tokens 1 --temperature 0"
     cards = {}
     for turns in ("last", "all"):
@@ -759,6 +766,8 @@ def test_every_turn_of_a_conversation_is_scored_or_the_last(
         done = cli(f"{score} --turns {turns} --out {out}")
         assert done.document["provenance"]["conversation_turns"] == turns
         cards[turns] = Scorecard.read(out)
+        noted = "rewrites earlier turns in 2 of 2 conversations" in done.err
+        assert noted == (turns == "all")
     rows = {row.prompt_id: row for row in cards["all"].per_prompt}
     assert list(rows) == ["1#1", "1#2", "2#1", "2#2"]
     prompts = {prompt.id: prompt for prompt in load_prompts(source, turns="all")}

@@ -161,9 +161,12 @@ def encoded(
 ) -> Sequence[EncodedPrompt]:
     """Prompts as the target's tokens, put as in the draft's training, and without copies."""
     from specdistill.data import chat
+    from specdistill.data.rewriting import rewriting
     from specdistill.scoring.template_settings import as_trained
 
     put = asked if draft is None else as_trained(asked, draft, note)
+    if words := rewriting(target.tokenizer, put):
+        note(words)
     prompts = chat.encoded(target.tokenizer, put)
     if copies := len(asked) - len(prompts):
         note(
