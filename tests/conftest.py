@@ -24,6 +24,7 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
 )
 
+from specdistill.decoding import SpeculativeDecoder  # noqa: E402
 from specdistill.models import LanguageModel  # noqa: E402
 
 CHAT = (
@@ -94,6 +95,11 @@ def random_model(kind: str, *, device: str = "cpu", **settings: object) -> Langu
         config = AutoConfig.for_model(kind, **SIZES | settings)
         model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     return LanguageModel(kind, Path(), model, tiny_tokenizer(64))
+
+
+def texts(decoder: SpeculativeDecoder, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """The tokens of greedy answers."""
+    return [o.tokens for o in decoder.generate(prompts, max_new_tokens=count).outputs]
 
 
 def amend(file: Path, **values: object) -> None:

@@ -14,7 +14,7 @@ from checks import (
     stock_greedy,
     transformer,
 )
-from conftest import tiny_model
+from conftest import texts, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -149,12 +149,9 @@ def test_the_model_sleeps_while_every_row_is_looked_up_and_catches_up_after() ->
 def test_a_draft_reads_ids_that_only_pad_the_targets_embedding() -> None:
     target, draft = tiny_model(1, vocab=70), tiny_model(3, vocab=64, layers=1)
     prompts = [[7, 66, 9], [69]]
-    plain = SpeculativeDecoder(target, batch_size=2).generate(prompts, max_new_tokens=8)
-    decoder = SpeculativeDecoder(
-        target, ModelDrafter(draft, target.vocab_size), num_draft_tokens=2, batch_size=2
-    )
-    out = decoder.generate(prompts, max_new_tokens=8)
-    assert [o.tokens for o in out.outputs] == [o.tokens for o in plain.outputs]
+    drafter = ModelDrafter(draft, target.vocab_size)
+    decoder = SpeculativeDecoder(target, drafter, num_draft_tokens=2, batch_size=2)
+    assert texts(decoder, prompts, 8) == texts(SpeculativeDecoder(target), prompts, 8)
 
 
 def test_a_trimmed_draft_proposes_only_its_tokens() -> None:
