@@ -95,11 +95,7 @@ def seeded(*shape: int, seed: int) -> Tensor:
 
 
 TABLE = 1.5 * seeded(V, V, V, seed=1)
-DRAFT_TABLES = {
-    "itself": TABLE,
-    "near": TABLE + 0.7 * seeded(V, V, V, seed=2),
-    "opposite": -TABLE,
-}
+DRAFT_TABLES = {"itself": TABLE, "near": TABLE + 0.7 * seeded(V, V, V, seed=2), "opposite": -TABLE}
 TRIMMED = torch.tensor([0, 2, 3, 7, 8, 11, 15])
 MASKS = {"parallel": V, "parallel inside": V - 1, "parallel trimmed": V - 1}
 
