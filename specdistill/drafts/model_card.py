@@ -130,22 +130,18 @@ def _settings(card: Scorecard) -> str:
 
 def _load(card: Scorecard) -> list[str]:
     """Several requests at a time, where that was measured."""
-    load = card.load
-    rows: list[Plain | Drafted] = [*load.plain, *load.drafted]
-    places = dict.fromkeys((row.temperature, row.concurrency) for row in rows)
-    if not places:
+    rows: list[Plain | Drafted] = [*card.load.plain, *card.load.drafted]
+    if not rows:
         return []
     lines = []
-    for place in places:
-        start = [f"{place[0]:g}", str(place[1])]
-        for plain in load.plain:
-            if (plain.temperature, plain.concurrency) == place:
-                rates = " ".join(f"{rate:.1f}" for rate in plain.tokens_per_second)
-                lines.append([*start, "plain", rates, "1", *_milliseconds(plain)])
-        for row in load.drafted:
-            if (row.temperature, row.concurrency) == place:
-                figures = f"{row.tokens_per_second:.1f}", number(row.speedup, 2)
-                lines.append([*start, str(row.num_draft_tokens), *figures, *_milliseconds(row)])
+    for row in sorted(rows, key=lambda row: (row.temperature, row.concurrency)):
+        if isinstance(row, Plain):
+            rates = " ".join(f"{rate:.1f}" for rate in row.tokens_per_second)
+            figures = "plain", rates, "1"
+        else:
+            rates = f"{row.tokens_per_second:.1f}"
+            figures = str(row.num_draft_tokens), rates, number(row.speedup, 2)
+        lines.append([f"{row.temperature:g}", str(row.concurrency), *figures, *_milliseconds(row)])
     head = ("T", "at a time", "γ", "tokens/s", "speedup", "ms to the first token", "ms per token")
     return [
         f"## Several requests at a time\n\n{_table(head, lines)}\n\n"
