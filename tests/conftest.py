@@ -122,6 +122,14 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[str, str]:
+    """What a small distillation needs, by the keys of its configuration; nothing writes there."""
+    from small_runs import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"), tiny_folder)
+
+
 @pytest.fixture(scope="module")
 def target(tiny_folder: Path) -> LanguageModel:
     """The tiny target in float64, so that no batch rounds otherwise than another."""

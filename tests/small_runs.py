@@ -1,8 +1,10 @@
 """Small distillations for the tests: a target, its answers, a draft, a configuration, a run."""
 
+import hashlib
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import tiny_model
 
@@ -56,6 +58,12 @@ def make_world(folder: Path, target_folder: Path) -> dict[str, str]:
     }
 
 
+def pair_of(world: dict[str, str]) -> tuple[LanguageModel, LanguageModel]:
+    """The target and the draft, in float32."""
+    target, draft = (models.load(world[name], dtype="float32") for name in ("target", "draft"))
+    return target, draft
+
+
 def settings(world: dict[str, str], run: Path, **more: object) -> DistillConfig:
     training = {"max_steps": 12, "batch_tokens": 120, "learning_rate": 5e-3}
     training |= more.pop("training", {})  # type: ignore[arg-type]
@@ -76,3 +84,27 @@ def run(config: DistillConfig, resume: bool = False, stop_at: int | None = None)
     train(config, target, draft, resume=resume, progress=progress)
     lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def interrupted(config: DistillConfig, step: int) -> None:
+    """A run that is stopped after so many updates."""
+    with pytest.raises(KeyboardInterrupt):
+        run(config, stop_at=step)
+
+
+def reported(config: DistillConfig) -> list[str]:
+    """What a run reports of its progress, in words."""
+    details: list[str] = []
+    pair = pair_of({"target": config.target, "draft": config.draft})
+    train(config, *pair, progress=lambda *report: details.append(str(report[-1])))
+    return details
+
+
+def untimed(rows: list[dict]) -> list[dict]:
+    """Metrics without what a clock says."""
+    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+
+def digest(run_dir: Path) -> str:
+    """Of the weights that a run ended with."""
+    return hashlib.sha256((run_dir / "draft/model.safetensors").read_bytes()).hexdigest()

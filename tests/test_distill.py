@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from small_runs import ask, make_world, run, settings
+from small_runs import ask, digest, interrupted, pair_of, reported, run, settings, untimed
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from specdistill import models
@@ -29,27 +29,21 @@ from specdistill.models.packing import pack
 from specdistill.run_folder import config_sha256
 from specdistill.training import distiller as distiller_module
 from specdistill.training.answers import read_given, split
-from specdistill.training.batches import length_buckets, make_batch, updates
+from specdistill.training.batches import Batch, length_buckets, make_batch, updates
 from specdistill.training.distiller import Distiller
 from specdistill.training.evaluation import Evaluation, decoded, overlap, with_answers
 from specdistill.training.lora import adapt
 from specdistill.training.run import distill, rate, train
 
 Tiny = Callable[..., LanguageModel]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[str, str]:
-    return make_world(tmp_path_factory.mktemp("world"), tiny_folder)
+LORA = {"rank": 4, "alpha": 8}
 
 
 def test_a_step_is_the_mean_over_response_tokens_of_the_plain_loss(world: dict[str, str]) -> None:
     """Two micro-batches of unequal size in one update against one plain, unchunked computation."""
-    target = models.load(world["target"], dtype="float32")
-    draft = models.load(world["draft"], dtype="float32")
-    twin = models.load(world["draft"], dtype="float32")
-    config = settings(world, Path("unused"), training={"clip_norm": 1e9, "chunk": 7})
-    distiller = Distiller(target, draft, config)
+    distiller = distiller_of(world, training={"clip_norm": 1e9, "chunk": 7})
+    target, draft, twin = distiller.target, distiller.draft, pair_of(world)[1]
+    assert target is not None
     examples = read_examples(Path(world["data"]), signal=True)[:7]
     groups = [examples[:5], examples[5:]]
 
@@ -95,7 +89,7 @@ def test_heads_in_bfloat16_give_the_same_update(
     assert narrow.target_head.weight.dtype == narrow.draft_head().weight.dtype == torch.bfloat16
     with torch.no_grad():
         assert narrow.draft_head().weight.dtype == torch.float32
-    before = models.load(world["draft"], dtype="float32").model.state_dict()
+    before = pair_of(world)[1].model.state_dict()
     for name, value in wide.draft.model.named_parameters():
         got, wanted = narrow.trained.get(name), value - before[name]
         if got is not None:
@@ -104,12 +98,19 @@ def test_heads_in_bfloat16_give_the_same_update(
             assert (change - wanted).norm() <= 0.2 * wanted.norm(), name  # Adam takes signs
 
 
+def distiller_of(world: dict[str, str], **more: object) -> Distiller:
+    return Distiller(*pair_of(world), settings(world, Path("unused"), **more))
+
+
+def answers_of(world: dict[str, str], number: int) -> Batch:
+    """The first of them, with their signal."""
+    examples = read_examples(Path(world["data"]), signal=True)[:number]
+    return make_batch(examples, 0, torch.device("cpu"))
+
+
 def one_step(world: dict[str, str], learning_rate: float, **training: object) -> Distiller:
-    target = models.load(world["target"], dtype="float32")
-    draft = models.load(world["draft"], dtype="float32")
-    distiller = Distiller(target, draft, settings(world, Path("unused"), training=training))
-    examples = read_examples(Path(world["data"]), signal=True)[:4]
-    distiller.step([make_batch(examples, 0, draft.device)], learning_rate)
+    distiller = distiller_of(world, training=training)
+    distiller.step([answers_of(world, 4)], learning_rate)
     return distiller
 
 
@@ -131,7 +132,7 @@ def test_the_gradient_is_clipped(world: dict[str, str]) -> None:
 
 
 def test_weights_decay_beside_the_gradients_update(world: dict[str, str]) -> None:
-    first = models.load(world["draft"], dtype="float32")
+    _, first = pair_of(world)
     plain = one_step(world, 1e-2).parameters
     decayed = one_step(world, 1e-2, weight_decay=0.5).parameters
     for name, value in first.model.named_parameters():
@@ -141,7 +142,7 @@ def test_weights_decay_beside_the_gradients_update(world: dict[str, str]) -> Non
 
 
 def test_embeddings_are_trained_where_asked_for(world: dict[str, str]) -> None:
-    first = models.load(world["draft"], dtype="float32").model.get_input_embeddings().weight
+    first = pair_of(world)[1].model.get_input_embeddings().weight
     for asked in (False, True):
         draft = one_step(world, 1e-2, train_embeddings=asked).draft
         assert torch.equal(draft.model.get_input_embeddings().weight, first) != asked
@@ -152,11 +153,8 @@ def test_bf16_is_the_drafts_body_alone(world: dict[str, str], recomputed: bool) 
     losses = {}
     for precision, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         training = {"precision": precision, "activation_checkpointing": recomputed}
-        target = models.load(world["target"], dtype="float32")
-        draft = models.load(world["draft"], dtype="float32")
-        distiller = Distiller(target, draft, settings(world, Path("unused"), training=training))
-        batch = make_batch(read_examples(Path(world["data"]), signal=True)[:4], 0, draft.device)
-        kinds = set()
+        distiller = distiller_of(world, training=training)
+        draft, batch, kinds = distiller.draft, answers_of(world, 4), set()
         draft.model.model.layers[0].mlp.down_proj.register_forward_hook(
             lambda module, inputs, out, kinds=kinds: kinds.add(out.dtype)
         )
@@ -175,21 +173,19 @@ def test_short_texts_attend_by_products_in_bf16(
 ) -> None:
     """On a CPU, and where a layer is run again in the same way; longer ones by PyTorch's own."""
     losses = []
-    examples = read_examples(Path(world["data"]), signal=True)[:4]
     for most, precision, kind in (
         (512, "bf16", "eager"),
         (4, "bf16", "sdpa"),
         (512, "fp32", "sdpa"),
     ):
         monkeypatch.setattr(distiller_module, "SHORT", most)
-        target, draft = (models.load(world[n], dtype="float32") for n in ("target", "draft"))
         training = {"precision": precision, "activation_checkpointing": recomputed}
-        distiller = Distiller(target, draft, settings(world, Path("unused"), training=training))
-        kinds: list[str] = []
+        distiller = distiller_of(world, training=training)
+        draft, kinds = distiller.draft, list[str]()
         draft.model.model.layers[0].self_attn.register_forward_hook(
             lambda module, *_, kinds=kinds: kinds.append(module.config._attn_implementation)
         )
-        losses.append(distiller.step([make_batch(examples, 0, draft.device)], 1e-3).loss)
+        losses.append(distiller.step([answers_of(world, 4)], 1e-3).loss)
         assert kinds == [kind] * (1 + recomputed)
         assert draft.config._attn_implementation == "sdpa"
     assert losses == pytest.approx([losses[-1]] * 3, rel=0.02)
@@ -201,13 +197,10 @@ def test_kept_and_live_signals_give_the_same_loss(
 ) -> None:
     losses = {}
     for kind in ("kept", "live"):
-        target = models.load(world["target"], dtype="float32")
-        draft = models.load(world["draft"], dtype="float32")
-        config = settings(world, Path("unused"), signal=kind, temperature=temperature)
-        examples = read_examples(Path(world["data"]), signal=kind == "kept")[:6]
-        distiller = Distiller(target, draft, config)
-        batch = make_batch(examples, 0, draft.device)
-        assert (batch.signal is None) == (kind == "live")
+        distiller = distiller_of(world, signal=kind, temperature=temperature)
+        batch = answers_of(world, 6)
+        if kind == "live":
+            batch.signal = None
         losses[kind] = [distiller.step([batch], 1e-3).loss for _ in range(3)]
     assert losses["kept"] == pytest.approx(losses["live"], rel=1e-4)
     assert losses["kept"][2] < losses["kept"][0]
@@ -237,13 +230,11 @@ def test_distillation_lowers_the_loss_and_raises_the_overlap(
 
 
 def test_evaluate_measures_the_full_overlap(world: dict[str, str]) -> None:
-    target = models.load(world["target"], dtype="float32")
-    draft = models.load(world["draft"], dtype="float32")
-    distiller = Distiller(target, draft, settings(world, Path("unused")))
-    examples = read_examples(Path(world["data"]), signal=True)[:5]
-    got = overlap(
-        distiller, [with_answers(distiller, target, make_batch(examples, 0, draft.device))]
-    )
+    distiller = distiller_of(world)
+    target, draft = distiller.target, distiller.draft
+    assert target is not None
+    examples = read_examples(Path(world["data"]), signal=False)[:5]
+    got = overlap(distiller, [with_answers(distiller, target, answers_of(world, 5))])
     overlaps, matches = [], []
     for example in examples:
         tokens = torch.tensor([example.prompt_tokens + example.response_tokens])
@@ -257,45 +248,37 @@ def test_evaluate_measures_the_full_overlap(world: dict[str, str]) -> None:
     assert got["greedy_match"] == pytest.approx(torch.cat(matches).mean().item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("stop_at", [2, 4, 9])
+@pytest.mark.parametrize(
+    ("stop_at", "training"),
+    [(2, {"accumulate": 2}), (4, {"accumulate": 2}), (9, {"accumulate": 2}), (7, {"lora": LORA})],
+)
 def test_a_resumed_run_ends_with_the_same_weights(
-    world: dict[str, str], tmp_path: Path, stop_at: int
+    world: dict[str, str], tmp_path: Path, stop_at: int, training: dict
 ) -> None:
-    whole = run(settings(world, tmp_path / "whole", training={"accumulate": 2}))
-    config = settings(world, tmp_path / "broken", training={"accumulate": 2})
-    with pytest.raises(KeyboardInterrupt):
-        run(config, stop_at=stop_at)
+    if "lora" in training:
+        pytest.importorskip("peft")
+    whole = run(settings(world, tmp_path / "whole", training=training))
+    config = settings(world, tmp_path / "broken", training=training)
+    interrupted(config, stop_at)
     with pytest.raises(InputError, match="--resume"):
         run(config)
-    resumed = run(config, resume=True)
-    timeless = [
-        [{k: v for k, v in r.items() if "second" not in k} for r in rows]
-        for rows in (whole, resumed)
-    ]
-    assert timeless[0] == timeless[1]
-    a, b = (
-        models.load(str(tmp_path / name / "draft"), dtype="float32") for name in ("whole", "broken")
-    )
-    for ours, theirs in zip(a.model.parameters(), b.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    assert untimed(run(config, resume=True)) == untimed(whole)
+    assert digest(tmp_path / "broken") == digest(tmp_path / "whole")
 
 
 def test_a_checkpoint_that_was_being_exchanged_is_found(
     world: dict[str, str], tmp_path: Path
 ) -> None:
     config = settings(world, tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
-        run(config, stop_at=6)
+    interrupted(config, 6)
     (tmp_path / "run" / "checkpoints").rename(tmp_path / "run" / "checkpoints.old")
     rows = run(config, resume=True)
     assert [r["step"] for r in rows if "loss" in r] == list(range(1, 13))
 
 
 def test_an_id_of_the_targets_padding_does_not_stop_the_draft(world: dict[str, str]) -> None:
-    target = models.load(world["target"], dtype="float32")
-    draft = models.load(world["draft"], dtype="float32")
-    distiller = Distiller(target, draft, settings(world, Path("unused"), signal="live"))
-    batch = make_batch([Example("a", [5, 6], [7, 8, 9])], 0, draft.device)
+    distiller = distiller_of(world, signal="live")
+    batch = make_batch([Example("a", [5, 6], [7, 8, 9])], 0, torch.device("cpu"))
     expected = distiller.states(batch).hidden
     batch.tokens[0, -1] = 70  # the last token of an answer is read, but predicts nothing
     assert torch.equal(distiller.states(batch).hidden, expected)
@@ -303,8 +286,7 @@ def test_an_id_of_the_targets_padding_does_not_stop_the_draft(world: dict[str, s
 
 def test_a_damaged_checkpoint_is_refused(world: dict[str, str], tmp_path: Path) -> None:
     config = settings(world, tmp_path / "run")
-    with pytest.raises(KeyboardInterrupt):
-        run(config, stop_at=6)
+    interrupted(config, 6)
     (tmp_path / "run" / "checkpoints" / "weights.safetensors").write_bytes(b"short")
     with pytest.raises(StorageError, match="checkpoint"):
         run(config, resume=True)
@@ -321,23 +303,17 @@ def test_foreign_data_is_refused(world: dict[str, str], tmp_path: Path, tiny: Ti
     for policy in ("target", {"name": "mixed", "prompts": 4, "max_new_tokens": 4}):
         with pytest.raises(InputError, match=r"holds answers of .*, another model than"):
             run(other(signal="live", policy=policy))
-    own = {"name": "fresh_target", "prompts": 4, "max_new_tokens": 4}
-    run(other(signal="live", policy=own))
+    run(other(signal="live", policy={"name": "fresh_target", "prompts": 4, "max_new_tokens": 4}))
 
 
 def test_a_writer_smaller_than_the_draft_is_told(world: dict[str, str], tmp_path: Path) -> None:
-    data, said = tmp_path / "data", []
-    target, draft = (models.load(world[n], dtype="float32") for n in ("target", "draft"))
+    data, (target, _) = tmp_path / "data", pair_of(world)
     save_draft(make_draft(target, [0]), tmp_path / "small")
     small = models.load(str(tmp_path / "small"), dtype="float32")
     generate(target, ask(12), data, max_new_tokens=4, writer=small)
     config = settings({**world, "data": str(data)}, tmp_path / "run", heldout=2)
-
-    def progress(stage: str, done: float, total: float, detail: str = "") -> None:
-        said.append(detail)
-
-    train(config, target, draft, progress=progress)
-    assert said[0].endswith(f"written by {small.name}, which is smaller than the draft")
+    words = f"written by {small.name}, which is smaller than the draft"
+    assert reported(config)[0].endswith(words)
 
 
 @pytest.mark.parametrize("name", ["draft", "data"])
@@ -345,17 +321,16 @@ def test_a_run_is_not_gone_on_with_from_something_else(
     world: dict[str, str], tmp_path: Path, tiny_folder: Path, name: str
 ) -> None:
     """The paths are those of the first run, and what they hold is not."""
-    own = {**world, name: str(tmp_path / name)}
-    shutil.copytree(world[name], own[name])
-    config = settings(own, tmp_path / "run", signal="live")
-    with pytest.raises(KeyboardInterrupt):
-        run(config, stop_at=6)
-    shutil.rmtree(own[name])
+    places = {**world, name: str(tmp_path / name)}
+    shutil.copytree(world[name], places[name])
+    config = settings(places, tmp_path / "run", signal="live")
+    interrupted(config, 6)
+    shutil.rmtree(places[name])
     target = models.load(str(tiny_folder), dtype="float32")
     if name == "draft":
-        save_draft(make_draft(target, [0, 2], torch.arange(0, 64, 2)), Path(own[name]))
+        save_draft(make_draft(target, [0, 2], torch.arange(0, 64, 2)), Path(places[name]))
     else:
-        generate(target, ask(40), Path(own[name]), max_new_tokens=12, samplings=[Sampling(0.5)])
+        generate(target, ask(40), Path(places[name]), max_new_tokens=12, samplings=[Sampling(0.5)])
     with pytest.raises(InputError, match=f"a run with another {name}: .*was changed since"):
         run(config, resume=True)
 
@@ -369,11 +344,7 @@ def test_the_order_of_the_answers_is_nothing_to_a_run(
     with mock.patch("specdistill.training.answers.read_given", backwards):
         run(settings(world, tmp_path / "other"))
     backwards.assert_called_once()
-    a, b = (
-        models.load(str(tmp_path / name / "draft"), dtype="float32") for name in ("one", "other")
-    )
-    for ours, theirs in zip(a.model.parameters(), b.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    assert digest(tmp_path / "one") == digest(tmp_path / "other")
 
 
 def test_the_held_out_answers_are_of_all_tasks() -> None:
@@ -405,27 +376,23 @@ def test_answers_to_equal_prompts_are_on_one_side() -> None:
 
 
 def test_prompts_that_are_cut_are_told(world: dict[str, str], tmp_path: Path) -> None:
-    target = models.load(world["target"], dtype="float32")
+    target, _ = pair_of(world)
     alike = [replace(p, messages=ask(1)[0].messages) for p in ask(12)]
     generate(target, alike, tmp_path / "data", max_new_tokens=6, samplings=[Sampling(1.0)])
-    said: list[str] = []
     config = settings({**world, "data": str(tmp_path / "data")}, tmp_path / "run", heldout=4)
-    draft = models.load(world["draft"], dtype="float32")
-    train(config, target, draft, progress=lambda *a: said.append(a[-1]))
-    assert said[0] == "8 answers to train on, 4 held out, some of a prompt that is trained on, too"
+    words = "8 answers to train on, 4 held out, some of a prompt that is trained on, too"
+    assert reported(config)[0] == words
 
 
 def test_the_decoding_in_between_is_of_distinct_prompts(
     world: dict[str, str], tmp_path: Path
 ) -> None:
     examples = [Example(f"p{i}", [7 + i // 5, 5], [9]) for i in range(20)]
-    target = models.load(world["target"], dtype="float32")
-    draft = models.load(world["draft"], dtype="float32")
     config = settings(world, tmp_path, decode={"prompts": 3, "max_new_tokens": 4})
     with mock.patch.object(SpeculativeDecoder, "run", autospec=True) as run_:
         run_.side_effect = RuntimeError
         with pytest.raises(RuntimeError):
-            decoded(target, draft, examples, config)
+            decoded(*pair_of(world), examples, config)
     assert [r.tokens for r in run_.call_args.args[1]] == [[7, 5], [8, 5], [9, 5]]
 
 
@@ -450,8 +417,7 @@ def test_hints_on_inner_layers_need_a_live_target(world: dict[str, str], tmp_pat
 def test_a_run_is_resumed_with_its_own_configuration(
     world: dict[str, str], tmp_path: Path, changes: dict, message: str
 ) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(settings(world, tmp_path / "run"), stop_at=5)
+    interrupted(settings(world, tmp_path / "run"), 5)
     with pytest.raises(InputError, match=message):
         run(settings(world, tmp_path / "run", **changes), resume=True)
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -460,8 +426,7 @@ def test_a_run_is_resumed_with_its_own_configuration(
 
 def test_a_checkpoint_knows_its_configuration(world: dict[str, str], tmp_path: Path) -> None:
     """Where the file that tells it is gone, too."""
-    with pytest.raises(KeyboardInterrupt):
-        run(settings(world, tmp_path / "run"), stop_at=5)
+    interrupted(settings(world, tmp_path / "run"), 5)
     (tmp_path / "run" / "config.yaml").unlink()
     with pytest.raises(InputError, match=r"another configuration, and .*config\.yaml.* is missing"):
         run(settings(world, tmp_path / "run", loss="rkl"), resume=True)
@@ -470,8 +435,7 @@ def test_a_checkpoint_knows_its_configuration(world: dict[str, str], tmp_path: P
 
 def test_a_later_version_with_more_keys_resumes(world: dict[str, str], tmp_path: Path) -> None:
     """Its hash of the same configuration is another, and config.yaml says that nothing differs."""
-    with pytest.raises(KeyboardInterrupt):
-        run(settings(world, tmp_path / "run"), stop_at=5)
+    interrupted(settings(world, tmp_path / "run"), 5)
     with mock.patch("specdistill.training.run.config_sha256", return_value="of a later version"):
         assert run(settings(world, tmp_path / "run"), resume=True)[-1]["step"] == 12
 
@@ -480,16 +444,17 @@ def test_a_draft_names_the_run_that_made_it(world: dict[str, str], tmp_path: Pat
     config = settings(world, tmp_path / "run")
     last = run(config)[-1]
     made = models.load(str(tmp_path / "run/draft"), dtype="float32")
-    told = {"config_sha256": config_sha256(config), "step": last["kept_step"]}
-    told |= {"target_vocab_size": 64, "chat_template_kwargs": [{}]}
-    assert origin(made) == told
-    assert told["config_sha256"] in (tmp_path / "run/config.yaml").read_text()
+    made_by, step = config_sha256(config), last["kept_step"]
+    template = {"target_vocab_size": 64, "chat_template_kwargs": [{}]}
+    assert origin(made) == {"config_sha256": made_by, "step": step, **template}
+    assert made_by in (tmp_path / "run/config.yaml").read_text()
     other = settings(world, tmp_path / "elsewhere", device="cpu")
-    assert config_sha256(other) == told["config_sha256"], "where it runs does not count"
-    assert config_sha256(settings(world, tmp_path, seed=1)) != told["config_sha256"]
-    assert origin(models.load(world["draft"], dtype="float32")) is None
-    whole = make_draft(models.load(world["target"], dtype="float32"), [0, 1])
-    set_origin(whole, told["config_sha256"], told["step"])
+    assert config_sha256(other) == made_by, "where it runs does not count"
+    assert config_sha256(settings(world, tmp_path, seed=1)) != made_by
+    target, draft = pair_of(world)
+    assert origin(draft) is None
+    whole = make_draft(target, [0, 1])
+    set_origin(whole, made_by, step)
     assert origin(make_draft(whole, [0])) is None, "no run has trained this one"
 
 
@@ -497,26 +462,22 @@ def test_the_temperature_enters_the_loss(world: dict[str, str]) -> None:
     """One step at T = 2 is the step of the loss at 2, not at 1."""
     losses = {}
     for temperature in (1.0, 2.0):
-        target = models.load(world["target"], dtype="float32")
-        draft = models.load(world["draft"], dtype="float32")
-        config = settings(world, Path("unused"), temperature=temperature)
-        examples = read_examples(Path(world["data"]), signal=True)[:4]
-        batch = make_batch(examples, 0, draft.device)
+        distiller, batch = distiller_of(world, temperature=temperature), answers_of(world, 4)
+        target, draft = distiller.target, distiller.draft
         p = target.logits(batch.signal.hidden)[:, draft.vocab] / temperature
         q = draft.logits(draft.hidden(batch.tokens, attention_mask=batch.mask)[batch.response])
         whole = (target.logits(batch.signal.hidden) / temperature).softmax(-1)
         mass = whole[:, draft.vocab].sum(-1)
         inner = (p.softmax(-1) * (p.log_softmax(-1) - (q / temperature).log_softmax(-1))).sum(-1)
         expected = temperature**2 * (mass * inner).mean()
-        losses[temperature] = Distiller(target, draft, config).step([batch], 0.0).loss
+        losses[temperature] = distiller.step([batch], 0.0).loss
         assert losses[temperature] == pytest.approx(expected.item(), rel=1e-4)
     assert losses[1.0] != pytest.approx(losses[2.0], rel=0.05)
 
 
 def test_labels_the_draft_lacks_are_counted(world: dict[str, str]) -> None:
-    target = models.load(world["target"], dtype="float32")
-    draft = models.load(world["draft"], dtype="float32")
-    distiller = Distiller(target, draft, settings(world, Path("unused"), loss="ce", signal="live"))
+    distiller = distiller_of(world, loss="ce", signal="live")
+    draft = distiller.draft
     batch = make_batch([Example("a", [5, 6], [7, 8, 9, 11])], 0, draft.device)
     metrics = distiller.step([batch], 0.0)
     assert metrics.missing == 3, "the draft has the even tokens"
@@ -591,10 +552,9 @@ def test_activation_checkpointing_changes_no_bit(
     """The same weights after a step, and every layer run twice: again in the backward pass."""
     passes, weights = [], []
     for on in (False, True):
-        target, draft = (models.load(world[n], dtype="float32") for n in ("target", "draft"))
-        training = {"activation_checkpointing": on}
-        config = settings(world, Path("x"), signal="live", hints=hints, training=training)
-        distiller, count = Distiller(target, draft, config), []
+        training, count = {"activation_checkpointing": on}, []
+        distiller = distiller_of(world, signal="live", hints=hints, training=training)
+        draft = distiller.draft
         for layer in draft.model.model.layers:
             layer.input_layernorm.register_forward_hook(lambda *_, count=count: count.append(1))
         examples = read_examples(Path(world["data"]), signal=False)[:5]
@@ -606,16 +566,12 @@ def test_activation_checkpointing_changes_no_bit(
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
-LORA = {"rank": 4, "alpha": 8}
-
-
 def test_lora_trains_its_factors_alone_and_leaves_an_ordinary_draft(
     world: dict[str, str], tmp_path: Path
 ) -> None:
     pytest.importorskip("peft")
     config = settings(world, tmp_path / "run", training={"max_steps": 60, "lora": LORA})
-    target, draft = (models.load(world[n], dtype="float32") for n in ("target", "draft"))
-    before = models.load(world["draft"], dtype="float32")
+    (target, draft), (_, before) = pair_of(world), pair_of(world)
     names = before.model.state_dict().keys()
     train(config, target, draft)
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
@@ -641,34 +597,19 @@ def test_lora_trains_its_factors_alone_and_leaves_an_ordinary_draft(
             assert again[name] == pytest.approx(rows[-1][name], abs=1e-4)
 
 
-def test_a_run_with_lora_resumes_to_the_bit(world: dict[str, str], tmp_path: Path) -> None:
-    pytest.importorskip("peft")
-    for name, stop_at in (("whole", None), ("broken", 7)):
-        config = settings(world, tmp_path / name, training={"lora": LORA})
-        if stop_at:
-            with pytest.raises(KeyboardInterrupt):
-                run(config, stop_at=stop_at)
-        run(config, resume=stop_at is not None)
-    a, b = (
-        models.load(str(tmp_path / name / "draft"), dtype="float32") for name in ("whole", "broken")
-    )
-    for ours, theirs in zip(a.model.parameters(), b.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-
-
 def test_a_draft_that_decoded_before_is_adapted_whole(world: dict[str, str]) -> None:
     """Its lean body was made of the layers as they were without the factors."""
     pytest.importorskip("peft")
-    draft = models.load(world["target"], dtype="float32")
+    draft, _ = pair_of(world)
     assert draft.body is not None
     adapt(draft, Lora(**LORA), seed=0)
     for name, value in draft.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value)
     request = Request("a", [5, 6, 7], 12)
-    (found,) = SpeculativeDecoder(draft).run([request]).outputs
+    (output,) = SpeculativeDecoder(draft).run([request]).outputs
     tokens = list(request.tokens)
-    for token in found.tokens:
+    for token in output.tokens:
         with torch.no_grad():
             logits = draft.logits(draft.hidden(torch.tensor([tokens])))[0, -1]
         assert token == logits.argmax()
@@ -705,9 +646,9 @@ def test_a_run_that_diverges_stops_and_leaves_no_draft(
 def test_a_draft_that_diverges_between_its_samples_is_named(
     world: dict[str, str], tmp_path: Path
 ) -> None:
-    own = {"name": "draft", "refresh_every": 1, "prompts": 4, "max_new_tokens": 4}
+    policy = {"name": "draft", "refresh_every": 1, "prompts": 4, "max_new_tokens": 4}
     training = {"learning_rate": 1e30, "warmup": 0.0}
-    config = settings(world, tmp_path / "run", training=training, policy=own, signal="live")
+    config = settings(world, tmp_path / "run", training=training, policy=policy)
     with pytest.raises(TrainingError, match=r"cannot sample after update 1: .*below 1e\+30"):
         run(config)
 
@@ -717,7 +658,7 @@ def test_a_draft_that_is_broken_from_the_start_is_named(
 ) -> None:
     """At load; and before any update where it was broken since."""
     config = settings(world, tmp_path / "run", decode=None)
-    target, draft = (models.load(n, dtype="float32") for n in (config.target, config.draft))
+    target, draft = pair_of(world)
     with torch.no_grad():
         for weight in draft.model.parameters():
             weight *= torch.nan
@@ -789,12 +730,11 @@ def test_keywords_are_the_configuration_of_a_file(world: dict[str, str], tmp_pat
     options = config.training.model_dump(exclude_unset=True) | {"heldout": 8}
     options |= {"loss": "jsd", "decode": None, "evaluate_every": 5, "checkpoint_every": 4}
     names = [world["target"], Path(world["draft"])]
-    loaded = [models.load(str(name), dtype="float32") for name in names]
-    first = models.load(str(tmp_path / "file" / "draft"), dtype="float32")
+    loaded = pair_of(world)
     for folder, pair, more in (("a", names, {"dtype": "float32"}), ("b", loaded, {})):
         draft = distill(*pair, world["data"], tmp_path / folder, **options, **more)
-        for ours, theirs in zip(draft.model.parameters(), first.model.parameters(), strict=True):
-            assert torch.equal(ours, theirs)
+        assert digest(tmp_path / folder) == digest(tmp_path / "file")
+        assert draft.path == tmp_path / folder / "draft"
         with pytest.raises(InputError, match="already holds a run"):
             distill(*pair, world["data"], tmp_path / folder, **options, **more)
     assert config_sha256(load_config(tmp_path / "a" / "config.yaml")) == config_sha256(config)
@@ -805,7 +745,7 @@ def test_keywords_are_the_configuration_of_a_file(world: dict[str, str], tmp_pat
 def test_a_draft_made_here_is_trained_before_it_is_saved(
     world: dict[str, str], tmp_path: Path
 ) -> None:
-    target = models.load(world["target"], dtype="float32")
+    target, _ = pair_of(world)
     store = Store(Path(world["data"]), read_manifest(Path(world["data"])))
     options = {"heldout": 8, "max_steps": 2, "decode": None}
     draft = distill(target, make_draft(target, [0]), store, tmp_path / "run", **options)
@@ -817,12 +757,11 @@ def test_a_draft_made_here_is_trained_before_it_is_saved(
 
 
 def test_a_draft_that_cannot_be_trained_is_refused(world: dict[str, str], tmp_path: Path) -> None:
-    target = models.load(world["target"], dtype="float32")
-    for dtype, message in (("bfloat16", "torch.bfloat16"), ("float16", "torch.float16")):
+    target, packed = pair_of(world)
+    for dtype in ("bfloat16", "float16"):
         half = models.load(world["draft"], dtype=dtype)
-        with pytest.raises(InputError, match=rf"weights in {message}.* dtype='float32'"):
+        with pytest.raises(InputError, match=rf"weights in torch.{dtype}.* dtype='float32'"):
             Distiller(target, half, settings(world, tmp_path / "run"))
-    packed = models.load(world["draft"], dtype="float32")
     pack(packed, 8)
     with pytest.raises(InputError, match=r"is packed for decoding.* load it again"):
         train(settings(world, tmp_path / "run"), target, packed)
@@ -833,11 +772,11 @@ def test_a_run_draws_nothing_from_the_programs_own_generator(
     world: dict[str, str], tmp_path: Path
 ) -> None:
     pytest.importorskip("peft")
-    state, own = torch.get_rng_state(), random.getstate()
-    target, draft = (models.load(world[n], dtype="float32") for n in ("target", "draft"))
+    states = torch.get_rng_state(), random.getstate()
+    target, draft = pair_of(world)
     training = {"max_steps": 2, "lora": LORA}
     more = {"hints": {"layers": {2: 4}}, "signal": "live"}
     train(settings(world, tmp_path / "run", training=training, **more), target, draft)
     make_draft(target, [0], random_seed=3)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert random.getstate() == own
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]

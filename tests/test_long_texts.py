@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
-from small_runs import make_world, run, settings
+from small_runs import run, settings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,11 +30,6 @@ from specdistill.training.reward import Sample
 from specdistill.training.windows import spans
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[str, str]:
-    return make_world(tmp_path_factory.mktemp("world"), tiny_folder)
 
 
 def text(name: str, prompt: int, response: int, seed: int = 0) -> Example:

@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 import torch
 from chains import ALPHA, TABLE, WARM, V, chain, draft_chain, p_value, transitions, warped
+from small_runs import digest, interrupted, pair_of, run, settings, untimed
 
-from specdistill import models
-from specdistill.config import DistillConfig, Policy, parse_config
-from specdistill.data.generation import generate
-from specdistill.data.prompts import Prompt
+from specdistill.config import Policy, parse_config
 from specdistill.data.signal import Signal, States, read_states
 from specdistill.data.token_store import Example
 from specdistill.decoding import ModelDrafter, SpeculativeDecoder
-from specdistill.drafts.making import make_draft, save_draft
+from specdistill.drafts.making import make_draft
 from specdistill.errors import DecodingError, InputError, StorageError
 from specdistill.models import LanguageModel
 from specdistill.training.answers import read_given
@@ -32,10 +30,10 @@ from specdistill.training.policies import (
     standalone,
     within_top_k,
 )
-from specdistill.training.run import train
 from specdistill_kernels import RowSettings
 
 Tiny = Callable[..., LanguageModel]
+Pair = tuple[LanguageModel, LanguageModel]
 HALF = torch.arange(0, 64, 2)
 
 
@@ -46,7 +44,7 @@ def source(target: LanguageModel, draft: LanguageModel, name: str, **more: objec
 
 
 @pytest.fixture
-def pair(tiny: Tiny) -> tuple[LanguageModel, LanguageModel]:
+def pair(tiny: Tiny) -> Pair:
     """A target and a draft of half its layers and tokens, which disagree now and then."""
     target = tiny(layers=4)
     return target, make_draft(target, [0, 3], HALF)
@@ -63,15 +61,13 @@ def greedy(model: LanguageModel, prompt: list[int], number: int, eos: bool = Tru
     return text[len(prompt) :]
 
 
-def test_given_answers_stay_as_they_are(pair: tuple[LanguageModel, LanguageModel]) -> None:
+def test_given_answers_stay_as_they_are(pair: Pair) -> None:
     for name in ("target", "fixed"):
         ours = source(*pair, name)
         assert POLICIES[name](ours, 0) == list(ours.given) == POLICIES[name](ours, 700)
 
 
-def test_draft_samples_follow_the_drafts_current_weights(
-    pair: tuple[LanguageModel, LanguageModel],
-) -> None:
+def test_draft_samples_follow_the_drafts_current_weights(pair: Pair) -> None:
     target, draft = pair
     ours = source(target, draft, "draft", sample_temperature=0.0)
     before = POLICIES["draft"](ours, 0)
@@ -89,21 +85,17 @@ def test_draft_samples_follow_the_drafts_current_weights(
         assert example.response_tokens == greedy(draft, example.prompt_tokens, 8)
 
 
-def test_draft_samples_are_fresh_at_each_refresh_and_the_same_at_one_step(
-    pair: tuple[LanguageModel, LanguageModel],
-) -> None:
+def test_draft_samples_are_fresh_at_each_refresh_and_the_same_at_one_step(pair: Pair) -> None:
     ours = source(*pair, "draft", prompts=30)
     texts = [{e.id: e.response_tokens for e in POLICIES["draft"](ours, s)} for s in (0, 0, 100)]
     assert texts[0] == texts[1]
     assert texts[0].keys() == texts[2].keys()
     assert sum(texts[0][i] != texts[2][i] for i in texts[0]) > 15
-    kept = {int(i) for i in HALF}
-    assert all(set(tokens) <= kept for text in texts for tokens in text.values())
+    known = set(HALF.tolist())
+    assert all(set(tokens) <= known for text in texts for tokens in text.values())
 
 
-def test_a_draft_alone_has_its_own_distribution(
-    pair: tuple[LanguageModel, LanguageModel],
-) -> None:
+def test_a_draft_alone_has_its_own_distribution(pair: Pair) -> None:
     _, draft = pair
     alone = standalone(draft, pair[0])
     hidden = torch.randn(3, 32)
@@ -113,9 +105,7 @@ def test_a_draft_alone_has_its_own_distribution(
     assert alone.model is draft.model
 
 
-def test_mixed_takes_the_drafts_samples_in_their_share(
-    pair: tuple[LanguageModel, LanguageModel],
-) -> None:
+def test_mixed_takes_the_drafts_samples_in_their_share(pair: Pair) -> None:
     counts = []
     for step in range(0, 4000, 100):
         ours = source(*pair, "mixed", share=0.3, prompts=30, max_new_tokens=1)
@@ -127,33 +117,32 @@ def test_mixed_takes_the_drafts_samples_in_their_share(
     assert len(set(counts)) > 3, "a coin for each prompt, not a fixed part"
 
 
-def test_mixed_between_its_ends(pair: tuple[LanguageModel, LanguageModel]) -> None:
-    own = source(*pair, "draft", sample_temperature=0.0)
+def test_mixed_between_its_ends(pair: Pair) -> None:
+    sampled = source(*pair, "draft", sample_temperature=0.0)
     ends = [
         POLICIES["mixed"](source(*pair, "mixed", share=share, sample_temperature=0.0), 0)
         for share in (0.0, 1.0)
     ]
-    assert ends[0] == own.chosen(0)
-    assert ends[1] == POLICIES["draft"](own, 0)
+    assert ends[0] == sampled.chosen(0)
+    assert ends[1] == POLICIES["draft"](sampled, 0)
 
 
 def test_skd_replaces_what_the_target_would_not_say() -> None:
     """On a Markov chain the law is exact: q within the target's top K, and p with the rest of q's
     mass, at every place of an answer and for rounds of any length.
     """
-    kept = 5
+    top_k = 5
     p = warped(TABLE, WARM)
     q = warped(draft_chain("near").model.table.weight.reshape(V, V, V), WARM)
-    top = p >= np.sort(p)[..., [-kept]]
+    top = p >= np.sort(p)[..., [-top_k]]
     law = q * top + (1 - (q * top).sum(-1, keepdims=True)) * p
 
     def texts(rows: int, length: int) -> np.ndarray:
         examples = [Example(f"e{i}", [3, 5], [1]) for i in range(rows)]
-        settings = {"max_new_tokens": length, "prompts": rows, "block": 3, "top_k": kept}
+        settings = {"max_new_tokens": length, "prompts": rows, "block": 3, "top_k": top_k}
         policy = Policy(name="skd", **settings)
         ours = Source(examples, chain(TABLE), draft_chain("near"), policy, seed=1)
-        found = POLICIES["skd"](ours, 0)
-        return np.array([e.prompt_tokens + e.response_tokens for e in found])
+        return np.array([e.prompt_tokens + e.response_tokens for e in POLICIES["skd"](ours, 0)])
 
     long, short = texts(64, 300), texts(3000, 1)
     assert (long.shape, short.shape) == ((64, 302), (3000, 3))
@@ -165,9 +154,7 @@ def test_skd_replaces_what_the_target_would_not_say() -> None:
     assert p_value(counts, 3000 * p[3, 5]) < ALPHA
 
 
-def test_skd_at_its_ends_is_the_drafts_or_the_targets_text(
-    pair: tuple[LanguageModel, LanguageModel],
-) -> None:
+def test_skd_at_its_ends_is_the_drafts_or_the_targets_text(pair: Pair) -> None:
     for top_k, model in ((64, pair[1]), (1, pair[0])):
         ours = source(*pair, "skd", top_k=top_k, block=3, sample_temperature=0.0)
         for example in POLICIES["skd"](ours, 0):
@@ -185,11 +172,7 @@ def test_the_rule_of_skd_by_hand() -> None:
         proposals,
         None,
         logits,
-        RowSettings(
-            torch.zeros(4, dtype=torch.float64),
-            seeds=torch.arange(4),
-            step=torch.zeros(4, dtype=torch.int64),
-        ),
+        RowSettings(torch.zeros(4).double(), torch.arange(4), torch.zeros(4).long()),
         lengths=torch.tensor([3, 3, 1, 0]),
     )
     assert verdict.tokens.tolist() == [
@@ -213,11 +196,7 @@ def test_the_rule_of_skd_draws_nothing_from_a_row_that_is_no_distribution(bad: f
         torch.tensor([[4, 5], [4, 5], [4, 4]]),
         None,
         logits,
-        RowSettings(
-            torch.ones(3, dtype=torch.float64),
-            seeds=torch.arange(3),
-            step=torch.zeros(3, dtype=torch.int64),
-        ),
+        RowSettings(torch.ones(3).double(), torch.arange(3), torch.zeros(3).long()),
         lengths=torch.tensor([2, 2, 2]),
     )
     assert verdict.tokens.tolist() == [[4, 5, -1], [-1, -1, -1], [4, -1, -1]]
@@ -232,12 +211,10 @@ def test_skd_names_the_request_of_a_target_without_numbers(tiny: Tiny) -> None:
         POLICIES["skd"](source(target, draft, "skd", top_k=2, block=3), 0)
 
 
-def test_induced_states_are_the_drafts_proposals_in_rejected_rounds(
-    pair: tuple[LanguageModel, LanguageModel],
-) -> None:
+def test_induced_states_are_the_drafts_proposals_in_rejected_rounds(pair: Pair) -> None:
     target, draft = pair
     ours = source(target, draft, "induced", block=3, sample_temperature=0.0)
-    found = POLICIES["induced"](ours, 0)
+    induced = POLICIES["induced"](ours, 0)
     requests = ours.requests(0)
     decoder = SpeculativeDecoder(
         target, ModelDrafter(draft, target.vocab_size), num_draft_tokens=3, batch_size=5
@@ -248,10 +225,10 @@ def test_induced_states_are_the_drafts_proposals_in_rejected_rounds(
         for i, r in enumerate(o.rounds)
         if r.accepted < r.tested
     }
-    assert len(found) == len(rejected) > 5
+    assert len(induced) == len(rejected) > 5
     answers = {r.id: greedy(target, list(r.tokens), 8) for r in requests}
     prompts = {r.id: list(r.tokens) for r in requests}
-    for example in found:
+    for example in induced:
         name, _, length = example.id.partition("@")
         done = int(length) - len(prompts[name])
         assert (name, done) in rejected
@@ -264,9 +241,9 @@ def test_induced_states_are_the_drafts_proposals_in_rejected_rounds(
 def test_fresh_answers_are_the_targets_own(tiny: Tiny) -> None:
     target = tiny(layers=4)
     ours = source(target, make_draft(target, [0]), "fresh_target", sample_temperature=0.0)
-    found = POLICIES["fresh_target"](ours, 0)
-    assert [e.id for e in found] == [e.id for e in ours.chosen(0)]
-    for example in found:
+    answers = POLICIES["fresh_target"](ours, 0)
+    assert [e.id for e in answers] == [e.id for e in ours.chosen(0)]
+    for example in answers:
         assert example.response_tokens == greedy(target, example.prompt_tokens, 8)
 
 
@@ -275,8 +252,8 @@ def test_fresh_answers_are_sampled_from_the_targets_distribution() -> None:
     p, q = warped(TABLE, WARM), warped(draft.model.table.weight.reshape(V, V, V), WARM)
     examples = [Example(f"e{i}", [3, 5], [1]) for i in range(64)]
     policy = Policy(name="fresh_target", max_new_tokens=300, prompts=64)
-    found = POLICIES["fresh_target"](Source(examples, chain(TABLE), draft, policy, seed=1), 0)
-    texts = np.array([e.prompt_tokens + e.response_tokens for e in found])
+    answers = POLICIES["fresh_target"](Source(examples, chain(TABLE), draft, policy, seed=1), 0)
+    texts = np.array([e.prompt_tokens + e.response_tokens for e in answers])
     assert transitions(texts, p) > ALPHA
     assert transitions(texts, q) < ALPHA
 
@@ -284,9 +261,9 @@ def test_fresh_answers_are_sampled_from_the_targets_distribution() -> None:
 def test_a_draft_that_is_never_rejected_learns_from_what_is_accepted(tiny: Tiny) -> None:
     target = tiny(layers=2)
     ours = source(target, target, "induced", block=3, sample_temperature=0.0)
-    found = POLICIES["induced"](ours, 40)
-    assert found
-    for example in found:
+    accepted = POLICIES["induced"](ours, 40)
+    assert accepted
+    for example in accepted:
         num = len(example.response_tokens)
         assert example.response_tokens == greedy(target, example.prompt_tokens, num)
 
@@ -322,37 +299,6 @@ def test_samples_are_asked_for_at_every_refresh() -> None:
     assert asked == [4, 8]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("policies")
-    target = models.load(str(tiny_folder), dtype="float32")
-    prompts = [
-        Prompt(str(i), ({"role": "user", "content": f"w{5 + i} w{7 + i}"},)) for i in range(24)
-    ]
-    generate(target, prompts, folder / "data", max_new_tokens=8, signal="none")
-    save_draft(make_draft(target, [0, 1], HALF), folder / "draft")
-    places = {"target": str(tiny_folder)}
-    return places | {name: str(folder / name) for name in ("data", "draft")}
-
-
-def settings(world: dict[str, str], run: Path, policy: object, **more: object) -> DistillConfig:
-    training = {"max_steps": 10, "batch_tokens": 120, "learning_rate": 5e-3}
-    raw = {**world, "run_dir": str(run), "heldout": 8, "checkpoint_every": 4, "signal": "live"}
-    return parse_config({**raw, "policy": policy, "training": training, **more})
-
-
-def run(config: DistillConfig, resume: bool = False, stop_at: int | None = None) -> list[dict]:
-    def progress(stage: str, done: float, total: float, detail: str = "") -> None:
-        if stop_at is not None and detail.startswith(f"step {stop_at},"):
-            raise KeyboardInterrupt
-
-    target, draft = (models.load(p, dtype="float32") for p in (config.target, config.draft))
-    train(config, target, draft, resume=resume, progress=progress)
-    lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
-
-
 SAMPLED = [name for name in POLICIES if name not in ("target", "fixed")]
 SHORT = {"refresh_every": 3, "prompts": 6, "max_new_tokens": 6}
 
@@ -363,17 +309,14 @@ def test_a_run_under_each_policy_learns_and_resumes_to_the_bit(
 ) -> None:
     """Interrupted after a refresh that follows the last checkpoint, and between two."""
     policy = {"name": name, **SHORT}
-    whole = run(settings(world, tmp_path / "whole", policy))
-    assert whole[-1]["expected_alpha"] != whole[0]["expected_alpha"]
+    whole = run(settings(world, tmp_path / "whole", policy=policy, decode=None))
+    assert whole[-2]["expected_alpha"] != whole[0]["expected_alpha"]
     samples = sorted(f.name for f in (tmp_path / "whole" / "samples").iterdir())
     assert samples == [f"step-{i:08d}.jsonl" for i in (0, 3, 6, 9)]
-    config = settings(world, tmp_path / "broken", policy)
-    with pytest.raises(KeyboardInterrupt):
-        run(config, stop_at=7)
-    assert run(config, resume=True) == whole
-    a, b = (models.load(str(tmp_path / n / "draft"), dtype="float32") for n in ("whole", "broken"))
-    for ours, theirs in zip(a.model.parameters(), b.model.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
+    config = settings(world, tmp_path / "broken", policy=policy, decode=None)
+    interrupted(config, 7)
+    assert untimed(run(config, resume=True)) == untimed(whole)
+    assert digest(tmp_path / "broken") == digest(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", SAMPLED)
@@ -389,10 +332,10 @@ def test_the_target_reads_samples_once_and_no_loss_is_another(
         return real(distiller, batch)
 
     monkeypatch.setattr(Distiller, "signal", counted)
-    once = run(settings(world, tmp_path / "once", policy, decode=None))
+    once = run(settings(world, tmp_path / "once", policy=policy, decode=None))
     assert sum(live[-10:]) == 0
     monkeypatch.setattr("specdistill.training.run.read_states", lambda *_: None)
-    always = run(settings(world, tmp_path / "live", policy, decode=None))
+    always = run(settings(world, tmp_path / "live", policy=policy, decode=None))
     losses = [[row["loss"] for row in rows if "loss" in row] for rows in (once, always)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert sum(live) >= len(losses[1])
@@ -424,9 +367,7 @@ def test_samples_of_weights_that_were_lost_are_forgotten(tmp_path: Path) -> None
     assert [f.name for f in tmp_path.iterdir()] == ["step-00000000.jsonl"]
 
 
-def test_kept_samples_are_read_again_and_damaged_ones_refused(
-    pair: tuple[LanguageModel, LanguageModel], tmp_path: Path
-) -> None:
+def test_kept_samples_are_read_again_and_damaged_ones_refused(pair: Pair, tmp_path: Path) -> None:
     ours = source(*pair, "draft")
     first = examples_at(ours, 0, tmp_path)
     with torch.no_grad():
@@ -446,8 +387,8 @@ def test_fixed_trains_on_the_data_sets_own_responses(world: dict[str, str], tmp_
     ]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    config = settings(world | {"data": str(data)}, tmp_path / "run", "fixed", loss="ce")
-    target = models.load(world["target"], dtype="float32")
+    config = settings(world | {"data": str(data)}, tmp_path / "run", policy="fixed", loss="ce")
+    target, _ = pair_of(world)
     examples = read_given(config, target)
     tokenizer = target.tokenizer
     for example, row in zip(examples, rows, strict=True):
@@ -466,8 +407,8 @@ def test_policy_and_data_of_different_kinds_are_refused(
     world: dict[str, str], tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="holds answers of the target; take policy 'target'"):
-        run(settings(world, tmp_path / "run", "fixed"))
+        run(settings(world, tmp_path / "run", policy="fixed"))
     (tmp_path / "p.jsonl").write_text('{"prompt": "w5", "response": "w6"}\n', encoding="utf-8")
     other = world | {"data": str(tmp_path / "p.jsonl")}
     with pytest.raises(InputError, match="no answers of `specdistill generate`; take policy 'f"):
-        run(settings(other, tmp_path / "run", "target"))
+        run(settings(other, tmp_path / "run", policy="target"))

@@ -23,12 +23,6 @@ from specdistill.training.batches import dealt, idle, length_buckets, make_batch
 from specdistill.training.distiller import Distiller
 from specdistill.training.run import train
 
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[str, str]:
-    return make_world(tmp_path_factory.mktemp("world"), tiny_folder)
-
-
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 

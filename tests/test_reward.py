@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from statistics import fmean, pstdev
 
 import pytest
 import torch
-from small_runs import make_world, run, settings
+from small_runs import digest, interrupted, run, settings, untimed
 from torch import Tensor
 
 from specdistill.config import DistillConfig
@@ -37,11 +36,6 @@ Tiny = Callable[..., LanguageModel]
 SAMPLING = {"name": "draft", "prompts": 8, "max_new_tokens": 6, "refresh_every": 3}
 VOCABULARIES = [None, torch.tensor([11, 2, 19, 0, 7, 22, 3, 16])]
 NUMBERS = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[str, str]:
-    return make_world(tmp_path_factory.mktemp("world"), tiny_folder)
 
 
 def module(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> str:
@@ -160,10 +154,8 @@ def test_samples_come_in_groups_with_advantages_among_them(tiny: Tiny, tmp_path:
             text = torch.tensor([s.prompt_tokens + s.response_tokens])
             logits = alone.logits(alone.hidden(text))[0, len(s.prompt_tokens) - 1 : -1]
             q = logits.double().log_softmax(-1)
-            own = q[torch.arange(len(q)), torch.tensor(s.response_tokens)]
-            torch.testing.assert_close(
-                torch.tensor(s.log_probs, dtype=q.dtype), own, atol=1e-5, rtol=0
-            )
+            expected = q[torch.arange(len(q)), torch.tensor(s.response_tokens)]
+            assert s.log_probs == pytest.approx(expected.tolist(), abs=1e-5, rel=0)
     assert any(s.advantage for s in samples)
     assert examples_at(source, 0, tmp_path) == samples, "read again from the file"
     plain = drawn(tiny, None)
@@ -300,14 +292,6 @@ def test_the_accepted_length_rises() -> None:
     assert fmean(overlaps[-20:]) > 0.85
 
 
-def digest(folder: Path) -> str:
-    return hashlib.sha256((folder / "draft/model.safetensors").read_bytes()).hexdigest()
-
-
-def untimed(rows: list[dict]) -> list[dict]:
-    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
-
-
 def test_a_weight_of_zero_is_the_same_run_to_the_bit(world: dict[str, str], tmp_path: Path) -> None:
     config = asking(world, tmp_path / "zero", "accepted-length", reward={"weight": 0.0})
     zero = run(config)
@@ -321,8 +305,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(world: dict[str, str], tmp_
     """From a checkpoint between two refreshes, with the samples' rewards and log-probabilities."""
     whole = run(asking(world, tmp_path / "whole", "accepted-length", policy={"refresh_every": 6}))
     config = asking(world, tmp_path / "cut", "accepted-length", policy={"refresh_every": 6})
-    with pytest.raises(KeyboardInterrupt):
-        run(config, stop_at=9)
+    interrupted(config, 9)
     assert untimed(run(config, resume=True))[-1] == untimed(whole)[-1]
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import untimed
 
 from specdistill import models
 from specdistill.config import DistillConfig, parse_config
@@ -68,8 +69,7 @@ def settings(
 def metrics(config: DistillConfig, target: LanguageModel) -> list[dict]:
     train(config, target, models.load(config.draft, dtype="float32"))
     lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+    return untimed([json.loads(line) for line in lines])
 
 
 def test_the_cost_of_an_even_tail_in_closed_form() -> None:

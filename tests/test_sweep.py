@@ -11,7 +11,6 @@ import pytest
 import yaml
 from cards import simulate
 from rich.console import Console
-from small_runs import make_world
 from test_cli import run
 
 from specdistill.cli.tables import sweep_table
@@ -20,11 +19,6 @@ from specdistill.progress import unsaid
 from specdistill.scoring.measure import score
 from specdistill.sweep import Result, _draw, heat_map, load_sweep, run_sweep, short_labels
 from specdistill.training.run import train
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> dict[str, str]:
-    return make_world(tmp_path_factory.mktemp("world"), tiny_folder)
 
 
 @pytest.fixture

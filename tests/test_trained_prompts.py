@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from small_runs import ask, make_world, settings
+from small_runs import ask, pair_of, reported, settings
 
 from specdistill import models
 from specdistill.data.chat import encode_prompt, encoded
@@ -14,17 +14,12 @@ from specdistill.data.likeness import TRAINED, fingerprint, read_trained
 from specdistill.data.prompts import Prompt
 from specdistill.scoring.measure import score, trained_line
 from specdistill.training.answers import read_given, split
-from specdistill.training.run import train
 
 
-def test_a_score_on_prompts_of_training_says_so(tiny_folder: Path, tmp_path: Path) -> None:
-    world = make_world(tmp_path, tiny_folder)
+def test_a_score_on_prompts_of_training_says_so(world: dict[str, str], tmp_path: Path) -> None:
     config = settings(world, tmp_path / "run", training={"max_steps": 2}, decode=None)
-    target = models.load(world["target"], dtype="float32")
-    said: list[str] = []
-    draft = models.load(world["draft"], dtype="float32")
-    train(config, target, draft, progress=lambda *a: said.append(str(a[-1])))
-    assert any("8 held out" in line for line in said)
+    assert any("8 held out" in line for line in reported(config))
+    target, _ = pair_of(world)
     _, training = split(read_given(config, target), config.heldout)
     texts = [target.tokenizer.decode(e.prompt_tokens, skip_special_tokens=True) for e in training]
     made = tmp_path / "run" / "draft"
@@ -46,30 +41,26 @@ def test_a_score_on_prompts_of_training_says_so(tiny_folder: Path, tmp_path: Pat
     assert scored(Path(world["draft"])) == ""
 
 
-def test_near_duplicates_on_both_sides_are_said(tiny_folder: Path, tmp_path: Path) -> None:
-    world = make_world(tmp_path, tiny_folder)
+def test_near_duplicates_on_both_sides_are_said(world: dict[str, str], tmp_path: Path) -> None:
     words = " ".join(f"w{i}" for i in range(10, 22))
     rows = [f'{{"prompt": "{words} w{30 + i}", "response": "w7 w8"}}\n' for i in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(rows))
-    world |= {"data": str(tmp_path / "rows.jsonl")}
+    world = world | {"data": str(tmp_path / "rows.jsonl")}
     # What all of them share is no likeness, so some ask something else.
     others = [f'{{"prompt": "w{i} w{i + 9}", "response": "w7"}}\n' for i in range(30, 42)]
     (tmp_path / "rows.jsonl").write_text("".join([*rows, *others]))
     more = {"policy": "fixed", "signal": "live", "decode": None, "heldout": 12}
     config = settings(world, tmp_path / "run", training={"max_steps": 1}, **more)
-    target = models.load(world["target"], dtype="float32")
-    said: list[str] = []
-    draft = models.load(world["draft"], dtype="float32")
-    train(config, target, draft, progress=lambda *a: said.append(str(a[-1])))
-    heldout, _ = split(read_given(config, target), 12)
+    heldout, _ = split(read_given(config, pair_of(world)[0]), 12)
     alike = sum(int(e.id) <= 12 for e in heldout)
     assert alike
-    assert any(f"{alike} of them on prompts nearly like one that is" in line for line in said)
+    words = f"{alike} of them on prompts nearly like one that is"
+    assert any(words in line for line in reported(config))
 
 
 def test_copies_of_a_prompt_are_scored_once(tiny_folder: Path) -> None:
     tokenizer = models.load(str(tiny_folder), dtype="float32").tokenizer
     copies = [Prompt(f"c{i}", ask(1)[0].messages) for i in range(40)]
-    found = encoded(tokenizer, [*copies, *ask(3)])
-    assert [p.id for p in found] == ["c0", "1", "2"]
-    assert found[0].tokens == encode_prompt(tokenizer, copies[0])
+    questions = encoded(tokenizer, [*copies, *ask(3)])
+    assert [p.id for p in questions] == ["c0", "1", "2"]
+    assert questions[0].tokens == encode_prompt(tokenizer, copies[0])
