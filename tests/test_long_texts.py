@@ -343,8 +343,11 @@ def long_pair() -> tuple[LanguageModel, LanguageModel]:
     return target, make_draft(target, [0], None)
 
 
-@pytest.mark.parametrize("masks", [{}, BLOCKS["masks"]], ids=["ordinary", "parallel"])
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(
+    ("length", "masks"),
+    [(4096, {}), (2048, BLOCKS["masks"]), pytest.param(16_384, {}, marks=pytest.mark.slow)],
+    ids=["ordinary", "parallel", "ordinary, 16k"],
+)
 def test_a_long_text_is_learnt_within_a_windows_memory(length: int, masks: dict[str, Any]) -> None:
     """Trained with a live target and measured: neither a value for each two tokens, nor one for
     each token and each of the vocabulary.
