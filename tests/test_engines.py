@@ -1085,7 +1085,6 @@ def test_a_public_head_and_vllms_own_look_up_are_ranked_by_their_own_counts(
         for _ in range(48 + 3):
             text.append(int(target.logits(target.hidden(torch.tensor([text]))[0, -1]).argmax()))
         texts.append(text[len(prompt.tokens) :])
-    assert not any(set(text[:48]) & target.eos_ids for text in texts)
     follows = [max(16, (t + 1) % 64) for t in range(64)]
     for text in texts[::2]:
         follows = [dict(pairwise(text)).get(t, follows[t]) for t in range(64)]
@@ -1094,7 +1093,7 @@ def test_a_public_head_and_vllms_own_look_up_are_ranked_by_their_own_counts(
     accepted = []
     for text in texts:
         done = 1
-        while done < 48:
+        while done < 48 and not target.eos_ids & set(text[:done]):
             proposed, last = 0, text[done - 1]
             while proposed < 3 and (last := follows[last]) == text[done + proposed]:
                 proposed += 1
