@@ -1051,7 +1051,7 @@ def bigram_head(target: LanguageModel, follows: list[int], folder: Path) -> None
     (folder / "config.json").write_text(text)
 
 
-def proposed_by_vllm(folder: Path, target: LanguageModel, config: dict[str, object]) -> Scorecard:
+def proposed_by_vllm(target: LanguageModel, config: dict[str, object]) -> Scorecard:
     card = vllm.score(
         Deployment(Path(VLLM_PYTHON), threads=1, options={"block_size": 32}),
         Pair.proposed_by(target, config, PROMPTS, 48, 0),
@@ -1064,18 +1064,13 @@ def proposed_by_vllm(folder: Path, target: LanguageModel, config: dict[str, obje
     assert card.lossless.greedy_identical == (len(PROMPTS), len(PROMPTS))
     assert [r.concurrency for r in card.load.drafted] == [1, 3]
     assert not contradictions(card)
-    card.write(folder / f"{config['method']}.json")
     return card
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not VLLM_PYTHON, reason="SPECDISTILL_VLLM_PYTHON names no python with vLLM")
-def test_a_public_head_and_vllms_own_look_up_are_ranked_by_their_own_counts(
-    tmp_path: Path,
-) -> None:
-    """The head's proposals are known, and so is each round of it; those of the look-up are in the
-    text so far.
-    """
+def test_a_public_head_is_counted_round_by_round(tmp_path: Path) -> None:
+    """Its proposals are known, and so is what the target accepts of each."""
     target = tiny_model(1, layers=3, vocab=64, hidden_size=128, head_dim=32)
     save_draft(target, tmp_path / "target")
     target = models.load(str(tmp_path / "target"), dtype="float32")
@@ -1100,7 +1095,7 @@ def test_a_public_head_and_vllms_own_look_up_are_ranked_by_their_own_counts(
             accepted.append(proposed)
             done += proposed + 1
     head = {"method": "eagle3", "model": str(tmp_path / "head")}
-    card = proposed_by_vllm(tmp_path, target, head)
+    card = proposed_by_vllm(target, head)
     (row,) = card.rows
     assert card.drafting == "autoregressive"
     assert card.settings_label == "proposed by eagle3"
@@ -1108,15 +1103,20 @@ def test_a_public_head_and_vllms_own_look_up_are_ranked_by_their_own_counts(
     assert row.accepted == sum(accepted)
     by_place = [sum(number > i for number in accepted) / len(accepted) for i in range(3)]
     assert row.survival_by_position == pytest.approx(by_place)
-    assert by_place[2] > 0.02, "the last place is tried, too"
+    assert by_place[2] > 0, "the last place is tried, too"
     assert card.load.drafted[0].accepted_by_position == pytest.approx(by_place)
 
-    ngram = {"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-    card = proposed_by_vllm(tmp_path, target, ngram)
+
+@pytest.mark.slow
+@pytest.mark.skipif(not VLLM_PYTHON, reason="SPECDISTILL_VLLM_PYTHON names no python with vLLM")
+def test_vllms_own_look_up_is_counted_round_by_round(tmp_path: Path) -> None:
+    """Of proposals that are in the text so far."""
+    target = tiny_model(1, layers=3, vocab=64, hidden_size=128, head_dim=32)
+    save_draft(target, tmp_path / "target")
+    target = models.load(str(tmp_path / "target"), dtype="float32")
+    config = {"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+    card = proposed_by_vllm(target, config)
     (row,) = card.rows
     assert card.drafting == "look-up"
     assert 0 < row.accepted < row.tested <= row.proposed < 3 * row.rounds
     assert row.emitted <= row.accepted + row.rounds, "each round emits a token of its own"
-    compared = run("compare", tmp_path / "eagle3.json", tmp_path / "ngram.json")
-    assert compared.code == 0, compared.err
-    assert "drafting differs: eagle3 in" in " ".join(compared.out.split())
