@@ -213,6 +213,7 @@ def divergence_kernel(
         known = label >= 0
         at = row.to(tl.int64) * width + tl.where(known, label, 0)
         picked = tl.load(draft + at).to(tl.float32)
+        tl.debug_barrier()  # every thread has it before one writes a gradient there
         c_ce = tl.where(known, w_ce, 0.0)
         total += tl.where(known, w_ce * (one_norm - picked), 0.0)
 
