@@ -33,6 +33,7 @@ from specdistill_kernels.verification import warn_once
 Backend = Literal["auto", "torch", "triton"]
 TRITON_LACKS = frozenset({"skew_kl", "skew_rkl"})  # they would need a mixture m of their own
 CHUNK_BYTES = 320 << 20  # of logits, of both sides
+PART_BYTES = 32 << 20  # of a head in float32, a part at a time
 MOST_CHUNKS = 64  # that are summed in bfloat16, eight bits: each is well above a unit of the sum
 MOST_ROWS = 1024  # of a chunk: more of them make no product faster, and leave the caches
 
@@ -88,9 +89,10 @@ def fused_divergence(
 
     Returns a scalar in float32 (float64 for float64 states). It is a sum: divide it by the tokens
     of the whole accumulated batch. Gradients are computed here, beside the loss, and scaled in the
-    backward pass. The head's is summed over chunks in float32, but for that of a bfloat16 head
-    whose sum would take more than `CHUNK_BYTES`: over up to `MOST_CHUNKS` it is rounded to bfloat16
-    after each, within which it is added up in float32. There is no second derivative.
+    backward pass. The head's is summed over chunks in float32, but for that of a head in half
+    precision whose sum would take more than `CHUNK_BYTES`: over up to `MOST_CHUNKS` it is rounded
+    after each, to bfloat16, or to float16 with an exponent of its own for each token. There is no
+    second derivative.
 
     backend: "torch" runs everywhere; "triton" wants triton, a GPU (or TRITON_INTERPRET=1) and
     float32, bfloat16 or float16, and has all losses but skew_kl and skew_rkl; "auto" takes triton
@@ -185,7 +187,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, head, weights, case, chunks):  # type: ignore[no-untyped-def]
         # float16 has no place for the gradients of a wide vocabulary's logits, 1e-7 and less, nor
-        # for sums of few of them before a loss scale has made them larger.
+        # for sums of few of them before a loss scale has made them larger: those of the head have
+        # an exponent for each token.
         half = hidden.dtype == torch.float16
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         sums = [torch.float32 if half else hidden.dtype]
@@ -196,6 +199,9 @@ class _Fused(torch.autograd.Function):
                 (hidden, weight, bias), sums, ctx.needs_input_grad[:3], strict=True
             )
         )
+        exponents = None
+        if of_weight is not None and of_weight.dtype == torch.float16:
+            exponents = of_weight.new_ones(len(of_weight), 1, dtype=torch.float32)
         total = weights.new_zeros(())
         for rows in chunks:
             states = hidden[rows]
@@ -211,12 +217,14 @@ class _Fused(torch.autograd.Function):
                 gradient = gradient.mul_(slope)
             if of_hidden is not None:
                 of_hidden[rows] = _times(gradient, weight).to(of_hidden.dtype)
-            if of_weight is not None:
+            if of_weight is not None and exponents is not None:
+                _add_scaled_product(of_weight, exponents, gradient, states)
+            elif of_weight is not None:
                 _add_product(of_weight, gradient, states)
             if of_bias is not None:
                 of_bias += gradient.sum(0, dtype=of_bias.dtype)
             del logits, gradient, slope  # before the next chunk's are made
-        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+        ctx.save_for_backward(of_hidden, of_weight, of_bias, exponents)
         return total
 
     @staticmethod
@@ -224,21 +232,20 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, upstream):  # type: ignore[no-untyped-def]
         # In place, as a head's gradient is large, unless the graph will be gone through again.
         again = torch._C._autograd._get_current_graph_task_keep_graph()
+        *all_sums, exponents = ctx.saved_tensors
+        factors = (upstream, upstream if exponents is None else upstream * exponents, upstream)
         scaled = [
-            None if sums is None else (sums * upstream if again else sums.mul_(upstream)).to(dtype)
-            for sums, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if sums is None else (sums * factor if again else sums.mul_(factor)).to(dtype)
+            for sums, factor, dtype in zip(all_sums, factors, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None, None, None)
 
 
 def _sum_dtype(parameter: Tensor, chunks: int) -> torch.dtype:
-    """In which its gradient is summed over chunks. bfloat16 would lose the later ones of many, and
-    float16 whatever is small.
-    """
+    """In which its gradient is summed over chunks; half precision would lose the later of many."""
     sums = wide(parameter[:0]).dtype
-    large = parameter.numel() * sums.itemsize > CHUNK_BYTES
-    narrow = large and chunks <= MOST_CHUNKS and parameter.dtype == torch.bfloat16
-    return parameter.dtype if narrow else sums
+    large = parameter.dim() == 2 and parameter.numel() * sums.itemsize > CHUNK_BYTES
+    return parameter.dtype if large and chunks <= MOST_CHUNKS else sums
 
 
 def _times(gradient: Tensor, weight: Tensor) -> Tensor:
@@ -248,7 +255,7 @@ def _times(gradient: Tensor, weight: Tensor) -> Tensor:
     if gradient.dtype == weight.dtype:
         return gradient @ weight
     out = gradient.new_zeros(len(gradient), weight.shape[1])
-    part = max(1, CHUNK_BYTES // (weight.shape[1] * gradient.itemsize))
+    part = max(1, PART_BYTES // (weight.shape[1] * gradient.itemsize))
     for start in range(0, len(weight), part):
         at = slice(start, start + part)
         out.addmm_(gradient[:, at], weight[at].to(gradient.dtype))
@@ -263,6 +270,19 @@ def _add_product(total: Tensor, gradient: Tensor, states: Tensor) -> None:
         total.addmm_(gradient.T, states)
     else:
         total += gradient.T @ states
+
+
+def _add_scaled_product(total: Tensor, exponents: Tensor, gradient: Tensor, states: Tensor) -> None:
+    """total [V, d] float16, times powers of two [V, 1] that keep each row's largest entry near 1,
+    += gradientᵀ states: nothing overflows, and what is below 2**-24 of the largest is lost."""
+    part = max(1, PART_BYTES // (total.shape[1] * gradient.itemsize))
+    for start in range(0, len(total), part):
+        at = slice(start, start + part)
+        sums = gradient[:, at].T @ states
+        sums += total[at] * exponents[at]
+        most = sums.abs().amax(1, keepdim=True).clamp(min=2.0**-120)
+        exponents[at] = most.log2().ceil().exp2()
+        total[at] = sums / exponents[at]
 
 
 def _kernel(backend: Backend, hidden: Tensor, parts: Mixture) -> RowKernel:

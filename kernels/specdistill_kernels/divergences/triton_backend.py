@@ -139,8 +139,9 @@ def _spread(target: Lumped, width: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _readable(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """In `dtype` or float32, which are the forms compiled, and without gaps within a row."""
-    if logits.dtype not in (dtype, torch.float32) or dtype == torch.float64:
+    """In a form that is compiled for a draft of `dtype`, and without gaps within a row."""
+    forms = {dtype, torch.float32} | ({torch.float16} if dtype == torch.float32 else set())
+    if logits.dtype not in forms or dtype == torch.float64:
         logits = logits.float()
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
@@ -175,6 +176,7 @@ def configurations() -> list[Configuration]:
     pairs = [  # LUMPED, the draft's dtype, which is never float16, the target's
         *((False, dtype, dtype) for dtype in ("fp32", "bf16")),
         (False, "bf16", "fp32"),
+        (False, "fp32", "fp16"),  # the draft's were float16 too
         *((True, dtype, "fp32") for dtype in ("fp32", "bf16")),
     ]
     types = dict.fromkeys(("out", "whole", "missing", "weights", "losses"), "*fp32")
