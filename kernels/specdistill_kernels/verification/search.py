@@ -39,7 +39,9 @@ def floor_key_of(floor, peak, scale, SHIFT: tl.constexpr, ROWS: tl.constexpr):
     """The lowest key that min-p keeps: x / T >= peak + log(floor), which holds of the peak itself
     at a floor of 1."""
     inv_t = 1.0 / scale
-    least = peak + tl.log(tl.where(floor > 0.0, floor, 1.0))
+    least = peak
+    if some(floor > 0.0, ROWS) > 0:
+        least = peak + tl.log(tl.where(floor > 0.0, floor, 1.0))
     low = (floor * 0.0).to(tl.int64) + (LOWEST >> SHIFT)
     high = low - (LOWEST >> SHIFT) + (HIGHEST >> SHIFT)
     for _ in range(33 * some(floor > 0.0, ROWS)):
