@@ -24,7 +24,6 @@ from specdistill.scoring.rows import (
     by_prompt,
     counted,
     row,
-    target_pass,
     with_costs,
     without_stalls,
 )
@@ -107,7 +106,7 @@ def check_row() -> None:
     drafted, plain = counts[0.0, 4], counts[0.0, 0]
     draft_passes = runs[0.0, 4][0].draft_passes
     counted_row = row((0.0, 4), drafted, plain, 0.1, 0)
-    found = with_costs(counted_row, draft_passes, target_pass(plain), math.nan)
+    found = with_costs(counted_row, draft_passes, plain, math.nan)
     assert found.block_efficiency == 3.5
     assert found.cost_ratio == pytest.approx(0.25)
     assert found.verify_ratio == pytest.approx(1.25), "(1.4 + 1.1) / 2"

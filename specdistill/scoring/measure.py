@@ -30,7 +30,7 @@ from specdistill.provenance import device_name, git_commit, versions
 from specdistill.scoring import lossless
 from specdistill.scoring import rows as rows_of
 from specdistill.scoring.acceptance import acceptance_chances
-from specdistill.scoring.card_rows import LEAST_VERIFY_RATIO, DraftingWay, ModelCard, Row
+from specdistill.scoring.card_rows import LEAST_VERIFY_RATIO, DraftingWay, ModelCard, PromptRow, Row
 from specdistill.scoring.choice import Setting
 from specdistill.scoring.rows import Decoded, Timed
 from specdistill.scoring.scorecard import OWN_ENGINE, Scorecard, Verification
@@ -95,7 +95,8 @@ def score(
     target_card, draft_card = model_card(target), model_card(draft)
     weight_ratio = draft_card.weight_bytes / target_card.weight_bytes
     verification = Verification.of(mode, lenience)
-    settings, rows = [(t, g) for t in temperatures for g in decoders if g], list[Row]()
+    settings = [(t, g) for t in temperatures for g in decoders if g]
+    rows, per_prompt = list[Row](), list[PromptRow]()
     for t, g in settings:
         progress("evidence", len(rows), len(settings), "expected acceptance")
         reach = draftings[g].least_reach
@@ -108,15 +109,10 @@ def score(
             ]
             expected = torch.cat(chances).mean().item()
         draft_passes = sum(one.draft_passes for one in runs[t, g])
-        step = rows_of.target_pass(counts[t, 0])
-        rows.append(rows_of.with_costs(row, draft_passes, step, expected))
+        rows.append(rows_of.with_costs(row, draft_passes, counts[t, 0], expected))
+        per_prompt += rows_of.by_prompt((t, g), prompts, counts[t, g], counts[t, 0])
     progress("evidence", len(rows), len(settings), "losslessness")
     baseline = [rows_of.baseline(t, counts[t, 0]) for t in temperatures]
-    per_prompt = [
-        row
-        for t, g in settings
-        for row in rows_of.by_prompt((t, g), prompts, counts[t, g], counts[t, 0])
-    ]
     judged = verdict(
         rows, verification, doubts(baseline, rows, per_prompt), per_prompt, measurement.again
     )

@@ -314,11 +314,11 @@ def target_pass(counts: Sequence[Counts]) -> float:
     return sum(c.parts["target"] for c in counts) / sum(c.rounds for c in counts)
 
 
-def with_costs(row: Row, draft_passes: int, step: float, expected: float) -> Row:
-    """A row with what our engine knows beside the counts: the time of its passes, in plain steps of
-    `step` seconds, and the `expected` acceptance rate.
+def with_costs(row: Row, draft_passes: int, plain: Sequence[Counts], expected: float) -> Row:
+    """A row with what our engine knows beside the counts: the time of its passes, in steps of plain
+    decoding, and the `expected` acceptance rate.
     """
-    spent = row.seconds
+    spent, step = row.seconds, target_pass(plain)
     draft_step = spent["draft"] / draft_passes if draft_passes else math.nan
     verify_pass = spent["target"] / row.rounds
     drafting = spent["draft"] / row.rounds  # fewer than γ steps where an answer needs fewer
