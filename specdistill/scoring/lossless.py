@@ -198,7 +198,6 @@ def greedy_pairs(
     requests = _requests(target, prompts, max_new_tokens)
     drafter = drafter_for(draft, target.vocab_size, drafting)
     plain = SpeculativeDecoder(target, batch_size=batch_size).run(requests).outputs
-    # Made now, so that the cache of the other is gone.
     speculative = SpeculativeDecoder(
         target, drafter, num_draft_tokens=num_draft_tokens, batch_size=batch_size
     )
