@@ -68,7 +68,7 @@ class Plan:
     minutes. The seconds bound the stages where a machine is slower than that.
     """
 
-    answers: int = 544
+    answers: int = 512
     max_new_tokens: int = 64
     batch_size: int = 64
     layers: int = 2
@@ -76,7 +76,7 @@ class Plan:
     batch_tokens: int = 512
     learning_rate: float = 2e-3
     answer_seconds: float = 140.0
-    train_seconds: float = 120.0
+    train_seconds: float = 112.0
     score_seconds: float = 110.0
     score_prompts: int = 6
     score_tokens: int = 48
