@@ -67,15 +67,18 @@ def attending(
         return torch.zeros_like(seen, dtype=model.dtype).masked_fill_(~seen, unseen)
 
     masks = by_kind_of_layer(model, mask)
-    with attention_by(model, "flex_attention" if flex else None):
+    with attention_by(model, "flex_attention" if flex else kind):
         yield masks
 
 
 @contextmanager
-def attention_by(model: LanguageModel, kind: str | None) -> Iterator[None]:
-    """Within it the model attends by Transformers' implementation of that name, if one is named."""
+def attention_by(model: LanguageModel, kind: str) -> Iterator[None]:
+    """Within it the model attends by Transformers' implementation of that name."""
     before = model.config._attn_implementation
-    model.model.set_attn_implementation(kind or before)
+    if kind == before:
+        yield
+        return
+    model.model.set_attn_implementation(kind)
     try:
         yield
     finally:

@@ -228,12 +228,12 @@ class Distiller:
     def computing(self, batch: Batch) -> Iterator[None]:
         """How the draft's body computes: in a lower precision where one is asked for."""
         training, device = self.config.training, self.draft.device.type
-        narrow = training.precision == "bf16"
+        narrow, on_cpu = training.precision == "bf16", device == "cpu"
         short = batch.prefix is None and batch.shape[1] <= SHORT
         with (
             recomputed(self.draft) if training.activation_checkpointing else nullcontext(),
             torch.autocast(device, torch.bfloat16, enabled=narrow),
-            attention_by(self.draft, "eager" if device == "cpu" and narrow and short else None),
+            attention_by(self.draft, "eager") if narrow and short and on_cpu else nullcontext(),
             nullcontext() if self.mask is None else self.mask.read_by(self.draft),
         ):
             yield
