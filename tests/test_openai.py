@@ -2,6 +2,7 @@
 one.
 """
 
+import asyncio
 import json
 import math
 import os
@@ -38,7 +39,7 @@ from specdistill.data.text_store import ANSWERS, REPLIES, read_answers
 from specdistill.data.token_store import MANIFEST
 from specdistill.decoding import GREEDY, Sampling, SpeculativeDecoder
 from specdistill.engines import openai, openai_servers
-from specdistill.engines.openai_servers import Server
+from specdistill.engines.openai_servers import Crew, Line, Server
 from specdistill.errors import InputError, ServerError, StorageError
 
 KEY = "sk-this-must-not-be-seen"
@@ -968,3 +969,23 @@ def test_a_real_servers_replies_are_filtered(real: Server, tmp_path: Path) -> No
     assert settled.removed["truncated"] > 0
     assert settled.unvaried == 0, "asked again, it says something else"
     assert len(settled.answers) + settled.dropped == 8
+
+
+def test_what_a_failing_server_was_asked_is_asked_of_the_others() -> None:
+    """Once, and before the call ends: whoever asks need not look for what is missing."""
+    failing, working = (Server(f"http://localhost:{port}/v1", "m", 2) for port in (1, 2))
+    answered: list[int] = []
+
+    async def ask(line: Line, number: int) -> None:
+        await asyncio.sleep(0)
+        if line.server is failing:
+            raise ServerError("it fails")
+        answered.append(number)
+
+    async def ask_all() -> None:
+        async with Crew([failing, working]) as crew:
+            numbers = {str(number): number for number in range(6)}
+            await crew.ask_all(numbers, ask, lambda number, reason: answered.append(-1))
+
+    asyncio.run(ask_all())
+    assert sorted(answered) == [*range(6)]
