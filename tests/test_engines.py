@@ -19,6 +19,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
+from real_vllm import VLLM_PYTHON, needs_vllm, served_target
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from servers import environment_with
@@ -945,8 +946,6 @@ def test_an_engine_whose_rounds_are_too_fast_is_measured_again() -> None:
 
 # And the real one, where there is one
 
-VLLM_PYTHON = os.environ.get("SPECDISTILL_VLLM_PYTHON", "")
-
 
 def guesses_ahead(draft: LanguageModel, texts: list[list[int]], gamma: int, mask: int) -> None:
     """Teach a draft to guess `gamma` tokens of these very texts from masks."""
@@ -966,10 +965,10 @@ def guesses_ahead(draft: LanguageModel, texts: list[list[int]], gamma: int, mask
     draft.model.requires_grad_(False)
 
 
-@pytest.mark.skipif(not VLLM_PYTHON, reason="SPECDISTILL_VLLM_PYTHON names no python with vLLM")
+@needs_vllm
 @pytest.mark.parametrize("parallel", [False, True], ids=["autoregressive", "parallel"])
 def test_vllm_accepts_what_our_engine_accepts(tmp_path: Path, parallel: bool) -> None:
-    target = tiny_model(1, layers=3, vocab=64, hidden_size=128, head_dim=32)
+    target = served_target(tmp_path)
     draft = make_draft(target, [0, 1])
     if parallel:
         answers = SpeculativeDecoder(target, batch_size=6).run(
@@ -977,7 +976,6 @@ def test_vllm_accepts_what_our_engine_accepts(tmp_path: Path, parallel: bool) ->
         )
         texts = [p.tokens + o.tokens for p, o in zip(PROMPTS[::2], answers.outputs, strict=True)]
         guesses_ahead(draft, texts, 3, 63)
-    save_draft(target, tmp_path / "target")
     save_draft(draft, tmp_path / "made")
     export(str(tmp_path / "made"), tmp_path / "draft", "vllm")
     both = tuple(models.load(str(tmp_path / n), dtype="float32") for n in ("target", "draft"))
@@ -1068,11 +1066,10 @@ def proposed_by_vllm(target: LanguageModel, config: dict[str, object]) -> Scorec
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not VLLM_PYTHON, reason="SPECDISTILL_VLLM_PYTHON names no python with vLLM")
+@needs_vllm
 def test_a_public_head_is_counted_round_by_round(tmp_path: Path) -> None:
     """Its proposals are known, and so is what the target accepts of each."""
-    target = tiny_model(1, layers=3, vocab=64, hidden_size=128, head_dim=32)
-    save_draft(target, tmp_path / "target")
+    served_target(tmp_path)
     target = models.load(str(tmp_path / "target"), dtype="float32")
     texts = []
     for prompt in PROMPTS:  # beyond the longest answer, as the last round looks there
@@ -1108,11 +1105,10 @@ def test_a_public_head_is_counted_round_by_round(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not VLLM_PYTHON, reason="SPECDISTILL_VLLM_PYTHON names no python with vLLM")
+@needs_vllm
 def test_vllms_own_look_up_is_counted_round_by_round(tmp_path: Path) -> None:
     """Of proposals that are in the text so far."""
-    target = tiny_model(1, layers=3, vocab=64, hidden_size=128, head_dim=32)
-    save_draft(target, tmp_path / "target")
+    served_target(tmp_path)
     target = models.load(str(tmp_path / "target"), dtype="float32")
     config = {"method": "ngram", "prompt_lookup_max": 2, "prompt_lookup_min": 1}
     card = proposed_by_vllm(target, config)

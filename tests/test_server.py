@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import socket
@@ -18,6 +17,7 @@ from urllib.request import urlopen
 
 import pytest
 import torch
+from real_vllm import VLLM_PYTHON, needs_vllm, served_target
 
 pytest.importorskip("openai", reason="the extra 'openai' is not installed")
 
@@ -432,9 +432,6 @@ def test_counters_of_several_engines_are_added() -> None:
 
 # And the real one, where there is one
 
-VLLM_PYTHON = os.environ.get("SPECDISTILL_VLLM_PYTHON", "")
-needs_vllm = pytest.mark.skipif(not VLLM_PYTHON, reason="SPECDISTILL_VLLM_PYTHON names no python")
-
 
 @contextmanager
 def vllm_serving(model: Path, *options: str) -> Iterator[str]:
@@ -468,9 +465,7 @@ def vllm_serving(model: Path, *options: str) -> Iterator[str]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tiny target that vLLM can load, and a draft of two of its layers."""
     folder = tmp_path_factory.mktemp("world")
-    target = tiny_model(1, layers=3, vocab=64, hidden_size=128, head_dim=32)
-    save_draft(target, folder / "target")
-    save_draft(make_draft(target, [0, 1]), folder / "made")
+    save_draft(make_draft(served_target(folder), [0, 1]), folder / "made")
     export(str(folder / "made"), folder / "draft", "vllm")
     return {name: folder / name for name in ("target", "made", "draft")}
 

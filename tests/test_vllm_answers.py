@@ -1,7 +1,6 @@
 """Answers from vLLM: by a stand-in for it on the other side of the pipe, and by vLLM itself."""
 
 import json
-import os
 import re
 import sys
 from contextlib import ExitStack
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from real_vllm import VLLM_PYTHON, needs_vllm, served_target
 from servers import environment_with
 from test_cli import run
 
@@ -380,20 +380,12 @@ def test_options_that_do_not_go_together(tiny_folder: Path, tmp_path: Path) -> N
         assert words in " ".join(result.err.split()), result.err
 
 
-VLLM_PYTHON = os.environ.get("SPECDISTILL_VLLM_PYTHON", "")
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not VLLM_PYTHON, reason="SPECDISTILL_VLLM_PYTHON names no interpreter")
+@needs_vllm
 @pytest.mark.parametrize("signal", ["states", "top-k:8"])
 def test_vllm_says_of_the_target_what_our_own_pass_says(tmp_path: Path, signal: str) -> None:
     """Greedy answers and their signal are our engine's; chunked prompts and a full batch."""
-    from conftest import tiny_model
-
-    from specdistill.drafts.making import save_draft
-
-    target = tiny_model(1, layers=3, vocab=64, hidden_size=128, head_dim=32)
-    save_draft(target, tmp_path / "target")
+    served_target(tmp_path)
     words = " ".join(f"w{5 + i % 50}" for i in range(40))
     (tmp_path / "prompts.txt").write_text("".join(f"w{5 + i} {words}\n" for i in range(8)))
     asked = ["generate", "--target", str(tmp_path / "target"), "--dtype", "float32"]
