@@ -61,6 +61,9 @@ class Chain(nn.Module):
     def base_model(self) -> "Chain":
         return self
 
+    def is_backend_compatible(self) -> bool:
+        return False
+
     def get_output_embeddings(self) -> nn.Linear:
         return self.head
 

@@ -226,6 +226,33 @@ def test_hidden_states_and_logits_are_those_of_the_stock_model(name: str) -> Non
                 assert close(model.logits(hidden), expected[positions]), (chunk, lengths, step)
 
 
+@pytest.mark.parametrize("name", [n for n, more in FAMILIES.items() if "kv_lora_rank" not in more])
+def test_heads_that_share_keys_get_no_copies_of_them(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values reach PyTorch's attention as the slots hold them, but in a few families."""
+    model = family_model(name)
+    cached = CachedModel(model, 2, 20)
+    attend, heads = torch.nn.functional.scaled_dot_product_attention, set()
+
+    def watched(query: Tensor, key: Tensor, value: Tensor, *others: Any, **more: Any) -> Tensor:
+        heads.update((key.shape[1], value.shape[1]))
+        return attend(query, key, value, *others, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    with torch.inference_mode():
+        for start, stop in ((0, 16), (16, 17), (17, 20)):
+            positions = torch.arange(start, stop).expand(2, -1)
+            cached.run(positions + 7, positions, stop)
+    kept = {part.shape[1] for token in model.token_slots for part in token}
+    if name.startswith(("falcon", "stablelm")):  # attention of their own, or no other allowed
+        assert not model.model.is_backend_compatible()
+    elif name in ("gemma2", "gptj", "gpt_oss"):  # plain products
+        assert not heads
+    else:
+        assert heads == kept
+
+
 def close(a: Tensor, b: Tensor) -> bool:
     """Some families compute parts in float32 whatever their weights are."""
     return torch.allclose(a, b, atol=2e-5)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from specdistill.errors import ModelError
 from specdistill.limits import shown
+from specdistill.models.attention import of_shared_heads
 from specdistill.models.hashes import hashes_of, model_sha256, tensors_sha256
 from specdistill.models.llama import LlamaBody, Slots, llama_body
 from specdistill.models.packed_linear import Joined, Version, linear_of, version
@@ -122,9 +123,12 @@ class LanguageModel:
         pass is the lean one of families that have it.
         """
         layers = getattr(kwargs.get("past_key_values"), "layers", ())
-        if layers and isinstance(layers[0], Slots) and self.body is not None:
+        if not layers or not isinstance(layers[0], Slots):
+            return self.model.base_model(input_ids=tokens, **kwargs).last_hidden_state
+        if self.body is not None:
             return self.body(tokens, kwargs["position_ids"], kwargs["attention_mask"], layers)
-        return self.model.base_model(input_ids=tokens, **kwargs).last_hidden_state
+        with of_shared_heads(self.model):
+            return self.model.base_model(input_ids=tokens, **kwargs).last_hidden_state
 
     def hidden_after(self, tokens: Tensor, layers: Sequence[int], **kwargs: Any) -> list[Tensor]:
         """The hidden states [B, n, d] after each of `layers`, counted from 1; after the last one
