@@ -4,10 +4,12 @@ raises AssertionError with what it saw.
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -33,7 +35,7 @@ from chains import (
     warped,
 )
 from conftest import tiny_model
-from dispatch import eager_capture
+from dispatch import EagerCapture, eager_capture
 from torch import Tensor, nn
 
 from specdistill.decoding import (
@@ -47,6 +49,7 @@ from specdistill.decoding import (
     Request,
     Sampling,
     SpeculativeDecoder,
+    graphs,
 )
 from specdistill.decoding.drafters import Context, Draft, DraftStream, NgramStream
 from specdistill.decoding.rounds import RowState
@@ -405,6 +408,42 @@ def check_captured_again() -> None:
         for prompts in (PROMPTS, [[7, 8, 9, 5], [*PROMPTS[2][:20], 6], [7]]):
             expected = eager.generate(prompts, max_new_tokens=30).outputs
             assert decoder.generate(prompts, max_new_tokens=30).outputs == expected
+
+
+def check_capture_that_fails(kind: str = "half", captures: int = 2, batch_size: int = 2) -> None:
+    """After so many, as where a wider view of the slots takes more memory than there is: eager
+    rounds go on, which is said once, and a later stream does not try again.
+    """
+    target = endless()
+    decoder = SpeculativeDecoder(
+        target,
+        drafter_for(target, kind),
+        num_draft_tokens=3 * (kind != "none"),
+        batch_size=batch_size,
+        keep_proposals=True,
+        cuda_graphs=True,
+    )
+    requests = [Request(f"r{i}", p, 40 + 45 * i, MIXED[i]) for i, p in enumerate(PROMPTS)]
+    expected = replace(decoder, cuda_graphs=False).run(requests).outputs
+    run = EagerCapture.__call__
+
+    def refuse(self: EagerCapture, *step: Any) -> Any:
+        if EagerCapture.captures == captures:
+            raise graphs.CannotCaptureError("out of memory")
+        return run(self, *step)
+
+    graphs.warn_of_eager_rounds.cache_clear()
+    with (
+        eager_capture() as capture,
+        mock.patch.object(EagerCapture, "__call__", refuse),
+        warnings.catch_warnings(record=True) as told,
+    ):
+        warnings.simplefilter("always")
+        for _ in range(2):
+            assert decoder.run(requests).outputs == expected
+    assert capture.captures == captures
+    assert ["out of memory" in str(warning.message) for warning in told] == [True]
+    assert not decoder._spaces
 
 
 def check_same_prompt_other_text() -> None:

@@ -5,12 +5,22 @@ the eager rounds do, and the host neither reads nor makes anything in between.
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from checks import MIXED, PROMPTS, check_captured, drafter_for, endless, transformer
+from checks import (
+    MIXED,
+    PROMPTS,
+    check_capture_that_fails,
+    check_captured,
+    drafter_for,
+    endless,
+    transformer,
+)
 from conftest import tiny_model
 from dispatch import EagerCapture, NoHost, eager_capture
 from torch import Tensor
@@ -18,11 +28,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from specdistill.decoding import (
     GREEDY,
+    ModelDrafter,
     NgramDrafter,
     Request,
     Sampling,
     SpeculativeDecoder,
     drafters,
+    engine,
     graphs,
     parallel,
     rounds,
@@ -314,6 +326,99 @@ def test_a_model_that_waits_for_the_device_runs_eagerly(
     decoder = SpeculativeDecoder(target, batch_size=2, cuda_graphs=True)
     with pytest.warns(RuntimeWarning, match="synchronizing"):
         assert decoder.generate(PROMPTS, max_new_tokens=9).outputs == expected.outputs
+
+
+@pytest.mark.parametrize(("captures", "batch_size"), [(0, 2), (1, 2), (2, 2), (3, 2), (2, 5)])
+@pytest.mark.parametrize("kind", ["none", "half", "parallel"])
+def test_nothing_is_lost_where_a_capture_fails_among_rounds(
+    kind: str, captures: int, batch_size: int
+) -> None:
+    """The last has a row that has ended, beside others that see more slots."""
+    check_capture_that_fails(kind, captures if kind != "none" else captures // 2, batch_size)
+
+
+def test_passes_that_cannot_be_captured_run_eagerly(
+    capture: type[EagerCapture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = decoder_of(transformer(), "look-up")
+    expected = replace(decoder, cuda_graphs=False).generate(PROMPTS, max_new_tokens=9)
+
+    def refuse(*_: Any) -> Any:
+        raise graphs.CannotCaptureError("called a synchronizing operation")
+
+    monkeypatch.setattr(EagerCapture, "__call__", refuse)
+    with pytest.warns(RuntimeWarning, match="synchronizing"):
+        assert decoder.generate(PROMPTS, max_new_tokens=9).outputs == expected.outputs
+
+
+@pytest.mark.parametrize("at", range(3))
+@pytest.mark.parametrize(
+    "error", [RuntimeError("not permitted\nwhen capturing"), DecodingError("not enough memory")]
+)
+def test_whatever_breaks_a_capture_is_told(at: int, error: Exception) -> None:
+    """In the passes before it and in itself. Of CUDA there is nothing here but its names."""
+    count = iter(range(3))
+
+    def step() -> Tensor:
+        if next(count) == at:
+            raise error
+        return torch.zeros(1)
+
+    with mock.patch.object(torch, "cuda", mock.MagicMock()) as cuda:
+        cuda.graph.return_value.__exit__.return_value = False
+        cuda.stream.return_value.__exit__.return_value = False
+        captured = graphs.Graphs()
+        with pytest.raises(graphs.CannotCaptureError, match=r"^not [a-z ]+$"):
+            captured.run("key", step)
+        waits = cuda.current_stream.return_value.wait_stream
+        waits.assert_called_once_with(cuda.Stream.return_value)  # what is under way may still write
+        if at > 0:
+            assert cuda.set_sync_debug_mode.call_args == mock.call(cuda.get_sync_debug_mode())
+    assert captured.captures == 0
+
+
+# --- Where rounds are captured ------------------------------------------------------------------
+
+
+def test_rounds_are_captured_on_a_gpu_unless_that_is_declined(
+    capture: type[EagerCapture], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = endless()
+    decoder = SpeculativeDecoder(
+        target, drafter_for(target, "half"), num_draft_tokens=3, batch_size=2
+    )
+    eager = decoder.generate(PROMPTS, max_new_tokens=9, sampling=WARM)
+    assert capture.captures == eager.captures == 0
+    monkeypatch.setattr(engine, "CAPTURING", "cpu")
+    captured = decoder.generate(PROMPTS, max_new_tokens=9, sampling=WARM)
+    assert captured.captures == capture.captures > 0
+    assert captured.outputs == eager.outputs
+    declined = replace(decoder, cuda_graphs=False)
+    assert declined.generate(PROMPTS, max_new_tokens=9).captures == 0
+    look_up = replace(decoder_of(target, "look-up"), cuda_graphs=None)
+    before = capture.captures
+    with pytest.warns(RuntimeWarning, match="what the host knows"):
+        look_up.generate(PROMPTS, max_new_tokens=9)
+    assert capture.captures == before, "passes of many shapes are not captured unasked"
+
+
+def test_other_weights_are_captured_anew(capture: type[EagerCapture]) -> None:
+    target = tiny_model(2, layers=3, dtype=torch.float64)
+    drafter = drafter_for(target, "half")
+    assert isinstance(drafter, ModelDrafter)
+    decoder = SpeculativeDecoder(
+        target, drafter, num_draft_tokens=3, batch_size=2, cuda_graphs=True
+    )
+    decoder.generate(PROMPTS, max_new_tokens=9)
+    assert decoder.generate(PROMPTS, max_new_tokens=9).captures == 0
+    for model in (target, drafter.draft):
+        out = model.model.base_model.layers[0].self_attn.o_proj
+        out.weight = torch.nn.Parameter(-out.weight, requires_grad=False)
+        eager = replace(decoder, cuda_graphs=False).generate(PROMPTS, max_new_tokens=9)
+        again = decoder.generate(PROMPTS, max_new_tokens=9)
+        assert again.captures > 0
+        assert again.outputs == eager.outputs
+        assert len(decoder._spaces) == 1
 
 
 def test_rules_of_ones_own_are_not_captured(capture: type[EagerCapture]) -> None:

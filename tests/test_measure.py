@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
+from dispatch import eager_capture
 from score_checks import Cost, check_interval, check_row, score_by_clock
 
 from specdistill.cli.tables import rows_table
 from specdistill.data.chat import EncodedPrompt
+from specdistill.decoding import engine
 from specdistill.decoding.records import Generation, Output, RowRound
 from specdistill.drafts.making import make_draft
 from specdistill.engines import transformers
@@ -21,7 +23,7 @@ from specdistill.models import LanguageModel
 from specdistill.report.plots.acceptance import figure_acceptance, figure_survival
 from specdistill.report.plots.speed import figure_speedup, figure_time
 from specdistill.report.text import document
-from specdistill.scoring import turns
+from specdistill.scoring import measure, turns
 from specdistill.scoring.rows import PARTS, Decoded, Timed, without_stalls
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.turns import cpu_times, stolen
@@ -190,6 +192,23 @@ def test_answers_that_end_at_once_and_few_prompts(pair, count: int, monkeypatch)
     assert {p.emitted for p in card.per_prompt} == {1}
     assert not card.verdict.pays
     assert "nan" not in card.verdict.reason
+
+
+def test_a_run_that_had_to_capture_is_not_timed(pair, monkeypatch) -> None:
+    timed: list[Timed] = []
+
+    def watched(answers: Any) -> Any:
+        timed.extend(run for runs in answers.values() for each in runs for run in each)
+        return without_stalls(answers)
+
+    monkeypatch.setattr(measure.rows_of, "without_stalls", watched)
+    monkeypatch.setattr(engine, "CAPTURING", "cpu")
+    longer = EncodedPrompt("longer", [7] * 150)  # more slots are seen than in the run that warms up
+    with eager_capture() as capture:
+        score(pair, usual, [*PROMPTS, longer])
+    assert capture.captures > 0
+    assert len(timed) > 3 * 7
+    assert not any(run.generation.captures for run in timed)
 
 
 def test_a_clock_that_stands_still_gives_no_speed(pair) -> None:

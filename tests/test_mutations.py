@@ -82,6 +82,8 @@ CHECKS: dict[str, Callable[[], None]] = {
     "captured, wide": partial(checks.check_captured, "half", 3, 9),
     "rows on the device": checks.check_rows_on_the_device,
     "captured twice": checks.check_captured_again,
+    "captured until it fails": checks.check_capture_that_fails,
+    "captured until it fails, wide": partial(checks.check_capture_that_fails, "half", 2, 5),
     "paper's example": checks.check_toy_example,
     "coins, block": checks.check_coins_are_spent,
     **{
@@ -375,6 +377,16 @@ MUTATIONS: dict[str, dict[str, list[Edit]]] = {
     "captured twice": {
         "captured: a later stream meets the rows of the one before it": [
             (Workspace.reset, "self.cached.reset(batch)", "pass")
+        ],
+    },
+    "captured until it fails": {
+        "captured: requests that wait are lost where a round cannot be captured": [
+            (CapturedStream.unfinished, " + list(self.waiting)", "")
+        ],
+    },
+    "captured until it fails, wide": {
+        "captured: rows that ended go on where a round cannot be captured": [
+            (CapturedStream.unfinished, "row and not row.finished", "row")
         ],
     },
     "noise": {

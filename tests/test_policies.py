@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from chains import ALPHA, TABLE, WARM, V, chain, draft_chain, p_value, transitions, warped
+from dispatch import eager_capture
 from small_runs import digest, interrupted, pair_of, run, settings, untimed
 
 from specdistill.config import Policy, parse_config
 from specdistill.data.signal import Signal, States, read_states
 from specdistill.data.token_store import Example
-from specdistill.decoding import ModelDrafter, SpeculativeDecoder
+from specdistill.decoding import ModelDrafter, SpeculativeDecoder, engine
 from specdistill.drafts.making import make_draft
 from specdistill.errors import DecodingError, InputError, StorageError
 from specdistill.models import LanguageModel
@@ -65,6 +66,17 @@ def test_given_answers_stay_as_they_are(pair: Pair) -> None:
     for name in ("target", "fixed"):
         ours = source(*pair, name)
         assert POLICIES[name](ours, 0) == list(ours.given) == POLICIES[name](ours, 700)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_nothing_is_captured_for_one_step(
+    pair: Pair, name: str, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(engine, "CAPTURING", "cpu")
+    with eager_capture() as capture:
+        POLICIES[name](source(*pair, name), 0)
+    assert capture.captures == 0
+    assert not recwarn
 
 
 def test_draft_samples_follow_the_drafts_current_weights(pair: Pair) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from specdistill.decoding.graphs import Graphs
+from specdistill.decoding.graphs import CannotCaptureError, Graphs, warn_of_eager_rounds
 from specdistill.decoding.prefixes import PrefixTree, common_prefix
 from specdistill.errors import DecodingError
 from specdistill.models import LanguageModel
@@ -126,10 +126,14 @@ class CachedModel:
         """
         self.visible = min(_whole_buckets(visible), self.capacity)
         with memory_errors(self.model, self.batch, self.capacity):
-            if self.graphs is None or rows is not None:
-                return self._pass(tokens, positions, rows)
-            shape = (tokens.shape[1], self.visible)
-            return self.graphs.run(shape, self._pass, tokens, positions)
+            if self.graphs is not None and rows is None:
+                shape = (tokens.shape[1], self.visible)
+                try:
+                    return self.graphs.run(shape, self._pass, tokens, positions)
+                except CannotCaptureError as error:
+                    self.graphs = None
+                    warn_of_eager_rounds(str(error))
+            return self._pass(tokens, positions, rows)
 
     def _pass(self, tokens: Tensor, positions: Tensor, rows: Tensor | None = None) -> Tensor:
         """What a graph captures: no shape and no choice in it depends on the tensors' values."""

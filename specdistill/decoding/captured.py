@@ -15,11 +15,12 @@ from torch import Tensor
 
 from specdistill.decoding.cache import CachedModel
 from specdistill.decoding.graphs import Graphs
-from specdistill.decoding.records import Request, Round, RowRound
+from specdistill.decoding.records import Round, RowRound
 from specdistill.decoding.rounds import Filters, Proposals, RowState, Verified, verify_round
 from specdistill.decoding.row import Row
 from specdistill.decoding.sampling import row_seed
 from specdistill.decoding.watch import Watch
+from specdistill.models.packed_linear import Version, version
 from specdistill.models.packing import pack
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ class Workspace:
         self.decoder: SpeculativeDecoder = weakref.proxy(decoder)  # which has this one
         self.device = target.device
         self.batch = self.width = width
+        self.models = [target] if drafter is None else [target, drafter.draft]
+        self.versions = self._versions()
         self.num = decoder.num_draft_tokens
         pack(target, width * (self.num + 1))
         self.graphs = Graphs()
@@ -61,7 +64,12 @@ class Workspace:
         ]
 
     def serves(self, width: int, capacity: int) -> bool:
-        return width <= self.width and capacity <= self.cached.capacity
+        fits = width <= self.width and capacity <= self.cached.capacity
+        return fits and self.versions == self._versions()
+
+    def _versions(self) -> list[Version]:
+        """Of the weights: graphs read them where they were."""
+        return [version(weight) for m in self.models for weight in m.model.parameters()]
 
     def reset(self, batch: int) -> None:
         """For another stream of so many rows."""
@@ -183,18 +191,18 @@ class _Launched:
 class CapturedStream:
     """As the eager stream of `engine`, over a workspace."""
 
-    def __init__(self, space: Workspace, requests: Sequence[Request]) -> None:
+    def __init__(self, space: Workspace, rows: Sequence[Row]) -> None:
         self.space, self.decoder = space, space.decoder
         self.num = space.num
         self.eos_ids = space.decoder.target.eos_ids
-        self.waiting = deque(requests)
+        self.waiting = deque(rows)
         self.rows: list[Row | None] = [None] * space.batch
         self.filters: Filters = (False, False, False)
         self.watch: Watch | None = None
         self.captures = space.graphs.captures  # that have been told
 
     def rounds(self) -> Iterator[Round]:
-        """Raises `CannotCaptureError`, before the first round."""
+        """Raises `CannotCaptureError`; a round that was not read is then left to be done again."""
         launched: _Launched | None = None
         while True:
             following = self._launch(launched) if self._goes_on(launched) else None
@@ -205,6 +213,10 @@ class CapturedStream:
             elif following is None:
                 return
             launched = following
+
+    def unfinished(self) -> list[Row]:
+        """Rows that lack tokens, by what was read of them; those under way first."""
+        return [row for row in self.rows if row and not row.finished] + list(self.waiting)
 
     def _goes_on(self, launched: _Launched | None) -> bool:
         """Whether another round is sure to have work, whatever becomes of the one under way; but a
@@ -248,7 +260,7 @@ class CapturedStream:
         free = [i for i, row in enumerate(self.rows) if not row or row.finished]
         if free and self.waiting:
             places = free[: len(self.waiting)]
-            new = [Row(r, list(r.tokens)) for r in (self.waiting.popleft() for _ in places)]
+            new = [self.waiting.popleft() for _ in places]
             for place, row in zip(places, new, strict=True):
                 self.rows[place] = row
             self.space.admit(places, new)

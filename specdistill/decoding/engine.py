@@ -6,7 +6,7 @@ Plain decoding is the same loop with no drafter. `_Stream.round` is the whole al
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import KW_ONLY, dataclass, field
 
 import torch
@@ -19,13 +19,14 @@ from specdistill.decoding.records import CacheSize, Generation, Output, Request,
 from specdistill.decoding.row import Row
 from specdistill.decoding.sampling import GREEDY, Sampling, row_seed, row_settings
 from specdistill.decoding.watch import Watch
-from specdistill.errors import DecodingError, InputError
+from specdistill.errors import InputError
 from specdistill.limits import MAX_DRAFT_TOKENS
 from specdistill.models import LanguageModel, check_tokens
 from specdistill.models.packing import pack
 from specdistill_kernels import Lenience, Mode, Verdict, verify
 
 COARSE = 256  # slots: where graphs are kept, longer requests seldom need new ones
+CAPTURING = "cuda"  # devices on which rounds are captured where a decoder says nothing of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +36,10 @@ class SpeculativeDecoder:
 
     `mode` "block" verifies whole blocks (2403.10444): the same distribution, and at temperatures
     above 0 on average at least as many accepted tokens. `lenience` accepts more and is LOSSY.
-    `cuda_graphs` captures rounds whole where that is possible, which is said once where it is not,
-    and the target's passes otherwise. It is off by default until a GPU has run it. What is
-    captured, and the caches it knows, are kept from stream to stream, so the models' weights must
-    stay in their place. `timed` tells where a round's time goes.
+    On CUDA rounds are captured whole in graphs where that is possible; where it is not, they run
+    eagerly, with the same tokens, and that is said once. What is captured, and the caches it knows,
+    are kept from stream to stream while the weights are the same. With `cuda_graphs` False nothing
+    is captured, with True at least the target's passes. `timed` tells where a round's time goes.
     `rule` takes the place of `verify`, for texts that are not meant to be the target's.
     """
 
@@ -52,9 +53,10 @@ class SpeculativeDecoder:
     rule: Callable[..., Verdict] | None = None
     mode: Mode = "token"
     lenience: Lenience | None = None
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = None
     timed: bool = True
     _spaces: list[Workspace] = field(default_factory=list, init=False, repr=False)
+    _failures: list[str] = field(default_factory=list, init=False, repr=False)  # of captures
 
     def __post_init__(self) -> None:
         num, mode, lenience = self.num_draft_tokens, self.mode, self.lenience
@@ -128,31 +130,27 @@ class SpeculativeDecoder:
     def _rounds(self, requests: Sequence[Request]) -> Iterator[Round]:
         if not requests:
             return
+        rows = [Row(request, list(request.tokens)) for request in requests]
         graphs = None
-        if self.cuda_graphs:
-            hindrance = self._hindrance()
-            if hindrance:
-                graphs = Graphs()  # of the target's passes
+        if self._captures:
+            if hindrance := self._hindrance():
+                warn_of_eager_rounds(hindrance)
+                graphs = Graphs() if self.cuda_graphs else None  # of the target's passes
             else:
-                started = False
-                try:
-                    for round_ in self._captured_rounds(requests):
-                        started = True
-                        yield round_
-                    return
-                except CannotCaptureError as error:
-                    if started:  # what was emitted cannot be taken back
-                        raise DecodingError(
-                            f"a round cannot be captured any more ({error}); take cuda_graphs=False"
-                        ) from error
-                    hindrance = str(error)
-            warn_of_eager_rounds(hindrance)
-        stream = _Stream(self, requests, graphs)
-        while stream.is_open():
-            yield stream.round()
+                rows = yield from self._captured_rounds(rows)
+        if rows:
+            stream = _Stream(self, rows, graphs)
+            while stream.is_open():
+                yield stream.round()
 
-    def _captured_rounds(self, requests: Sequence[Request]) -> Iterator[Round]:
-        width, capacity = self._width(requests), self._capacity(requests)
+    @property
+    def _captures(self) -> bool:
+        chosen = self.cuda_graphs
+        return self.target.device.type == CAPTURING if chosen is None else chosen
+
+    def _captured_rounds(self, rows: list[Row]) -> Generator[Round, None, list[Row]]:
+        """Returns the rows that are left where a round could not be captured."""
+        width, capacity = self._width(rows), self._capacity(row.request for row in rows)
         at = next((i for i, s in enumerate(self._spaces) if s.serves(width, capacity)), None)
         if at is None:
             self._spaces.clear()  # what no stream has taken, or two would be in memory
@@ -161,13 +159,23 @@ class SpeculativeDecoder:
         else:
             space = self._spaces.pop(at)
             space.reset(width)
+        stream = CapturedStream(space, rows)
         try:
-            yield from CapturedStream(space, requests).rounds()
+            yield from stream.rounds()
+        except CannotCaptureError as error:
+            self._failures.append(str(error))  # later streams do not try
+            self._spaces.clear()
+            warn_of_eager_rounds(str(error))
+            return stream.unfinished()
         finally:
-            self._spaces.append(space)
+            if not self._failures:
+                self._spaces.append(space)
+        return []
 
     def _hindrance(self) -> str:
-        """Why rounds cannot be captured, as far as settings say; empty if they can."""
+        """Why rounds cannot be captured, as far as is known; empty if they can."""
+        if self._failures:
+            return self._failures[0]
         if self.rule is not None:
             return "a rule takes the place of `verify`"
         if self.drafter is None:
@@ -198,7 +206,7 @@ class SpeculativeDecoder:
     def _capacity(self, requests: Iterable[Request]) -> int:
         """Slots a row needs: the longest request, and a round's proposals beyond its end."""
         slots = max(len(r.tokens) + r.max_new_tokens for r in requests) + self.num_draft_tokens + 1
-        return -(-slots // COARSE) * COARSE if self.cuda_graphs else slots
+        return -(-slots // COARSE) * COARSE if self._captures else slots
 
     def _check(self, request: Request) -> None:
         if not request.tokens:
@@ -224,18 +232,18 @@ class SpeculativeDecoder:
 
 
 class _Stream:
-    """The requests of one call of `stream`: those that wait, and the rows under way with their
-    caches. A row is None while no request is in it.
+    """The rows of one call of `stream`: those that wait, and those under way with their caches. A
+    row is None while no request is in it.
     """
 
     def __init__(
-        self, decoder: SpeculativeDecoder, requests: Sequence[Request], graphs: Graphs | None = None
+        self, decoder: SpeculativeDecoder, rows: Sequence[Row], graphs: Graphs | None = None
     ) -> None:
         self.decoder = decoder
         self.target = decoder.target
         self.eos_ids = self.target.eos_ids
-        self.waiting = deque(requests)
-        width, capacity = decoder._width(requests), decoder._capacity(requests)
+        self.waiting = deque(rows)
+        width, capacity = decoder._width(rows), decoder._capacity(row.request for row in rows)
         self.rows: list[Row | None] = [None] * width
         pack(self.target, width * (decoder.num_draft_tokens + 1))
         self.cached = CachedModel(self.target, width, capacity, graphs)
@@ -315,9 +323,9 @@ class _Stream:
         if free and self.waiting:
             new = free[: len(self.waiting)]
             admitted = [self.waiting.popleft() for _ in new]
-            for i, request in zip(new, admitted, strict=True):
-                self.rows[i] = Row(request, list(request.tokens))
-            prompts = [list(request.tokens[:-1]) for request in admitted]
+            for i, row in zip(new, admitted, strict=True):
+                self.rows[i] = row
+            prompts = [row.tokens[:-1] for row in admitted]
             rows = torch.tensor(new, device=self.target.device)
             self.cached.prefill(rows, prompts)
             if self.drafts is not None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from specdistill.errors import InputError
+from specdistill.errors import DecodingError, InputError
 
 Step = Callable[..., Any]  # returns a tensor, or a tuple of them
 Commit = Callable[[Any], None]  # writes what a step returned over what the next one reads
@@ -21,7 +21,9 @@ Capture = Callable[[Step, list[Tensor], Commit], tuple[Replay, Any]]
 
 
 class CannotCaptureError(Exception):
-    """The host reads something in the midst of a step."""
+    """A step waits for the host, does what no graph may hold, or takes more memory as a graph than
+    there is.
+    """
 
 
 @functools.cache
@@ -79,7 +81,7 @@ def _nothing(output: Any) -> None:
 
 class CudaCapture:
     """Captures into one memory pool: graphs run one after the other, so they may share it. Raises
-    `InputError` on a machine without CUDA.
+    `InputError` on a machine without CUDA, and `CannotCaptureError` where a capture fails.
     """
 
     def __init__(self) -> None:
@@ -88,12 +90,21 @@ class CudaCapture:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Step, inputs: list[Tensor], commit: Commit) -> tuple[Replay, Any]:
+        try:
+            return self._captured(step, inputs, commit)
+        except (RuntimeError, DecodingError) as error:
+            reason = str(error).partition("\n")[0]
+            raise CannotCaptureError(reason or type(error).__name__) from error
+
+    def _captured(self, step: Step, inputs: list[Tensor], commit: Commit) -> tuple[Replay, Any]:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step(*inputs)  # libraries allocate their workspaces on first use
-            _check_no_wait(step, inputs)
-        torch.cuda.current_stream().wait_stream(side)
+        try:
+            with torch.cuda.stream(side):
+                step(*inputs)  # libraries allocate their workspaces on first use
+                _check_no_wait(step, inputs)
+        finally:
+            torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             output = step(*inputs)
@@ -103,15 +114,11 @@ class CudaCapture:
 
 def _check_no_wait(step: Step, inputs: list[Tensor]) -> None:
     """A capture that a wait for the device breaks leaves torch's random generator unusable, so it
-    is found out before. Raises `CannotCaptureError`.
+    is found out before: torch raises a `RuntimeError`.
     """
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
         step(*inputs)
-    except RuntimeError as error:
-        if "synchroniz" not in str(error):
-            raise
-        raise CannotCaptureError(str(error)) from error
     finally:
         torch.cuda.set_sync_debug_mode(before)

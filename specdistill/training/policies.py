@@ -12,6 +12,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,8 @@ from specdistill.training.reward import Reward, Sample
 from specdistill_kernels import Lenience, Mode, RowSettings, Verdict, sample
 
 BATCH = 64  # rows decoded together
+# For the requests of one step: what it captured in graphs would be thrown away after them.
+_decoder = partial(SpeculativeDecoder, batch_size=BATCH, cuda_graphs=False)
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,10 @@ def skd(source: Source, step: int) -> list[Example]:
     sample of the target's (speculative knowledge distillation 2410.11325).
     """
     p = source.policy.settings()
-    decoder = SpeculativeDecoder(
+    decoder = _decoder(
         source.target,
         ModelDrafter(source.draft, source.target.vocab_size),
         num_draft_tokens=p["block"],
-        batch_size=BATCH,
         rule=within_top_k(p["top_k"]),
     )
     # The engine proposes nothing for an answer's last token, so one more is asked for than taken.
@@ -99,11 +101,10 @@ def induced(source: Source, step: int) -> list[Example]:
     text up to it as the prompt and the draft's proposals, at most `block`, as the response. Where
     the target rejects nothing, the rounds it accepts.
     """
-    decoder = SpeculativeDecoder(
+    decoder = _decoder(
         source.target,
         ModelDrafter(source.draft, source.target.vocab_size),
         num_draft_tokens=source.policy.settings()["block"],
-        batch_size=BATCH,
         keep_proposals=True,
     )
     requests = source.requests(step)
@@ -131,8 +132,7 @@ def induced(source: Source, step: int) -> list[Example]:
 def fresh_target(source: Source, step: int) -> list[Example]:
     """New answers of the target. A draft in training that proposed them saved no time."""
     requests = source.requests(step)
-    decoder = SpeculativeDecoder(source.target, batch_size=BATCH)
-    return _answers(decoder.run(requests), requests, source)
+    return _answers(_decoder(source.target).run(requests), requests, source)
 
 
 POLICIES: dict[str, Callable[[Source, int], list[Example]]] = {
@@ -283,7 +283,7 @@ def _drafted(source: Source, requests: list[Request]) -> dict[str, Sequence[Exam
     alone, reward = standalone(source.draft, source.target), source.reward
     number = 1 if reward is None else reward.group
     asked = [replace(r, id=answer_id(r.id, n)) for r in requests for n in range(number)]
-    generation = SpeculativeDecoder(alone, batch_size=BATCH).run(asked)
+    generation = _decoder(alone).run(asked)
     answers = _answers(generation, [r for r in requests for _ in range(number)], source)
     samples = [replace(answer, id=r.id) for answer, r in zip(answers, asked, strict=True)]
     groups = {r.id: samples[i * number :][:number] for i, r in enumerate(requests)}
