@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from specdistill.models import choose_dtype
+from specdistill.models import LanguageModel, choose_dtype
 
 # What an optional part is for, its package, and how to get it.
 OPTIONAL = (
@@ -61,6 +61,20 @@ def git_commit() -> str | None:
         return git("rev-parse", "HEAD")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def training_facts(
+    target: LanguageModel | None, draft: LanguageModel, processes: int
+) -> dict[str, object]:
+    """What decides a training run beside its configuration."""
+    return {
+        "device": device_name(draft.device),
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "git": git_commit(),
+        **({} if target is None else {"target_sha256": target.sha256()}),
+        **versions(),
+    }
 
 
 @dataclass(frozen=True)

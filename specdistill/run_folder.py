@@ -5,11 +5,11 @@ it must agree with.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,8 +17,6 @@ from specdistill.config import DistillConfig, load_config
 from specdistill.documents import read_json_lines
 from specdistill.errors import InputError
 from specdistill.files import keep_apart, write_whole, writing
-from specdistill.models import LanguageModel
-from specdistill.provenance import device_name, git_commit, versions
 
 _MAY_DIFFER = {"run_dir", "device", "trackers"}  # where it runs, and who watches
 
@@ -139,20 +137,11 @@ def keep_metrics(run: RunFolder, step: int) -> None:
         write_whole(file, "".join(f"{json.dumps(row)}\n" for row in remaining))
 
 
-def write_config(
-    config: DistillConfig, target: LanguageModel | None, draft: LanguageModel, processes: int
-) -> None:
+def write_config(config: DistillConfig, facts: Mapping[str, object]) -> None:
     """The resolved configuration, which `specdistill distill` reads again, and in comments what
-    else decides a result."""
-    facts = {
-        "device": device_name(draft.device),
-        "processes": processes,
-        "threads": torch.get_num_threads(),
-        "git": git_commit(),
-        "config_sha256": config_sha256(config),
-        **({} if target is None else {"target_sha256": target.sha256()}),
-        **versions(),
-    }
+    else decides a result: its hash, and `facts`.
+    """
+    facts = {"config_sha256": config_sha256(config), **facts}
     file = RunFolder(Path(config.run_dir)).config
     text = yaml.safe_dump(config.model_dump(), sort_keys=False)
     text += "".join(f"# {name}: {value}\n" for name, value in facts.items())

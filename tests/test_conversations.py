@@ -38,8 +38,8 @@ from specdistill.errors import InputError
 from specdistill.models import LanguageModel, origin
 from specdistill.scoring import measure
 from specdistill.scoring.comparable import obstacles
+from specdistill.scoring.headline import settings_line
 from specdistill.scoring.scorecard import Scorecard
-from specdistill.scoring.template_settings import settings_line
 from specdistill.training.answers import (
     heldout_and_training,
     read_given,

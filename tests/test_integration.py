@@ -14,10 +14,10 @@ from specdistill.config import load_config
 from specdistill.data.chat import encode_prompt
 from specdistill.data.prompts import load_prompts
 from specdistill.decoding import ModelDrafter, Sampling, SpeculativeDecoder
+from specdistill.demo import DEMO
 from specdistill.drafts.making import at_full_vocabulary, make_draft, save_draft
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
-from specdistill.models.gguf_files import DEMO
 from specdistill.scoring.scorecard import Scorecard
 
 

@@ -18,6 +18,7 @@ import matplotlib.image
 import pytest
 from cards import simulate
 from conftest import tiny_model
+from test_packaging import modules_loaded_by
 from test_plots import (
     any_figures,  # noqa: F401, a fixture
     make_after,
@@ -70,6 +71,28 @@ def table(text: str, title: str) -> list[dict[str, str]]:
 
 def code(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)\n```", text, flags=re.DOTALL)
+
+
+def test_who_reads_cards_alone_loads_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    cards = [tmp_path / "run" / "scorecard.json", tmp_path / "other.json"]
+    for card, draft in zip(cards, "ab", strict=True):
+        simulate({(0.0, 2): 0.8}, draft=draft).write(card)
+    named = [str(card) for card in cards]
+    calls = [
+        ["plot", str(tmp_path / "run")],
+        ["plot", *named, "--out", str(tmp_path / "together")],
+        ["compare", *named],
+    ]
+    loaded, _ = modules_loaded_by(
+        "from specdistill.cli import app\n"
+        f"for words in {calls!r}:\n"
+        "    app(words, standalone_mode=False)"
+    )
+    for file in ("run/report.html", "run/plots/survival.png", "together/survival.png"):
+        assert (tmp_path / file).exists()
+    assert "matplotlib" in loaded
+    assert not loaded & {"torch", "transformers"}
 
 
 def test_the_verdict_comes_first(run_dir: Path) -> None:

@@ -12,7 +12,8 @@ from specdistill import models
 from specdistill.data.chat import encode_prompt, encoded
 from specdistill.data.likeness import TRAINED, fingerprint, read_trained
 from specdistill.data.prompts import Prompt
-from specdistill.scoring.measure import score, trained_line
+from specdistill.scoring.headline import trained_line
+from specdistill.scoring.measure import score
 from specdistill.training.answers import read_given, split
 
 

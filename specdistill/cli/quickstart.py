@@ -57,7 +57,7 @@ def quickstart(
     """
     from specdistill import quickstart as loop
     from specdistill.run_folder import RunFolder
-    from specdistill.scoring.measure import trained_line
+    from specdistill.scoring.headline import trained_line
 
     demo = loop.Task()
     task = loop.Task(

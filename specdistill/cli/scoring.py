@@ -240,7 +240,7 @@ def _in_this_process(
 
 
 def _show(card: Scorecard, target: str, draft: str | None, as_json: bool) -> None:
-    from specdistill.scoring.measure import trained_line
+    from specdistill.scoring.headline import trained_line
 
     screen = console.screen_for(as_json)
     extra = [*tables.slices_tables(card), *tables.load_tables(card)]

@@ -9,18 +9,18 @@ from collections.abc import Iterable, Sequence
 
 import yaml
 
+from specdistill.demo import DEMO
 from specdistill.drafts.serve_commands import name_elsewhere
-from specdistill.models import LanguageModel, gguf_files
+from specdistill.models import LanguageModel
 from specdistill.quoting import prose
 from specdistill.scoring.card_rows import Row
-from specdistill.scoring.headline import gamma, number, speedup
+from specdistill.scoring.headline import gamma, number, speedup, trained_line
 from specdistill.scoring.load import Drafted, Plain
-from specdistill.scoring.measure import trained_line
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.served import served_lines
 from specdistill.scoring.verdict import identity_words
 
-LICENCES = {gguf_files.DEMO: "Apache-2.0"}  # of targets that SpecDistill itself offers
+LICENCES = {DEMO: "Apache-2.0"}  # of targets that SpecDistill itself offers
 ELSEWHERE = (  # facts of a card that have a sentence or a table of their own
     "versions",
     "draft_origin",

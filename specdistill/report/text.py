@@ -14,8 +14,14 @@ from specdistill.report.serving import serving
 from specdistill.run_folder import RunFolder
 from specdistill.scoring.card_rows import PLAIN_SLOWED, CategoryRow, ModelCard, Row
 from specdistill.scoring.choice import chosen
-from specdistill.scoring.headline import gamma, gamma_is, labelled, number, speedup
-from specdistill.scoring.measure import trained_line
+from specdistill.scoring.headline import (
+    gamma,
+    gamma_is,
+    labelled,
+    number,
+    speedup,
+    trained_line,
+)
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.verdict import NO_PLAIN, identity_words, judgement
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Protocol
 
+from specdistill.data.settings import difference
 from specdistill.scoring.card_rows import Row
 from specdistill.scoring.scorecard import Scorecard
 
@@ -56,3 +57,26 @@ def speedup(row: Measured) -> str:
 def labelled(text: str, card: Scorecard, quoted: Callable[[str], str] = str) -> str:
     """A title with what is unusual about the card; `quoted` makes that safe for where it stands."""
     return f"{text} ({quoted(card.label)})" if card.label else text
+
+
+def trained_line(card: Scorecard) -> str:
+    """What to say of a score on prompts of training, or on prompts that are put otherwise; empty
+    where there is nothing.
+    """
+    trained = card.provenance.get("trained_prompts") or {}
+    lines = [settings_line(card)]
+    if trained.get("scored"):
+        lines.append(
+            f"{trained['scored']} of {card.rows[0].prompts} prompts were trained on: on new ones "
+            "the draft accepts less; score it on others"
+        )
+    return "; ".join(filter(None, lines))
+
+
+def settings_line(card: Scorecard) -> str:
+    """What to say where prompts were put otherwise than in training; empty where there is
+    nothing.
+    """
+    origin = card.provenance.get("draft_origin") or {}
+    scored = card.provenance.get("chat_template_kwargs") or []
+    return difference(scored, origin.get("chat_template_kwargs") or [])

@@ -35,7 +35,7 @@ from specdistill.scoring.choice import Setting
 from specdistill.scoring.rows import Decoded, Timed
 from specdistill.scoring.scorecard import OWN_ENGINE, Scorecard, Verification
 from specdistill.scoring.slices import by_category, by_prompt_length
-from specdistill.scoring.template_settings import as_trained, settings_line
+from specdistill.scoring.template_settings import as_trained
 from specdistill.scoring.trust import doubts
 from specdistill.scoring.turns import Measured, measured
 from specdistill.scoring.verdict import verdict
@@ -351,17 +351,3 @@ def _trained_prompts(
         "sha256": hashlib.sha256("\n".join(sorted(known)).encode()).hexdigest(),
         "scored": sum(fingerprint(text) in known for text in texts),
     }
-
-
-def trained_line(card: Scorecard) -> str:
-    """What to say of a score on prompts of training, or on prompts that are put otherwise; empty
-    where there is nothing.
-    """
-    trained = card.provenance.get("trained_prompts") or {}
-    lines = [settings_line(card)]
-    if trained.get("scored"):
-        lines.append(
-            f"{trained['scored']} of {card.rows[0].prompts} prompts were trained on: on new ones "
-            "the draft accepts less; score it on others"
-        )
-    return "; ".join(filter(None, lines))

@@ -1,14 +1,13 @@
-"""What the chat template is told in a score, beside what it was told in training."""
+"""What the chat template is told in a score: what it was told in training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from specdistill.data.prompts import Prompt
-from specdistill.data.settings import difference, in_words, with_settings
+from specdistill.data.settings import in_words, with_settings
 from specdistill.models import LanguageModel, origin
 from specdistill.progress import Note, unsaid
-from specdistill.scoring.scorecard import Scorecard
 
 
 def as_trained(
@@ -27,12 +26,3 @@ def as_trained(
             "prompts, as in the draft's training"
         )
     return put
-
-
-def settings_line(card: Scorecard) -> str:
-    """What to say where prompts were put otherwise than in training; empty where there is
-    nothing.
-    """
-    origin_ = card.provenance.get("draft_origin") or {}
-    scored = card.provenance.get("chat_template_kwargs") or []
-    return difference(scored, origin_.get("chat_template_kwargs") or [])

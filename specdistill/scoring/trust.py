@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from specdistill.errors import InputError, ModelError
-from specdistill.models.hashes import hashes_of, model_sha256
 from specdistill.scoring.card_rows import (
     PLAIN_SLOWED,
     Baseline,
@@ -109,6 +108,9 @@ def round_cost(prompts: Sequence[PromptRow]) -> Columns | None:
 
 def swapped_draft(draft: ModelCard, folder: Path) -> list[str]:
     """A doubt where the model in `folder` is not the one that was scored."""
+    # Here, as this loads torch, and who reads cards alone needs none.
+    from specdistill.models.hashes import hashes_of, model_sha256
+
     try:
         if draft.sha256 in hashes_of(folder):
             return []

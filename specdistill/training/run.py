@@ -22,6 +22,7 @@ from specdistill.errors import DecodingError, InputError, StorageError, Training
 from specdistill.files import held
 from specdistill.models import LanguageModel, set_origin
 from specdistill.progress import Progress, silent
+from specdistill.provenance import training_facts
 from specdistill.run_folder import (
     RunFolder,
     append_metrics,
@@ -184,11 +185,9 @@ class Run:
         if self.accelerator.is_main_process:
             forget_samples(self.folder.samples, self.state.step)
             keep_metrics(self.folder, self.state.step)
-            write_config(config, target, draft, self.accelerator.num_processes)
-        named = {
-            k: v if isinstance(v, int | float | str) else str(v)
-            for k, v in flat(config.model_dump()).items()
-        }
+            write_config(config, training_facts(target, draft, self.accelerator.num_processes))
+        values = flat(config.model_dump()).items()
+        named = {k: v if isinstance(v, int | float | str) else str(v) for k, v in values}
         self.accelerator.init_trackers("distill", named)
 
     @property
