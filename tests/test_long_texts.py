@@ -1,8 +1,10 @@
 """Texts in rows and in windows: the loss and gradient of plain passes, and what they hold."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -315,6 +317,71 @@ def test_a_packed_run_resumes_to_the_bit(world: dict[str, str], tmp_path: Path) 
 def test_a_parallel_draft_is_not_packed(world: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"training\.packing does not go with parallel: the masks"):
         settings(world, tmp_path, parallel={}, training={"packing": True})
+
+
+# FlexAttention
+
+
+@contextmanager
+def by_flex() -> Iterator[list[tuple[int, int]]]:
+    """Passes as on a GPU: filled up to whole tiles, of 8 rows here, and by FlexAttention, not
+    compiled, with gradients, which PyTorch refuses on a CPU though its reference has them. Yields
+    the queries and the keys of each call.
+    """
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    calls: list[tuple[int, int]] = []
+
+    def uncompiled(
+        query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, **how: Any
+    ) -> Tensor:
+        calls.append((query.shape[2], key.shape[2]))
+        assert block_mask.shape[-2:] == calls[-1]
+        how = {name: how[name] for name in ("enable_gqa", "scale")}
+        return flex_attention(query, key, value, block_mask=block_mask, **how)
+
+    def filled(rows: int, device: torch.device) -> int:
+        return -(-rows // 8) * 8
+
+    with (
+        mock.patch("specdistill.training.attention._by_flex", return_value=True),
+        mock.patch(
+            "transformers.integrations.flex_attention.compile_friendly_flex_attention", uncompiled
+        ),
+        mock.patch("torch.nn.attention.flex_attention._validate_device"),
+        mock.patch("specdistill.training.parallel.whole_tiles", filled),
+    ):
+        yield calls
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", ["masks", "masks, e2e_tv", "masks, checkpointing"])
+def test_flex_attention_behind_a_prefix_gives_the_loss_and_gradient(name: str) -> None:
+    """Of windows whose rows see those before them, against one pass by the mask of every pair."""
+    examples = [[text("long", 18, 31)], [text("short", 1, 3)]]
+    whole = learnt(doubles(), examples, **with_training(BLOCKS[name], batch_tokens=500))
+    with by_flex() as calls:
+        cut = learnt(doubles(), examples, **with_training(BLOCKS[name], batch_tokens=16))
+    assert cut[2] > 4
+    assert any(queries < keys for queries, keys in calls), "a window behind its prefix"
+    assert all(queries % 8 == 0 for queries, _ in calls)
+    assert cut[0] == pytest.approx(whole[0], rel=1e-9)
+    agree(whole[1], cut[1])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_over_a_packed_row_gives_the_loss_and_gradient() -> None:
+    """Of several texts, in layers that slide and in others, against each text alone."""
+
+    def pair() -> tuple[LanguageModel, LanguageModel]:
+        return of_family("qwen3", layer_types="kinds", use_sliding_window=True, sliding_window=5)
+
+    examples = [text("long", 18, 31), text("a", 4, 9), text("b", 2, 12)]
+    alone = learnt(pair(), [[e] for e in examples], training={"batch_tokens": 500})
+    with by_flex() as calls:
+        packed = learnt(pair(), [examples], packed=True, training={"batch_tokens": 500})
+    assert calls
+    agree(alone[1], packed[1])
 
 
 # Memory
