@@ -174,7 +174,11 @@ def _check_name(name: str, path: Path) -> None:
 
 
 def label(key: str, value: Any) -> str:
-    """A value of the grid as part of a folder's name: {name: skd, top_k: 9} is skd-top_k-9."""
+    """A value of the grid as part of a folder's name: {name: skd, top_k: 9} is skd-top_k-9, and a
+    section without settings, {}, is defaults.
+    """
+    if value == {}:
+        return "defaults"
     if isinstance(value, dict):
         value = [part for item in value.items() for part in item if part not in ("name", key)]
     parts = value if isinstance(value, list) else [value]

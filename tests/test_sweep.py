@@ -11,12 +11,15 @@ import pytest
 import yaml
 from cards import simulate
 from rich.console import Console
+from small_runs import make_world, padded_target
 from test_cli import run
 
 from specdistill.cli.tables import sweep_table
 from specdistill.errors import InputError
+from specdistill.models import load
 from specdistill.progress import unsaid
 from specdistill.scoring.measure import score
+from specdistill.scoring.scorecard import Scorecard
 from specdistill.sweep import Result, _draw, heat_map, load_sweep, run_sweep, short_labels
 from specdistill.training.run import train
 
@@ -252,6 +255,29 @@ def test_a_sweep_on_text_alone_trains_as_distill_does(file: Path, tmp_path: Path
     last = json.loads((tmp_path / "sweep/0/metrics.jsonl").read_text().splitlines()[-1])
     assert "token_match" in last
     assert "expected_alpha" not in last
+
+
+def test_ordinary_and_parallel_drafts_are_swept_together(file: Path, tmp_path: Path) -> None:
+    """Each is trained in its own way, and scored by its own drafting."""
+    raw = yaml.safe_load(file.read_text()) | {
+        **make_world(tmp_path, padded_target(tmp_path / "padded")),
+        "grid": {"parallel": [None, {"num_draft_tokens": 3}, {}]},
+    }
+    file.write_text(yaml.safe_dump(raw))
+    done = run("sweep", file, "--json")
+    assert done.code == 0, done.err
+    cards = {
+        name: Scorecard.read(tmp_path / "sweep" / name / "scorecard.json")
+        for name in done.document["runs"]
+    }
+    assert {n: (c.drafting, c.provenance["trained_draft_tokens"]) for n, c in cards.items()} == {
+        "None": ("autoregressive", None),
+        "num_draft_tokens-3": ("parallel", 3),
+        "defaults": ("parallel", 8),
+    }
+    assert "no comparison" not in done.err
+    before = load(str(tmp_path / "draft")).mask_token
+    assert before is None, "no run has changed the draft that all began with"
 
 
 def test_what_hinders_a_comparison_comes_with_what_to_do(file: Path, tmp_path: Path) -> None:
