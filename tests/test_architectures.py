@@ -463,6 +463,12 @@ def test_positions_are_those_that_rotary_frequencies_are_stretched_for() -> None
     assert positions(256, **yarn, original_max_position_embeddings=64) == 256
     assert positions(64, **yarn) == 256
     assert positions(64, rope_type="linear", factor=2.0) == 128
+    linear: dict[str, Any] = {"rope_type": "linear", "factor": 4.0}
+    assert positions(256, **linear, original_max_position_embeddings=64) == 256  # counted already
+    assert positions(64, **linear, original_max_position_embeddings=64) == 256
+    bands = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}
+    assert positions(128, **llama3, **bands) == 128
     assert positions(64, rope_type="dynamic", factor=2.0) == 64
     assert positions(64, rope_type="default") == 64
     ropes = copy.deepcopy(BOTH_ROPES)
