@@ -150,13 +150,11 @@ class ByVllm:
 
 def serve_lines(card: Scorecard, target: str, draft: str | None) -> list[str]:
     """How to serve what vLLM measured."""
-    from specdistill.drafts.serve_commands import name_elsewhere, vllm_command
+    from specdistill.drafts.serve_commands import draft_config, name_elsewhere, vllm_command
     from specdistill.scoring.served import Served, served_lines
 
-    config = card.provenance.get("speculative_config")
-    if config is None:
-        config = {"method": "draft_model", "model": str(draft)}
-        if card.drafting == "parallel":
-            config["parallel_drafting"] = True
+    config = card.provenance.get("speculative_config") or draft_config(
+        str(draft), parallel=card.drafting == "parallel"
+    )
     command = vllm_command(name_elsewhere(target), config, card.fixed_gamma, Served.of(card))
     return [*served_lines(card), "Serve it with", command]

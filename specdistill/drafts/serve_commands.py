@@ -26,6 +26,12 @@ KNOWN_ELSEWHERE = {DEMO: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 RUNNER_VARIABLE = {"V1": "VLLM_USE_V2_MODEL_RUNNER=0", "V2": "VLLM_USE_V2_MODEL_RUNNER=1"}
 
 
+def draft_config(draft: str, *, parallel: bool) -> dict[str, Any]:
+    """vLLM's `speculative_config` of an exported draft, but for its number of draft tokens."""
+    config = {"method": "draft_model", "model": draft}
+    return {**config, "parallel_drafting": True} if parallel else config
+
+
 def vllm_command(
     target: str,
     config: Mapping[str, Any],
@@ -79,9 +85,7 @@ def command(
     where it has a mask token and the engine is one of `IN_PARALLEL`. `served` is for vLLM.
     """
     if engine == "vllm":
-        config: dict[str, Any] = {"method": "draft_model", "model": draft}
-        if mask_token is not None:
-            config["parallel_drafting"] = True
+        config = draft_config(draft, parallel=mask_token is not None)
         return vllm_command(target, config, num_draft_tokens, served)
     if engine == "sglang":
         # A chain: one token a step, and the verified block holds the last known token too.

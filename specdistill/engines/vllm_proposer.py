@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from specdistill.drafts.serve_commands import draft_config
 from specdistill.errors import InputError, ModelError, first_line
 from specdistill.limits import shown
 from specdistill.models import LanguageModel, locate
@@ -38,10 +39,8 @@ class Proposer:
 
     @classmethod
     def of_draft(cls, path: Path, parallel: bool) -> Proposer:
-        config = {"method": "draft_model", "model": str(path.absolute())}
-        if parallel:
-            return cls({**config, "parallel_drafting": True}, "parallel")
-        return cls(config, "autoregressive")
+        config = draft_config(str(path.absolute()), parallel=parallel)
+        return cls(config, "parallel" if parallel else "autoregressive")
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Proposer:
