@@ -959,6 +959,16 @@ def test_weights_of_other_modules_change_nothing(tiny: Tiny, tmp_path: Path) -> 
     assert torch.equal(loaded.head.weight, model.head.weight)
 
 
+def test_layers_that_predict_further_tokens_change_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    """Those behind the last, where the config says that there are such."""
+    save_draft(tiny(0, layers=4), tmp_path)
+    config = tmp_path / "config.json"
+    amend(config, num_hidden_layers=2, num_nextn_predict_layers=2)
+    assert load(str(tmp_path)).num_layers == 2
+    amend(config, num_nextn_predict_layers=1)
+    assert "model.layers.3" in refusal(str(tmp_path))
+
+
 # Which files are the model
 
 

@@ -96,6 +96,13 @@ def read_generation_config(name: str, path: Path, model: PreTrainedModel) -> Non
             model.generation_config = GenerationConfig.from_pretrained(path)
 
 
+def _predicts_further(key: str, config: Any) -> bool:
+    """Whether a weight is of a layer after the last, of those that the config says there are."""
+    text, layer = config.get_text_config(), re.search(r"\blayers\.(\d+)\.", key)
+    further = getattr(text, "num_nextn_predict_layers", None) or 0
+    return layer is not None and 0 <= int(layer[1]) - text.num_hidden_layers < further
+
+
 def check_all_read(
     name: str, files: Iterable[Path], config: Any, model: Any, unexpected: Iterable[str]
 ) -> None:
@@ -106,7 +113,11 @@ def check_all_read(
     tokens) changes nothing. Raises `ModelError`.
     """
     known = {key for module in (model, model.base_model) for key, _ in module.named_children()}
-    left_out = sorted(key for key in unexpected if key.split(".")[0] in known)
+    left_out = sorted(
+        key
+        for key in unexpected
+        if key.split(".")[0] in known and not _predicts_further(key, config)
+    )
     if left_out:
         raise ModelError(
             f"cannot load {name}: its files hold {left_out[0]}"
