@@ -618,7 +618,7 @@ def test_proposals_are_sampled_where_a_temperature_is_above_0_unless_a_config_sa
 
 
 def test_a_head_without_weights_of_its_own_reads_the_targets(pair: Both, tmp_path: Path) -> None:
-    """Its embedding and output, or, of `mtp`, all of it."""
+    """Its embedding and output, or, of `mtp` and the like, all of it."""
     target, ours = pair[0], load_file(pair[0].path / "model.safetensors")
     head_bytes = 64 * 32 * 8  # in float64
     body = {n: w for n, w in ours.items() if "lm_head" not in n and "embed_tokens" not in n}
@@ -630,8 +630,9 @@ def test_a_head_without_weights_of_its_own_reads_the_targets(pair: Both, tmp_pat
     more = {"model.layers.3.mlp.weight": torch.ones(8), "mtp.fc.weight": torch.ones(5)}
     save_file({**ours, **more}, both["mtp"] / "model.safetensors")
     target = replace(target, path=both["mtp"])
-    card = Pair.proposed_by(target, {"method": "mtp"}, PROMPTS, 10, 0).draft
-    assert (card.name, card.parameters, card.weight_bytes) == ("mtp", 13, 4 * 13 + head_bytes)
+    for method in ("mtp", "deepseek_mtp", "dspark"):
+        card = Pair.proposed_by(target, {"method": method}, PROMPTS, 10, 0).draft
+        assert (card.name, card.parameters, card.weight_bytes) == (method, 13, 4 * 13 + head_bytes)
 
 
 @pytest.mark.parametrize(

@@ -87,13 +87,13 @@ class Proposer:
 
 
 def proposer_card(config: Mapping[str, Any], target: LanguageModel) -> ModelCard:
-    """What a scorecard says of the model that a `speculative_config` names. Without a model of its
-    own it has no weights but those of `mtp`, which lie in the target's checkpoint, and the hash is
-    that of the config. Raises `ModelError` where the model cannot be had.
+    """What a scorecard says of the model that a `speculative_config` names. A head that has none of
+    its own (`mtp`, say) lies in the target's checkpoint, a look-up nowhere, and the hash is that of
+    the config. Raises `ModelError` where the model cannot be had.
     """
     name, method, facts = config.get("model"), config["method"], model_card(target)
     if method in LOOK_UPS or not isinstance(name, str):
-        sizes = _sizes(target.path, target, inside=True) if method == "mtp" else (0, 0)
+        sizes = (0, 0) if method in LOOK_UPS else _sizes(target.path, target, inside=True)
         sha256 = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
         return ModelCard(method, *sizes, facts.dtype, facts.vocab_size, sha256)
     path = locate(name)
