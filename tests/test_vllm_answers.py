@@ -28,7 +28,7 @@ from specdistill.decoding import Sampling
 from specdistill.decoding.sampling import row_seed
 from specdistill.engines import vllm_answerer
 from specdistill.engines.vllm_answers import Answers
-from specdistill.engines.vllm_process import Deployment
+from specdistill.engines.vllm_process import Deployment, environment
 from specdistill.errors import DecodingError, InputError
 from specdistill.models import LanguageModel
 from specdistill_kernels import keep_top_k
@@ -253,6 +253,14 @@ def test_devices_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="need 4; CUDA_VISIBLE_DEVICES names 3"):
         engine.devices(1)
     assert Deployment(Path("python")).devices(0) is None
+
+
+def test_ranks_share_the_processors_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {4, 2, 9, 7})
+    for threads, ranks, words in [(1, 1, "2"), (3, 1, "2,4,7"), (4, 2, "2,7|4,9"), (1, 2, "2|2")]:
+        assert environment(threads, ranks)["VLLM_CPU_OMP_THREADS_BIND"] == words
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in environment(None, 2)
 
 
 # What vLLM's own workers learn

@@ -80,7 +80,7 @@ def started(
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         source = Path(vllm_worker.__file__).read_text(encoding="utf-8")
-        variables = environment(deployment.threads)
+        variables = environment(deployment.threads, deployment.tensor_parallel)
         variables |= {} if runner is None else {RUNNER: RUNNERS[runner]}
         with log.open("w", encoding="utf-8") as errors:
             process = run(deployment.python, source, errors, folder, variables, text=True)

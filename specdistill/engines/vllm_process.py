@@ -80,14 +80,18 @@ class Deployment:
         return ",".join(visible[place] for place in places)
 
 
-def environment(threads: int | None) -> dict[str, str]:
-    """Of a process that runs one engine within itself, on the processors that this one may use."""
+def environment(threads: int | None, ranks: int = 1) -> dict[str, str]:
+    """Of a process that runs one engine within itself, on so many of the processors that this one
+    may use; its ranks share them out, and share one where there are too few.
+    """
     variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ
     variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     variables.pop("PYTHONPATH", None)  # it is another environment
     if threads is not None:
         processors = sorted(os.sched_getaffinity(0))[:threads]
-        variables["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, processors))
+        shares = (processors[rank::ranks] or processors for rank in range(ranks))
+        each = (",".join(map(str, share)) for share in shares)
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(each)
     return variables
 
 
