@@ -353,9 +353,17 @@ class Metric:
     def __init__(self, name, value):
         self.name = name
         setattr(self, "values" if isinstance(value, list) else "value", value)
+class EngineArgs:
+    def __init__(self, **given):
+        self.config = given["speculative_config"]
+    def create_engine_config(self):
+        os.environ["OF_ANOTHER_ENGINE"] = "1"
+        if self.config and self.config["num_speculative_tokens"] == self.config.get("refused"):
+            raise ValueError("no runner here proposes so")
 class LLM:
     def __init__(self, **given):
         assert given["enforce_eager"]
+        assert "OF_ANOTHER_ENGINE" not in os.environ
         print("noise on stdout", flush=True)
         os.system("echo more noise")
         if "fail" in given:
@@ -791,6 +799,17 @@ def test_the_command_scores_by_vllm(pair: Both, tmp_path: Path) -> None:
     compared = run("compare", cards[0], cards[2])
     assert compared.code == 1
     assert "deployment differs: {} in" in " ".join(compared.out.split())
+
+
+def test_what_vllm_refuses_to_propose_with_is_seen_before_anything_is_measured(
+    pair: Both, tmp_path: Path
+) -> None:
+    config = json.dumps({"method": "dspark", "model": str(pair[1].path), "refused": 3})
+    more = ["--speculative-config", config]
+    done = run_command(tmp_path, pair, stand_in(tmp_path), pair[0].path, *more, draft=False)
+    assert done.code == 2
+    assert re.search(r"does not start.*no runner here proposes so", " ".join(done.err.split()))
+    assert not (tmp_path / "started").exists(), "no engine was started"
 
 
 WRONG = {  # options of the stand-in, and what the command says

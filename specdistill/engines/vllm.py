@@ -100,8 +100,10 @@ class _Plan:
     def sampled(self) -> bool:
         return max(self.temperatures) > 0
 
-    def engine(self, num: int) -> Any:
-        """The context of an engine with γ = `num`, or of plain decoding for 0."""
+    def engine(self, num: int, later: Sequence[int] = ()) -> Any:
+        """The context of an engine with γ = `num`, or of plain decoding for 0. What vLLM says
+        against those with `later` γ by their configs alone is raised before this one loads.
+        """
         longest = max(len(prompt.tokens) for prompt in self.prompts) + self.max_new_tokens
         self.deployment.check_length(longest + max(self.num_draft_tokens) + 1)
         settings: dict[str, Any] = {
@@ -115,7 +117,8 @@ class _Plan:
         }
         if num:
             settings["speculative_config"] = self.pair.proposer.settings(num, self.sampled)
-        return started(self.deployment, settings, self.pair.weight_bytes, self.runner)
+        configs = [self.pair.proposer.settings(n, self.sampled) for n in later if n]
+        return started(self.deployment, settings, self.pair.weight_bytes, self.runner, configs)
 
     def request(self, temperature: float, prompt: EncodedPrompt, most: int) -> dict[str, Any]:
         return {
@@ -209,7 +212,7 @@ def _by_engines(
     for done, num in enumerate(order):
         words = f"γ = {num}" if num else "plain"
         progress(done, len(order), f"{words}: an engine starts")
-        with plan.engine(num) as engine:
+        with plan.engine(num, order if not done else ()) as engine:
             seen.facts = engine.facts
             for temperature in plan.temperatures:
                 _ask(engine, plan, num, temperature, plan.prompts[0], WARM_UP_TOKENS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -66,11 +66,13 @@ def started(
     settings: Mapping[str, Any],
     weight_bytes: int,
     runner: Runner | None = None,
+    later: Sequence[Mapping[str, Any]] = (),
 ) -> Iterator[Engine]:
     """An engine with these arguments of `LLM` and those of `deployment`, by this model runner or
     the one that vLLM chooses; ended with the context, whatever happens. Raises `InputError` where
     the interpreter cannot be run, or its vLLM is too old or has no such runner, or the devices'
-    memory is too small for the weights, `DecodingError` where the engine does not start.
+    memory is too small for the weights, `DecodingError` where the engine does not start, or vLLM
+    refuses to propose by one of the `later` speculative configs.
     """
     settings = {
         **settings,
@@ -93,7 +95,8 @@ def started(
                     f"--runner both: vLLM {begun['version']} has one model runner; leave it out"
                 )
             _check_memory(weight_bytes, begun["memory_bytes"], settings)
-            engine.facts = begun | _loaded(engine, settings, weight_bytes, begun, runner)
+            asked = {"engine": settings, "later": list(later)}
+            engine.facts = begun | _loaded(engine, asked, weight_bytes, begun, runner)
             yield engine
         except BaseException:
             process.kill()
@@ -104,17 +107,17 @@ def started(
 
 def _loaded(
     engine: Engine,
-    settings: Mapping[str, Any],
+    asked: Mapping[str, Any],
     weight_bytes: int,
     begun: Mapping[str, Any],
     runner: Runner | None,
 ) -> dict[str, Any]:
     """What an engine says of itself once its models are there."""
     try:
-        facts = engine.ask(settings)
+        facts = engine.ask(asked)
     except DecodingError as error:
         if is_out_of_memory(str(error)):
-            memory, ending = begun["memory_bytes"], str(error)
+            memory, ending, settings = begun["memory_bytes"], str(error), asked["engine"]
             raise out_of_memory(weight_bytes, memory, settings, "--concurrency", ending) from error
         if runner is not None:
             raise DecodingError(f"--runner both: by its runner {runner} {error}") from error

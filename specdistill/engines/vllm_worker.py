@@ -2,9 +2,9 @@
 
 It imports vLLM and the standard library, nothing of this project. Standard input and output carry
 a JSON document a line: first ours with the version, what that has, and the device's memory; then
-the arguments of `LLM`, answered by versions and device; then requests, each answered by its tokens,
-its seconds and the engine's counters so far, or many requests to have so many at a time of,
-answered by their times.
+the arguments of `LLM`, and what later engines propose with, answered by versions and device; then
+requests, each answered by its tokens, its seconds and the engine's counters so far, or many
+requests to have so many at a time of, answered by their times.
 """
 
 import json
@@ -42,6 +42,22 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return numbers
+
+
+def judge(vllm: Any, settings: dict[str, Any], later: list[dict[str, Any]]) -> None:
+    """Raises what vLLM says against an engine that is to come later, by its config alone: nothing
+    is loaded for that.
+    """
+    variables = dict(os.environ)
+    for config in (None, *later):
+        try:
+            vllm.EngineArgs(**settings, speculative_config=config).create_engine_config()
+        except Exception:
+            if config is None:  # `LLM` itself takes more, or will say it
+                break
+            raise
+    os.environ.clear()  # what a config sets there is for its own engine
+    os.environ.update(variables)
 
 
 def begin(vllm: Any, engine: Any, name: str, request: dict[str, Any]) -> None:
@@ -129,7 +145,11 @@ def main() -> None:
     line = sys.stdin.readline()
     if not line:  # it is not wanted
         return
-    engine = vllm.LLM(enforce_eager=on_cpu, **json.loads(line))
+    asked = json.loads(line)
+    settings = {"enforce_eager": on_cpu, **asked["engine"]}
+    if asked["later"]:
+        judge(vllm, settings, asked["later"])
+    engine = vllm.LLM(**settings)
     answer(
         {
             "versions": {"vllm": vllm.__version__, **versions()},
