@@ -368,6 +368,9 @@ class LLM:
         os.system("echo more noise")
         if "fail" in given:
             raise RuntimeError(given["fail"])
+        v2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+        if v2 and "no_v2" in given:
+            raise ValueError("Model Runner V2 needs Triton")
         with open(FOLDER + "/started", "a") as file:
             assert not os.path.exists(FOLDER + "/alive"), "two engines at a time"
             file.write(json.dumps(given) + "\\n")
@@ -375,7 +378,6 @@ class LLM:
         self.given, config = given, given.get("speculative_config", {})
         self.gamma = config.get("num_speculative_tokens", 0)
         self.looks_up = config.get("method") == "ngram"
-        v2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
         self.slow = 0.0 if v2 else given.get("slow_v1", 0.0)
         self.rounds = self.proposed = self.requests = 0
         self.accepted = [0] * self.gamma
@@ -570,6 +572,9 @@ def test_vllms_runners_are_both_measured_and_the_faster_one_served(
     with pytest.raises(InputError, match="runs this by its runner V1 whatever it is told"):
         run_vllm(stand_in(tmp_path), pair, options={"only_v1": True}, both_runners=True)
     assert gammas_of(tmp_path) == [3, 3], "before anything was measured"
+    with pytest.raises(DecodingError, match=r"by its runner V2 vLLM does not start.*needs Triton"):
+        run_vllm(stand_in(tmp_path), pair, options={"no_v2": True}, both_runners=True)
+    assert gammas_of(tmp_path) == [3], "nor was anything here"
     python = stand_in(tmp_path)
     (tmp_path / "vllm" / "envs.py").write_text("environment_variables = {}\n")
     with pytest.raises(InputError, match=r"vLLM 9\.9 has one model runner"):
