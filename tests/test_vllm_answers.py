@@ -28,7 +28,12 @@ from specdistill.decoding import Sampling
 from specdistill.decoding.sampling import row_seed
 from specdistill.engines import vllm_answerer
 from specdistill.engines.vllm_answers import Answers
-from specdistill.engines.vllm_process import Deployment, environment
+from specdistill.engines.vllm_process import (
+    Deployment,
+    environment,
+    is_out_of_memory,
+    last_lines,
+)
 from specdistill.errors import DecodingError, InputError
 from specdistill.models import LanguageModel
 from specdistill_kernels import keep_top_k
@@ -261,6 +266,22 @@ def test_ranks_share_the_processors_of_a_cpu(monkeypatch: pytest.MonkeyPatch) ->
         assert environment(threads, ranks)["VLLM_CPU_OMP_THREADS_BIND"] == words
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     assert "VLLM_CPU_OMP_THREADS_BIND" not in environment(None, 2)
+
+
+def test_the_error_of_a_rank_is_quoted(tmp_path: Path) -> None:
+    """Several processes of one engine: the first one only says that another has failed, or less."""
+    where = "(Worker_TP1 pid=71) ERROR 11-29 02:15:11 [multiproc_executor.py:953] "
+    words = "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
+    lines = [f"{where}Traceback:", f'{where}    raise ValueError("no")', f"{where}{words}", "done"]
+    end = "RuntimeError: Engine core initialization failed. See root cause above."
+    log = tmp_path / "log"
+    log.write_text("\n".join([*lines, "a", "b", end]))
+    assert last_lines(log) == f"{words} | a | b | {end}"
+    assert is_out_of_memory(last_lines(log))
+    log.write_text("\n".join([*lines, end, "[rank1]: KeyError: 'a'", "x", "y", "UserWarning: z"]))
+    assert last_lines(log) == "KeyError: 'a' | x | y | UserWarning: z"
+    log.write_text("\n".join([*lines, "a", "b", "ValueError: no such model"]))
+    assert last_lines(log) == "a | b | ValueError: no such model"
 
 
 # What vLLM's own workers learn

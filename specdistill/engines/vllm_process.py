@@ -33,6 +33,8 @@ SCORING = RESERVED | {
     "enable_prefix_caching": "prompts come again, and must cost the same again",
     "disable_log_stats": "acceptance is read from them",
 }
+_ABOVE = "root cause"  # is where vLLM says that it is another process's
+_ERROR = re.compile(r"(?:^|[\])]:? )((?:\w+\.)*\w+(?:Error|Exception)(?::.*|$))")  # after a prefix
 _OUT_OF_MEMORY = ("out of memory", "No available memory for the cache", "less than desired GPU")
 
 
@@ -123,9 +125,17 @@ def check_interpreter(python: Path) -> None:
 
 
 def last_lines(log: Path) -> str:
-    """How a process ended, in its own words, on one line."""
-    lines = map(str.strip, log.read_text(encoding="utf-8", errors="replace").split("\n"))
-    return " | ".join([line for line in lines if line][-LINES:]) or "it said nothing"
+    """How a process ended, in its own words, on one line. Where that names no error, or points to
+    that of another process, the last one above comes first.
+    """
+    written = map(str.strip, log.read_text(encoding="utf-8", errors="replace").split("\n"))
+    lines = [line for line in written if line]
+    ending = lines[-LINES:]
+    if not any(_ERROR.search(line) and _ABOVE not in line for line in ending):
+        others = (line for line in lines if _ABOVE not in line)
+        errors = [match[1] for line in others if (match := _ERROR.search(line))]
+        ending = errors[-1:] + ending
+    return " | ".join(ending) or "it said nothing"
 
 
 def is_out_of_memory(ending: str) -> bool:
