@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import public_heads
 import pytest
 import torch
 from conftest import tiny_model, tiny_tokenizer
@@ -1033,47 +1035,6 @@ def test_vllm_accepts_what_our_engine_accepts(tmp_path: Path, parallel: bool) ->
         assert survival[2] > 0.1, "the last place is tried, too"
 
 
-def bigram_head(target: LanguageModel, follows: list[int], folder: Path) -> None:
-    """An EAGLE-3 head of the target's upper 48 tokens that proposes `follows[t]` after t. Queries
-    and keys find the place itself, whose value is the token; the target's states are left out.
-    """
-    embedding = target.model.get_input_embeddings().weight
-    width, lowest, generator = 128, 64 - 48, torch.Generator().manual_seed(0)
-    tokens = torch.nn.functional.rms_norm(embedding, (width,), eps=target.config.rms_norm_eps)
-    to_keys, to_values = torch.randn(2, 64, width, generator=generator) / width**0.5
-    nothing = torch.zeros(64, width)
-    keys, values = (torch.cat([weight, nothing], -1) for weight in (20 * to_keys, to_values))
-    heads = keys.view(2, 1, 32, 2 * width).expand(2, 2, 32, 2 * width).reshape(width, 2 * width)
-    seen = (tokens @ to_values.T).view(64, 2, 1, 32).expand(64, 2, 2, 32).reshape(64, width)
-    wanted = torch.nn.functional.one_hot(torch.tensor(follows) - lowest, 48).float()
-    layer, ones, mlp = "midlayer.", torch.ones(width), torch.zeros(48, width)
-    weights = {
-        "fc.weight": torch.zeros(width, 3 * width),
-        f"{layer}self_attn.q_proj.weight": heads,
-        f"{layer}self_attn.k_proj.weight": keys,
-        f"{layer}self_attn.v_proj.weight": values,
-        f"{layer}self_attn.o_proj.weight": torch.eye(width),
-        f"{layer}mlp.gate_proj.weight": mlp,
-        f"{layer}mlp.up_proj.weight": mlp,
-        f"{layer}mlp.down_proj.weight": mlp.T,
-        f"{layer}input_layernorm.weight": ones,
-        f"{layer}hidden_norm.weight": torch.zeros(width),
-        f"{layer}post_attention_layernorm.weight": ones,
-        "norm.weight": ones,
-        "lm_head.weight": (torch.linalg.pinv(seen) @ wanted).T,
-        "d2t": torch.full((48,), lowest),
-    }
-    folder.mkdir()
-    save_file(
-        {name: each.clone().contiguous() for name, each in weights.items()},
-        folder / "model.safetensors",
-    )
-    config = {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1}
-    config |= {"draft_vocab_size": 48, "norm_before_residual": True}
-    text = json.dumps({**target.config.to_dict(), **config})
-    (folder / "config.json").write_text(text)
-
-
 def proposed_by_vllm(target: LanguageModel, config: dict[str, object]) -> Scorecard:
     card = vllm.score(
         Deployment(Path(VLLM_PYTHON), threads=1, options={"block_size": 32}),
@@ -1092,21 +1053,33 @@ def proposed_by_vllm(target: LanguageModel, config: dict[str, object]) -> Scorec
 
 @pytest.mark.slow
 @needs_vllm
-def test_a_public_head_is_counted_round_by_round(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["eagle3", "dflash", "mtp"])
+def test_a_public_head_is_counted_round_by_round(tmp_path: Path, method: str) -> None:
     """Its proposals are known, and so is what the target accepts of each."""
-    served_target(tmp_path)
-    target = models.load(str(tmp_path / "target"), dtype="float32")
+    make = public_heads.target_with_mtp if method == "mtp" else served_target
+    folder = tmp_path / "target"
+    make(folder if method == "mtp" else tmp_path)
+    target = models.load(str(folder), dtype="float32")
     texts = []
     for prompt in PROMPTS:  # beyond the longest answer, as the last round looks there
         text = list(prompt.tokens)
         for _ in range(48 + 3):
             text.append(int(target.logits(target.hidden(torch.tensor([text]))[0, -1]).argmax()))
         texts.append(text[len(prompt.tokens) :])
-    follows = [max(16, (t + 1) % 64) for t in range(64)]
-    for text in texts[::2]:
-        follows = [dict(pairwise(text)).get(t, follows[t]) for t in range(64)]
-    follows = [max(16, t) for t in follows]
-    bigram_head(target, follows, tmp_path / "head")
+    after = [Counter({(t + 1) % 64: 0}) for t in range(64)]
+    for this, following in (each for text in texts for each in pairwise(text)):
+        after[this][following] += 1
+    follows = [max(public_heads.LOWEST, most.most_common(1)[0][0]) for most in after]
+    config: dict[str, object] = {"method": method, "model": str(tmp_path / "head")}
+    match method:
+        case "eagle3":
+            public_heads.eagle3(target, follows, tmp_path / "head")
+        case "dflash":
+            mask = next(t for t in range(64) if all(t not in text for text in texts))
+            public_heads.dflash(follows, tmp_path / "head", mask)
+        case "mtp":
+            public_heads.mtp(target, follows)
+            del config["model"]
     accepted = []
     for text in texts:
         done = 1
@@ -1116,11 +1089,11 @@ def test_a_public_head_is_counted_round_by_round(tmp_path: Path) -> None:
                 proposed += 1
             accepted.append(proposed)
             done += proposed + 1
-    head = {"method": "eagle3", "model": str(tmp_path / "head")}
-    card = proposed_by_vllm(target, head)
+    card = proposed_by_vllm(target, config)
     (row,) = card.rows
-    assert card.drafting == "autoregressive"
-    assert card.settings_label == "proposed by eagle3"
+    assert card.drafting == ("parallel" if method == "dflash" else "autoregressive")
+    assert card.settings_label.endswith(f"proposed by {method}")
+    assert card.draft.parameters > 0
     assert row.rounds == len(PROMPTS) + len(accepted)
     assert row.accepted == sum(accepted)
     by_place = [sum(number > i for number in accepted) / len(accepted) for i in range(3)]
