@@ -328,7 +328,7 @@ def test_a_model_that_waits_for_the_device_runs_eagerly(
         assert decoder.generate(PROMPTS, max_new_tokens=9).outputs == expected.outputs
 
 
-@pytest.mark.parametrize(("captures", "batch_size"), [(0, 2), (1, 2), (2, 2), (3, 2), (2, 5)])
+@pytest.mark.parametrize(("captures", "batch_size"), [(0, 2), (2, 2), (2, 5)])
 @pytest.mark.parametrize("kind", ["none", "half", "parallel"])
 def test_nothing_is_lost_where_a_capture_fails_among_rounds(
     kind: str, captures: int, batch_size: int
