@@ -414,9 +414,13 @@ def test_options_that_do_not_go_together(tiny_folder: Path, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @needs_vllm
-@pytest.mark.parametrize("signal", ["states", "top-k:8"])
-def test_vllm_says_of_the_target_what_our_own_pass_says(tmp_path: Path, signal: str) -> None:
-    """Greedy answers and their signal are our engine's; chunked prompts and a full batch."""
+@pytest.mark.parametrize(("signal", "ranks"), [("states", 1), ("top-k:8", 1), ("top-k:8", 2)])
+def test_vllm_says_of_the_target_what_our_own_pass_says(
+    tmp_path: Path, signal: str, ranks: int
+) -> None:
+    """Greedy answers and their signal are our engine's; chunked prompts and a full batch, by an
+    engine of one process, and one whose layers are shared by two.
+    """
     served_target(tmp_path)
     words = " ".join(f"w{5 + i % 50}" for i in range(40))
     (tmp_path / "prompts.txt").write_text("".join(f"w{5 + i} {words}\n" for i in range(8)))
@@ -425,6 +429,7 @@ def test_vllm_says_of_the_target_what_our_own_pass_says(tmp_path: Path, signal: 
     asked += ["--max-new-tokens", "12", "--batch-size", "4"]
     small = json.dumps({"max_num_batched_tokens": 24})
     other = ["--engine", "vllm", "--engine-python", VLLM_PYTHON, "--engine-options", small]
+    other += ["--tensor-parallel", str(ranks), "--threads", "1"]
     for name, more in (("ours", []), ("theirs", other)):
         result = run(*asked, "--out", str(tmp_path / name), *more)
         assert result.code == 0, result.err
