@@ -113,14 +113,13 @@ class LlamaBody:
         half = cos.shape[-1] // 2
         turn = cos[:, :, None], torch.cat((-sin[..., :half], sin[..., half:]), -1)[:, :, None]
         if isinstance(masks, Tensor):
-            by_kind = dict.fromkeys(self.kinds, _added(masks, x.dtype))
+            by_kind = dict.fromkeys(self.kinds, _added(masks, x.dtype, self.sharing))
         else:
-            by_kind = {kind: _added(masks[kind], x.dtype) for kind in self.kinds}
+            by_kind = {kind: _added(masks[kind], x.dtype, self.sharing) for kind in self.kinds}
         queries = tokens.shape[1] * self.sharing
         rest = queries % QUERIES
         narrow = x.device.type == "cpu" and x.dtype.itemsize == 2 and 0 < rest < FEW
         more = FEW - rest if narrow else 0
-        by_kind = {kind: by_kind[kind].repeat(1, 1, self.sharing, 1) for kind in self.kinds}
         if more:
             by_kind = {kind: F.pad(mask, (0, 0, 0, more)) for kind, mask in by_kind.items()}
         for layer, layer_slots in zip(self.layers, slots, strict=True):
@@ -132,11 +131,15 @@ class LlamaBody:
         return self.norm(x)
 
 
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as it is added to the scores."""
+def _added(mask: Tensor, dtype: torch.dtype, sharing: int) -> Tensor:
+    """A mask [B, 1, n, L] as it is added to the scores of heads that share keys,
+    [B, 1, sharing * n, L].
+    """
     if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+        return mask.repeat(1, 1, sharing, 1)
+    batch, _, rows, slots = mask.shape
+    added = torch.zeros((batch, sharing, rows, slots), dtype=dtype, device=mask.device)
+    return added.masked_fill_(~mask, torch.finfo(dtype).min).view(batch, 1, -1, slots)
 
 
 def _attend(
