@@ -1,13 +1,21 @@
 """Preparing prompts: what rows share is found in time linear in tokens, and changes nothing."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 
-from specdistill.decoding.cache import SLACK, CachedModel, length_classes
+from specdistill.decoding.cache import (
+    SLACK,
+    CachedModel,
+    length_classes,
+    pass_bytes,
+    pass_shape,
+)
 from specdistill.decoding.prefixes import PrefixTree, common_prefix
 from specdistill.models import LanguageModel
 
@@ -144,3 +152,48 @@ def test_what_is_shared_and_grouped_leaves_the_same_slots(tiny: Tiny) -> None:
                     ):
                         apart = slots[row, : len(own)] - ours[0, : len(own)]
                         assert apart.abs().sum() <= 1e-9
+
+
+def test_the_masks_of_a_pass_do_not_grow_with_rows_times_length(tiny: Tiny) -> None:
+    """Fewer rows, then fewer positions, as texts get longer; short ones are as they were."""
+    for missing, slots, shape in (
+        (40, 40, (204, 40)),
+        (1000, 1000, (16, 512)),
+        (4000, 4096, (4, 512)),
+        (100, 4096, (20, 100)),
+        (16_000, 16_384, (1, 512)),
+        (100_000, 131_072, (1, 64)),
+    ):
+        assert pass_shape(missing, slots) == shape
+    model = tiny(0, max_position_embeddings=4096)
+    assert pass_bytes(model, 1, 64) < pass_bytes(model, 2, 64) < pass_bytes(model, 2, 128)
+    most = pass_bytes(model, 4, 4096)
+    assert pass_bytes(model, 64, 4096) == most
+
+
+def taken(work: Callable[[], object]) -> int:
+    """The most bytes of tensors that it had at once, by PyTorch's own account."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        work()
+    events = watched.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    return max(itertools.accumulate(size for _, size in sorted(changes)))
+
+
+@pytest.mark.parametrize("how", ["lean", "stock", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "length"), [(1, 3000), (6, 700)])
+def test_a_pass_takes_what_is_told(
+    tiny: Tiny, how: str, dtype: torch.dtype, rows: int, length: int
+) -> None:
+    model = tiny(0, layers=2, max_position_embeddings=4096, dtype=dtype)
+    if how != "lean":
+        model.body = None
+    if how == "eager":
+        model.model.set_attn_implementation("eager")
+    cached = CachedModel(model, rows, length)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(5, 60, (rows, length), generator=generator).tolist()
+    most = taken(lambda: cached.prefill(torch.arange(rows), prompts))
+    told = pass_bytes(model, rows, length)
+    assert 0.6 * told < most < 1.1 * told

@@ -234,8 +234,8 @@ def _in_this_process(
     size = measure.cache_size(big, small, encoded, num_draft_tokens, max_new_tokens)
     console.note(size.line)
     tokens, lossy = [(p.id, p.tokens) for p in encoded], how["lenience"] is not None
-    most = lossless.evidence_cache(big, small, tokens, max(num_draft_tokens), lossy)
-    console.note(f"cache: up to {most / 1e6:,.1f} MB more for the evidence at the end")
+    most = lossless.evidence_bytes(big, small, tokens, max(num_draft_tokens), lossy)
+    console.note(f"memory: about {most / 1e6:,.1f} MB for the evidence at the end")
     return encoded, partial(measure.score, big, small, **how)
 
 

@@ -23,6 +23,7 @@ from specdistill.models.memory import free_bytes
 Mask = TypeVar("Mask")
 BUCKET = 64  # attention sees a multiple of this many slots, so that shapes repeat
 PREFILL_WIDTH, PREFILL_TOKENS = 512, 8192  # of a pass over prompts: positions, and of all rows
+PREFILL_PAIRS = 2**23  # of its tokens and the slots that each may see, which masks have values for
 SLACK = 256  # tokens that a further pass costs about as much as
 
 
@@ -70,7 +71,8 @@ class _RowLayer(CacheLayerMixin):
         return self.write(key_states.transpose(1, 2), value_states.transpose(1, 2))
 
     def keep(self, rows: Tensor) -> None:
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.keys = self.keys[rows]  # the old ones go before the values are copied
+        self.values = self.values[rows]
 
     def copy(self, sources: Tensor, rows: Tensor, length: int) -> None:
         """The first `length` slots of each source row to its row."""
@@ -190,8 +192,8 @@ class CachedModel:
             self.prompts.put(row, prompt)
         missing = [len(p) - k for p, k in zip(prompts, known, strict=True)]
         for group in length_classes(missing):
-            step = min(width, missing[group[0]])
-            count = max(tokens // step, 1)
+            slots = max(len(prompts[i]) for i in group)
+            count, step = pass_shape(missing[group[0]], slots, width, tokens)
             for members in (group[i : i + count] for i in range(0, len(group), count)):
                 part = rows[torch.tensor(members, device=device)]
                 texts, starts = [prompts[i] for i in members], [known[i] for i in members]
@@ -255,6 +257,15 @@ def length_classes(lengths: Sequence[int]) -> list[list[int]]:
     return classes
 
 
+def pass_shape(
+    missing: int, slots: int, width: int = PREFILL_WIDTH, tokens: int = PREFILL_TOKENS
+) -> tuple[int, int]:
+    """Rows, at most, and positions of a pass over prompts that lack so many tokens of `slots`."""
+    tokens = min(tokens, max(PREFILL_PAIRS // _whole_buckets(slots), 1))
+    step = min(width, missing, tokens)
+    return tokens // step, step
+
+
 def attention_mask(
     model: LanguageModel, slots: Tensor, positions: Tensor
 ) -> Tensor | dict[str, Tensor]:
@@ -294,6 +305,30 @@ def cache_bytes(model: LanguageModel, batch: int, capacity: int) -> int:
     """Bytes of keys and values that a `CachedModel` of these sizes allocates."""
     one_token = sum(part.nbytes for token in model.token_slots for part in token)
     return batch * _whole_buckets(capacity) * one_token
+
+
+def pass_bytes(model: LanguageModel, batch: int, slots: int) -> int:
+    """About the bytes that a pass over prompts takes beside the caches, of so many rows that come
+    to `slots` tokens each: its masks, what attention makes of them, a layer's keys and values of
+    the rows, which are copied for it, and a layer's activations.
+    """
+    rows, width = pass_shape(slots, slots)
+    rows, size = min(rows, batch), model.dtype.itemsize
+    copied = max(sum(part.nbytes for part in token) for token in model.token_slots)
+    config = model.config
+    of_a_pair = 2 + size  # what is seen, what is not, and as it is added to the scores
+    if config._attn_implementation == "eager":  # scores of every head, and their softmax in float32
+        of_a_pair += 8 * config.num_attention_heads
+    elif model.body is None:
+        of_a_pair += 4  # as PyTorch's own attention takes it
+    else:
+        of_a_pair += (model.body.sharing - 1) * size  # once for each head that shares keys
+    inner = getattr(config, "intermediate_size", None)
+    inner = inner if isinstance(inner, int) else 4 * config.hidden_size
+    # What goes into a layer and its norm; gate, up, the activation, and their product.
+    of_a_token = 2 * config.hidden_size + 4 * inner
+    tokens, seen = rows * width, rows * _whole_buckets(slots)
+    return seen * (width * of_a_pair + copied) + tokens * of_a_token * size
 
 
 @contextmanager

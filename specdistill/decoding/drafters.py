@@ -79,6 +79,11 @@ class DraftStream(Protocol):
 
 
 class Drafter(Protocol):
+    @property
+    def models(self) -> Sequence[LanguageModel]:
+        """Those that draft."""
+        ...
+
     def cache_bytes(self, batch: int, capacity: int) -> int:
         """What `open` allocates."""
         ...
@@ -132,6 +137,10 @@ class ModelDrafter:
     def ids(self, tokens: Tensor) -> Tensor:
         """Of tokens as `columns` has them, the target's ids."""
         return tokens if self.vocab is None else self.vocab[tokens]
+
+    @property
+    def models(self) -> Sequence[LanguageModel]:
+        return [self.draft]
 
     def cache_bytes(self, batch: int, capacity: int) -> int:
         return cache_bytes(self.draft, batch, capacity)
@@ -270,6 +279,10 @@ class NgramDrafter:
             )
         self.sizes = range(longest, shortest - 1, -1)
 
+    @property
+    def models(self) -> Sequence[LanguageModel]:
+        return []
+
     def cache_bytes(self, batch: int, capacity: int) -> int:
         return 0
 
@@ -308,6 +321,10 @@ class CombinedDrafter:
     def __init__(self, ngram: NgramDrafter, model: ModelDrafter) -> None:
         self.ngram = ngram
         self.model = model
+
+    @property
+    def models(self) -> Sequence[LanguageModel]:
+        return self.model.models
 
     def cache_bytes(self, batch: int, capacity: int) -> int:
         return self.model.cache_bytes(batch, capacity)

@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 
-from specdistill.decoding.cache import CachedModel, cache_bytes
+from specdistill.decoding.cache import CachedModel, cache_bytes, pass_bytes
 from specdistill.decoding.captured import CapturedStream, Workspace
 from specdistill.decoding.drafters import Context, Draft, Drafter, ModelDrafter
 from specdistill.decoding.graphs import CannotCaptureError, Graphs, warn_of_eager_rounds
@@ -22,7 +22,7 @@ from specdistill.decoding.watch import Watch
 from specdistill.errors import InputError
 from specdistill.limits import MAX_DRAFT_TOKENS
 from specdistill.models import LanguageModel, check_tokens
-from specdistill.models.packing import pack
+from specdistill.models.packing import pack, packing_bytes
 from specdistill_kernels import Lenience, Mode, Verdict, verify
 
 COARSE = 256  # slots: where graphs are kept, longer requests seldom need new ones
@@ -195,10 +195,12 @@ class SpeculativeDecoder:
         """What `stream` will allocate for these requests, before it does. Raises as `check`."""
         self.check(requests)
         rows, slots = self._width(requests), self._capacity(requests)
-        total = cache_bytes(self.target, rows, slots)
+        total, models = cache_bytes(self.target, rows, slots), [self.target]
         if self.drafter is not None:
             total += self.drafter.cache_bytes(rows, slots)
-        return CacheSize(total, rows, slots)
+            models += [model for model in self.drafter.models if model is not self.target]
+        passes = max(pass_bytes(model, rows, slots) for model in models)
+        return CacheSize(total, rows, slots, passes, sum(map(packing_bytes, models)))
 
     def _width(self, requests: Sized) -> int:
         return min(self.batch_size, len(requests))

@@ -87,13 +87,21 @@ class Generation:
 
 
 class CacheSize(NamedTuple):
-    """What the keys and values of target and draft take: `rows` of `slots` tokens each."""
+    """What the keys and values of target and draft take: `rows` of `slots` tokens each; and, about,
+    what decoding takes beside them for its largest pass and for copies of the weights.
+    """
 
     bytes: int
     rows: int
     slots: int
+    passes: int
+    weights: int
 
     @property
     def line(self) -> str:
         rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
-        return f"cache: {self.bytes / 1e6:,.1f} MB for {rows} of up to {self.slots:,} tokens"
+        return (
+            f"cache: {self.bytes / 1e6:,.1f} MB for {rows} of up to {self.slots:,} tokens; "
+            f"about {self.passes / 1e6:,.1f} MB more for passes, {self.weights / 1e6:,.1f} MB for "
+            "packed weights"
+        )

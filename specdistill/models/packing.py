@@ -10,9 +10,11 @@ import dataclasses
 import warnings
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from specdistill.models import LanguageModel
+from specdistill.models.language_model import multiplies_wide
 from specdistill.models.memory import free_bytes
 from specdistill.models.packed_linear import Joined, packs
 
@@ -38,8 +40,7 @@ def pack(model: LanguageModel, rows: int) -> None:
     packed on other devices, in dtypes that no library here packs, in training, where weights
     change, and, with a warning, where memory does not suffice.
     """
-    trained = any(parameter.requires_grad for parameter in model.model.parameters())
-    if trained or model.device.type != "cpu" or not packs(model.dtype):
+    if not _packs(model):
         for product in _layer_products(model):
             product.unpack()
         model.unpack_head()
@@ -57,6 +58,29 @@ def pack(model: LanguageModel, rows: int) -> None:
         return
     for product in missing:
         product.pack(rows)
+
+
+def packing_bytes(model: LanguageModel) -> int:
+    """About what the first decoding takes for copies of the weights: one in float32 of a head in
+    half precision, and those that `pack` makes.
+    """
+    head: Tensor = model.head.weight
+    with torch.no_grad():  # as decoding does
+        copied = head.dtype.itemsize < 4 and not multiplies_wide(head)
+    wide = 4 * head.numel() if copied else 0
+    if not _packs(model):
+        return wide
+    if model.body is not None:
+        layers = sum(product.nbytes for product in model.body.products())
+    else:
+        modules = (m for m in model.model.modules() if m is not model.head)
+        layers = sum(m.weight.nbytes for m in modules if isinstance(m, nn.Linear))
+    return wide + layers + max(wide, head.nbytes)
+
+
+def _packs(model: LanguageModel) -> bool:
+    trained = any(parameter.requires_grad for parameter in model.model.parameters())
+    return not trained and model.device.type == "cpu" and packs(model.dtype)
 
 
 def _products(model: LanguageModel) -> list[Joined]:

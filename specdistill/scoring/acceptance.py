@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from specdistill.decoding import Drafting, ModelDrafter, ParallelDrafter, drafter_for
-from specdistill.decoding.cache import CachedModel
+from specdistill.decoding.cache import CachedModel, pass_shape
 from specdistill.decoding.drafters import Context
 from specdistill.decoding.parallel import AUTO
 from specdistill.decoding.records import Output
@@ -28,8 +28,8 @@ def acceptance_chances(
     """Σ_x min(p(x), q(x)) at each tested position of an answer [n], float64: the chance, before the
     draft's token was drawn, that it would be accepted; with lenience Σ_x min(f(p(x)), q(x)).
 
-    A tested position's context is a prefix of the emitted text, so one pass over the whole text
-    gives every p, and `draft_states` every q. At temperature 0 both are one-hot, and the overlap is
+    A tested position's context is a prefix of the emitted text, so passes over the text give every
+    p, and `draft_states` every q. At temperature 0 both are one-hot, and the overlap is
     1 exactly where the proposal was accepted.
     """
     if temperature == 0:
@@ -44,7 +44,7 @@ def acceptance_chances(
         return torch.zeros(0, dtype=torch.float64)
     tokens = torch.tensor([prompt + output.tokens], device=target.device)
     drafter = drafter_for(draft, target.vocab_size, drafting)
-    hidden_p = target.hidden(tokens)[0, len(prompt) - 1 :][tested]
+    hidden_p = _text_states(target, tokens)[len(prompt) - 1 :][tested]
     hidden_q = draft_states(drafter, prompt, output)[tested]
     chances = []
     for p_rows, q_rows in zip(hidden_p.split(256), hidden_q.split(256), strict=True):
@@ -65,7 +65,7 @@ def draft_states(drafter: ModelDrafter, prompt: list[int], output: Output) -> Te
     if isinstance(drafter, ParallelDrafter):
         return _parallel_states(drafter, prompt, output)
     tokens = torch.tensor([prompt + output.tokens[:-1]], device=drafter.draft.device)
-    return _text_states(drafter, tokens)[len(prompt) - 1 :]
+    return _text_states(drafter.draft, drafter.readable(tokens))[len(prompt) - 1 :]
 
 
 def _parallel_states(drafter: ParallelDrafter, prompt: list[int], output: Output) -> Tensor:
@@ -84,15 +84,15 @@ def _parallel_states(drafter: ParallelDrafter, prompt: list[int], output: Output
     return torch.cat(states)
 
 
-def _text_states(drafter: ModelDrafter, tokens: Tensor, chunk: int = 512) -> Tensor:
-    """Hidden states [n, d] of the draft over a text [1, n], positions beyond its last read as the
-    engine reads them.
+def _text_states(model: LanguageModel, tokens: Tensor) -> Tensor:
+    """Hidden states [n, d] over a text [1, n], positions beyond the last read as the engine reads
+    them, in passes that take no more memory than the engine's.
     """
     count = tokens.shape[1]
-    cached = CachedModel(drafter.draft, 1, count)
-    read, places = drafter.readable(tokens), torch.arange(count, device=tokens.device)[None]
+    _, chunk = pass_shape(count, count)
+    cached, places = CachedModel(model, 1, count), torch.arange(count, device=tokens.device)[None]
     states = [
-        cached.run(read[:, i : i + chunk], places[:, i : i + chunk], min(i + chunk, count))
+        cached.run(tokens[:, i : i + chunk], places[:, i : i + chunk], min(i + chunk, count))
         for i in range(0, count, chunk)
     ]
     return torch.cat(states, 1)[0]

@@ -12,6 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from specdistill.decoding import (
+    CacheSize,
     Drafting,
     ModelDrafter,
     Request,
@@ -24,6 +25,7 @@ from specdistill.decoding.parallel import AUTO
 from specdistill.decoding.records import Output
 from specdistill.models import LanguageModel
 from specdistill.models.memory import free_bytes
+from specdistill.models.packed_linear import packs
 from specdistill.models.packing import widened
 from specdistill.scoring.card_evidence import LEAST_IDENTITY, Float32, Lossless
 from specdistill.scoring.sampled_texts import (
@@ -90,45 +92,59 @@ def shortest(prompts: Sequence[tuple[str, list[int]]]) -> list[tuple[str, list[i
     return sorted(prompts, key=lambda prompt: len(prompt[1]))[:SHARE]
 
 
-def evidence_cache(
+def evidence_bytes(
     target: LanguageModel,
     draft: LanguageModel,
     prompts: Sequence[tuple[str, list[int]]],
     num_draft_tokens: int,
     lossy: bool = False,
 ) -> int:
-    """Bytes of the largest caches of `evidence`, beside those that a measurement has made."""
+    """About what `evidence` takes at most, for caches, passes and copies of the models in float32,
+    beside what a measurement keeps.
+    """
     pair, twin = (drafter_for(m, target.vocab_size, AUTO) for m in (draft, target))
     prompts = shortest(prompts)
     sampled = [(str(i), prompts[0][1]) for i in range(ROWS)]
-    sizes = [_cache(target, twin, prompts[:1], NUM_DRAFT_TOKENS)]
+    parts = [_size(target, twin, prompts[:1], NUM_DRAFT_TOKENS)]
     if not lossy:
-        sizes.append(_cache(target, pair, sampled, NUM_DRAFT_TOKENS))
-    if not lossy and target.dtype.itemsize < 4:
-        sizes.append(_wide_cache(target, pair, prompts, num_draft_tokens))
-    return max(sizes)
+        parts.append(_size(target, pair, sampled, NUM_DRAFT_TOKENS))
+    most = max(part.bytes + part.passes for part in parts)
+    if lossy or target.dtype.itemsize >= 4:
+        return most
+    return max(most, _copies(target, draft) + _wide_size(target, pair, prompts, num_draft_tokens))
 
 
-def _wide_cache(
+def _copies(target: LanguageModel, draft: LanguageModel) -> int:
+    """Bytes of both models in float32, of what they are made of, and of packed weights."""
+    packed = 4 if target.device.type == "cpu" and packs(torch.float32) else 0
+    return sum(
+        p.numel() * (4 + max(p.element_size(), packed))
+        for m in (target, draft)
+        for p in m.model.parameters()
+    )
+
+
+def _wide_size(
     target: LanguageModel,
     drafter: ModelDrafter,
     prompts: Sequence[tuple[str, list[int]]],
     num_draft_tokens: int,
 ) -> int:
-    """In float32."""
-    return _cache(target, drafter, prompts, num_draft_tokens) * 4 // target.dtype.itemsize
+    """In float32, with its passes."""
+    size = _size(target, drafter, prompts, num_draft_tokens)
+    return (size.bytes + size.passes) * 4 // target.dtype.itemsize
 
 
-def _cache(
+def _size(
     target: LanguageModel,
     drafter: ModelDrafter,
     prompts: Sequence[tuple[str, list[int]]],
     num_draft_tokens: int,
-) -> int:
+) -> CacheSize:
     decoder = SpeculativeDecoder(
         target, drafter, num_draft_tokens=num_draft_tokens, batch_size=len(prompts)
     )
-    return decoder.cache_size(_requests(target, prompts, SHARE_TOKENS)).bytes
+    return decoder.cache_size(_requests(target, prompts, SHARE_TOKENS))
 
 
 def _requests(
@@ -154,12 +170,10 @@ def greedy_in_float32(
     their caches, and else one by one. Where it does not suffice for copies of both models, either,
     it says so instead.
     """
-    needed = sum(
-        p.numel() * (4 + p.element_size()) for m in (target, draft) for p in m.model.parameters()
-    )
+    needed = _copies(target, draft)
     free, drafter = free_bytes(target.device), drafter_for(draft, target.vocab_size, drafting)
-    caches = _wide_cache(target, drafter, prompts, num_draft_tokens)
-    row = _wide_cache(target, drafter, [max(prompts, key=lambda p: len(p[1]))], num_draft_tokens)
+    caches = _wide_size(target, drafter, prompts, num_draft_tokens)
+    row = _wide_size(target, drafter, [max(prompts, key=lambda p: len(p[1]))], num_draft_tokens)
     if needed + row > free:
         return Float32(
             missing=f"copies of both models take {(needed + row) / 1e9:.1f} GB with a row of their "

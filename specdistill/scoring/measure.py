@@ -259,7 +259,13 @@ def cache_size(
     requests = _requests(target, draft, prompts, max_new_tokens, 0)
     decoders = _decoders(target, draft, dict.fromkeys(num_draft_tokens, AUTO)).values()
     sizes = [decoder.cache_size(requests) for decoder in decoders]
-    return CacheSize(sum(s.bytes for s in sizes), len(sizes), max(s.slots for s in sizes))
+    return CacheSize(
+        sum(s.bytes for s in sizes),
+        len(sizes),
+        max(s.slots for s in sizes),
+        max(s.passes for s in sizes),
+        max(s.weights for s in sizes),
+    )
 
 
 def _requests(
