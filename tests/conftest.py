@@ -1,4 +1,6 @@
-"""No test touches the network, and none takes more than two threads."""
+"""No test touches the network, none takes more than two threads, and none is scored by how busy the
+machine is.
+"""
 
 import os
 
@@ -105,6 +107,15 @@ def texts(decoder: SpeculativeDecoder, prompts: list[list[int]], count: int) -> 
 def amend(file: Path, **values: object) -> None:
     """Give a JSON file these values."""
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _steady_clock() -> Iterator[None]:
+    """What passes cost in a score, all tests long."""
+    from clocks import by_layers, clock_of_passes
+
+    with clock_of_passes(by_layers, reading=1e-5):
+        yield
 
 
 @pytest.fixture(scope="session")

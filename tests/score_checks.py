@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from clocks import clock_of_passes
 from scipy import stats
 
 from specdistill.data.chat import EncodedPrompt
-from specdistill.decoding import watch
 from specdistill.decoding.cache import CachedModel
 from specdistill.decoding.records import Generation, Output, RowRound
 from specdistill.models import LanguageModel
@@ -37,19 +37,12 @@ def score_by_clock(
     pair: Sequence[LanguageModel], cost: Cost, prompts: Sequence[EncodedPrompt], **settings: Any
 ) -> Scorecard:
     """A card by a clock that only the models' passes move."""
-    clock = SimpleNamespace(now=0.0, passes=0)
-    stopped = SimpleNamespace(perf_counter=lambda: clock.now)
-    real = CachedModel.run
+    passes = itertools.count()
 
-    def run(self, tokens, *rest, **others):  # type: ignore[no-untyped-def]
-        clock.now += cost(clock.passes, self.model is pair[0], tokens.shape[1])
-        clock.passes += 1
-        return real(self, tokens, *rest, **others)
+    def of_pass(cached: CachedModel, tokens: int) -> float:
+        return cost(next(passes), cached.model is pair[0], tokens)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "time", stopped)
-        patch.setattr(watch, "time", stopped)
-        patch.setattr(CachedModel, "run", run)
+    with clock_of_passes(of_pass), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampled_texts, "distribution_p_value", lambda *_, **__: 0.5)  # slow
         return measure.score(*pair, prompts, **settings)
 
