@@ -165,11 +165,7 @@ def test_a_failed_run_is_reported_and_done_again_alone(file: Path, tmp_path: Pat
     assert failures == {NAMES[2]: "RuntimeError: no memory [left]"}
     assert all(len(r["rows"]) == 1 for n, r in document["runs"].items() if n not in failures)
 
-    # Not what the clock makes of such short runs on a busy machine: test_trust has that.
-    with (
-        mock.patch("specdistill.sweep.train", side_effect=broken),
-        mock.patch("specdistill.scoring.compare.obstacles", return_value=[]) as checked,
-    ):
+    with mock.patch("specdistill.sweep.train", side_effect=broken):
         second = run("sweep", file, "--json")
     assert trained == [*NAMES, NAMES[2]]
     runs = second.document["runs"]
@@ -181,7 +177,6 @@ def test_a_failed_run_is_reported_and_done_again_alone(file: Path, tmp_path: Pat
     assert (folder / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     compared = second.document["comparison"]
     assert compared["comparable"]
-    assert checked.call_count == 1
     assert {s["card"] for s in compared["standings"]} == set(NAMES)
 
     refused = run("sweep", file, "score.max_new_tokens=9")
