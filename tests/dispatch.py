@@ -54,6 +54,9 @@ class EagerCapture:
     replays = 0
     in_replay = False
 
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device
+
     def __call__(
         self, step: graphs.Step, inputs: list[Tensor], commit: graphs.Commit
     ) -> tuple[graphs.Replay, Any]:

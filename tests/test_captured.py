@@ -5,6 +5,7 @@ the eager rounds do, and the host neither reads nor makes anything in between.
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -40,7 +41,7 @@ from specdistill.decoding import (
     rounds,
 )
 from specdistill.decoding.captured import Workspace
-from specdistill.errors import DecodingError
+from specdistill.errors import DecodingError, InputError
 from specdistill.models import LanguageModel
 from specdistill_kernels import Lenience
 
@@ -367,7 +368,7 @@ def test_whatever_breaks_a_capture_is_told(at: int, error: Exception) -> None:
     with mock.patch.object(torch, "cuda", mock.MagicMock()) as cuda:
         cuda.graph.return_value.__exit__.return_value = False
         cuda.stream.return_value.__exit__.return_value = False
-        captured = graphs.Graphs()
+        captured = graphs.Graphs(torch.device("cuda"))
         with pytest.raises(graphs.CannotCaptureError, match=r"^not [a-z ]+$"):
             captured.run("key", step)
         waits = cuda.current_stream.return_value.wait_stream
@@ -375,6 +376,76 @@ def test_whatever_breaks_a_capture_is_told(at: int, error: Exception) -> None:
         if at > 0:
             assert cuda.set_sync_debug_mode.call_args == mock.call(cuda.get_sync_debug_mode())
     assert captured.captures == 0
+
+
+class Cuda:
+    """The streams of two devices, the first of them the current one, as `torch.cuda` has them; the
+    end of a capture raises and leaves its stream where it `breaks`.
+    """
+
+    CUDAGraph = mock.MagicMock
+    is_available = staticmethod(lambda: True)
+    graph_pool_handle = get_sync_debug_mode = set_sync_debug_mode = mock.MagicMock()
+
+    def __init__(self, breaks: bool) -> None:
+        self.breaks = breaks
+        self.defaults = [self.Stream(torch.device("cuda", i)) for i in range(2)]
+        self.current = self.defaults[0]
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+            self.waits: list[Cuda.Stream] = []
+
+        def wait_stream(self, other: "Cuda.Stream") -> None:
+            assert other.device == self.device
+            self.waits.append(other)
+
+    def current_stream(self, device: torch.device) -> "Cuda.Stream":
+        return self.current if self.current.device == device else self.defaults[device.index]
+
+    @contextmanager
+    def stream(self, stream: "Cuda.Stream") -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph: Any, pool: Any, stream: "Cuda.Stream") -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        if self.breaks:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.current = before
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_capture_is_of_the_models_device(
+    monkeypatch: pytest.MonkeyPatch, index: int, breaks: bool
+) -> None:
+    """Whichever is the current one, which it stays."""
+    cuda, device = Cuda(breaks), torch.device("cuda", index)
+    monkeypatch.setattr(torch, "cuda", cuda)
+    capture, seen = graphs.CudaCapture(device), []
+    for _ in range(2):
+        try:
+            capture(lambda: seen.append(cuda.current), [], lambda _: None)
+        except graphs.CannotCaptureError:
+            assert breaks
+        assert cuda.current is cuda.defaults[0]
+    assert seen == [capture.stream] * 6, "one memory pool is one stream's"
+    assert capture.stream.device == device
+    assert cuda.defaults[index].waits == [capture.stream] * 2
+
+
+def test_a_model_on_a_cpu_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a GPU, too: a graph of it would be empty."""
+    monkeypatch.setattr(torch, "cuda", Cuda(breaks=False))
+    with pytest.raises(InputError, match="this one is on cpu"):
+        graphs.Graphs(torch.device("cpu"))
 
 
 # --- Where rounds are captured ------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_captured_passes_change_no_token(
 
 
 def test_a_graph_sees_new_inputs_and_keeps_its_output_in_place() -> None:
-    captured = graphs.Graphs(EagerCapture())
+    captured = graphs.Graphs(torch.device("cpu"), EagerCapture())
     one = captured.run("double", lambda x: 2 * x, torch.tensor([1.0, 2.0]))
     assert one.tolist() == [2, 4]
     two = captured.run("double", lambda x: pytest.fail("captured twice"), torch.tensor([3.0, 4.0]))

@@ -50,7 +50,7 @@ class Workspace:
         self.versions = self._versions()
         self.num = decoder.num_draft_tokens
         pack(target, width * (self.num + 1))
-        self.graphs = Graphs()
+        self.graphs = Graphs(self.device)
         self.cached = CachedModel(target, width, capacity)
         self.drafts = None if drafter is None else drafter.open_captured(width, capacity)
         self.tail = max(2, self.num + 1)  # what a draft's cache may lack of a row
@@ -240,7 +240,7 @@ class CapturedStream:
         copied = None
         if space.device.type == "cuda":
             copied = torch.cuda.Event()
-            copied.record()
+            copied.record(torch.cuda.current_stream(space.device))
         self.watch = watch
         keep = decoder.keep_hidden and verified.logsumexp is not None
         return _Launched(

@@ -146,7 +146,11 @@ class ModelDrafter:
         return cache_bytes(self.draft, batch, capacity)
 
     def open(self, batch: int, capacity: int) -> ModelStream:
-        return ModelStream(self, batch, capacity, Graphs() if self.cuda_graphs else None)
+        return ModelStream(self, batch, capacity, self.graphs())
+
+    def graphs(self) -> Graphs | None:
+        """Of its passes in one stream, where they are to be captured."""
+        return Graphs(self.draft.device) if self.cuda_graphs else None
 
     @property
     def hindrance(self) -> str:

@@ -135,7 +135,8 @@ class SpeculativeDecoder:
         if self._captures:
             if hindrance := self._hindrance():
                 warn_of_eager_rounds(hindrance)
-                graphs = Graphs() if self.cuda_graphs else None  # of the target's passes
+                # Of the target's passes.
+                graphs = Graphs(self.target.device) if self.cuda_graphs else None
             else:
                 rows = yield from self._captured_rounds(rows)
         if rows:

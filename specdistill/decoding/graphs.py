@@ -50,8 +50,8 @@ class Graphs:
     count.
     """
 
-    def __init__(self, capture: Capture | None = None) -> None:
-        self.capture = CudaCapture() if capture is None else capture
+    def __init__(self, device: torch.device, capture: Capture | None = None) -> None:
+        self.capture = CudaCapture(device) if capture is None else capture
         self.captured: dict[Hashable, _Captured] = {}
         self.captures = self.replays = 0
 
@@ -80,13 +80,18 @@ def _nothing(output: Any) -> None:
 
 
 class CudaCapture:
-    """Captures into one memory pool: graphs run one after the other, so they may share it. Raises
-    `InputError` on a machine without CUDA, and `CannotCaptureError` where a capture fails.
+    """Captures what runs on a device, whichever is the current one, into one memory pool: graphs
+    run one after the other, so they may share it. Raises `InputError` for a device that is no CUDA
+    device of this machine, and `CannotCaptureError` where a capture fails.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         if not torch.cuda.is_available():
             raise InputError("CUDA graphs need a CUDA device, and this machine has none")
+        if device.type != "cuda":
+            raise InputError(f"CUDA graphs need a model on a CUDA device; this one is on {device}")
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # of all captures, or they shared no memory
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, step: Step, inputs: list[Tensor], commit: Commit) -> tuple[Replay, Any]:
@@ -97,18 +102,19 @@ class CudaCapture:
             raise CannotCaptureError(reason or type(error).__name__) from error
 
     def _captured(self, step: Step, inputs: list[Tensor], commit: Commit) -> tuple[Replay, Any]:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.stream(side):
+            # `graph` does not give the stream back where the end of a capture raises.
+            with torch.cuda.stream(self.stream):
                 step(*inputs)  # libraries allocate their workspaces on first use
                 _check_no_wait(step, inputs)
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                    output = step(*inputs)
+                    commit(output)
         finally:
-            torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            output = step(*inputs)
-            commit(output)
+            current.wait_stream(self.stream)
         return graph.replay, output
 
 

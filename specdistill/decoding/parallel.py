@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from specdistill.decoding.drafters import Context, Draft, ModelDrafter, ModelStream
-from specdistill.decoding.graphs import Graphs
 from specdistill.decoding.rounds import Filters, Proposals, RowState
 from specdistill.errors import InputError
 from specdistill.models import LanguageModel
@@ -39,7 +38,7 @@ class ParallelDrafter(ModelDrafter):
         self.mask_column = self._mask_column()
 
     def open(self, batch: int, capacity: int) -> ParallelStream:
-        return ParallelStream(self, batch, capacity, Graphs() if self.cuda_graphs else None)
+        return ParallelStream(self, batch, capacity, self.graphs())
 
     def open_captured(self, batch: int, capacity: int) -> ParallelStream:
         return ParallelStream(self, batch, capacity)
