@@ -492,6 +492,20 @@ def test_other_weights_are_captured_anew(capture: type[EagerCapture]) -> None:
         assert len(decoder._spaces) == 1
 
 
+def test_other_ends_are_captured_anew(capture: type[EagerCapture]) -> None:
+    target = tiny_model(1, layers=2, dtype=torch.float64)
+    decoder = SpeculativeDecoder(target, batch_size=2, cuda_graphs=True)
+    texts = [decoder.generate(PROMPTS, max_new_tokens=9).outputs[0].tokens]
+    for ends in ([texts[0][3]], None):
+        target.model.generation_config.eos_token_id = ends
+        target.config.eos_token_id = ends
+        eager = replace(decoder, cuda_graphs=False).generate(PROMPTS, max_new_tokens=9)
+        again = decoder.generate(PROMPTS, max_new_tokens=9)
+        assert again.outputs == eager.outputs
+        texts.append(again.outputs[0].tokens)
+    assert len(texts[1]) < len(texts[2])
+
+
 def test_rules_of_ones_own_are_not_captured(capture: type[EagerCapture]) -> None:
     from specdistill_kernels import verify
 

@@ -56,7 +56,8 @@ class Workspace:
         self.tail = max(2, self.num + 1)  # what a draft's cache may lack of a row
         self.state = RowState.empty(width, self.device, self.tail)
         self.nothing = torch.empty(width, 0, dtype=torch.int64, device=self.device)
-        self.eos = torch.tensor(sorted(target.eos_ids), dtype=torch.int64, device=self.device)
+        self.eos_ids = target.eos_ids
+        self.eos = torch.tensor(sorted(self.eos_ids), dtype=torch.int64, device=self.device)
         columns = self.num + 2 + self.num * decoder.keep_proposals
         self.reports = [
             torch.empty(width, columns, dtype=torch.int64, pin_memory=self.device.type == "cuda")
@@ -65,7 +66,8 @@ class Workspace:
 
     def serves(self, width: int, capacity: int) -> bool:
         fits = width <= self.width and capacity <= self.cached.capacity
-        return fits and self.versions == self._versions()
+        same = self.eos_ids == self.models[0].eos_ids and self.versions == self._versions()
+        return fits and same
 
     def _versions(self) -> list[Version]:
         """Of the weights: graphs read them where they were."""
@@ -194,7 +196,7 @@ class CapturedStream:
     def __init__(self, space: Workspace, rows: Sequence[Row]) -> None:
         self.space, self.decoder = space, space.decoder
         self.num = space.num
-        self.eos_ids = space.decoder.target.eos_ids
+        self.eos_ids = space.eos_ids
         self.waiting = deque(rows)
         self.rows: list[Row | None] = [None] * space.batch
         self.filters: Filters = (False, False, False)
