@@ -59,9 +59,9 @@ def _by_kind_of_layer(config: Any) -> dict[str, dict[str, Any]]:
 
 def _stretched(rope: dict[str, Any], positions: int) -> float:
     """How many positions rotary frequencies are for, of a config that says `positions`: checkpoints
-    leave those as they were trained, or say what the factor makes of them. Which of the two a
-    linear one does that names no original is not to be seen: it is taken to leave them, as
-    Transformers asked for when it came, and as vLLM takes it.
+    leave those as they were trained, or say what the factor makes of them. A linear one that names
+    no original does not tell which. It is taken to leave them, and the factor multiplies them:
+    Transformers' documentation asked for that when linear scaling came, and vLLM does the same.
     """
     original, factor = rope.get("original_max_position_embeddings"), rope.get("factor") or 1.0
     match rope.get("rope_type"):
