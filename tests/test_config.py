@@ -82,6 +82,12 @@ def test_an_unknown_key_is_answered_with_the_nearest(
     assert refusal(tmp_path, GOOD, f"{section}{key}={value}") == message
 
 
+@pytest.mark.parametrize("key", ["hints.weight", "reward.weight", "decode.num_draft_tokens"])
+def test_a_key_of_the_same_section_is_nearer_than_others(key: str, tmp_path: Path) -> None:
+    message = refusal(tmp_path, GOOD, f"{key[:-1]}=1")
+    assert f"the unknown key {key[:-1]!r}: did you mean {key!r}?" in message
+
+
 def test_an_unknown_key_like_no_other_is_answered_with_all(tmp_path: Path) -> None:
     message = refusal(tmp_path, GOOD + "zzz: 1")
     assert "'zzz': known are" in message

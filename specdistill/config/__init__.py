@@ -270,19 +270,21 @@ def from_keywords(**options: Any) -> DistillConfig:
     return parse_config(raw)
 
 
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "training": Training,
+    "training.lora": Lora,
+    "decode": Decode,
+    "hints": Hints,
+    "parallel": Parallel,
+    "policy": Policy,
+    "reward": Reward,
+}
+
+
 def _places() -> dict[str, list[str]]:
     """Where each key stands, as section.key; one of the top level stands there alone."""
-    sections: dict[str, type[BaseModel]] = {
-        "training": Training,
-        "training.lora": Lora,
-        "decode": Decode,
-        "hints": Hints,
-        "parallel": Parallel,
-        "policy": Policy,
-        "reward": Reward,
-    }
     places: dict[str, list[str]] = {}
-    for section, model in sections.items():
+    for section, model in _SECTIONS.items():
         for name in model.model_fields:
             places.setdefault(name, []).append(f"{section}.{name}")
     return places | {name: [name] for name in DistillConfig.model_fields}
@@ -300,6 +302,9 @@ def _explain(problem: Any) -> str:
         if problem["loc"] in (("grid",), ("score",)):
             return f"unknown key {where!r}: a file with a grid is for `specdistill sweep`"
         dotted = {name: places[0] for name, places in _places().items()}
+        section = where.rpartition(".")[0]
+        if section in _SECTIONS:
+            dotted |= {name: f"{section}.{name}" for name in _SECTIONS[section].model_fields}
         return f"the unknown key {shown(where)}: {_nearest(problem['loc'][-1], dotted)}"
     if problem["type"] == "missing":
         return f"no value for {where!r}"
