@@ -307,6 +307,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(world: dict[str, str], tmp_
 
 BODIES = {
     "raises": ("raise RuntimeError('no')", r"failed on prompt '\d+': RuntimeError: no"),
+    "ends the process": ("raise SystemExit(0)", r"failed on prompt '\d+': SystemExit: 0"),
     "a NaN": ("return [float('nan')] * len(texts)", r"gave \[nan, nan, nan, nan\] for the 4 samp"),
     "too few": ("return [1.0]", r"gave \[1.0\] for the 4 samples of prompt '\d+'"),
     "no numbers": ("return ['a'] * len(texts)", "ValueError: could not convert"),

@@ -137,7 +137,7 @@ def own_function(
     sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # importing runs the user's code
+    except (Exception, SystemExit) as error:  # importing runs the user's code
         raise InputError(
             f"the {what} {name!r} cannot be had: {type(error).__name__}: {error}; {module_name}.py "
             "must be installed or lie in the working directory"
@@ -150,7 +150,7 @@ def own_function(
     def scores(prompt: Prompt, texts: Sequence[str]) -> list[float]:
         try:
             return [float(score) for score in function(prompt, list(texts))]
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # it may call exit()
             raise InputError(
                 f"the {what} {name!r} failed on {prompt.named}: {type(error).__name__}: {error}"
             ) from error
