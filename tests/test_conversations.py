@@ -163,6 +163,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [user("a"), assistant(" \n"), user("b")]},
         "message 2 is an empty assistant turn",
     ),
+    "an empty last turn": (
+        {"data": ["a", "b", "c", ""]},
+        "message 4 is an empty assistant turn",
+    ),
     "a stranger": (
         {"conversations": [said("human", "a"), said("critic", "b")]},
         "message 2 is from 'critic'; known are system, human,",
@@ -206,6 +210,21 @@ def test_kinds_that_are_mixed_in_one_file(tmp_path: Path) -> None:
     assert f"{source}, line 3 has its conversation in 'conversations'" in message
     assert f"{source}, line 1 in 'messages'" in message
     assert len(load_prompts(source, limit=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "both"),
+    [
+        (FORMS["openai"] | FORMS["sharegpt"], "'messages' and in 'conversations'"),
+        (FORMS["sharegpt"] | FORMS["ultrachat"], "'conversations' and in 'data'"),
+        ({"prompt": "Hi"} | FORMS["ultrachat"], "'prompt' and in 'data'"),
+    ],
+)
+def test_a_row_of_two_kinds(row: dict[str, Any], both: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "talk.jsonl", row)
+    assert f"{source}, line 1: got a conversation in {both}; keep one" in refusal(source)
+    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "talk.parquet")
+    assert f"row 1: got a conversation in {both}" in refusal(str(tmp_path / "talk.parquet"))
 
 
 def test_files_that_are_no_list_or_no_parquet(tmp_path: Path) -> None:
@@ -654,8 +673,12 @@ def test_a_conversation_longer_than_the_model(target: LanguageModel, tmp_path: P
     assert "reads 512 positions" in str(caught.value)
     assert not (tmp_path / "new").exists()
     world = {"target": "t", "draft": "d", "data": source}
-    with pytest.raises(InputError, match=r"prompt '2#2' \(.*line 2, answer 2\) comes to 61"):
-        read_given(settings(world, tmp_path / "run", policy="fixed", turns="all"), target)
+    config = settings(world, tmp_path / "run", policy="fixed", turns="all", heldout=1)
+    with pytest.raises(InputError, match=r"^prompt '2#2' \(.*line 2, answer 2\) comes to 61"):
+        read_given(config, target)
+    reads_more = tiny_model(max_position_embeddings=1024)
+    with pytest.raises(InputError, match=r"line 2, answer 2\) comes to 61.* reads 512 positions"):
+        heldout_and_training(config, reads_more, target)
 
 
 # What templates are told

@@ -47,14 +47,12 @@ def test_jsonl_messages(jsonl: Path) -> None:
         {"messages": turns},
         {"messages": [*turns, assistant("No.")]},
         {"messages": turns, "answer": "So."},
-        {"messages": [*turns, assistant(" ")], "answer": "So."},
     )
     assert load_prompts(source) == [
         Prompt("1", (user("Hi") | {"name": "Ann"},)),
         Prompt("2", tuple(turns)),
         Prompt("3", tuple(turns), response="No."),
         Prompt("4", tuple(turns), response="So."),
-        Prompt("5", tuple(turns), response="So."),
     ]
 
 
@@ -129,11 +127,23 @@ BAD_ROWS = {
     "blank user turn": ({"messages": [user(" ")]}, "the prompt is empty"),
     "messages of another type": ({"messages": "x"}, "'messages' must be a list; got str"),
     "no messages": ({"messages": []}, "do not end with a user turn"),
-    "only an answer": ({"messages": [assistant("x")]}, "do not end with a user turn"),
+    "only an answer": ({"messages": [assistant("x")]}, "and stands before any other"),
+    "an empty answer": (
+        {"messages": [user("x"), assistant(" ")], "answer": "y"},
+        "message 2 is an empty assistant turn",
+    ),
+    "an empty answer that is not learnt": (
+        {"messages": [user("x"), assistant("", weight=0)]},
+        "message 2 is an empty assistant turn",
+    ),
+    "half a weight": (
+        {"messages": [user("x"), assistant("y", weight=0.5)]},
+        "'weight' of message 2 is 0.5; it must be 0",
+    ),
     "system last": ({"messages": [user("x"), system("y")]}, "do not end with a user turn"),
     "two answers in turn": (
         {"messages": [user("x"), assistant("y"), assistant("z")]},
-        "do not end with a user turn",
+        "message 3 has role 'assistant' and stands behind one of role 'assistant'",
     ),
     "message of another type": ({"messages": [user("x"), "y"]}, "message 2 must be an object"),
     "message without content": ({"messages": [{"role": "user"}]}, "message 1 must be an object"),

@@ -15,7 +15,8 @@ from specdistill.errors import InputError
 
 ROLES = ("system", "user", "assistant", "tool")
 BESIDE_TEXT = (*REASONING, "tool_calls")  # what a turn may say besides its content
-MESSAGES, SHAREGPT, ULTRACHAT = "messages", "conversations", "data"
+PROMPT, MESSAGES, SHAREGPT, ULTRACHAT = "prompt", "messages", "conversations", "data"
+_OTHERS = (SHAREGPT, ULTRACHAT)
 CALL = "function_call"  # who speaks in ShareGPT's form where the value is a call in JSON
 # Roles by who speaks in ShareGPT's form.
 _SPEAKERS = {
@@ -41,14 +42,18 @@ def in_one_form(row: Mapping[str, Any], where: str) -> tuple[str, Mapping[str, A
     """Which form the row has, and the row with its conversation under "messages". A "prompt" beside
     it that is its first question, as in UltraChat 200k, goes. Raises `InputError`.
     """
-    if MESSAGES in row or "prompt" in row:
+    own = [name for name in (PROMPT, MESSAGES) if name in row]
+    held = [*own[-1:], *(name for name in _OTHERS if isinstance(row.get(name), list))]
+    if len(held) > 1:
+        raise InputError(f"{where}: got a conversation in {held[0]!r} and in {held[1]!r}; keep one")
+    if own:
         turns = row.get(MESSAGES)
         asked = [t for t in turns if isinstance(t, dict)] if isinstance(turns, list) else []
         first = next((t.get("content") for t in asked if t.get("role") == "user"), None)
-        if first is not None and first == row.get("prompt"):
-            row = {key: value for key, value in row.items() if key != "prompt"}
+        if first is not None and first == row.get(PROMPT):
+            row = {key: value for key, value in row.items() if key != PROMPT}
         return MESSAGES, row
-    form = next((name for name in (SHAREGPT, ULTRACHAT) if name in row), None)
+    form = next((name for name in _OTHERS if name in row), None)
     if form is None:
         return MESSAGES, row
     turns = row[form]
@@ -82,8 +87,8 @@ def check_order(turns: Sequence[Mapping[str, Any]], where: str) -> None:
             raise InputError(f"{what}; a tool's result follows the assistant's 'tool_calls'")
         if role == "assistant" and not turn["content"].strip() and not said_beside(turn):
             raise InputError(
-                f"{where}: message {number} is an empty assistant turn; give it text, or remove "
-                "the conversation"
+                f"{where}: message {number} is an empty assistant turn; give it text, or end the "
+                "conversation before it"
             )
         before = turn
 
@@ -130,6 +135,11 @@ def _turn(message: object, where: str, number: int) -> Mapping[str, Any]:
             f"{', '.join(ROLES)}"
         )
     refuse_unreadable(message, f"{where}: message {number}")
+    if (weight := message.get("weight")) not in (None, 0, 1):
+        raise InputError(
+            f"{where}: 'weight' of message {number} is {weight!r}; it must be 0, for a turn that "
+            "is not learnt, or 1"
+        )
     content = message.get("content")
     content = "" if content is None and beside else _content(content, where, number)
     others = {k: v for k, v in message.items() if v not in (None, "", [], {})}

@@ -203,6 +203,7 @@ def _prompt(given: Row) -> Prompt:
         messages = _user(text_of(row["prompt"], where, "'prompt'"))
     else:
         messages = checked_messages(row["messages"], where)
+        check_order(messages, where)
         if messages and messages[-1]["role"] == "assistant":
             *earlier, last = messages
             messages = tuple(earlier)
@@ -213,7 +214,6 @@ def _prompt(given: Row) -> Prompt:
         )
     if not all(turn["content"].strip() for turn in messages if turn["role"] == "user"):
         raise InputError(f"{where}: the prompt is empty; give it text or remove the line")
-    check_order(messages, where)
     messages = (*_system(row, messages, where), *messages)
     response, answer, rivals = _response(row, last, where, given.response)
     identifier, category = row.get("id"), row.get("category")
@@ -266,7 +266,7 @@ def _response(
             value = row[name]
             if str(value).strip():
                 texts[repr(name)] = text_of(value, where, repr(name))
-    if last and last.get("weight") != 0 and (last["content"].strip() or beside):
+    if last and last.get("weight") != 0:
         texts["the last message"] = last["content"]
     if chosen is not None:
         place = "the last message" if chosen == "messages" else repr(chosen)

@@ -32,7 +32,7 @@ def heldout_and_training(
     answers = open_answers(config.data)
     if target is not None and config.signal == "kept" and isinstance(answers, TokenAnswers):
         _check_signal(config, answers, draft, target)
-    examples = read_given(config, target or draft)
+    examples = read_given(config, target or draft, draft)
     if len(examples) < 2:
         raise InputError(
             f"{config.data} has {len(examples) or 'no'} answer, and one must be held out of "
@@ -92,10 +92,13 @@ def examples_sha256(examples: Sequence[Example]) -> str:
     return answers.hexdigest()
 
 
-def read_given(config: DistillConfig, reader: LanguageModel) -> list[Example]:
+def read_given(
+    config: DistillConfig, reader: LanguageModel, draft: LanguageModel | None = None
+) -> list[Example]:
     """The answers in `config.data`: a folder of `generate`, or prompts with responses of their own.
     Text becomes the tokens of `reader`: the target, or the draft where only text is learnt from.
-    Raises `InputError` where the policy wants the other kind, or the tokens are another model's.
+    Raises `InputError` where the policy wants the other kind, the tokens are another model's, or
+    `reader` or `draft` has too few positions for a text.
     """
     answers, name = open_answers(config.data), config.policy.name
     if name == ("fixed" if answers.generated else "target"):
@@ -139,23 +142,25 @@ def read_given(config: DistillConfig, reader: LanguageModel) -> list[Example]:
             "signal: none to learn from the text (loss: ce), or live"
         )
     examples = []
+    shortest = reader if draft is None else min(reader, draft, key=lambda model: model.max_length)
     for text in answers.answers(config.turns, config.chat_template_kwargs):
         prompt = text.prompt
+        what = prompt.named if prompt.where else f"{config.data}: {prompt.named}"
         response = prompt.one_response()
         if response is None:
             raise InputError(
-                f"{config.data}: {prompt.named} has no response to learn from; give one to each, "
-                "or let the target answer with `specdistill generate`"
+                f"{what} has no response to learn from; give one to each, or let the target "
+                "answer with `specdistill generate`"
             )
         tokens, mask = encode_example(
             reader.tokenizer, prompt, response, ended=text.ended, ends=reader.eos_ids
         )
-        check_tokens(reader, tokens, f"{config.data}: {prompt.named}")
-        if len(tokens) > reader.max_length:
+        check_tokens(reader, tokens, what)
+        if len(tokens) > shortest.max_length:
             raise InputError(
-                f"{config.data}: {prompt.named} comes to {len(tokens)} tokens with its response, "
-                f"and {reader.name} reads {reader.max_length} positions; take shorter texts, or a "
-                "model that reads more"
+                f"{what} comes to {len(tokens)} tokens with its response, and {shortest.name} "
+                f"reads {shortest.max_length} positions; take shorter texts, or a model that reads "
+                "more"
             )
         start = mask.index(True)
         example = Example(prompt.id, tokens[:start], tokens[start:], prompt.category)
