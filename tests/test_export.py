@@ -24,6 +24,7 @@ from specdistill.models.parallel import set_parallel, trained_draft_tokens
 from specdistill.scoring.card_rows import DraftingWay, ModelCard
 from specdistill.scoring.load import Drafted, Latency, Load, Plain
 from specdistill.scoring.scorecard import Scorecard
+from specdistill.scoring.slices import by_prompt_length
 
 IDS = torch.arange(0, 64, 3)
 
@@ -112,7 +113,15 @@ def test_every_fact_of_the_card_is_in_the_readme(run_dir: Path, tmp_path: Path) 
     row = {"temperature": 0.0, "num_draft_tokens": 4, "plain_tokens_per_second": 9.0}
     rates = {"V1": 12.5, "V2": 11.5}
     facts["runners"] = [row | {"runner": n, "tokens_per_second": rate} for n, rate in rates.items()]
-    told = replace(card, load=Load([plain], [drafted]), provenance={**card.provenance, **facts})
+    lengths = {f"p{i}": 8 << i % 2 for i in range(6)}
+    prompts = [replace(row, prompt_tokens=lengths[row.prompt_id]) for row in card.per_prompt]
+    told = replace(
+        card,
+        load=Load([plain], [drafted]),
+        provenance={**card.provenance, **facts},
+        per_prompt=prompts,
+        by_prompt_length=by_prompt_length(prompts, 0),
+    )
     told.write(file)
     done, text = exported(run_dir / "draft", tmp_path / "out")
     serve = done.serve
@@ -125,9 +134,18 @@ def test_every_fact_of_the_card_is_in_the_readme(run_dir: Path, tmp_path: Path) 
     for row in card.rows:
         start = f"| {row.temperature:g} | {row.num_draft_tokens} | {row.acceptance_rate:.3f} | "
         lines = [line for line in text.splitlines() if line.startswith(start)]
-        (line,) = (line for line in lines if line.count("|") == 11)
+        (line,) = (line for line in lines if line.count("|") == 13)
         assert f"| {row.tokens_per_second:.1f} | {plainly[row.temperature]:.1f} |" in line
-    assert "| 0 | 2 | 4 | 13.0 | 1.24 | 100.0 (200.0) | 12.3 (20.0) |" in text
+        assert f"| {row.acceptance_rate_expected:.3f} |" in line
+        assert line.endswith(f"| {row.mbsu:.2f} |")
+    assert "| 0 | 2 | 4 | 13.0 | 1.24 | 100.0 (200.0) | 12.3 (20.0) | 0.50 |" in text
+    assert "## By category of prompts, T = " in text
+    assert "## By length of prompts, T = " in text
+    for row in (*told.slices("by_category"), *told.slices("by_prompt_length")):
+        figures = f"{row.acceptance_rate:.3f} | {row.block_efficiency:.2f} | {row.speedup:.2f} ["
+        assert f"| {row.category} | {row.prompts} | {figures}" in text
+    assert f"as its own draft: {card.lossless.identity_acceptance:.3g}\n" in text
+    assert f"sampled tokens: {card.lossless.distribution_p_value:.3g}\n" in text + "\n"
     assert "pays up to 2 at a time" in text
     assert "model runner V1 is the faster one" in text
     elsewhere = {"runners", "schedule", "versions", "draft_origin", "trained_prompts"}

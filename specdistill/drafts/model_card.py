@@ -14,7 +14,7 @@ from specdistill.drafts.serve_commands import name_elsewhere
 from specdistill.models import LanguageModel
 from specdistill.quoting import prose
 from specdistill.scoring.card_rows import Row
-from specdistill.scoring.headline import gamma, number, speedup, trained_line
+from specdistill.scoring.headline import gamma, gamma_is, number, speedup, trained_line
 from specdistill.scoring.load import Drafted, Plain
 from specdistill.scoring.scorecard import Scorecard
 from specdistill.scoring.served import served_lines
@@ -67,11 +67,15 @@ def readme(
         f"- Licence: {licensed}",
         f"## Serve it\n\n{serve}",
         *([] if both_ways is None else [both_ways]),
-        *([] if card is None else [_figures(card), _settings(card), *_load(card), _facts(card)]),
+        *([] if card is None else _measured(card)),
     ]
     if card is None:
         parts.append("It has not been scored.")
     return "\n\n".join(parts) + "\n"
+
+
+def _measured(card: Scorecard) -> list[str]:
+    return [_figures(card), _settings(card), *_slices(card), *_load(card), _facts(card)]
 
 
 def _figures(card: Scorecard) -> str:
@@ -114,18 +118,47 @@ def _settings(card: Scorecard) -> str:
             *_line(row),
             f"{row.tokens_per_second:.1f}",
             number(plain.get(row.temperature, math.nan), 1),
-            " ".join(f"{share:.2f}" for share in row.acceptance_by_position) or "–",
+            _shares(row.acceptance_by_position),
+            number(row.acceptance_rate_expected, 3),
             number(row.cost_ratio, 3),
             number(row.verify_ratio, 2),
+            number(row.mbsu, 2),
         ]
         for row in rows
     ]
-    head = ("T", "γ", "α", "τ", "speedup", "tokens/s", "plain", "accepted by place", "c", "v")
+    rates = "T", "γ", "α", "τ", "speedup", "tokens/s", "plain"
+    head = (*rates, "accepted by place", "expected α", "c", "v", "MBSU")
     return (
         f"## All settings\n\n{_table(head, lines)}\n\n"
         "Accepted by place: the share at each place of a round, of those rounds that accepted all "
-        "places before it. c and v: the time of a draft step and of a verify pass, in plain steps."
+        "places before it. Expected α: the mean of Σ min(p, q). c and v: the time of a draft step "
+        "and of a verify pass, in plain steps. MBSU: the speedup if only the weights that are read "
+        "took time."
     )
+
+
+def _slices(card: Scorecard) -> list[str]:
+    """The verdict's setting by category and by length of prompts, where there are several."""
+    sections = []
+    for what, rows in {
+        "category": card.slices("by_category"),
+        "length": card.slices("by_prompt_length"),
+    }.items():
+        lines = [
+            [
+                prose(row.category),
+                str(row.prompts),
+                number(row.acceptance_rate, 3),
+                number(row.block_efficiency, 2),
+                speedup(row),
+            ]
+            for row in rows
+        ]
+        if lines:
+            head, best = (what, "prompts", "α", "τ", "speedup [95% interval]"), card.verdict_row()
+            title = f"## By {what} of prompts, T = {best.temperature:g}, {gamma_is(best)}"
+            sections.append(f"{title}\n\n{_table(head, lines)}")
+    return sections
 
 
 def _load(card: Scorecard) -> list[str]:
@@ -137,16 +170,23 @@ def _load(card: Scorecard) -> list[str]:
     for row in sorted(rows, key=lambda row: (row.temperature, row.concurrency)):
         if isinstance(row, Plain):
             rates = " ".join(f"{rate:.1f}" for rate in row.tokens_per_second)
-            figures = "plain", rates, "1"
+            figures, accepted = ("plain", rates, "1"), "–"
         else:
             rates = f"{row.tokens_per_second:.1f}"
             figures = str(row.num_draft_tokens), rates, number(row.speedup, 2)
-        lines.append([f"{row.temperature:g}", str(row.concurrency), *figures, *_milliseconds(row)])
+            accepted = _shares(row.accepted_by_position)
+        where = f"{row.temperature:g}", str(row.concurrency)
+        lines.append([*where, *figures, *_milliseconds(row), accepted])
     head = ("T", "at a time", "γ", "tokens/s", "speedup", "ms to the first token", "ms per token")
     return [
-        f"## Several requests at a time\n\n{_table(head, lines)}\n\n"
-        "Times are medians, with the 95th percentile. " + " ".join(map(prose, card.load.lines))
+        f"## Several requests at a time\n\n{_table((*head, 'accepted by place'), lines)}\n\n"
+        "Times are medians, with the 95th percentile. Accepted by place: the share of all rounds. "
+        + " ".join(map(prose, card.load.lines))
     ]
+
+
+def _shares(by_place: Sequence[float]) -> str:
+    return " ".join(f"{share:.2f}" for share in by_place) or "–"
 
 
 def _milliseconds(row: Plain | Drafted) -> list[str]:
@@ -169,6 +209,9 @@ def _facts(card: Scorecard) -> str:
     if origin := card.provenance.get("draft_origin"):
         made = f"step {origin.get('step')}, configuration sha256 {origin.get('config_sha256')}"
         facts["made by"] = f"a run of SpecDistill, {made}"
+    proof = card.lossless
+    facts["target's own tokens accepted, as its own draft"] = proof.identity_acceptance
+    facts["p-value of the tests of sampled tokens"] = proof.distribution_p_value
     lines = [f"- {prose(name)}: {prose(_value(value))}" for name, value in facts.items()]
     return "## How it was measured\n\n" + "\n".join(lines)
 
