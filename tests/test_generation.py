@@ -4,12 +4,16 @@ whole again after whatever interrupts them.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -29,6 +33,7 @@ from specdistill.decoding.engine import _Stream
 from specdistill.drafts.making import save_draft
 from specdistill.errors import InputError, SpecDistillError, StorageError
 from specdistill.models import LanguageModel
+from specdistill.progress import Pace
 
 pytestmark = pytest.mark.usefixtures("small_parts")
 Tiny = Callable[..., LanguageModel]
@@ -207,6 +212,22 @@ def test_out_of_time_every_task_has_some_answers(target: LanguageModel, tmp_path
     some = answer(target, tmp_path, prompts, **limits, signal="none")
     assert len(some) == 4
     assert {example.category for example in some} == {"a", "b", "c"}
+
+
+def test_progress_tells_how_fast_it_goes_and_how_long_it_takes(
+    target: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that goes on by two seconds a report."""
+    monkeypatch.setattr(generation, "Pace", partial(Pace, count(step=2).__next__))
+    told: list[tuple[float, str]] = []
+    answer(target, tmp_path, progress=lambda stage, done, total, words: told.append((done, words)))
+    (begun, words), *_, (done, middle) = told[: len(told) // 2]
+    first, tokens = (int(words.split()[0]) for words in (words, middle))
+    assert words == f"{first} tokens"
+    seconds = 2 * (len(told) // 2 - 1)
+    left = timedelta(seconds=round(seconds * (21 - done) / (done - begun)))
+    assert middle == f"{tokens} tokens, {(tokens - first) / seconds:,.0f}/s, {left} left"
+    assert re.fullmatch(r"\d+ tokens, \d+/s", told[-1][1])
 
 
 @pytest.mark.parametrize("call", [1, 5, 14, 25, 40])

@@ -37,7 +37,7 @@ from specdistill.decoding.sampling import own_sampling
 from specdistill.errors import InputError, StorageError
 from specdistill.files import holding
 from specdistill.models import LanguageModel, check_pair
-from specdistill.progress import Note, Progress, silent, unsaid
+from specdistill.progress import Note, Pace, Progress, silent, unsaid
 
 PART = 64  # answers a part
 
@@ -262,6 +262,7 @@ class _Asking:
     def ask(self, questions: Sequence[Question]) -> None:
         number, longest = self.selection.number, self.max_new_tokens
         tokens = settled = 0  # emitted in all, and by finished rows
+        total, pace = len(self.questions), Pace()
         for ended, round_ in rounds(self.decoder, questions, number, longest):
             tokens += sum(len(row.tokens) for row in round_.rows)
             for question, answers in ended:
@@ -271,7 +272,8 @@ class _Asking:
                 self.flush()
             under_way = (tokens - settled) / (longest * number)
             done = self.answered + under_way
-            self.progress("generate", done, len(self.questions), f"{tokens:,} tokens")
+            words = f"{tokens:,} tokens{pace.words(tokens, done, total)}"
+            self.progress("generate", done, total, words)
             if self.late():
                 break
 

@@ -26,7 +26,9 @@ def round_seed(seed: int, round_: int) -> int:
 
 
 class AnyDecoder(Protocol):
-    """What answers requests round by round: `SpeculativeDecoder`, or what stands in for it."""
+    """What answers requests round by round: `SpeculativeDecoder`, or what stands in for it. A round
+    without rows says that it has begun.
+    """
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Round]: ...
 

@@ -149,8 +149,8 @@ class TopKAnswers:
         return {"name": "openai", "servers": [server.public for server in self.servers]}
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Round]:
-        """Raises `InputError` as `SpeculativeDecoder.stream`, and `ServerError` where no server
-        answers any more, or all is refused.
+        """A round without rows first. Raises `InputError` as `SpeculativeDecoder.stream`, and
+        `ServerError` where no server answers any more, or all is refused.
         """
         requests = list(requests)
         SpeculativeDecoder(self.target).check(requests)
@@ -170,6 +170,7 @@ class TopKAnswers:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         try:
+            yield Round([], {}, 0)
             while (row := heard.get()) is not None:
                 if isinstance(row, BaseException):
                     raise row

@@ -145,8 +145,9 @@ class Answers(AbstractContextManager["Answers"]):
         self.processes = {}
 
     def stream(self, requests: Iterable[Request]) -> Iterator[Round]:
-        """Raises `InputError` as `SpeculativeDecoder.stream`, and where there is no such engine,
-        `DecodingError` where it does not start or ends again and again.
+        """A round without rows for each engine that has started, too. Raises `InputError` as
+        `SpeculativeDecoder.stream`, and where there is no such engine, `DecodingError` where it
+        does not start or ends again and again.
         """
         waiting = deque(requests)
         if not waiting:
@@ -162,15 +163,15 @@ class Answers(AbstractContextManager["Answers"]):
         open_ = len(waiting)
         try:
             while open_:
-                for row in self._hear(waiting):
-                    open_ -= 1
-                    yield Round([row], {}, 0)
+                for rows in self._hear(waiting):
+                    open_ -= len(rows)
+                    yield Round(rows, {}, 0)
         finally:
             if open_:  # nobody is to hear of what is under way
                 self.__exit__()
 
-    def _hear(self, waiting: deque[Request]) -> Iterator[RowRound]:
-        """What comes next, which may be an answer."""
+    def _hear(self, waiting: deque[Request]) -> Iterator[list[RowRound]]:
+        """What comes next, which may be an answer, or none yet of an engine that has started."""
         for process in self.processes.values():
             self._feed(process, waiting)
         process, document, body = self.heard.get()
@@ -181,10 +182,12 @@ class Answers(AbstractContextManager["Answers"]):
             self._replace(process)
         elif "id" not in document:
             self._hear_start(process, document)
+            if process.ready:
+                yield []
         else:
             process.deaths = 0
             request = process.under_way.pop(document["id"])
-            yield self._row(request, document, load(body) if body else {})
+            yield [self._row(request, document, load(body) if body else {})]
 
     def _start(self, worker: int, deaths: int) -> None:
         self.deployment.check_length(self.longest)
