@@ -1,6 +1,7 @@
 """Answers from vLLM: by a stand-in for it on the other side of the pipe, and by vLLM itself."""
 
 import json
+import os
 import re
 import sys
 from contextlib import ExitStack
@@ -146,11 +147,14 @@ def test_every_request_is_answered_once_by_several_workers(
 ) -> None:
     python = stand_in(tmp_path)
     both = {"samplings": [Sampling(0.0), Sampling(1.0)]}
+    told: list[str] = []
+    both["progress"] = lambda stage, done, total, words: told.append(words)
     alone = answered(target, python, tmp_path / "alone", **both)
     several = answered(
         target, python, tmp_path / "several", workers=3, options={"starts": 4}, **both
     )
     assert len(started(python)) == 4
+    assert told[0] == "0 tokens", "said once an engine is there"
     texts = [{e.id: e.response_tokens for e in examples} for examples in (alone, several)]
     assert texts[0] == texts[1], "a seed of its own, whoever answers"
     assert texts[0].keys() == {p.id for p in prompts(20)}
@@ -165,12 +169,13 @@ def test_every_request_is_answered_once_by_several_workers(
     }
 
 
-def test_a_target_is_named_from_where_the_command_runs(
+def test_target_and_interpreter_are_named_from_where_the_command_runs(
     target: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    python = Path(os.path.relpath(stand_in(tmp_path), target.path.parent))
     monkeypatch.chdir(target.path.parent)
     here = replace(target, path=Path(target.path.name))
-    assert len(answered(here, stand_in(tmp_path), tmp_path / "out", 2)) == 2
+    assert len(answered(here, python, tmp_path / "out", 2)) == 2
 
 
 def test_its_signal_is_kept_as_it_is(target: LanguageModel, tmp_path: Path) -> None:

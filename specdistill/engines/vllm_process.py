@@ -106,7 +106,7 @@ def run(
     check_interpreter(python)
     try:
         return subprocess.Popen(
-            [str(python), "-c", source],
+            [str(python.absolute()), "-c", source],  # it is looked for from `folder`
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
