@@ -46,15 +46,17 @@ def best(
     now: Tiles,
     most: int,
     calls: Calls,
+    share: float = 1.0,
 ) -> Tiles:
     """With the tile of the least total time over the calls that it is a part of; one that does not
-    run, as it takes more than the device has, is noted and left.
+    run, as it takes more than the device has, is noted and left. None is begun beyond `share` of
+    the session's time.
     """
     times: dict[Tiles, float] = {}
     for tile in candidates(getattr(now, name), most):
         tiles = now._replace(**{name: tile})  # type: ignore[arg-type]
         what = f"{name}: {tile.block} entries, {tile.warps} warps"
-        if times and session.out_of_time(what):
+        if times and session.out_of_time(what, share):
             break
         try:
             each = [watch.time(call)["cold"] for call in calls(tiles)]
@@ -74,9 +76,10 @@ def run(session: Session) -> None:
     watch.seconds = 0.02
     start = time.monotonic()
     tiles = tiles_for(session.device)
-    for most, made in ((MOST_OF_LOSSES, loss_calls(session)), (MOST, verify_calls(session))):
-        for name, calls in made.items():
-            tiles = best(session, watch, name, tiles, most, calls)
+    made = [(*item, MOST_OF_LOSSES) for item in loss_calls(session).items()]
+    made += [(*item, MOST) for item in verify_calls(session).items()]
+    for i, (name, calls, most) in enumerate(made):  # compiling takes the most time: each its share
+        tiles = best(session, watch, name, tiles, most, calls, (i + 1) / len(made))
     line = f'tiles.py: "{device_class(session.device)}": {tiles},'
     session.report |= {"table": [line], "tuned_seconds": time.monotonic() - start}
     raised = [entry["what"] for entry in session.report["tried"] if "raised" in entry]

@@ -70,3 +70,20 @@ def test_it_runs_and_prints_an_entry_of_the_table(
     assert all(isinstance(tile, Tile) for tile in tiles)
     tried = {entry["what"].split(":")[0] for entry in report["tried"]}
     assert tried == set(Tiles._fields)
+
+
+def test_each_tile_has_its_share_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session.begin(tmp_path / "tune.json", smoke=True, seed=1, seconds=DAY)
+    shares: dict[str, float] = {}
+
+    def best(session: Session, watch: Any, name: str, now: Tiles, *more: Any) -> Tiles:
+        shares[name] = more[-1]
+        session.add("tried", what=name)
+        return now
+
+    monkeypatch.setattr(gpu_tune, "best", best)
+    gpu_tune.run(session)
+    assert shares.keys() == set(Tiles._fields)
+    assert list(shares.values()) == [(i + 1) / len(shares) for i in range(len(shares))]
