@@ -49,6 +49,9 @@ class Shape:
 
 
 SMOKE = Shape(96, 32, 48, 4, 4, 2, 0.3, 2, 6, 8, (1, 2), 256, (64, 32))
+# As SmolLM2-135M, and the answers that a run makes for training.
+MANY = Shape(49_152, 576, 1536, 30, 9, 3, 0.04, prompt=60, new_tokens=64, batches=(1024,))
+MANY_SMOKE = Shape(96, 32, 48, 2, 4, 2, 0.3, prompt=6, new_tokens=8, batches=(4,))
 GAMMAS = (4, 2, 6)
 
 
@@ -99,6 +102,7 @@ def run(session: Session) -> None:
     case("profile", partial(profile, pair, GAMMAS[0]))
     case("Transformers, plain", partial(stock, pair, assisted=False))
     case("attention", partial(attention, pair))
+    case("many rows", partial(many_rows, session, MANY_SMOKE if session.smoke else MANY, bandwidth))
     todo = [(first, 0.0, gamma) for gamma in GAMMAS[1:]]
     todo += [(batch, 0.0, gamma) for batch in wider for gamma in (0, *GAMMAS)]
     todo += [(batch, 1.0, gamma) for batch in shape.batches for gamma in (0, *GAMMAS)]
@@ -231,6 +235,35 @@ def score(pair: Pair, batch: int, temperature: float, gamma: int) -> None:
     captured = (first.captures > 0) == (session.device.type == "cuda") and out.captures == 0
     session.check(name, whole and captured, captures=first.captures, captures_again=out.captures)
     print(f"  {name}: {tokens / seconds:.0f} tokens/s", flush=True)
+
+
+def many_rows(session: Session, shape: Shape, bandwidth: float) -> None:
+    """Sampled answers to twice as many prompts as there are rows, which begin alike, prompts
+    included; an untimed run of two tokens captures.
+    """
+    target = random_target(session, shape)
+    pair = Pair(session, shape, target, target, bandwidth)
+    (rows,) = shape.batches
+    (start,) = pair.prompts(1)
+    shared = start[: shape.prompt // 3]
+    asked = [shared + prompt[len(shared) :] for prompt in pair.prompts(2 * rows)]
+    engine = decoder(pair, rows, 0)
+    engine.generate(asked[:rows], max_new_tokens=2, sampling=Sampling(1.0))
+    synchronize(session)
+    begin = time.perf_counter()
+    out = engine.generate(asked, max_new_tokens=shape.new_tokens, sampling=Sampling(1.0))
+    seconds = time.perf_counter() - begin
+    tokens = sum(len(output.tokens) for output in out.outputs)
+    session.report["many_rows"] = {
+        "shape": vars(shape),
+        "tokens_per_second": tokens / seconds,
+        "floor_seconds_a_round": pair.floor(target, rows),
+        "rounds": out.rounds,
+        "seconds": out.seconds,
+        "captures_again": out.captures,
+    }
+    session.check("many rows: decoded whole", tokens == len(asked) * shape.new_tokens)
+    print(f"  {rows} rows: {tokens / seconds:.0f} tokens/s", flush=True)
 
 
 def stock(pair: Pair, assisted: bool) -> None:

@@ -82,6 +82,9 @@ def _engine(report: Report) -> list[str]:
     for row in report.get("transformers", []):
         way = "assisted" if row["assisted"] else "plain"
         lines.append(f"  Transformers, {way}: {row['tokens_per_second']:.0f} tokens/s")
+    if found := report.get("many_rows"):
+        (rows,) = found["shape"]["batches"]
+        lines.append(f"  {rows} rows of a small model: {found['tokens_per_second']:.0f} tokens/s")
     if found := report.get("attention"):
         lines.append(
             f"  a step that sees many slots takes {found['times_beyond_slots']:.2f} times one that "

@@ -22,6 +22,7 @@ from bench import (
     gpu_check_streams,
     gpu_suite,
     gpu_train,
+    gpu_verify,
     rivals,
     vllm_sources,
 )
@@ -74,7 +75,8 @@ def expect_sound(run: subprocess.CompletedProcess[str], document: Any) -> None:
     assert [row["temperature"] for row in sections["decode"]["scores"]] == [0, 1, 0, 1]
     settings = {(r["batch"], r["temperature"], r["gamma"]) for r in sections["engine"]["scores"]}
     assert settings == {(b, t, g) for b in (1, 2) for t in (0, 1) for g in (0, 2, 4, 6)}
-    assert {"profile", "attention", "read_bytes_per_second"} <= sections["engine"].keys()
+    figures = {"profile", "attention", "many_rows", "read_bytes_per_second"}
+    assert figures <= sections["engine"].keys()
     assert [row["assisted"] for row in sections["engine"]["transformers"]] == [False, True]
     assert "SMOKE: no figure means anything" in run.stdout
     last = [line.split(":")[0] for line in run.stdout.splitlines()[-3:]]
@@ -133,6 +135,13 @@ def test_checks_begin_with_every_feature_at_the_widest_vocabulary(
     losses = names[features : names.index("streams")]
     assert all("bfloat16, V=151936" in name for name in losses if "loss" in name)
     assert sum("loss" in name for name in losses) == 3 * (len(gpu_check_losses.LOSSES) + 1)
+
+
+def test_what_takes_seconds_to_compile_is_timed_after_the_rivals() -> None:
+    whole = list(gpu_verify.shapes(smoke=False))
+    first = [shape.compiled for shape in whole].index(True)
+    assert {shape.batch for shape in whole[:first]} == {1, 8, 32, 128}
+    assert {shape.mode for shape in whole[:first]} == gpu_verify.MODES.keys()
 
 
 def test_sections_come_in_the_order_of_their_worth() -> None:
