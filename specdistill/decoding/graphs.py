@@ -123,7 +123,9 @@ def _check_no_wait(step: Step, inputs: list[Tensor]) -> None:
     is found out before: torch raises a `RuntimeError`.
     """
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():  # that the mode is a prototype, which is no user's concern
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         step(*inputs)
     finally:
