@@ -166,6 +166,8 @@ def test_a_product_packed_by_mkl_takes_the_stock_one_beyond_its_rows(
         x = torch.randn(rows, 6)
         expected = torch.cat([linear(x) for linear in linears], -1)
         assert torch.allclose(joined(x), expected, atol=1e-6)
+        assert [part.shape[-1] for part in joined.parts(x)] == [5, 3]
+        assert torch.equal(torch.cat(list(joined.parts(x)), -1), joined(x))
     linears[0].weight.zero_()  # the packed copy is used up to 4 times its rows, and does not see it
     assert joined(torch.ones(8, 6))[:, :5].ne(linears[0].bias).all()
     assert joined(torch.ones(9, 6))[:, :5].eq(linears[0].bias).all()

@@ -126,7 +126,7 @@ class LlamaBody:
             x = x + layer.out(
                 _attend(layer, layer.qkv(layer.before(x)), turn, by_kind[layer.kind], layer_slots)
             )
-            gate, up = layer.gate_up(layer.after(x)).chunk(2, -1)
+            gate, up = layer.gate_up.parts(layer.after(x))
             x = x + layer.down(layer.activation(gate) * up)
         return self.norm(x)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,11 +63,20 @@ class Joined:
         return [version(linear.weight) for linear in self.linears]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.product is not None and x.numel() // x.shape[-1] <= self.max_rows:
-            return self.product(x)
+        if (product := self._product_for(x)) is not None:
+            return product(x)
         if len(self.linears) == 1:
             return self.linears[0](x)
         return torch.cat([linear(x) for linear in self.linears], -1)
+
+    def parts(self, x: Tensor) -> Sequence[Tensor]:
+        """[..., in] to the [..., out] of each layer, which are not copied to lie side by side."""
+        if (product := self._product_for(x)) is not None:
+            return product(x).split([linear.out_features for linear in self.linears], -1)
+        return [linear(x) for linear in self.linears]
+
+    def _product_for(self, x: Tensor) -> Product | None:
+        return self.product if x.numel() // x.shape[-1] <= self.max_rows else None
 
 
 def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
