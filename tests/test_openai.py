@@ -866,6 +866,9 @@ def test_settings_that_have_no_meaning(tmp_path: Path) -> None:
             ask("http://x/v1", tmp_path, concurrency=number)
     with pytest.raises(InputError, match="no prompts"):
         ask("http://x/v1", tmp_path, [])
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x", "id": "a", "tools": [{"name": "f"}]}\n')
+    with pytest.raises(InputError, match=r"prompt 'a' \(.*p\.jsonl, line 1\) has 'tools', and"):
+        ask("http://x/v1", tmp_path / "data", load_prompts(str(tmp_path / "p.jsonl")))
 
 
 def test_without_the_package_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

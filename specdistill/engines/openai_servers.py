@@ -251,8 +251,8 @@ def check_askable(prompts: Sequence[Prompt], samplings: Sequence[Sampling]) -> N
     for prompt in prompts:
         if prompt.beside_text:
             raise InputError(
-                f"prompt {prompt.id!r} has {', '.join(map(repr, prompt.beside_text))}, and a "
-                "server is asked text alone; remove the row, or let a local target answer"
+                f"{prompt.named} has {', '.join(map(repr, prompt.beside_text))}, and a server is "
+                "asked text alone; remove the row, or let a local target answer"
             )
     if any(sampling.top_k or sampling.min_p for sampling in samplings):
         raise InputError(

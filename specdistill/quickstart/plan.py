@@ -141,13 +141,13 @@ def choose(
     longest = max(len(p.tokens) for p in (*prompts, *heldout))
     room = target.max_length - longest
     least = LENGTHS[-1]
-    over = [p.id for p in (*prompts, *heldout) if len(p.tokens) + least > target.max_length]
+    over = [p.named for p in (*prompts, *heldout) if len(p.tokens) + least > target.max_length]
     if over:
-        more = f" and {len(over) - 5:,} more" if len(over) > 5 else ""
+        more = f" and {len(over) - 3:,} more" if len(over) > 3 else ""
         raise InputError(
-            f"{target.name} has {target.max_length:,} positions, which leaves prompts "
-            f"{', '.join(over[:5])}{more} no room for an answer of {least} tokens (the longest has "
-            f"{longest:,}); leave them out"
+            f"{target.name} has {target.max_length:,} positions, which leaves no room for an "
+            f"answer of {least} tokens to {', '.join(over[:3])}{more} (the longest has "
+            f"{longest:,} tokens); leave out what is so long"
         )
     row = cache_bytes(target, 1, longest + min(LENGTHS[0], room))
     rows = min(64, len(prompts), free_bytes(target.device) // 4 // max(row, 1))
