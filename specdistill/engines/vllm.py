@@ -105,11 +105,11 @@ class _Plan:
         against those with `later` γ by their configs alone is raised before this one loads.
         """
         longest = max(len(prompt.tokens) for prompt in self.prompts) + self.max_new_tokens
-        self.deployment.check_length(longest + max(self.num_draft_tokens) + 1)
+        self.deployment.check_length(longest + _room(max(self.num_draft_tokens)))
         settings: dict[str, Any] = {
             "model": str(self.pair.target_path),
             "dtype": self.pair.target.dtype,
-            "max_model_len": longest + num + 1,  # room for the last round's proposals
+            "max_model_len": longest + _room(num),
             "max_num_seqs": max(self.concurrency, default=1),
             "enable_prefix_caching": False,  # prompts come again, and must cost the same again
             "disable_log_stats": False,
@@ -129,6 +129,13 @@ class _Plan:
             "seed": row_seed(self.seed, prompt.id) % 2**31,
             "detokenize": False,
         }
+
+
+def _room(num: int) -> int:
+    """Tokens beyond the longest text: those that its last round verifies, and those that would come
+    after. Where one row has no room for them, vLLM proposes token 0 to all that share its batch.
+    """
+    return 2 * (num + 1)
 
 
 @dataclass
