@@ -1,19 +1,20 @@
-"""Tile sizes of the kernels for this device, found by trying: under a minute, one command.
+"""How the kernels' work is cut up for this device, found by trying: under a minute, one command.
 
     python -m bench.gpu_tune --out DIR [--seconds 60]
 
-Starts from the tiles in use and changes one tile after the other, each with its warps, to the pair
-that takes the least time over the calls that it is a part of; times are of CUDA graphs with a cold
-L2 cache. Prints this device's entry of `TILES` in `specdistill_kernels/tiles.py`, to be put there,
-and writes every time tried to DIR/tune.json. `python -m specdistill_kernels.aot` then compiles what
-the table may choose. No kernel multiplies matrices, so there are no stages of loads to choose.
+Starts from the tiles in use and changes one tile after the other, each with its warps, and how many
+programs count for filters, to what takes the least time over the calls that it is a part of; times
+are of CUDA graphs with a cold L2 cache. Prints this device's entry of `TILES` in
+`specdistill_kernels/tiles.py`, to be put there, and writes every time tried to DIR/tune.json.
+`python -m specdistill_kernels.aot` then compiles what the table may choose. No kernel multiplies
+matrices, so there are no stages of loads to choose.
 """
 
 import argparse
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,21 @@ LEAST = 2  # entries a thread
 MOST_OF_LOSSES, MOST = 4, 32  # entries a thread: the losses hold several numbers of each
 
 
-def candidates(now: Tile, most: int) -> list[Tile]:
-    """Half, once and twice the tile, with as many warps as give a thread 2 to `most` entries; the
-    one in use first, so that a tie leaves it.
+def candidates(now: Tile | int, most: int) -> Sequence[Tile | int]:
+    """Half, once and twice the tile, with as many warps as give a thread 2 to `most` entries, or
+    the number of programs; the one in use first, so that a tie leaves it.
     """
+    if isinstance(now, int):
+        return [now, now // 2, now * 2]
     blocks = [now.block, now.block // 2, now.block * 2]
     tiles = [Tile(b, w) for b in blocks for w in WARPS if LEAST <= b / (32 * w) <= most]
     return [now, *(tile for tile in tiles if tile != now)]
+
+
+def words_of(choice: Tile | int) -> str:
+    if isinstance(choice, int):
+        return str(choice)
+    return f"{choice.block} entries, {choice.warps} warps"
 
 
 def best(
@@ -48,14 +57,14 @@ def best(
     calls: Calls,
     share: float = 1.0,
 ) -> Tiles:
-    """With the tile of the least total time over the calls that it is a part of; one that does not
-    run, as it takes more than the device has, is noted and left. None is begun beyond `share` of
-    the session's time.
+    """With the candidate of the least total time over the calls that it is a part of; one that does
+    not run, as it takes more than the device has, is noted and left. None is begun beyond `share`
+    of the session's time.
     """
     times: dict[Tiles, float] = {}
-    for tile in candidates(getattr(now, name), most):
-        tiles = now._replace(**{name: tile})  # type: ignore[arg-type]
-        what = f"{name}: {tile.block} entries, {tile.warps} warps"
+    for choice in candidates(getattr(now, name), most):
+        tiles = now._replace(**{name: choice})  # type: ignore[arg-type]
+        what = f"{name}: {words_of(choice)}"
         if times and session.out_of_time(what, share):
             break
         try:
@@ -123,7 +132,7 @@ def verify_calls(session: Session) -> dict[str, Calls]:
     from specdistill_kernels.verification import triton_backend as backend
     from specdistill_kernels.verification.launch import division_for
 
-    names = ("stats", "race", "tally", "cut")
+    names = ("stats", "race", "tally", "cut", "programs")
     num, width = (2, 64) if session.smoke else (5, 151_936)
     made = []
     for batch in (2,) if session.smoke else (1, 32):

@@ -56,10 +56,12 @@ def test_the_quickest_is_chosen_and_a_tie_leaves_what_is(tmp_path: Path) -> None
 def test_it_runs_and_prints_an_entry_of_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On tiny shapes, with two tiles of each."""
-    monkeypatch.setattr(
-        gpu_tune, "candidates", lambda now, most: [now, Tile(now.block // 2, now.warps)]
-    )
+    """On tiny shapes, with two choices of each."""
+
+    def two(now: Tile | int, most: int) -> list[Tile | int]:
+        return [now, now // 2] if isinstance(now, int) else [now, Tile(now.block // 2, now.warps)]
+
+    monkeypatch.setattr(gpu_tune, "candidates", two)
     assert gpu_tune.main(["--out", str(tmp_path), "--smoke", "--seconds", str(DAY)]) == 0
     report = json.loads((tmp_path / "tune.json").read_text())
     assert not [entry for entry in report["tried"] if "raised" in entry]
@@ -67,7 +69,7 @@ def test_it_runs_and_prints_an_entry_of_the_table(
     entry = "{" + line.removeprefix("tiles.py: ") + "}"
     (tiles,) = eval(entry, {"Tiles": Tiles, "Tile": Tile}).values()
     assert isinstance(tiles, Tiles)
-    assert all(isinstance(tile, Tile) for tile in tiles)
+    assert all(isinstance(value, (Tile, int)) for value in tiles)
     tried = {entry["what"].split(":")[0] for entry in report["tried"]}
     assert tried == set(Tiles._fields)
 

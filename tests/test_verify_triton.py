@@ -140,7 +140,8 @@ def assert_equal(arguments: dict, division: Division | None = None) -> None:
 def cut_up(part: int, race: int = 0, tally: int = 0, positions: int = 4, **more: int) -> Division:
     """Of a row into parts of so many tokens, and otherwise as said."""
     tiles = [Tile(block or part, 4) for block in (part, race, tally, tally)]
-    return Division(*tiles, positions=positions, **{"least_parts": 1, "rounds": 2, **more})
+    usual = {"least_parts": 1, "rounds": 2, "programs": 8}
+    return Division(*tiles, positions=positions, **usual | more)
 
 
 def defaults(arguments: dict) -> dict:

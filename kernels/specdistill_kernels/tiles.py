@@ -1,4 +1,4 @@
-"""Tile sizes of all kernels: the one table a tuner fills, by device class."""
+"""How the work of all kernels is cut up: the one table a tuner fills, by device class."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Tile(NamedTuple):
 
 class Tiles(NamedTuple):
     """Of verification: the statistics (and, in mode "block", the excess) of a part of a row, the
-    race over a part, and what a filter counts, or takes of a row's candidates, at a time.
+    race over a part, and what a filter counts, or takes of a row's candidates, at a time. How many
+    programs count for the filters of a call, where it has not more rows.
 
     Of the losses: four entries a thread, as with eight some would spill registers; many warps a
     row, as a chunk has few rows for a large GPU.
@@ -29,6 +30,7 @@ class Tiles(NamedTuple):
     race: Tile = Tile(2048, 4)
     tally: Tile = Tile(1024, 4)
     cut: Tile = Tile(1024, 16)
+    programs: int = 528  # four on each of 132 processors
     plain: Tile = Tile(1024, 8)  # fkl, ce and logsumexp
     sums: Tile = Tile(1024, 8)  # another loss of the whole target, in aligned rows
     tight: Tile = Tile(512, 4)  # another loss otherwise: of lumped tails, or in other rows

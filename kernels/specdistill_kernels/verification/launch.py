@@ -24,7 +24,7 @@ class Division(NamedTuple):
     race: Tile
     tally: Tile
     cut: Tile
-    programs: int = 528  # that count, if there are not more rows: four on each of 132 processors
+    programs: int  # that count for filters, if there are not more rows
     rounds: int = 4  # of tallies, at most 4: a row's words have room for these
     room: int = 4096  # candidates a row may have
     rows: int = 1  # rows or requests of a program, but
@@ -35,7 +35,7 @@ class Division(NamedTuple):
     @classmethod
     def of(cls, tiles: Tiles) -> Division:
         """On a GPU."""
-        return cls(tiles.stats, tiles.race, tiles.tally, tiles.cut)
+        return cls(tiles.stats, tiles.race, tiles.tally, tiles.cut, tiles.programs)
 
     def parts(self, tile: Tile, width: int) -> int:
         """For how many parts a kernel is compiled, a power of two."""
@@ -55,6 +55,7 @@ def division_for(device: torch.device, batch: int, num: int, width: int) -> Divi
     tile = Tile(block, 4)
     return Division(
         *(tile, tile, tile, tile),
+        programs=Tiles().programs,
         rounds=2,
         rows=rows,
         filter_rows=filtered,
