@@ -241,6 +241,7 @@ def test_an_engine_that_cannot_be_used_is_one_sentence(tiny_folder: Path, tmp_pa
         assert re.search(words, " ".join(done.err.split())), done.err
 
     refused("there is no interpreter", tmp_path / "nothing")
+    assert not (tmp_path / "out 0").exists(), "before anything is read"
     refused(r"vLLM 0\.31\.2 is too old: 0\.32 and later", old)
     refused(r"does not start \(exit code 1\).*RuntimeError: no such model", fail="no such model")
     sizes = r"weights take .* GB over 1 devices.*2 rows of \d+ tokens.*CUDA out of memory"

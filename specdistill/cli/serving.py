@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from specdistill import limits
 from specdistill.cli import console, parsing
+from specdistill.engines.vllm_process import ANSWERING, Deployment, check_interpreter
 from specdistill.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class Serving:
                 "--engine vllm and --engine-python go together: name the python of an environment "
                 "that has vLLM"
             )
+        check_interpreter(self.python)
         if generator is not None:
             raise InputError(
                 "--generator answers by our own engine or Transformers; leave it out with --engine "
@@ -82,7 +84,6 @@ class Serving:
         from specdistill.data.outside import Outside
         from specdistill.data.signal import NONE, STATES
         from specdistill.engines.vllm_answers import Answers
-        from specdistill.engines.vllm_process import ANSWERING, Deployment
 
         assert self.python is not None
         options = parsing.engine_options(self.options, ANSWERING)
