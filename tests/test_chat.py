@@ -481,6 +481,13 @@ def test_without_a_template_tools_are_refused() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["tokenize", "continue_final_message", "messages"])
+def test_what_transformers_takes_for_itself_no_template_is_told(name: str) -> None:
+    prompt = replace(ask("Hi"), variables={name: True, "enable_thinking": False})
+    message = asking(byte_tokenizer(CHATML), prompt)
+    assert f"'q7': '{name}' among the chat_template_kwargs is Transformers' own argument" in message
+
+
 def test_a_template_that_tells_the_date_tells_the_same_one_always() -> None:
     tokenizer = byte_tokenizer("{{ strftime_now('%d %b %Y %H:%M:%S.%f') + '\n' }}" + CHATML)
     assert tells_date(tokenizer)

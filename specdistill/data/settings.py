@@ -1,7 +1,7 @@
 """What chat templates are told besides messages, tools and documents: `enable_thinking`, a date.
 
-A draft that was trained on answers with reasoning accepts far less without it, and the other way
-round. So a run remembers the settings that its prompts were put with, and a score compares.
+A draft that was trained on answers with reasoning knows other texts than those without it. So a run
+remembers the settings that its prompts were put with, and a score compares.
 """
 
 from __future__ import annotations

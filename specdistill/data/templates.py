@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from jinja2 import Environment, meta, nodes
 from jinja2.exceptions import TemplateError
 
 from specdistill.data.prompts import Prompt
+from specdistill.data.rows import TEMPLATE_SETTINGS, VARIABLES
 from specdistill.errors import InputError
 
 if TYPE_CHECKING:
@@ -130,6 +132,16 @@ def _calling(
     return {**message, "tool_calls": calls} if calls else dict(message)
 
 
+@lru_cache
+def _arguments() -> frozenset[str]:
+    """What Transformers takes for itself where a template is told variables."""
+    from transformers import PreTrainedTokenizerBase
+
+    known = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters.values()
+    named = {each.name for each in known if each.kind != each.VAR_KEYWORD}
+    return frozenset(named | {"messages", "conversations"}) - {*VARIABLES}
+
+
 def _rendered(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
@@ -140,6 +152,11 @@ def _rendered(
 
     template = template_of(tokenizer, prompt)
     variables_read(template)
+    if names := sorted(_arguments() & prompt.variables.keys()):
+        raise InputError(
+            f"{prompt.named}: {names[0]!r} among the {TEMPLATE_SETTINGS} is Transformers' own "
+            "argument, not a variable of the template; leave it out"
+        )
     try:
         # It is compiled once; without this the clock and the loops would be the machine's.
         known = _compile_jinja_template(template).environment.globals
