@@ -180,6 +180,14 @@ def test_settings_that_cannot_be(
         widen(tiny(3), SEEDS, tmp_path / "more.jsonl", asked(**settings))
 
 
+def test_an_example_that_leaves_no_room_is_named(
+    tiny: Callable[..., LanguageModel], tmp_path: Path
+) -> None:
+    long = Prompt("long", ({"role": "user", "content": "w7 " * 600},))
+    with pytest.raises(InputError, match=r"reads 512 positions; show fewer .* as 'w7 w7"):
+        widen(tiny(3), [long, *SEEDS[:2]], tmp_path / "more.jsonl", asked())
+
+
 def test_the_command(tiny_folder: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "prompts.txt", tmp_path / "more.jsonl"
     source.write_text("\n".join(p.messages[-1]["content"] for p in SEEDS))

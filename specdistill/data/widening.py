@@ -85,8 +85,8 @@ def widen(
     interrupted one stopped, and ends with the same file. A target that is given as a function is
     loaded once nobody else is at work on the file.
 
-    Raises `InputError` where there are fewer prompts than shots, `StorageError` where the file
-    holds something else or cannot be written.
+    Raises `InputError` where there are fewer prompts than shots or they leave the target no room
+    to write, `StorageError` where the file holds something else or cannot be written.
     """
     if len(prompts) < plan.shots:
         raise InputError(
@@ -201,13 +201,22 @@ def _drafted(
     numbers: Iterable[int],
     plan: Widening,
 ) -> list[tuple[str, bool]]:
-    """A text for each number, and whether it came to its own end."""
+    """A text for each number, and whether it came to its own end. Raises `InputError` where the
+    examples leave it no room.
+    """
     requests = []
     for number in numbers:
-        shown = random.Random(f"{plan.seed}:{number}").sample(list(known), plan.shots)
-        listed = "\n\n".join(f"Request: {text}" for text in shown)
+        examples = random.Random(f"{plan.seed}:{number}").sample(list(known), plan.shots)
+        listed = "\n\n".join(f"Request: {text}" for text in examples)
         asked = Prompt(str(number), (_user(f"{listed}\n\n{ASK}"),))
         tokens = encode_prompt(target.tokenizer, asked)
+        if len(tokens) + plan.max_new_tokens > target.max_length:
+            raise InputError(
+                f"{plan.shots} examples come to {len(tokens)} tokens, up to {plan.max_new_tokens} "
+                f"are to be written after them, and {target.name} reads {target.max_length} "
+                "positions; show fewer (--shots), or remove long ones such as "
+                f"{shown(max(examples, key=len))}"
+            )
         sampling = Sampling(plan.temperature)
         requests.append(Request(asked.id, tokens, plan.max_new_tokens, sampling, plan.seed))
     outputs = decoder.run(requests).outputs
