@@ -266,10 +266,12 @@ def test_devices_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Deployment(Path("python")).devices(0) is None
 
 
-def test_ranks_share_the_processors_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_and_workers_share_the_processors_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {4, 2, 9, 7})
     for threads, ranks, words in [(1, 1, "2"), (3, 1, "2,4,7"), (4, 2, "2,7|4,9"), (1, 2, "2|2")]:
         assert environment(threads, ranks)["VLLM_CPU_OMP_THREADS_BIND"] == words
+    shares = [environment(3, worker=worker)["VLLM_CPU_OMP_THREADS_BIND"] for worker in range(3)]
+    assert shares == ["2,4,7", "2,4,9", "2,7,9"]
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
     assert "VLLM_CPU_OMP_THREADS_BIND" not in environment(None, 2)
 

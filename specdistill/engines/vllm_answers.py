@@ -66,7 +66,7 @@ class _Process:
         self.log = folder / "log"
         source = Path(vllm_answerer.__file__).read_text(encoding="utf-8")
         (folder / f"{vllm_answerer.MODULE}.py").write_text(source, encoding="utf-8")
-        variables = environment(deployment.threads, deployment.tensor_parallel)
+        variables = environment(deployment.threads, deployment.tensor_parallel, worker)
         variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         if (devices := deployment.devices(worker)) is not None:
             variables["CUDA_VISIBLE_DEVICES"] = devices

@@ -82,15 +82,18 @@ class Deployment:
         return ",".join(visible[place] for place in places)
 
 
-def environment(threads: int | None, ranks: int = 1) -> dict[str, str]:
+def environment(threads: int | None, ranks: int = 1, worker: int = 0) -> dict[str, str]:
     """Of a process that runs one engine within itself, on so many of the processors that this one
-    may use; its ranks share them out, and share one where there are too few.
+    may use; its ranks share them out, and share one where there are too few. Each `worker` has the
+    processors after those of the one before it, from the first again after the last.
     """
     variables = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"} | os.environ
     variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     variables.pop("PYTHONPATH", None)  # it is another environment
     if threads is not None:
-        processors = sorted(os.sched_getaffinity(0))[:threads]
+        usable = sorted(os.sched_getaffinity(0))
+        count = min(threads, len(usable))
+        processors = sorted(usable[(worker * count + i) % len(usable)] for i in range(count))
         shares = (processors[rank::ranks] or processors for rank in range(ranks))
         each = (",".join(map(str, share)) for share in shares)
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(each)
