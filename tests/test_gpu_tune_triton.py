@@ -18,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from bench import gpu_tune
 from bench.gpu_session import Session
 from specdistill_kernels.tiles import Tile, Tiles
+from specdistill_kernels.verification.launch import Division
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -69,9 +70,14 @@ def test_it_runs_and_prints_an_entry_of_the_table(
     entry = "{" + line.removeprefix("tiles.py: ") + "}"
     (tiles,) = eval(entry, {"Tiles": Tiles, "Tile": Tile}).values()
     assert isinstance(tiles, Tiles)
-    assert all(isinstance(value, (Tile, int)) for value in tiles)
+    assert [type(value) for value in tiles] == [type(value) for value in Tiles()]
     tried = {entry["what"].split(":")[0] for entry in report["tried"]}
     assert tried == set(Tiles._fields)
+
+
+def test_a_call_is_cut_up_as_the_table_says() -> None:
+    tiles = Tiles(Tile(64, 1), Tile(128, 2), Tile(256, 4), Tile(512, 8), programs=7)
+    assert Division.of(tiles)[:5] == tiles[:5]
 
 
 def test_each_tile_has_its_share_of_the_time(
