@@ -163,15 +163,15 @@ class Answers(AbstractContextManager["Answers"]):
         open_ = len(waiting)
         try:
             while open_:
-                for rows in self._hear(waiting):
-                    open_ -= len(rows)
-                    yield Round(rows, {}, 0)
+                for round_ in self._hear(waiting):
+                    open_ -= len(round_.rows)
+                    yield round_
         finally:
             if open_:  # nobody is to hear of what is under way
                 self.__exit__()
 
-    def _hear(self, waiting: deque[Request]) -> Iterator[list[RowRound]]:
-        """What comes next, which may be an answer, or none yet of an engine that has started."""
+    def _hear(self, waiting: deque[Request]) -> Iterator[Round]:
+        """What comes next: an answer, an engine that has started, or nothing to tell."""
         for process in self.processes.values():
             self._feed(process, waiting)
         process, document, body = self.heard.get()
@@ -183,11 +183,11 @@ class Answers(AbstractContextManager["Answers"]):
         elif "id" not in document:
             self._hear_start(process, document)
             if process.ready:
-                yield []
+                yield Round([], {}, 0)
         else:
             process.deaths = 0
             request = process.under_way.pop(document["id"])
-            yield [self._row(request, document, load(body) if body else {})]
+            yield Round([self._row(request, document, load(body) if body else {})], {}, 0)
 
     def _start(self, worker: int, deaths: int) -> None:
         self.deployment.check_length(self.longest)
